@@ -1,0 +1,1 @@
+"""Views on the device: pure JAX, per-sample keys, fixed shapes."""

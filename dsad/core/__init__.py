@@ -1,0 +1,1 @@
+"""Types, errors, configuration, keys and mesh: what every other package may import."""

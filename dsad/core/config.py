@@ -1,0 +1,134 @@
+"""Strict configuration: plain mappings to frozen dataclasses, and names to modules."""
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from dsad.core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def listed(names: Any) -> str:
+    """Names as a readable list for an error message."""
+    return ", ".join(sorted(str(n) for n in names)) or "(none)"
+
+
+def suggestion(name: str, known: Any) -> str:
+    """" Did you mean ...?" when one of the known names is close, else ""."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def build_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Build the frozen dataclass ``cls`` from a mapping, refusing unknown keys and wrong types.
+
+    Nested dataclasses are built from nested mappings, lists become tuples, integers are accepted
+    for floats. ``where`` is the key path used in messages. Raises ConfigError.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise ConfigError(
+                f"{where}.{name}: unknown key.{suggestion(name, fields)} "
+                f"{where} has: {listed(fields)}."
+            )
+    hints = typing.get_type_hints(cls)
+    made = {}
+    for name, field in fields.items():
+        path = f"{where}.{name}"
+        if name in values:
+            made[name] = _convert(values[name], hints[name], path)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{path}: missing; expected {_type_name(hints[name])}.")
+    try:
+        return cls(**made)
+    except ConfigError:
+        raise
+    except ValueError as error:  # cross-field checks in __post_init__ of library-free classes
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if dataclasses.is_dataclass(value) and isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+            raise ConfigError(f"{path}: expected a group of keys, found {value!r}.")
+        return build_dataclass(hint, dict(value.items()), path)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            options = ", ".join(repr(a) for a in typing.get_args(hint))
+            raise ConfigError(f"{path}: expected one of {options}; found {value!r}.")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, hint, path)
+    if origin is tuple:
+        return _convert_tuple(value, hint, path)
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
+        wrong_bool = isinstance(value, bool) and hint is not bool
+        if wrong_bool or not isinstance(value, hint):
+            raise ConfigError(
+                f"{path}: expected {hint.__name__}, found {value!r} ({type(value).__name__})."
+            )
+    return value
+
+
+def _convert_union(value: Any, hint: Any, path: str) -> Any:
+    for option in typing.get_args(hint):
+        if option is type(None):
+            if value is None:
+                return None
+            continue
+        try:
+            return _convert(value, option, path)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{path}: expected {_type_name(hint)}, found {value!r}.")
+
+
+def _convert_tuple(value: Any, hint: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise ConfigError(f"{path}: expected a tuple, found {value!r} ({type(value).__name__}).")
+    args = typing.get_args(hint)
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_convert(v, args[0], f"{path}[{i}]") for i, v in enumerate(value))
+    if len(args) != len(value):
+        raise ConfigError(f"{path}: expected {len(args)} entries, found {len(value)}: {value!r}.")
+    return tuple(
+        _convert(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
+    )
+
+
+def members(package: str) -> tuple[str, ...]:
+    """Names of the modules of ``dsad.<package>`` that expose ``build``: the members of a seam."""
+    found = importlib.import_module(f"dsad.{package}")
+    names = (m.name for m in pkgutil.iter_modules(found.__path__) if not m.name.startswith("_"))
+    return tuple(
+        n for n in names if hasattr(importlib.import_module(f"dsad.{package}.{n}"), "build")
+    )
+
+
+def resolve(package: str, name: str) -> types.ModuleType:
+    """The module ``dsad.<package>.<name>`` of a seam; an unknown name lists what exists."""
+    known = members(package)
+    if name not in known:
+        raise ConfigError(
+            f"no {package.rstrip('s')} named {name!r}.{suggestion(name, known)} "
+            f"dsad.{package} has: {listed(known)}."
+        )
+    return importlib.import_module(f"dsad.{package}.{name}")

@@ -1,0 +1,28 @@
+"""Errors that a user can act on; the command line prints their message without a traceback."""
+
+
+class DsadError(Exception):
+    """A fault of input, data or configuration.
+
+    The message names the file or key, what was expected, what was found and what to do.
+    """
+
+
+class ConfigError(DsadError):
+    """A configuration value, key or file that cannot be used."""
+
+
+class DataError(DsadError):
+    """One or more faults in a data set; the message lists all of them."""
+
+
+class WorkdirError(DsadError):
+    """A work directory that holds another run, or not the run that was asked for."""
+
+
+class NonFiniteError(DsadError):
+    """A loss or norm became NaN or infinite; the message names the step and the metric."""
+
+
+class MetricError(DsadError):
+    """A metric that is undefined for the given labels, such as AUROC of a single class."""

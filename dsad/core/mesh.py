@@ -1,0 +1,74 @@
+"""The device mesh with axes ("data", "fsdp"), and shardings of batches and parameters."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dsad.core.errors import ConfigError
+
+#: Batches are split over both axes; parameters over "fsdp" only.
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices per axis; -1 takes what is left. ``min_fsdp_size``: smallest array to shard."""
+
+    data: int = -1
+    fsdp: int = 1
+    min_fsdp_size: int = 2**18
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """A mesh over all (or the given) devices; raises ConfigError if the axes do not fit."""
+    devices = list(devices or jax.devices())
+    shape = [config.data, config.fsdp]
+    if shape.count(-1) > 1 or any(s == 0 or s < -1 for s in shape):
+        raise ConfigError(f"config.mesh: expected positive axes and at most one -1, found {shape}.")
+    fixed = math.prod(s for s in shape if s != -1)
+    if -1 in shape:
+        shape[shape.index(-1)] = len(devices) // fixed
+    if math.prod(shape) != len(devices):
+        raise ConfigError(
+            f"config.mesh: data × fsdp = {shape[0]} × {shape[1]} does not equal the "
+            f"{len(devices)} devices; set one axis to -1."
+        )
+    # The types stay Auto: with Explicit axes convolutions ask for an output sharding.
+    return jax.make_mesh(
+        tuple(shape), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding that keeps a whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding that splits the leading axis over all devices."""
+    return NamedSharding(mesh, BATCH_SPEC)
+
+
+def parameter_shardings(tree: Any, mesh: Mesh, min_size: int) -> Any:
+    """Shard every array of at least ``min_size`` elements over "fsdp" along its largest axis."""
+    parts = mesh.shape["fsdp"]
+
+    def rule(leaf: Any) -> NamedSharding:
+        shape = np.shape(leaf)
+        fitting = [a for a in range(len(shape)) if shape[a] % parts == 0]
+        if parts == 1 or math.prod(shape) < min_size or not fitting:
+            return replicated(mesh)
+        axis = max(fitting, key=lambda a: shape[a])
+        return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+
+    return jax.tree.map(rule, tree)
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """Put this process's part of a host batch on the mesh, split along the leading axis."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

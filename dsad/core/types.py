@@ -1,0 +1,188 @@
+"""The seams: what a data set, an objective, a detector and a metric promise each other."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+#: Feature maps of one batch: stage name to array (batch, height, width, channels).
+FeatureMaps = dict[str, jax.Array]
+#: A nested dict of arrays.
+Tree = Any
+#: A batch on the device: ``image`` uint8 (b, H, W, 3) canvases, ``size`` int32 (b, 2) valid height
+#: and width of each canvas (the image fills the top left corner), ``index`` int32 (b,) sample
+#: index, ``epoch`` int32 (b,), ``category`` int32 (b,) and ``facts``, a dict of host-computed arrays.
+Batch = Mapping[str, Any]
+Scalars = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What an index knows of one image without decoding it.
+
+    ``path`` is the identity of the image: its path relative to the data set's root.
+    ``label`` is 0 for normal and 1 for anomalous; ``kind`` is "good" or the defect type.
+    """
+
+    path: str
+    category: str
+    label: int
+    kind: str
+    mask_path: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One decoded image: ``image`` (h, w, 3) uint8 RGB, ``mask`` (h, w) bool, True on defects.
+
+    Single-channel files are repeated to three equal channels. ``mask`` is all False for normal
+    images and None for an anomalous image without annotation (only if the config allows that).
+    """
+
+    record: Record
+    image: np.ndarray
+    mask: np.ndarray | None
+
+
+class Source(Protocol):
+    """Random access to the samples of one split; ``records`` costs no decoding."""
+
+    records: Sequence[Record]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A data set: categories, splits and what numbers measured on it mean.
+
+    ``protocol`` goes into the stamp of every number: name, split rule, split hash, licence.
+    """
+
+    name: str
+    categories: tuple[str, ...]
+    protocol: Mapping[str, Any]
+
+    def source(self, split: str, category: str | None = None) -> Source:
+        """Samples of ``split`` ("train" or "test"), of one category or of all."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What an objective, a schedule or a detector may know of the run that builds it."""
+
+    total_steps: int
+    batch_size: int
+    samples: int
+    classes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Specs:
+    """Shapes an objective is initialised for: ``canvas`` is the side of the uint8 canvases."""
+
+    batch_size: int
+    canvas: int
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A pretraining method; ``objectives/<name>.py`` exposes ``Config`` and ``build(cfg, run)``.
+
+    All methods are pure and jittable. ``extra`` holds everything that has no gradient: batch
+    statistics, teacher, queue, frozen backbone. Its structure and dtypes never change.
+    """
+
+    def init(self, key: jax.Array, specs: Specs) -> tuple[Tree, Tree]:
+        """Parameters and extra; traceable by ``eval_shape``."""
+        ...
+
+    def views(self, batch: Batch, key: jax.Array) -> Tree:
+        """Augmented views of a batch, drawn from (key, epoch, sample index) only."""
+        ...
+
+    def loss(
+        self, params: Tree, extra: Tree, views: Tree, *, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Scalars]]:
+        """Scalar f32 loss, then the new extra and the scalars to log."""
+        ...
+
+    def after_update(self, params: Tree, extra: Tree, step: jax.Array) -> Tree:
+        """New extra from the stepped parameters; ``step`` counts completed updates."""
+        ...
+
+    def adopt(self, source: Tree, params: Tree, extra: Tree) -> tuple[Tree, Tree, str]:
+        """Take over the weights of an earlier stage; the text lists what was taken."""
+        ...
+
+    def prepare(self, params: Tree, extra: Tree, batches: Iterable[Batch]) -> Tree:
+        """A pass over the data before step 0; returns the new extra."""
+        ...
+
+    def features(self, params: Tree, extra: Tree, images: jax.Array) -> FeatureMaps:
+        """Feature maps of normalised images (b, H, W, 3), in inference mode."""
+        ...
+
+
+class FeatureBatch(NamedTuple):
+    """Features of one batch for a detector; rows with ``valid`` False are padding."""
+
+    maps: FeatureMaps
+    valid: np.ndarray  # (b,) bool
+    category: str
+    index: np.ndarray  # (b,) int, sample index in its source
+
+
+class FeatureSource(Protocol):
+    """Re-iterable feature batches: every ``iter`` starts a new pass in the same order."""
+
+    def __iter__(self) -> Iterator[FeatureBatch]: ...
+
+
+class Scores(NamedTuple):
+    """Anomaly scores of a batch: ``map`` (b, gh, gw) per cell and ``image`` (b,)."""
+
+    map: jax.Array
+    image: jax.Array
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Turns features into anomaly maps; ``detectors/<name>.py`` has ``Config`` and ``build(cfg)``.
+
+    ``layers`` names the feature maps it reads.
+    """
+
+    layers: tuple[str, ...]
+
+    def fit(
+        self,
+        source: FeatureSource,
+        *,
+        mesh: jax.sharding.Mesh | None,
+        key: jax.Array,
+        trained: Tree | None = None,
+    ) -> Tree:
+        """State (a pytree of arrays) from the features of normal images."""
+        ...
+
+    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+        """Pure and jittable."""
+        ...
+
+
+class Metric(Protocol):
+    """A metric as a mergeable state: hosts update their own and merge in any order."""
+
+    def empty(self) -> Tree: ...
+    def update(self, state: Tree, maps: Any, masks: Any, /) -> Tree: ...
+    def merge(self, left: Tree, right: Tree, /) -> Tree: ...
+    def compute(self, state: Tree, /) -> float: ...
+
+
+#: Called with (done, total, message) by long work.
+Progress = Callable[[int, int, str], None]

@@ -1,0 +1,1 @@
+"""Metrics, the localization run, the protocol stamp and the report."""

@@ -1,0 +1,1 @@
+"""State, step, loop, optimiser, checkpoints and metric files."""
