@@ -1,0 +1,164 @@
+"""ResNet-18/34/50 and Wide-ResNet-50-2 (He et al. 2016; Zagoruyko and Komodakis 2016).
+
+Paddings are explicit (7×7: 3, 3×3: 1): "SAME" pads unevenly at stride 2 and shifts the features
+by half a pixel against the published weights.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsad.core.config import listed, suggestion
+from dsad.core.errors import ConfigError
+from dsad.models.functional import Functional
+
+#: Batch norm as published: PyTorch momentum 0.1 is Flax momentum 0.9.
+EPSILON = 1e-5
+MOMENTUM = 0.9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arch:
+    """Blocks per stage, whether blocks are bottlenecks, and the bottleneck's width factor."""
+
+    blocks: tuple[int, int, int, int]
+    bottleneck: bool
+    width: int = 1
+
+    def channels(self, layer: str) -> int:
+        """Output channels of ``layer1`` to ``layer4``."""
+        return 64 * 2 ** (int(layer[-1]) - 1) * (4 if self.bottleneck else 1)
+
+
+ARCHS = {
+    "resnet18": Arch(blocks=(2, 2, 2, 2), bottleneck=False),
+    "resnet34": Arch(blocks=(3, 4, 6, 3), bottleneck=False),
+    "resnet50": Arch(blocks=(3, 4, 6, 3), bottleneck=True),
+    "wide_resnet50_2": Arch(blocks=(3, 4, 6, 3), bottleneck=True, width=2),
+}
+STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
+
+
+def arch(name: str) -> Arch:
+    """The architecture called ``name``; an unknown name lists what exists."""
+    if name not in ARCHS:
+        raise ConfigError(
+            f"no backbone named {name!r}.{suggestion(name, ARCHS)} Known: {listed(ARCHS)}."
+        )
+    return ARCHS[name]
+
+
+def _conv(cin: int, cout: int, size: int, stride: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
+    pad = size // 2
+    return nnx.Conv(
+        cin,
+        cout,
+        (size, size),
+        strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def _norm(channels: int, dtype: Any, rngs: nnx.Rngs, *, zero: bool = False) -> nnx.BatchNorm:
+    init = nnx.initializers.zeros_init() if zero else nnx.initializers.ones_init()
+    return nnx.BatchNorm(
+        channels,
+        epsilon=EPSILON,
+        momentum=MOMENTUM,
+        scale_init=init,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+    """3×3, stride 2, padding 1 with −inf (a literal: an array breaks reverse mode)."""
+    return jax.lax.reduce_window(
+        x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+    )
+
+
+class Block(nnx.Module):
+    """Basic (3×3, 3×3) or bottleneck (1×1, 3×3 strided, 1×1) residual block."""
+
+    def __init__(
+        self, cin: int, mid: int, cout: int, stride: int, *, bottleneck: bool, zero: bool,
+        dtype: Any, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        plan = [(cin, mid, 3, stride), (mid, cout, 3, 1)]
+        if bottleneck:
+            plan = [(cin, mid, 1, 1), (mid, mid, 3, stride), (mid, cout, 1, 1)]
+        self.depth = len(plan)
+        for i, (a, b, size, step) in enumerate(plan, start=1):
+            last = zero and i == len(plan)
+            setattr(self, f"conv{i}", _conv(a, b, size, step, dtype, rngs))
+            setattr(self, f"norm{i}", _norm(b, dtype, rngs, zero=last))
+        self.projects = stride != 1 or cin != cout
+        if self.projects:
+            self.down_conv = _conv(cin, cout, 1, stride, dtype, rngs)
+            self.down_norm = _norm(cout, dtype, rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        y = x
+        for i in range(1, self.depth + 1):
+            y = getattr(self, f"conv{i}")(y)
+            y = getattr(self, f"norm{i}")(y, use_running_average=not train)
+            y = nnx.relu(y) if i < self.depth else y
+        if self.projects:
+            x = self.down_norm(self.down_conv(x), use_running_average=not train)
+        return nnx.relu(x + y)
+
+
+class ResNet(nnx.Module):
+    """Feature maps of every stage after its last ReLU: ``layer1`` (stride 4) to ``layer4`` (32)."""
+
+    def __init__(self, spec: Arch, *, stages: int, zero: bool, dtype: Any, rngs: nnx.Rngs):
+        self.spec, self.stages = spec, stages
+        self.conv1 = _conv(3, 64, 7, 2, dtype, rngs)
+        self.norm1 = _norm(64, dtype, rngs)
+        cin = 64
+        for s in range(1, stages + 1):
+            cout = spec.channels(f"layer{s}")
+            mid = 64 * 2 ** (s - 1) * spec.width if spec.bottleneck else cout
+            for b in range(spec.blocks[s - 1]):
+                stride = 2 if s > 1 and b == 0 else 1
+                block = Block(
+                    cin, mid, cout, stride, bottleneck=spec.bottleneck, zero=zero, dtype=dtype,
+                    rngs=rngs,
+                )  # fmt: skip
+                setattr(self, f"layer{s}_block{b}", block)
+                cin = cout
+
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        x = self.norm1(self.conv1(images), use_running_average=not train)
+        x = _max_pool(nnx.relu(x))
+        maps = {}
+        for s in range(1, self.stages + 1):
+            for b in range(self.spec.blocks[s - 1]):
+                x = getattr(self, f"layer{s}_block{b}")(x, train=train)
+            maps[f"layer{s}"] = x
+        return maps
+
+
+def resnet(
+    name: str, *, stages: int = 4, zero_init_last: bool = False, dtype: Any = jnp.float32
+) -> Functional:
+    """The network ``name`` as pure functions: ``apply(params, extra, images, train=...)``.
+
+    images (b, H, W, 3) normalised. ``zero_init_last``: the last norm scale of every residual block
+    starts at 0 (the DS2 initialisation) instead of 1. ``dtype`` is the compute type; parameters
+    and statistics stay f32.
+    """
+    spec = arch(name)
+    return Functional(
+        lambda rngs: ResNet(spec, stages=stages, zero=zero_init_last, dtype=dtype, rngs=rngs)
+    )
