@@ -1,0 +1,160 @@
+"""The defects of the procedural data set.
+
+Each function gets a drawn scene, pixel coordinates and a generator and returns the image with the
+defect, (h, w, 3), and its blending weight (h, w) in 0..1; where the weight is 0 the image equals
+the clean one. The mask of a defect is weight >= 0.25.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dsad.data._fields import Noise, Rng, blob, cover, rotate, smooth, stroke
+from dsad.data._scenes import Washer
+
+#: Blending weight from which a pixel counts as defective.
+MASK_WEIGHT = 0.25
+Drawn = tuple[np.ndarray, np.ndarray]
+
+
+def _place(scene: Any, rng: Rng, margin: float = 0.16) -> tuple[float, float]:
+    """Somewhere in the image; on the metal for the object."""
+    if isinstance(scene, Washer):
+        # Away from the keyway (turn 0), in the middle of the ring.
+        return scene.on_metal(rng.uniform(0.23, 0.31), rng.uniform(0.5, 2 * np.pi - 0.5))
+    x, y = rng.uniform(margin, 1 - margin, 2)
+    return float(x), float(y)
+
+
+def _on_part(scene: Any, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Keep a surface defect of the object on its metal."""
+    if isinstance(scene, Washer):
+        return weight * cover(scene.outline(x, y) + 0.006, 0.008)
+    return weight
+
+
+def _blend(clean: np.ndarray, other: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return clean + (other - clean) * weight[..., None]
+
+
+def scratch(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
+    """A thin bent scratch: dark groove with a bright lip, fading towards its ends."""
+    clean = scene.colour(x, y)
+    pixel = 1.0 / x.shape[0]
+    length = rng.uniform(0.14, 0.22) if isinstance(scene, Washer) else rng.uniform(0.2, 0.42)
+    distance, t = stroke(rng, x, y, _place(scene, rng, 0.25), length)
+    half = max(rng.uniform(0.004, 0.0075), 0.6 * pixel)
+    taper = 0.45 + 0.55 * smooth(4 * t) * smooth(4 * (1 - t))
+    weight = cover(distance - half * taper, max(pixel, 0.004))
+    weight = _on_part(scene, x, y, weight)
+    strength = rng.uniform(0.30, 0.55) * rng.choice([-1.0, 1.0], p=[0.65, 0.35])
+    lip = 1 + strength * (1 - 0.5 * np.clip(distance / half, 0, 1))
+    return _blend(clean, clean * lip[..., None], weight), weight
+
+
+def spot(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
+    """A foreign particle or drop: a small raised blob with its own colour, shading and texture."""
+    clean = scene.colour(x, y)
+    centre = _place(scene, rng)
+    radius = rng.uniform(0.022, 0.05)
+    distance = blob(rng, x, y, centre, radius)
+    weight = _on_part(scene, x, y, cover(distance, 0.010))
+    tone = float(clean.mean())
+    shade = tone + rng.uniform(0.12, 0.26) * rng.choice([-1.0, 1.0])
+    colour = np.float32(shade) * (1 + rng.normal(0, 0.10, 3).astype(np.float32))
+    relief = 1 + 0.3 * ((x - centre[0]) + (y - centre[1])) / radius * -0.7
+    grain = 1 + 0.12 * Noise(rng, 64)(60 * x, 60 * y)
+    body = colour * (relief * grain)[..., None]
+    return _blend(clean, body, 0.85 * weight), weight
+
+
+def stain(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
+    """A translucent stain: a local shift of colour with a darker rim, the material shows through."""
+    clean = scene.colour(x, y)
+    radius = rng.uniform(0.055, 0.08) if isinstance(scene, Washer) else rng.uniform(0.07, 0.13)
+    distance = blob(rng, x, y, _place(scene, rng, 0.2), radius)
+    weight = _on_part(scene, x, y, cover(distance, 0.02))
+    tints = [(0.90, 0.72, 0.46), (0.72, 0.86, 0.98), (0.98, 0.80, 0.76), (0.80, 0.84, 0.70)]
+    tint = np.asarray(tints[rng.integers(len(tints))], np.float32)
+    depth = np.float32(rng.uniform(0.45, 0.9))
+    rim = 1 - 0.16 * smooth(1 + distance / 0.022)
+    cloud = 1 + 0.10 * Noise(rng)(14 * x, 14 * y)
+    other = clean * (1 + depth * (tint - 1)) * (rim * cloud)[..., None]
+    return _blend(clean, other, weight), weight
+
+
+def patch(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
+    """A piece of the same material set in turned and shifted: only the structure is wrong."""
+    clean = scene.colour(x, y)
+    centre = _place(scene, rng, 0.22)
+    radius = rng.uniform(0.07, 0.12)
+    weight = cover(blob(rng, x, y, centre, radius), 0.010)
+    turn = rng.uniform(0.5, 1.1) * rng.choice([-1.0, 1.0])
+    dx, dy = rotate(x, y, turn, centre)
+    shift = rng.uniform(0.25, 0.45, 2) * rng.choice([-1.0, 1.0], 2)
+    other = scene.colour(dx + centre[0] + shift[0], dy + centre[1] + shift[1])
+    return _blend(clean, other, weight), weight
+
+
+def warp(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
+    """A local displacement: pulled threads, a buckled board, a bent tooth."""
+    clean = scene.colour(x, y)
+    if isinstance(scene, Washer):
+        tooth = 2 * np.pi * rng.integers(1, scene.teeth) / scene.teeth
+        centre, radius, reach = scene.on_metal(0.385, tooth), 0.085, rng.uniform(0.5, 0.75)
+        angle = tooth + scene.angle + np.pi / 2 * rng.choice([-1.0, 1.0])
+    else:
+        centre, radius = _place(scene, rng, 0.22), rng.uniform(0.09, 0.14)
+        angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 0.65)
+    near = np.clip(1 - ((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / radius**2, 0, 1)
+    push = np.float32(reach * radius) * near * near
+    swirl = 0 if isinstance(scene, Washer) else rng.uniform(0.4, 0.9) * near * near
+    dx, dy = x - centre[0], y - centre[1]
+    c, s = np.cos(swirl), np.sin(swirl)
+    moved_x = centre[0] + c * dx + s * dy - push * np.cos(angle)
+    moved_y = centre[1] - s * dx + c * dy - push * np.sin(angle)
+    return scene.colour(moved_x.astype(np.float32), moved_y.astype(np.float32)), near
+
+
+def missing(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
+    """A tooth or a piece of the rim broken away: the belt shows; the mask is the lost metal."""
+    clean = scene.colour(x, y)
+    tooth = 2 * np.pi * rng.integers(1, scene.teeth) / scene.teeth + rng.uniform(-0.12, 0.12)
+    centre = scene.on_metal(rng.uniform(0.385, 0.41), tooth)
+    radius = rng.uniform(0.05, 0.075)
+    before = scene.outline(x, y)
+    state = rng.bit_generator.state
+
+    def bite(px: np.ndarray, py: np.ndarray) -> np.ndarray:
+        rng.bit_generator.state = state  # the same blob at every coordinate it is asked for
+        return blob(rng, px, py, centre, radius)
+
+    scene.missing = bite
+    broken = scene.colour(x, y)
+    gone = bite(x, y)
+    scene.missing = None
+    # Lost metal, and the shadow and bevel that change beside it, which are not part of the mask.
+    lost = np.minimum(cover(before, 0.008), cover(gone, 0.008))
+    return _blend(clean, broken, cover(gone - 0.02, 0.03)), lost
+
+
+_TEXTURE: dict[str, Callable[..., Drawn]] = {
+    "patch": patch,
+    "scratch": scratch,
+    "spot": spot,
+    "stain": stain,
+    "warp": warp,
+}
+_OBJECT: dict[str, Callable[..., Drawn]] = {
+    "bent": warp,
+    "missing": missing,
+    "scratch": scratch,
+    "spot": spot,
+    "stain": stain,
+}
+
+
+def kinds(category: str) -> dict[str, Callable[..., Drawn]]:
+    """Defect kinds of a category by name."""
+    return _OBJECT if category == "washer" else _TEXTURE

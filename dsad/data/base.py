@@ -1,0 +1,141 @@
+"""Configuration of data sets, faults found in them, and the way from a config to a data set."""
+
+import dataclasses
+from typing import Literal
+
+from dsad.core import config as core_config
+from dsad.core.errors import ConfigError, DataError
+from dsad.core.types import Dataset
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """Size and counts of the procedural data set, per category.
+
+    ``size`` is the side of the square images in pixels, ``train`` and ``good`` count normal
+    training and test images, ``bad`` counts test images of EACH defect kind.
+    """
+
+    size: int = 128
+    train: int = 32
+    good: int = 8
+    bad: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        """Refuse sizes and counts that make no data set."""
+        if self.size < 16:
+            raise ConfigError(f"config.data.synthetic.size: expected at least 16, got {self.size}.")
+        for field, least in (("train", 1), ("good", 0), ("bad", 0), ("seed", 0)):
+            if getattr(self, field) < least:
+                raise ConfigError(
+                    f"config.data.synthetic.{field}: expected at least {least}, "
+                    f"found {getattr(self, field)}."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which data set, from where, and what it is allowed to lose.
+
+    ``name`` is a module of dsad.data, with a variant after a colon ("mtd:grouped").
+    ``categories`` empty means all. ``canvas`` is the side in pixels of the square uint8 canvases
+    that training reads. ``lossy`` names image modes ("RGBA", "I;16", "RGB;16", "CMYK", ...) that
+    may be reduced to 8-bit RGB although this loses information. ``missing_masks="image_only"``
+    lets anomalous images without a mask take part in image-level metrics only. ``strict`` turns
+    counts that differ from the published tables into errors.
+    """
+
+    name: str = "synthetic"
+    root: str = ""
+    categories: tuple[str, ...] = ()
+    canvas: int = 256
+    cache: Literal["device", "host", "none"] = "device"
+    lossy: tuple[str, ...] = ()
+    missing_masks: Literal["error", "image_only"] = "error"
+    strict: bool = False
+    seed: int = 0
+    synthetic: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
+
+    def __post_init__(self):
+        """Refuse values outside their range."""
+        if self.canvas < 1:
+            raise ConfigError(f"config.data.canvas: expected a positive side, got {self.canvas}.")
+        if self.seed < 0:
+            raise ConfigError(f"config.data.seed: expected at least 0, found {self.seed}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One fault of a data set.
+
+    ``check`` is K1..K15 (see dsad.data.checks) or K0: the folders of the layout are there and no
+    class is empty. ``path`` is relative to the data set's root, or a category.
+    """
+
+    check: str
+    severity: Literal["error", "warning"]
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: [{self.check}] {self.message}"
+
+
+class FaultError(DataError):
+    """A DataError made of faults, all of them listed in the message and in ``faults``."""
+
+    def __init__(self, *faults: Fault, where: str = ""):
+        self.faults = faults
+        lines = [str(fault) for fault in faults]
+        if where:
+            count = f"{len(lines)} fault{'s' if len(lines) != 1 else ''}"
+            lines = [f"{where}: {count} (run `dsad check-data` for the full check)"] + [
+                f"  {line}" for line in lines
+            ]
+        super().__init__("\n".join(lines))
+
+
+def error(check: str, path: str, message: str) -> Fault:
+    """A fault that makes the data set unusable."""
+    return Fault(check=check, severity="error", path=path, message=message)
+
+
+def warning(check: str, path: str, message: str) -> Fault:
+    """A fault that is reported and tolerated."""
+    return Fault(check=check, severity="warning", path=path, message=message)
+
+
+def variant(config: DataConfig, known: tuple[str, ...] = ()) -> str:
+    """The part of ``config.name`` after the colon; ConfigError unless it is one of ``known``."""
+    name, colon, found = config.name.partition(":")
+    if not known and not colon:
+        return ""
+    if found not in known:
+        options = ", ".join(f"{name}:{k}" for k in known) or name
+        raise ConfigError(
+            f"config.data.name: expected one of {options}; found {config.name!r}."
+            f"{core_config.suggestion(found, known)}"
+        )
+    return found
+
+
+def chosen(config: DataConfig, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The categories asked for, in sorted order; ConfigError names the unknown ones."""
+    unknown = [c for c in config.categories if c not in known]
+    if unknown:
+        raise ConfigError(
+            f"config.data.categories: {core_config.listed(unknown)} not found."
+            f"{core_config.suggestion(unknown[0], known)} "
+            f"{config.root or config.name} has: {core_config.listed(known)}."
+        )
+    return tuple(sorted(config.categories or known))
+
+
+def load(config: DataConfig) -> Dataset:
+    """The data set of ``config``, its index checked, no image decoded.
+
+    Raises ConfigError for a name or category that does not exist and DataError with ALL faults of
+    the index (missing folder, empty class, missing mask, duplicate stem).
+    """
+    return core_config.resolve("data", config.name.partition(":")[0]).build(config)

@@ -1,0 +1,162 @@
+"""Image and mask files to arrays: every conversion declared, every fault named with its file.
+
+Accepted without a word, because nothing is lost: 8-bit RGB, 8-bit grey (repeated to three equal
+channels), 1-bit (0 and 255) and palettes of opaque colours (looked up). Everything else (alpha,
+16 bit, float, CMYK, ...) is a K3 fault unless ``lossy`` names its mode. 16-bit colour gets the
+mode name "RGB;16": Pillow itself would drop the low bytes silently. Pixels are used as stored,
+an EXIF orientation is not applied.
+"""
+
+import dataclasses
+import pathlib
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, TiffImagePlugin
+
+from dsad.data.base import Fault, FaultError, error
+
+_LOSSLESS = {"RGB", "L", "1", "P"}
+_MASK_MODES = {"L", "1"}
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskRule:
+    """How a mask file becomes bool: True above ``threshold``.
+
+    ``values`` are the only grey values allowed (None: any). Binarisation is at the file's own size.
+    """
+
+    threshold: int = 127
+    values: tuple[int, ...] | None = (0, 255)
+
+
+def _png_depth(image: Image.Image, file: pathlib.Path) -> int:
+    if image.format != "PNG":
+        return 8
+    with file.open("rb") as stream:
+        return stream.read(25)[24]  # IHDR: length, type, width, height, then the bit depth
+
+
+def declared_mode(image: Image.Image, file: pathlib.Path) -> str:
+    """The mode of the file, with what Pillow hides: transparency and 16-bit channels."""
+    if "transparency" in image.info:
+        return "RGBA"
+    depth = _png_depth(image, file)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        depth = max(image.tag_v2.get(258, (8,)))  # BitsPerSample
+    if depth == 16 and image.mode in ("RGB", "RGBA", "LA"):
+        return f"{image.mode};16"
+    if depth == 16 and image.mode in ("I", "L"):  # Pillow before 11 reads 16-bit grey PNG as "I"
+        return "I;16"
+    return image.mode
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, np.float64)
+        if image.mode != "F":  # 16 bit: 65535 becomes 255
+            values = values / 257.0
+        grey = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    return np.array(image.convert("RGB"), np.uint8)
+
+
+def _opened(root: pathlib.Path, path: str, use) -> np.ndarray:
+    """Apply ``use(image, file)`` to the open file; anything unreadable becomes a K8 fault."""
+    file = root / path
+    try:
+        with Image.open(file) as image:
+            return use(image, file)
+    except FaultError:
+        raise
+    except _UNREADABLE as problem:
+        what = "the file has zero bytes" if _empty(file) else f"cannot be decoded: {problem}"
+        raise FaultError(
+            error("K8", path, f"{what}. Expected a complete image file; copy it again.")
+        ) from problem
+
+
+def _empty(file: pathlib.Path) -> bool:
+    return file.is_file() and file.stat().st_size == 0
+
+
+def mode_fault(path: str, mode: str) -> Fault:
+    """The K3 fault of an image in ``mode``."""
+    return error(
+        "K3",
+        path,
+        f"image mode {mode}: expected 8-bit RGB or grey. Reducing it loses information; convert "
+        f'the file, or allow it with config.data.lossy=("{mode}",).',
+    )
+
+
+def read_image(
+    root: pathlib.Path, path: str, lossy: tuple[str, ...] = ()
+) -> tuple[np.ndarray, str]:
+    """Pixels (h, w, 3) uint8 and the file's mode; FaultError (K3, K8) names the file."""
+    modes = []
+
+    def use(image: Image.Image, file: pathlib.Path) -> np.ndarray:
+        modes.append(declared_mode(image, file))
+        if modes[0] not in _LOSSLESS and modes[0] not in lossy:
+            raise FaultError(mode_fault(path, modes[0]))
+        return _to_rgb(image)
+
+    pixels = _opened(root, path, use)
+    return pixels, modes[0]
+
+
+def read_mask(root: pathlib.Path, path: str, rule: MaskRule) -> np.ndarray:
+    """Mask (h, w) bool at the file's size; FaultError (K3, K4, K8) names the file."""
+
+    def use(image: Image.Image, file: pathlib.Path) -> np.ndarray:
+        mode = declared_mode(image, file)
+        if mode not in _MASK_MODES:
+            raise FaultError(
+                error("K3", path, f"mask mode {mode}: expected 8-bit grey (L) or 1 bit; convert.")
+            )
+        return np.array(image.convert("L"), np.uint8)
+
+    grey = _opened(root, path, use)
+    if rule.values is not None:
+        found = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
+        if not set(found.tolist()) <= set(rule.values):
+            shown = ", ".join(str(v) for v in found[:8]) + (", ..." if len(found) > 8 else "")
+            raise FaultError(
+                error(
+                    "K4",
+                    path,
+                    f"mask values {shown}: expected only {rule.values}. Binarise the mask at its "
+                    "full size and save it again.",
+                )
+            )
+    return grey > rule.threshold
+
+
+def size_fault(path: str, mask: np.ndarray, image: np.ndarray) -> Fault | None:
+    """The K2 fault of a mask (h, w) whose size is not that of its image (h, w, 3), or None."""
+    if mask.shape == image.shape[:2]:
+        return None
+    return error(
+        "K2",
+        path,
+        f"mask of {mask.shape[1]}×{mask.shape[0]} pixels (width × height) for an image of "
+        f"{image.shape[1]}×{image.shape[0]}: they must agree; masks are never resized silently.",
+    )
+
+
+def orientation(root: pathlib.Path, path: str) -> int:
+    """The EXIF orientation of the file, 1 when it has none."""
+    with Image.open(root / path) as image:
+        return int(image.getexif().get(0x0112, 1))

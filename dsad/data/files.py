@@ -1,0 +1,196 @@
+"""Data sets made of files: listing folders, the index as a data set, samples on demand."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dsad.core.config import listed, suggestion
+from dsad.core.errors import ConfigError
+from dsad.core.types import Record, Sample
+from dsad.data import decode
+from dsad.data.base import DataConfig, Fault, FaultError, error, warning
+
+#: Suffixes, in lower case, of files that count as images.
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+_COPY = re.compile(r"\(copy( \d+)?\)|[ -]copy( ?\(?\d+\)?)?$|~$", re.IGNORECASE)
+
+
+def stray(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
+    """Why a file name is not taken for an image of the set, or ""."""
+    stem, suffix = os.path.splitext(name)
+    if name.startswith("."):
+        return "hidden"
+    if suffix.lower() not in suffixes:
+        return f"suffix {suffix!r} is not one of {', '.join(suffixes)}"
+    return "looks like a copy" if _COPY.search(stem) else ""
+
+
+def subfolders(folder: pathlib.Path) -> list[str]:
+    """Sorted names of the visible folders in ``folder``; none if it does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def images(
+    root: pathlib.Path,
+    folder: pathlib.Path,
+    faults: list[Fault],
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+    ignored: tuple[str, ...] = (),
+) -> dict[str, str]:
+    """Stem to path relative to ``root`` of the images directly in ``folder``, sorted by stem.
+
+    Appends K9 warnings for what is ignored (except the suffixes in ``ignored``) and K7 errors for
+    a stem with two suffixes.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
+        path = (folder / name).relative_to(root).as_posix()
+        if os.path.splitext(name)[1].lower() in ignored and not name.startswith("."):
+            continue
+        if (folder / name).is_dir():
+            reason = "a folder where only images are expected"
+        else:
+            reason = stray(name, suffixes)
+        if reason:
+            faults.append(warning("K9", path, f"ignored: {reason}."))
+            continue
+        stem = os.path.splitext(name)[0]
+        if stem in found:
+            faults.append(
+                error(
+                    "K7",
+                    path,
+                    f"the stem {stem!r} occurs twice in one folder, also as {found[stem]}: "
+                    "masks are matched by stem; remove or rename one.",
+                )
+            )
+        else:
+            found[stem] = path
+    return dict(sorted(found.items()))
+
+
+def root_folder(config: DataConfig) -> pathlib.Path:
+    """The root as a path; ConfigError when the config names none."""
+    if not config.root:
+        raise ConfigError(
+            f"config.data.root: empty; expected the folder that holds {config.name}. "
+            "Set it with --config.data.root=DIR."
+        )
+    return pathlib.Path(config.root).expanduser()
+
+
+def missing_root(root: pathlib.Path) -> Fault:
+    """The fault of a root that does not exist or is no folder."""
+    what = "is not a folder" if root.exists() else "does not exist"
+    return error("K0", str(root), f"{what}; set config.data.root to the data set's folder.")
+
+
+def missing_mask(path: str, expected: str, allowed: bool) -> Fault:
+    """The K1 fault of an anomalous image without mask: a warning where that is allowed."""
+    if allowed:
+        return warning("K1", path, f"no mask {expected}: used for image-level metrics only.")
+    return error(
+        "K1",
+        path,
+        f"anomalous image without mask; expected {expected}. Add it, or count such images in "
+        'image-level metrics only with config.data.missing_masks="image_only".',
+    )
+
+
+def orphan_mask(path: str) -> Fault:
+    """The K1 fault of a mask that belongs to no image."""
+    return error("K1", path, "mask without image: no image has this stem; rename or remove it.")
+
+
+def split_hash(splits: Mapping[str, Iterable[Record]]) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of the sorted lines (split, path, label)."""
+    lines = sorted(f"{s}\t{r.path}\t{r.label}" for s, records in splits.items() for r in records)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def select(
+    splits: Mapping[str, tuple[Record, ...]],
+    categories: tuple[str, ...],
+    split: str,
+    category: str | None,
+) -> tuple[Record, ...]:
+    """Records of one split and of one category or all; ConfigError for a name that is not there."""
+    if split not in splits:
+        raise ConfigError(f"no split {split!r}: expected one of {listed(splits)}.")
+    if category is None:
+        return splits[split]
+    if category not in categories:
+        hint = suggestion(category, categories)
+        raise ConfigError(f"no category {category!r}.{hint} There is: {listed(categories)}.")
+    return tuple(r for r in splits[split] if r.category == category)
+
+
+class FileSource:
+    """Samples read from files on access; safe to use from several threads."""
+
+    def __init__(self, dataset: "FileDataset", records: Sequence[Record]):
+        self.records = records
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        """Decode one sample; raises DataError naming the file (K2, K3, K4, K8)."""
+        data, record = self._dataset, self.records[index]
+        image, _ = decode.read_image(data.root, record.path, data.config.lossy)
+        if record.label == 0:
+            return Sample(record=record, image=image, mask=np.zeros(image.shape[:2], bool))
+        if record.mask_path is None:
+            return Sample(record=record, image=image, mask=None)
+        mask = decode.read_mask(data.root, record.mask_path, data.rule)
+        if fault := decode.size_fault(record.mask_path, mask, image):
+            raise FaultError(fault)
+        return Sample(record=record, image=image, mask=mask)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileDataset:
+    """An index of files that satisfies the Dataset protocol.
+
+    ``faults`` are what the index alone shows. ``normal_masks`` maps normal images to mask files
+    that exist for them (all zero, or K6). ``groups`` maps paths to what must stay together (K13).
+    ``skipped`` says for a check why it does not apply.
+    """
+
+    name: str
+    categories: tuple[str, ...]
+    protocol: Mapping[str, Any]
+    config: DataConfig
+    root: pathlib.Path
+    splits: Mapping[str, tuple[Record, ...]]
+    rule: decode.MaskRule
+    faults: tuple[Fault, ...] = ()
+    normal_masks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def source(self, split: str, category: str | None = None) -> FileSource:
+        """Samples of "train" or "test", of one category or of all, sorted by path."""
+        return FileSource(self, select(self.splits, self.categories, split, category))
+
+
+def by_path(records: Iterable[Record]) -> tuple[Record, ...]:
+    """Records sorted by path: the order never depends on the file system."""
+    return tuple(sorted(records, key=lambda r: r.path))
+
+
+def accepted(dataset: FileDataset) -> FileDataset:
+    """The data set itself, or DataError with every error of its index."""
+    errors = [f for f in dataset.faults if f.severity == "error"]
+    if errors:
+        raise FaultError(*errors, where=f"{dataset.name} in {dataset.root}")
+    return dataset

@@ -1,0 +1,216 @@
+"""Folders in the layout of MVTec AD.
+
+``<category>/train/good/*``, ``<category>/test/{good,<defect>}/*`` and
+``<category>/ground_truth/<defect>/<stem>_mask.png`` (a mask named like its image is accepted too).
+The root holds categories, or is itself one category (it has train/ or test/). Masks hold 0 and
+255 only. A category without test/ can be pretrained on.
+"""
+
+import pathlib
+
+from dsad.core.types import Record
+from dsad.data import files
+from dsad.data.base import DataConfig, Fault, chosen, error, variant, warning
+from dsad.data.decode import MaskRule
+
+#: Official MVTec AD counts: train, test good, test anomalous, defect types.
+OFFICIAL = {
+    "bottle": (209, 20, 63, 3),
+    "cable": (224, 58, 92, 8),
+    "capsule": (219, 23, 109, 5),
+    "carpet": (280, 28, 89, 5),
+    "grid": (264, 21, 57, 5),
+    "hazelnut": (391, 40, 70, 4),
+    "leather": (245, 32, 92, 5),
+    "metal_nut": (220, 22, 93, 4),
+    "pill": (267, 26, 141, 7),
+    "screw": (320, 41, 119, 5),
+    "tile": (230, 33, 84, 5),
+    "toothbrush": (60, 12, 30, 1),
+    "transistor": (213, 60, 40, 4),
+    "wood": (247, 19, 60, 5),
+    "zipper": (240, 32, 119, 7),
+}
+_PARTS = ("train", "test", "ground_truth")
+
+
+class _Scan:
+    """Collects records and faults of one root."""
+
+    def __init__(self, root: pathlib.Path, config: DataConfig):
+        self.root, self.config = root, config
+        self.train: list[Record] = []
+        self.test: list[Record] = []
+        self.normal_masks: dict[str, str] = {}
+        self.faults: list[Fault] = []
+
+    def relative(self, folder: pathlib.Path) -> str:
+        return folder.relative_to(self.root).as_posix()
+
+    def category(self, name: str, folder: pathlib.Path) -> None:
+        for part in files.subfolders(folder):
+            if part not in _PARTS:
+                path = self.relative(folder / part)
+                self.faults.append(warning("K9", path, "ignored: not a folder of the layout."))
+        self.training(name, folder / "train")
+        if not (folder / "test").is_dir():
+            path = self.relative(folder / "test")
+            self.faults.append(warning("K0", path, "missing: the category cannot be evaluated."))
+        self.testing(name, folder)
+
+    def nonempty(self, folder: pathlib.Path) -> dict[str, str]:
+        found = files.images(self.root, folder, self.faults)
+        if not found:
+            what = "empty class: the folder holds no image" if folder.is_dir() else "folder missing"
+            suffixes = ", ".join(files.IMAGE_SUFFIXES)
+            self.faults.append(
+                error("K0", self.relative(folder), f"{what}; expected files with {suffixes}.")
+            )
+        return found
+
+    def loose(self, folder: pathlib.Path) -> None:
+        """Files directly in a split folder belong to no class."""
+        for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if not file.is_dir():
+                text = "ignored: a file outside a class folder."
+                self.faults.append(warning("K9", self.relative(file), text))
+
+    def training(self, name: str, folder: pathlib.Path) -> None:
+        self.loose(folder)
+        for kind in files.subfolders(folder):
+            if kind != "good":
+                text = "ignored: training uses train/good only."
+                self.faults.append(warning("K9", self.relative(folder / kind), text))
+        for path in self.nonempty(folder / "good").values():
+            self.train.append(Record(path=path, category=name, label=0, kind="good"))
+
+    def testing(self, name: str, folder: pathlib.Path) -> None:
+        self.loose(folder / "test")
+        self.loose(folder / "ground_truth")
+        kinds = files.subfolders(folder / "test")
+        if kinds and "good" not in kinds:
+            path = self.relative(folder / "test" / "good")
+            text = "missing: without normal test images ranking metrics are undefined."
+            self.faults.append(warning("K0", path, text))
+        for kind in kinds:
+            found = self.nonempty(folder / "test" / kind)
+            self.pair(name, kind, found, folder / "ground_truth" / kind)
+        for kind in files.subfolders(folder / "ground_truth"):
+            if kind not in kinds:
+                for path in files.images(
+                    self.root, folder / "ground_truth" / kind, self.faults
+                ).values():
+                    self.faults.append(files.orphan_mask(path))
+
+    def pair(self, name: str, kind: str, found: dict[str, str], masks: pathlib.Path) -> None:
+        """Match masks to images by stem."""
+        mask_of: dict[str, str] = {}
+        for stem, path in files.images(self.root, masks, self.faults).items():
+            plain = stem.removesuffix("_mask")
+            owner = plain if plain in found else stem
+            if owner not in found:
+                self.faults.append(files.orphan_mask(path))
+            elif owner in mask_of:
+                text = f"second mask of {found[owner]}, beside {mask_of[owner]}; remove one."
+                self.faults.append(error("K7", path, text))
+            else:
+                mask_of[owner] = path
+        for stem, path in found.items():
+            label = 0 if kind == "good" else 1
+            mask = mask_of.get(stem)
+            if label == 0 and mask:
+                self.normal_masks[path] = mask
+            if label == 1 and mask is None:
+                expected = f"{self.relative(masks)}/{stem}_mask.png"
+                allowed = self.config.missing_masks == "image_only"
+                self.faults.append(files.missing_mask(path, expected, allowed))
+            self.test.append(
+                Record(
+                    path=path,
+                    category=name,
+                    label=label,
+                    kind=kind,
+                    mask_path=mask if label else None,
+                )
+            )
+
+    def counts(self, name: str) -> bool:
+        """K12: whether the counts are the official ones; adds the fault if they are not."""
+        test = [r for r in self.test if r.category == name]
+        kinds = {r.kind for r in test if r.label}
+        bad = sum(r.label for r in test)
+        found = (sum(r.category == name for r in self.train), len(test) - bad, bad, len(kinds))
+        if name in OFFICIAL and found != OFFICIAL[name]:
+            make = error if self.config.strict else warning
+            text = "/".join(map(str, found)) + " train/good/anomalous images/kinds; MVTec AD has "
+            self.faults.append(make("K12", name, text + "/".join(map(str, OFFICIAL[name])) + "."))
+        return found == OFFICIAL.get(name)
+
+
+def _folders(root: pathlib.Path, scan: _Scan) -> dict[str, pathlib.Path]:
+    if (root / "train").is_dir() or (root / "test").is_dir():
+        return {root.resolve().name: root}
+    found = {}
+    for name in files.subfolders(root):
+        if any((root / name / part).is_dir() for part in ("train", "test")):
+            found[name] = root / name
+        else:
+            text = "ignored: not a category (no train/ or test/ inside)."
+            scan.faults.append(warning("K9", name, text))
+    if not found:
+        text = "no category found; expected <category>/train/good and <category>/test/<kind>."
+        scan.faults.append(error("K0", str(root), text))
+    return found
+
+
+def _licence(root: pathlib.Path, official: bool) -> str:
+    if official:
+        return "CC BY-NC-SA 4.0 (MVTec AD)"
+    names = sorted(p.name for p in root.iterdir() if p.is_file()) if root.is_dir() else []
+    found = [n for n in names if n.lower().startswith(("license", "licence"))]
+    return f"see {found[0]} in the data folder" if found else "not stated in the data folder"
+
+
+def scan(config: DataConfig) -> files.FileDataset:
+    """The index with its faults, none of them raised."""
+    variant(config)
+    root = files.root_folder(config)
+    found = _Scan(root, config)
+    folders = _folders(root, found) if root.is_dir() else {}
+    if not root.is_dir():
+        found.faults.append(files.missing_root(root))
+    categories = chosen(config, tuple(folders)) if folders else ()
+    for name in categories:
+        found.category(name, folders[name])
+    official = bool(categories) and all([found.counts(name) for name in categories])
+    splits = {"train": files.by_path(found.train), "test": files.by_path(found.test)}
+    skipped = {
+        "K11": "labels come from the folders alone",
+        "K13": "the layout names no groups",
+    }
+    if not any(name in OFFICIAL for name in categories):
+        skipped["K12"] = "no category has the name of an official one"
+    return files.FileDataset(
+        name="mvtec",
+        categories=categories,
+        protocol={
+            "dataset": "MVTec AD" if official else f"{root.resolve().name} (MVTec AD layout)",
+            "split": "official" if official else "as the folders give it",
+            "split_hash": files.split_hash(splits),
+            "licence": _licence(root, official),
+            "missing_masks": config.missing_masks,
+            "canvas_crop": "none",
+        },
+        config=config,
+        root=root,
+        splits=splits,
+        rule=MaskRule(threshold=127, values=(0, 255)),
+        faults=tuple(found.faults),
+        normal_masks=found.normal_masks,
+        skipped=skipped,
+    )
+
+
+def build(config: DataConfig) -> files.FileDataset:
+    """The data set; raises DataError with every error of the index."""
+    return files.accepted(scan(config))
