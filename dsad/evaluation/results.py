@@ -1,0 +1,102 @@
+"""Results of a localization run, and their files."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from dsad.core.errors import WorkdirError
+from dsad.evaluation.stamp import plain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a localization run measured.
+
+    ``categories[c]`` has the five numbers, ``counts`` and ``seconds``; ``mean`` the five numbers;
+    ``kinds[c][kind]`` the numbers of normal images and that kind, with ``images``; ``images[c]``
+    one entry per test image in source order; ``scales[c]`` the median and the 99.9th percentile
+    of the map on normal images; ``cases[c]`` the image numbers shown as best, median, worst and
+    false_alarms. ``gallery`` and ``curves`` are arrays by name, see ``gallery.pictures`` and
+    ``localize.measure``.
+    """
+
+    stamp: dict[str, Any]
+    categories: dict[str, dict[str, Any]]
+    mean: dict[str, float]
+    kinds: dict[str, dict[str, dict[str, Any]]]
+    images: dict[str, list[dict[str, Any]]]
+    scales: dict[str, dict[str, float]]
+    cases: dict[str, dict[str, list[int]]]
+    gallery: dict[str, np.ndarray]
+    curves: dict[str, np.ndarray]
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The keys of the numbers, in the order of the table."""
+        return list(self.mean)
+
+
+_JSON = ("stamp", "categories", "mean", "kinds", "images", "scales", "cases")
+
+
+def write_results(results: Results, workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """Write ``gallery.npz``, ``curves.npz`` and then ``results.json``; returns the latter's path.
+
+    Every file is written under a temporary name and moved, so a reader never sees half of one.
+    """
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("gallery", "curves"):
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **getattr(results, name))
+        _replace(folder / f"{name}.npz", packed.getvalue())
+    content = {name: plain(getattr(results, name)) for name in _JSON}
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    return _replace(folder / "results.json", text.encode())
+
+
+def _replace(path: pathlib.Path, content: bytes) -> pathlib.Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+    return path
+
+
+def read_results(workdir: str | os.PathLike[str]) -> Results:
+    """The results in a folder; raises WorkdirError if a file is missing or is not one of ours."""
+    folder = pathlib.Path(workdir)
+    path = folder / "results.json"
+    if not path.is_file():
+        raise WorkdirError(
+            f"{path}: no such file. Expected the workdir of a finished `dsad evaluate`."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WorkdirError(
+            f"{path}: not valid JSON ({error}). Run `dsad evaluate` again."
+        ) from error
+    missing = [n for n in _JSON if not isinstance(content, dict) or n not in content]
+    if missing:
+        raise WorkdirError(
+            f"{path}: no {', '.join(missing)} in it; it was not written by this version of "
+            "`dsad evaluate`. Run it again."
+        )
+    arrays = {name: _arrays(folder / f"{name}.npz") for name in ("gallery", "curves")}
+    return Results(**{n: content[n] for n in _JSON}, **arrays)
+
+
+def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as packed:
+            return {name: packed[name] for name in packed.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise WorkdirError(
+            f"{path}: cannot be read ({error}). Run `dsad evaluate` again."
+        ) from error

@@ -1,0 +1,228 @@
+"""From files to anomaly maps: decoding ahead, compiled features and scores, geometry."""
+
+import concurrent.futures
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from jax.sharding import Mesh
+
+from dsad.core.config import listed
+from dsad.core.errors import ConfigError, DataError
+from dsad.core.mesh import batch_sharding, replicated
+from dsad.core.types import Detector, FeatureBatch, FeatureMaps, Sample, Scores, Source, Tree
+from dsad.evaluation import metrics
+from dsad.ops import resize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How numbers are measured; everything here that changes their meaning is in the stamp."""
+
+    #: Side in pixels of the square network input.
+    image_size: int = 224
+    #: Images per device step over the whole mesh; rounded up to a multiple of its devices.
+    batch_size: int = 32
+    #: Standard deviation of the Gaussian on the upsampled map, in pixels at ``image_size``.
+    sigma: float = 4.0
+    #: Cell centres (False) or corner cells (True) are placed at the border when upsampling.
+    align_corners: bool = False
+    #: AUPRO integrates up to this false-positive rate.
+    fpr_limit: float = 0.3
+    #: Anomalous images per category kept for the report: a third each best, median and worst.
+    gallery: int = 9
+    #: Threads that read, decode and resize.
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        for field in ("image_size", "batch_size", "workers"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"evaluation.{field}: expected ≥ 1, found {getattr(self, field)}")
+        for field in ("sigma", "gallery"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"evaluation.{field}: expected ≥ 0, found {getattr(self, field)}")
+        if not 0 < self.fpr_limit <= 1:
+            raise ConfigError(f"evaluation.fpr_limit: expected in (0, 1], found {self.fpr_limit}")
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The keys of one row of numbers; the last follows the limit."""
+        pro = metrics.aupro_key(self.fpr_limit)
+        return ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", pro)
+
+
+# --- geometry -------------------------------------------------------------------------------
+
+
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """(h, w, 3) uint8 to (size, size, 3) uint8: Pillow's antialiased bilinear, aspect not kept."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise DataError(f"expected a (h, w, 3) uint8 image, found {image.shape} {image.dtype}")
+    picture = PIL.Image.fromarray(image)
+    return np.asarray(picture.resize((size, size), PIL.Image.Resampling.BILINEAR))
+
+
+def input_affine(height: int, width: int, size: int) -> np.ndarray:
+    """(2, 3) map from original (x, y) to network input, continuous: pixel centres are at + 1/2."""
+    return np.array([[size / width, 0, 0], [0, size / height, 0]], np.float64)
+
+
+def to_original(scores: np.ndarray, affine: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear sample of a map (s, s) at the centres of the original pixels: (height, width) f32.
+
+    ``affine`` is axis-parallel, as ``input_affine`` gives it; beyond the outer centres the edge
+    value continues.
+    """
+    rows = _positions(affine[1, 1], affine[1, 2], height, scores.shape[0])
+    columns = _positions(affine[0, 0], affine[0, 2], width, scores.shape[1])
+    values = scores.astype(np.float32)
+    low, high, part = rows
+    values = values[low] + (values[high] - values[low]) * part[:, None]
+    low, high, part = columns
+    return values[:, low] + (values[:, high] - values[:, low]) * part[None, :]
+
+
+def _positions(
+    scale: float, offset: float, n: int, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lower and upper cell, and the weight of the upper, for n pixel centres."""
+    at = np.clip((np.arange(n) + 0.5) * scale + offset - 0.5, 0, size - 1)
+    low = np.minimum(np.floor(at).astype(np.int64), max(size - 2, 0))
+    return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)
+
+
+# --- host and device ------------------------------------------------------------------------
+
+
+class HostBatch(NamedTuple):
+    """A fixed-size batch; ``shapes`` and ``masks`` belong to its valid rows."""
+
+    images: np.ndarray  # (b, s, s, 3) uint8
+    valid: np.ndarray  # (b,) bool
+    index: np.ndarray  # (b,) int, -1 for padding
+    shapes: list[tuple[int, int]]
+    masks: list[np.ndarray | None]
+
+
+def batches(source: Source, config: EvalConfig, batch: int) -> Iterator[HostBatch]:
+    """Batches of a fixed size in source order, decoded ahead by threads; the last is padded."""
+
+    def prepare(index: int) -> tuple[Sample, np.ndarray]:
+        sample = source[index]
+        return sample, resize_image(sample.image, config.image_size)
+
+    ahead = batch + 2 * config.workers
+    with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
+        waiting: deque[concurrent.futures.Future[tuple[Sample, np.ndarray]]] = deque()
+        upcoming = iter(range(len(source)))
+        try:
+            for start in range(0, len(source), batch):
+                rows = range(start, min(start + batch, len(source)))
+                images = np.zeros((batch, config.image_size, config.image_size, 3), np.uint8)
+                shapes, masks = [], []
+                for row in range(len(rows)):
+                    while len(waiting) < ahead and (index := next(upcoming, None)) is not None:
+                        waiting.append(pool.submit(prepare, index))
+                    sample, images[row] = waiting.popleft().result()
+                    shapes.append(sample.image.shape[:2])
+                    masks.append(sample.mask)
+                index = np.full(batch, -1, np.int64)
+                index[: len(rows)] = rows
+                yield HostBatch(images, index >= 0, index, shapes, masks)
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class Device:
+    """The compiled parts of a run: features, scores, maps at network input size."""
+
+    def __init__(self, backbone: Any, detector: Detector, config: EvalConfig, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.batch = -(-config.batch_size // mesh.size) * mesh.size
+        leaves = jax.tree.leaves(backbone)
+        whole = replicated(mesh)
+        # A pytree of arrays is an argument, so its weights are not constants of the program.
+        as_tree = bool(leaves) and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves)
+        self._network = jax.device_put(backbone, whole) if as_tree else ()
+
+        def features(network: Any, images: jax.Array) -> FeatureMaps:
+            network = network if as_tree else backbone
+            mean = jnp.asarray(network.mean, jnp.float32)[None, None, None, :]
+            std = jnp.asarray(network.std, jnp.float32)[None, None, None, :]
+            maps = network((images.astype(jnp.float32) / 255.0 - mean) / std)
+            missing = [n for n in detector.layers if n not in maps]
+            if missing:
+                raise ConfigError(
+                    f"detector.layers: the backbone has no feature map {listed(missing)}; "
+                    f"it has: {listed(maps)}."
+                )
+            return {n: maps[n].astype(jnp.float32) for n in detector.layers}
+
+        def finish(cells: jax.Array) -> jax.Array:
+            side = (config.image_size, config.image_size)
+            maps = resize.resize_maps(cells, side, align_corners=config.align_corners)
+            return resize.gaussian_smooth(maps, config.sigma) if config.sigma > 0 else maps
+
+        # Every process needs all the scores; a single one fetches the shards as they lie.
+        out = whole if jax.process_count() > 1 else batch_sharding(mesh)
+        self._features = jax.jit(features, out_shardings=batch_sharding(mesh))
+        self._score = jax.jit(detector.score)
+        self._finish = jax.jit(
+            lambda scores: Scores(map=finish(scores.map), image=scores.image), out_shardings=out
+        )
+
+    def features(self, images: np.ndarray) -> FeatureMaps:
+        """Feature maps of uint8 images, ready."""
+        sharding = batch_sharding(self.mesh)
+        placed = jax.make_array_from_callback(images.shape, sharding, lambda at: images[at])
+        return jax.block_until_ready(self._features(self._network, placed))
+
+    def place(self, state: Tree) -> Tree:
+        """The detector's state on the mesh: what is not there yet is replicated."""
+        devices = set(self.mesh.devices.flat)
+
+        def put(x: Any) -> Any:
+            there = isinstance(x, jax.Array) and x.sharding.device_set == devices
+            return x if there else jax.device_put(x, replicated(self.mesh))
+
+        return jax.tree.map(put, state)
+
+    def score(self, state: Tree, maps: FeatureMaps) -> tuple[np.ndarray, np.ndarray]:
+        """Maps (b, s, s) and image scores (b,) f32."""
+        scores = self._finish(self._score(state, maps))
+        return np.asarray(scores.map, np.float32), np.asarray(scores.image, np.float32)
+
+
+class Features:
+    """A re-iterable ``FeatureSource`` over one source; counts the seconds spent in features."""
+
+    def __init__(
+        self,
+        device: Device,
+        source: Source,
+        category: str,
+        config: EvalConfig,
+        tick: Callable[[int], None],
+    ) -> None:
+        self.seconds = 0.0
+        self._passes = 0
+        self._parts = (device, source, category, config, tick)
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        device, source, category, config, tick = self._parts
+        self._passes += 1
+        first = self._passes == 1  # progress counts images, not passes
+        start = time.perf_counter()
+        for host in batches(source, config, device.batch):
+            maps = device.features(host.images)
+            self.seconds += time.perf_counter() - start
+            tick(int(host.valid.sum()) if first else 0)
+            yield FeatureBatch(maps, host.valid, category, host.index)
+            start = time.perf_counter()

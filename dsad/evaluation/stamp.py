@@ -1,0 +1,194 @@
+"""The protocol stamp: what a number means, stored with it, and compared before numbers are."""
+
+import dataclasses
+import datetime
+import hashlib
+import pathlib
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import dsad
+from dsad.core.types import Dataset, Record
+
+#: Fields that may differ between comparable numbers: what is compared, and when and by what.
+IGNORED = ("backbone", "code", "date", "jax", "name", "seed")
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON types: dataclasses and mappings to dicts, tuples and arrays to lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(v) for v in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def records_hash(splits: Mapping[str, Sequence[Record]]) -> str:
+    """SHA-256 over split, path, label, kind and mask path of every record, in path order."""
+    digest = hashlib.sha256()
+    for split in sorted(splits):
+        lines = (
+            f"{split}\t{r.category}\t{r.path}\t{r.label}\t{r.kind}\t{r.mask_path or ''}\n"
+            for r in splits[split]
+        )
+        for line in sorted(lines):
+            digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def describe_backbone(backbone: Any) -> dict[str, Any]:
+    """Architecture and weights as far as the object names them."""
+    found = {"arch": getattr(backbone, "arch", None), "weights": None}
+    found["arch"] = found["arch"] or getattr(backbone, "__name__", type(backbone).__name__)
+    found["weights"] = getattr(backbone, "description", None)
+    return plain({k: v for k, v in found.items() if v})
+
+
+def describe_detector(detector: Any) -> dict[str, Any]:
+    """Module name and configuration: ``detector.config``, or its own fields if a dataclass."""
+    config = getattr(detector, "config", None)
+    if config is None and dataclasses.is_dataclass(detector):
+        config = detector
+    name = type(detector).__module__.rpartition(".")[2]
+    return {"name": name, "config": {} if config is None else plain(config)}
+
+
+def code_version() -> dict[str, Any]:
+    """Package version, and the git commit (with "-dirty") when run from a checkout."""
+    root = pathlib.Path(dsad.__file__).resolve().parent.parent
+    version: dict[str, Any] = {"dsad": dsad.__version__, "commit": None}
+    if not (root / ".git").exists():
+        return version
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):  # no git here: the version has to do
+        return version
+    version["commit"] = done.stdout.strip() or None
+    return version
+
+
+def key_data(key: jax.Array) -> list[int]:
+    """The words of a random key, old style or new."""
+    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    return [int(word) for word in np.asarray(key).ravel()]
+
+
+def make_stamp(
+    dataset: Dataset,
+    categories: Sequence[str],
+    *,
+    config: Any,
+    detector: Any,
+    backbone: Any,
+    key: jax.Array,
+    name: str = "",
+    details: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The stamp of one localization run, JSON types only.
+
+    Args:
+      dataset: its ``protocol`` and a hash over the records of both splits are taken.
+      categories: the categories evaluated, in order; the mean is over these.
+      config: the ``EvalConfig``.
+      detector: described by ``describe_detector``.
+      backbone: described by ``describe_backbone``.
+      key: the random key of the run.
+      name: a name for people.
+      details: replaces or adds fields, such as ``{"backbone": {"run": ..., "step": ...}}``;
+        mappings are merged one level deep.
+
+    """
+    splits = {
+        split: [r for c in categories for r in dataset.source(split, c).records]
+        for split in ("train", "test")
+    }
+    stamp = {
+        "name": name,
+        "dataset": {
+            "name": dataset.name,
+            **plain(dataset.protocol),
+            "records_sha256": records_hash(splits),
+        },
+        "categories": list(categories),
+        "image_size": config.image_size,
+        "resize": "Pillow bilinear with antialiasing on uint8 RGB, aspect ratio not kept",
+        "pixels": "original",
+        "normals": "included",
+        "regions": "connected components of the mask",
+        "connectivity": 8,
+        "fpr_limit": config.fpr_limit,
+        "pooling": "pixels pooled per category, mean over categories",
+        "precision": "average precision (step sum, no trapezoid)",
+        "detector": describe_detector(detector),
+        "layers": list(detector.layers),
+        "image_score": "the detector's",
+        "upsampling": "bilinear, " + ("aligned corners" if config.align_corners else "half-pixel"),
+        "smoothing": {"gaussian_sigma_px": config.sigma, "at_image_size": config.image_size},
+        "backbone": describe_backbone(backbone),
+        "seed": key_data(key),
+        "code": code_version(),
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    for field, value in (details or {}).items():
+        old = stamp.get(field)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        stamp[field] = plain({**old, **value}) if both else plain(value)  # type: ignore[dict-item]
+    return stamp
+
+
+def flat(stamp: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level with dotted names."""
+    made: dict[str, Any] = {}
+    for name, value in stamp.items():
+        if isinstance(value, Mapping) and value:
+            made.update(flat(value, f"{prefix}{name}."))
+        else:
+            made[f"{prefix}{name}"] = value
+    return made
+
+
+def differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], ignore: Iterable[str] = IGNORED
+) -> list[str]:
+    """Lines "field: this against that" for every field that changes what a number means.
+
+    Args:
+      a: one stamp.
+      b: the other.
+      ignore: top-level or dotted fields that may differ.
+
+    """
+    skipped = tuple(ignore)
+
+    def kept(stamp: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            n: v
+            for n, v in flat(stamp).items()
+            if not any(n == s or n.startswith(f"{s}.") for s in skipped)
+        }
+
+    left, right = kept(a), kept(b)
+    absent = "(absent)"
+    names = [*left, *(n for n in right if n not in left)]
+    return [
+        f"{n}: {left.get(n, absent)!r} against {right.get(n, absent)!r}"
+        for n in names
+        if left.get(n, absent) != right.get(n, absent)
+    ]

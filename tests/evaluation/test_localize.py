@@ -1,0 +1,371 @@
+"""The localization run against planted answers, geometry, padding, devices, files."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+from scipy import ndimage
+from sklearn import metrics as oracle
+
+from dsad.core.errors import ConfigError, DataError, MetricError, WorkdirError
+from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.types import Record, Sample, Scores
+from dsad.evaluation import gallery, scoring
+from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
+
+NUMBERS = {"image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro_30"}
+
+
+class Planted:
+    """Grey noise images of 60 × 40 (height × width); defects are a colour at known pixels."""
+
+    name = "planted"
+    protocol = types.MappingProxyType({"name": "planted", "split": "by hand"})
+
+    def __init__(self, categories=("disc",), noise=6, strength=60, without_mask=0, good=5):
+        self.categories = tuple(categories)
+        self.noise, self.strength, self.without_mask, self.good = (
+            noise,
+            strength,
+            without_mask,
+            good,
+        )
+
+    def source(self, split, category=None):
+        rows = []
+        for c in self.categories if category is None else [category]:
+            if split == "train":
+                rows += [(c, "good", i) for i in range(7)]
+            else:
+                rows += [(c, "good", i) for i in range(self.good)]
+                rows += [(c, kind, i) for kind in ("blue", "red") for i in range(3)]
+        return PlantedSource(self, split, rows)
+
+
+class PlantedSource:
+    def __init__(self, owner, split, rows):
+        self.owner, self.split, self.rows = owner, split, rows
+        self.records = [
+            Record(
+                path=f"{c}/{split}/{kind}/{i:03d}.png",
+                category=c,
+                label=int(kind != "good"),
+                kind=kind,
+                mask_path=None if kind == "good" else f"{c}/ground_truth/{kind}/{i:03d}_mask.png",
+            )
+            for c, kind, i in rows
+        ]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        _, kind, number = self.rows[index]
+        owner, record = self.owner, self.records[index]
+        seed = sum(map(ord, record.path))
+        rng = np.random.default_rng(seed)
+        image = 120 + rng.integers(-owner.noise, owner.noise + 1, (60, 40, 3))
+        mask = np.zeros((60, 40), bool)
+        if kind != "good":
+            row, column = 6 + 15 * number, 5 + 9 * number
+            mask[row : row + 12, column : column + 10] = True
+            image[mask] += np.array([0, 0, 1] if kind == "blue" else [1, 0, 0]) * owner.strength
+        lost = kind != "good" and number < owner.without_mask
+        return Sample(record=record, image=image.astype(np.uint8), mask=None if lost else mask)
+
+
+class Pooled:
+    """Mean colour of 4 × 4 pixels as features: an untrained backbone with a known answer."""
+
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    arch, description = "pooled", "none"
+    traced = 0
+
+    def __call__(self, images):
+        type(self).traced += 1
+        b, h, w, c = images.shape
+        cells = images.reshape(b, h // 4, 4, w // 4, 4, c).mean((2, 4))
+        return {"colour": cells, "unused": cells}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distance:
+    """Distance to the mean training cell; the mean is taken over valid rows only."""
+
+    layers: tuple[str, ...] = ("colour",)
+    power: float = 1.0
+
+    def fit(self, source, *, mesh, key, trained=None):
+        seen = []
+        for _ in range(2):  # the source is re-iterable
+            total, count = np.zeros(3), 0
+            for batch in source:
+                cells = np.asarray(batch.maps["colour"])
+                assert (batch.index[batch.valid] >= 0).all()
+                total += cells[batch.valid].astype(np.float64).sum((0, 1, 2))
+                count += batch.valid.sum() * cells.shape[1] * cells.shape[2]
+            seen.append(total / count)
+        assert np.array_equal(*seen)
+        return {"mean": jnp.asarray(seen[0], jnp.float32)}
+
+    def score(self, state, features):
+        cells = features["colour"] - state["mean"][None, None, None, :]
+        found = jnp.sqrt(jnp.sum(cells**2, -1)) ** self.power
+        return Scores(map=found, image=found.max((1, 2)))
+
+
+def run(dataset=None, devices=1, mesh=None, **config):
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:devices])
+    settings = {"image_size": 48, "batch_size": 4, "sigma": 1.0, "workers": 2} | config
+    return localize(
+        Pooled(),
+        Distance(),
+        dataset or Planted(),
+        EvalConfig(**settings),
+        mesh=mesh,
+        key=jax.random.key(3),
+    )
+
+
+def test_planted_defects_are_found():
+    results = run()
+    row = results.categories["disc"]
+    assert set(row) == NUMBERS | {"counts", "seconds"}
+    assert row["image_auroc"] == 1.0
+    assert row["image_ap"] == pytest.approx(1.0, abs=1e-12)
+    assert row["pixel_auroc"] > 0.97
+    assert row["counts"] == {
+        "train": 7,
+        "normal": 5,
+        "anomalous": 6,
+        "anomalous_without_mask": 0,
+        "anomalous_with_empty_mask": 0,
+    }
+    assert results.mean == {m: row[m] for m in NUMBERS}
+    assert set(results.kinds["disc"]) == {"blue", "red"}
+    assert set(results.kinds["disc"]["red"]) == NUMBERS | {"images"}
+    assert [x["kind"] for x in results.images["disc"]] == ["good"] * 5 + ["blue"] * 3 + ["red"] * 3
+
+
+def test_numbers_equal_an_independent_pipeline():
+    """Weak defects: numpy, Pillow, scipy and scikit-learn all the way, in float64."""
+    dataset = Planted(strength=4)
+    results = run(dataset)
+    train = [dataset.source("train", "disc")[i].image for i in range(7)]
+
+    def cells(image):
+        small = np.asarray(PIL.Image.fromarray(image).resize((48, 48), PIL.Image.BILINEAR))
+        return ((small / 255 - 0.5) / 0.25).reshape(12, 4, 12, 4, 3).mean((1, 3))
+
+    centre = np.mean([cells(x) for x in train], (0, 1, 2))
+    test = dataset.source("test", "disc")
+    scores, maps, masks = [], [], []
+    for i in range(len(test)):
+        found = np.linalg.norm(cells(test[i].image) - centre, axis=-1)
+        scores.append(found.max())
+        wide = sampled(found, 48, 48)
+        smooth = ndimage.gaussian_filter(wide, 1.0, mode="reflect", truncate=4.0)
+        maps.append(sampled(smooth, 60, 40))
+        masks.append(test[i].mask)
+    labels = [r.label for r in test.records]
+    row = results.categories["disc"]
+    assert row["image_auroc"] == pytest.approx(oracle.roc_auc_score(labels, scores), abs=1e-6)
+    assert row["image_ap"] == pytest.approx(
+        oracle.average_precision_score(labels, scores), abs=1e-6
+    )
+    flat, truth = np.ravel(maps), np.ravel(masks)
+    assert 0.5 < row["pixel_auroc"] < 0.999
+    assert row["pixel_auroc"] == pytest.approx(oracle.roc_auc_score(truth, flat), abs=1e-5)
+    assert row["pixel_ap"] == pytest.approx(oracle.average_precision_score(truth, flat), abs=1e-4)
+    for entry, expected, scored in zip(results.images["disc"], scores, maps, strict=True):
+        assert entry["score"] == pytest.approx(expected, rel=1e-5)
+        assert entry["max"] == pytest.approx(scored.max(), rel=1e-5)
+
+
+def sampled(values, height, width):
+    """Bilinear samples at half-pixel centres, by scipy."""
+    rows = (np.arange(height) + 0.5) * values.shape[0] / height - 0.5
+    columns = (np.arange(width) + 0.5) * values.shape[1] / width - 0.5
+    at = np.meshgrid(
+        rows.clip(0, values.shape[0] - 1), columns.clip(0, values.shape[1] - 1), indexing="ij"
+    )
+    return ndimage.map_coordinates(values, at, order=1, mode="nearest")
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (17, 31), (59, 39), (40, 3)])
+def test_a_peak_comes_back_to_its_original_pixel(row, column):
+    image = np.zeros((60, 40, 3), np.uint8)
+    image[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = 255
+    small = scoring.resize_image(image, 224)[..., 0].astype(np.float32)
+    affine = scoring.input_affine(60, 40, 224)
+    # A map that is blurred at network input, as a real one is.
+    back = scoring.to_original(ndimage.gaussian_filter(small, 3.0), affine, 60, 40)
+    peak = np.unravel_index(back.argmax(), back.shape)
+    assert back.shape == (60, 40)
+    assert max(abs(peak[0] - row), abs(peak[1] - column)) <= 1
+
+
+def test_a_perfect_map_is_perfect_on_original_pixels():
+    mask = np.zeros((60, 40), bool)
+    mask[21:37, 8:15] = True
+    image = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, -1)
+    small = scoring.resize_image(image, 240)[..., 0]
+    back = scoring.to_original(small, scoring.input_affine(60, 40, 240), 60, 40)
+    assert oracle.roc_auc_score(mask.ravel(), back.ravel()) == 1.0
+    assert np.array_equal(back > 127, mask)
+
+
+def test_to_original_matches_scipy_when_shrinking_too():
+    values = np.random.default_rng(0).normal(size=(50, 50))
+    back = scoring.to_original(values, scoring.input_affine(33, 90, 50), 33, 90)
+    np.testing.assert_allclose(back, sampled(values, 33, 90), atol=1e-5)
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(1, 5), (1, 64), (8, 8), (8, 3)])
+def test_batches_and_devices_do_not_change_numbers(devices, batch):
+    dataset = Planted(strength=9)
+    expected, found = run(dataset, batch_size=1), run(dataset, devices, batch_size=batch)
+    for name in NUMBERS:
+        assert found.mean[name] == pytest.approx(expected.mean[name], abs=1e-6)
+    for a, b in zip(expected.images["disc"], found.images["disc"], strict=True):
+        assert b["path"] == a["path"]
+        assert b["score"] == pytest.approx(a["score"], rel=1e-6)
+        assert b["max"] == pytest.approx(a["max"], rel=1e-5)
+
+
+def test_one_compilation_serves_all_categories():
+    Pooled.traced = 0
+    results = run(Planted(categories=("a", "b", "c")))
+    assert Pooled.traced == 1
+    assert list(results.categories) == ["a", "b", "c"]
+    values = [results.categories[c]["pixel_ap"] for c in "abc"]
+    assert results.mean["pixel_ap"] == pytest.approx(np.mean(values))
+
+
+def test_images_without_mask_count_for_image_numbers_only():
+    full, partial = run(Planted(strength=9)), run(Planted(strength=9, without_mask=1))
+    counts = partial.categories["disc"]["counts"]
+    assert counts["anomalous"] == 6
+    assert counts["anomalous_without_mask"] == 2
+    assert partial.mean["image_auroc"] == full.mean["image_auroc"]
+    assert partial.mean["pixel_ap"] != full.mean["pixel_ap"]
+    none = [x for x in partial.images["disc"] if x["label"] and x["pixel_auroc"] is None]
+    assert len(none) == 2
+
+
+def test_undefined_metrics_name_the_category():
+    with pytest.raises(MetricError, match=r"disc: only anomalous test images"):
+        run(Planted(good=0))
+
+    class NoMasks(Planted):
+        def source(self, split, category=None):
+            found = super().source(split, category)
+            found.records = [dataclasses.replace(r, mask_path=None) for r in found.records]
+            return found
+
+    with pytest.raises(MetricError, match=r"disc: no anomalous test image has a mask"):
+        run(NoMasks(without_mask=3))
+    assert run(NoMasks()).mean["image_auroc"] == 1.0  # masks without files are fine
+
+
+def test_other_limits_are_named():
+    assert "aupro_05" in run(fpr_limit=0.05).mean
+    with pytest.raises(ConfigError, match="fpr_limit"):
+        EvalConfig(fpr_limit=0.0)
+    with pytest.raises(ConfigError, match="batch_size"):
+        EvalConfig(batch_size=0)
+
+
+def test_missing_layer_and_category_list_what_exists():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    given = {"mesh": mesh, "key": jax.random.key(0)}
+    config = EvalConfig(image_size=48)
+    with pytest.raises(ConfigError, match=r"no feature map layer9; it has: colour, unused"):
+        localize(Pooled(), Distance(layers=("layer9",)), Planted(), config, **given)
+    with pytest.raises(ConfigError, match=r"cup not in planted, which has: disc"):
+        localize(Pooled(), Distance(), Planted(), config, categories=["cup"], **given)
+    with pytest.raises(DataError, match=r"uint8"):
+        scoring.resize_image(np.zeros((4, 4, 3), np.float32), 8)
+
+
+def test_progress_reaches_the_total():
+    seen = []
+    localize(
+        Pooled(),
+        Distance(),
+        Planted(),
+        EvalConfig(image_size=48),
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+        key=jax.random.key(0),
+        progress=lambda done, total, text: seen.append((done, total, text)),
+    )
+    assert seen[-1][0] == seen[-1][1] == 18
+    assert [s[0] for s in seen] == sorted(s[0] for s in seen)
+
+
+def test_results_survive_the_files(tmp_path):
+    results = run(Planted(categories=("a", "b"), strength=9))
+    path = write_results(results, tmp_path / "out")
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "curves.npz",
+        "gallery.npz",
+        "results.json",
+    ]
+    content = json.loads(path.read_text())
+    assert set(content) >= {"stamp", "categories", "mean", "kinds", "images"}
+    assert set(content["categories"]["a"]) >= NUMBERS
+    assert set(content["mean"]) == NUMBERS
+    again = read_results(path.parent)
+    assert again.mean == results.mean
+    assert again.images == results.images
+    assert again.stamp == results.stamp
+    for name, array in results.gallery.items():
+        np.testing.assert_array_equal(again.gallery[name], array)
+    assert again.curves["a/roc/fpr"].size > 2
+
+
+def test_unreadable_results_say_what_to_do(tmp_path):
+    with pytest.raises(WorkdirError, match=r"results\.json: no such file.*dsad evaluate"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(WorkdirError, match="not valid JSON"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text('{"mean": {}}')
+    with pytest.raises(WorkdirError, match="no stamp, categories"):
+        read_results(tmp_path)
+    write_results(run(), tmp_path)
+    (tmp_path / "gallery.npz").write_bytes(b"PK half a file")
+    with pytest.raises(WorkdirError, match=r"gallery\.npz: cannot be read"):
+        read_results(tmp_path)
+
+
+def test_cases_are_ranked_and_distinct():
+    def image(number, value, label=1, score=0.0):
+        own = value if label else None
+        return {"path": f"{number:02d}", "label": label, "score": score, "pixel_auroc": own}
+
+    images = [image(i, i / 20) for i in range(20)]
+    images += [image(20 + i, None, label=0, score=float(i)) for i in range(6)]
+    cases = gallery.choose_cases(images, 9)
+    assert cases["best"] == [19, 18, 17]
+    assert cases["worst"] == [0, 1, 2]
+    assert cases["median"] == [11, 10, 9] or cases["median"] == [10, 9, 8]
+    assert cases["false_alarms"] == [25, 24, 23]
+    few = gallery.choose_cases(images[:4], 9)
+    shown = few["best"] + few["median"] + few["worst"]
+    assert sorted(shown) == [0, 1, 2, 3]
+
+
+def test_the_scale_comes_from_normals_only():
+    results = run()
+    scale = results.scales["disc"]
+    maps = [results.gallery[f"map/disc/{i}"].astype(np.float32) for i in range(5)]
+    assert abs(np.median(maps)) < 0.1  # 0 is the normals' median
+    assert 0.7 < max(m.max() for m in maps) < 2.0  # 1 is their 99.9th percentile
+    assert results.gallery["map/disc/5"].max() > 3.0  # a planted defect lies far outside
+    assert scale["p99_9"] > scale["median"] > 0
