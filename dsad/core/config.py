@@ -132,3 +132,11 @@ def resolve(package: str, name: str) -> types.ModuleType:
             f"dsad.{package} has: {listed(known)}."
         )
     return importlib.import_module(f"dsad.{package}.{name}")
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """A config dataclass as nested plain dicts; tuples stay tuples."""
+    return {
+        f.name: as_dict(v) if dataclasses.is_dataclass(v := getattr(value, f.name)) else v
+        for f in dataclasses.fields(value)
+    }

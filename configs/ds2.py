@@ -1,0 +1,93 @@
+"""DS2 (He et al., WACV 2024): ResNet-18 from scratch on the normal images of MVTec AD.
+
+The published recipe: all 15 categories together (3,629 images), 400 epochs of 256 images.
+
+    dsad pretrain --config=configs/ds2.py --config.data.root=MVTEC --workdir=runs/ds2
+
+Variants, after a colon and joined by commas:
+    mtd        magnetic tiles, grouped split, 96 px, sized for two CPU cores
+    synthetic  the procedural data set, needs no file
+    pixpro     PixPro (Xie et al., CVPR 2021): layer4 only, threshold 0.7, no most-similar pair
+    published  the quirks of the published code: warm-up counter, coordinates, teacher schedule
+    smoke      a few steps on small synthetic images
+"""
+
+from dsad.cli.pretrain import default_config
+from dsad.core.errors import ConfigError
+
+
+def get_config(variants: str = ""):
+    config = default_config("ds2")
+    config.data.name = "mvtec"
+    config.data.canvas = 512
+    for name in filter(None, (variants or "").split(",")):
+        if name not in VARIANTS:
+            raise ConfigError(f"configs/ds2.py has the variants {sorted(VARIANTS)}, not {name!r}.")
+        VARIANTS[name](config)
+    return config
+
+
+def _views(config, **values):
+    for view in (config.objective.view1, config.objective.view2):
+        view.update(values)
+
+
+def _mtd(config):
+    config.data.name = "mtd:grouped"
+    config.data.canvas = 256
+    config.batch_size = 32
+    config.epochs = 60.0
+    config.optim.lr = 2.0
+    config.optim.schedule = "cosine"
+    config.optim.warmup_epochs = 2.0
+    config.objective.hidden = 1024
+    _views(config, side=96)
+
+
+def _synthetic(config):
+    config.data.name = "synthetic"
+    config.data.canvas = 128
+    config.batch_size = 32
+    config.epochs = 20.0
+    config.optim.schedule = "cosine"
+    config.optim.warmup_epochs = 2.0
+    config.objective.hidden = 512
+    _views(config, side=64)
+
+
+def _pixpro(config):
+    config.objective.layers = ("layer4",)
+    config.objective.threshold = 0.7
+    config.objective.top1 = "off"
+    config.objective.average_directions = False
+    # BYOL's two recipes.
+    _views(config, grey_probability=0.2)
+    config.objective.view2.solarize_probability = 0.5
+
+
+def _published(config):
+    config.optim.published_warmup = True
+    config.objective.momentum_steps = 5670
+    _views(config, coordinates="centres")
+
+
+def _smoke(config):
+    _synthetic(config)
+    config.data.synthetic.size = 64
+    config.data.synthetic.train = 8
+    config.data.canvas = 64
+    config.batch_size = 8
+    config.steps = 4
+    config.log_every = 1
+    config.objective.hidden = 32
+    config.objective.out = 16
+    _views(config, side=32)
+
+
+VARIANTS = {
+    "mtd": _mtd,
+    "synthetic": _synthetic,
+    "pixpro": _pixpro,
+    "published": _published,
+    "smoke": _smoke,
+}

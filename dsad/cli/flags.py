@@ -1,0 +1,167 @@
+"""``--config=FILE:VARIANT --config.a.b=v`` and the other flags of a command."""
+
+import contextlib
+import importlib.resources
+import io
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from dsad.core.config import listed, suggestion
+from dsad.core.errors import ConfigError
+
+
+def config_directory() -> pathlib.Path:
+    """Where the shipped configs lie: inside an installed package, beside it in a checkout."""
+    package = pathlib.Path(str(importlib.resources.files("dsad")))
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def shipped_configs() -> tuple[str, ...]:
+    """Names of the configs that come with dsad."""
+    names = (p.stem for p in config_directory().glob("*.py") if not p.stem.startswith("_"))
+    return tuple(sorted(names))
+
+
+def locate(spec: str) -> str:
+    """``configs/ds2.py:mtd`` or ``ds2:mtd`` with the path of an existing file."""
+    path, colon, variant = spec.partition(":")
+    shipped = config_directory() / f"{pathlib.Path(path).stem}.py"
+    if not pathlib.Path(path).is_file():
+        own = path in (shipped.stem, f"configs/{shipped.name}")
+        if not own or not shipped.is_file():
+            known = shipped_configs()
+            raise ConfigError(
+                f"--config: no file {path!r}.{suggestion(path, known)} "
+                f"Shipped with dsad: {listed(known)}; or give the path of your own file."
+            )
+        path = str(shipped)
+    return f"{path}{colon}{variant}"
+
+
+class Command:
+    """Flags of one command. ``parse`` returns (config, flag values, positional arguments)."""
+
+    def __init__(self, name: str, usage: str, *, config: str = ""):
+        self.name, self.usage, self.config = name, usage, config
+        self.values = flags.FlagValues()
+        flags.DEFINE_boolean("help", False, "Show this text.", flag_values=self.values)
+
+    def string(self, name: str, default: str, text: str) -> None:
+        """A flag with a string value."""
+        flags.DEFINE_string(name, default, text, flag_values=self.values)
+
+    def integer(self, name: str, default: int, text: str) -> None:
+        """A flag with an integer value."""
+        flags.DEFINE_integer(name, default, text, flag_values=self.values)
+
+    def switch(self, name: str, text: str) -> None:
+        """A flag that is off unless given."""
+        flags.DEFINE_boolean(name, False, text, flag_values=self.values)
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, flags.FlagValues, list[str]]:
+        """Raises ConfigError for anything that does not exist or has the wrong type."""
+        argv = [f"dsad {self.name}", *_with_equals(argv)]
+        if "--help" in argv or "-h" in argv or "--helpfull" in argv:
+            print(self.help())
+            raise SystemExit(0)
+        if self.config:
+            argv = [_located(a) for a in argv]
+            if not any(a.startswith("--config=") for a in argv):
+                # Overrides must come after the file they override.
+                argv.insert(1, f"--config={locate(self.config)}")
+            config_flags.DEFINE_config_file(
+                "config", None, "Config file.", flag_values=self.values, sys_argv=argv
+            )
+        with self._readable(argv):
+            rest = self.values(argv)[1:]
+        config = self.values["config"].value if self.config else None
+        return config, self.values, rest
+
+    def help(self) -> str:
+        """Usage, the command's flags, and how to see and set config keys."""
+        own = self.values.get_help().replace("\n\n", "\n").rstrip()
+        out = [f"dsad {self.name}: {self.usage}", own]
+        if self.config:
+            out.append(
+                f"  --config: config file, with variants after a colon; default {self.config}\n"
+                f"    (shipped: {', '.join(shipped_configs())})\n"
+                "  --config.KEY=VALUE: override one key, for example --config.data.name=mvtec"
+            )
+        return "\n".join(out)
+
+    @contextlib.contextmanager
+    def _readable(self, argv: Sequence[str]) -> Any:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+        except flags.UnrecognizedFlagError as error:
+            known = [f"--{n}" for n in self.values] + (["--config"] if self.config else [])
+            raise ConfigError(
+                f"dsad {self.name}: unknown flag --{error.flagname}."
+                f"{suggestion('--' + error.flagname, known)} Flags: {listed(known)}."
+            ) from error
+        except (AttributeError, KeyError) as error:
+            raise ConfigError(self._unknown_key(argv, error)) from error
+        except (flags.Error, TypeError, ValueError, OSError) as error:
+            message = re.sub(r"\s+", " ", str(error))
+            raise ConfigError(f"dsad {self.name}: {message}{self._expected(argv, error)}") from error
+
+    def _loaded(self, argv: Sequence[str]) -> Any:
+        """The config without overrides, to say what exists."""
+        file = next(a for a in argv if a.startswith("--config="))
+        fresh = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", None, flag_values=fresh, sys_argv=[argv[0], file])
+        fresh([argv[0], file])
+        return fresh["config"].value
+
+    def _unknown_key(self, argv: Sequence[str], error: Exception) -> str:
+        config = self._loaded(argv)
+        for argument in argv:
+            path = argument.removeprefix("--config.").partition("=")[0]
+            if not argument.startswith("--config."):
+                continue
+            node, where = config, "config"
+            for part in path.split("."):
+                if not isinstance(node, Mapping | ml_collections.ConfigDict) or part not in node:
+                    have = node.keys() if hasattr(node, "keys") else ()
+                    return (
+                        f"{where}.{part}: unknown key.{suggestion(part, have)} "
+                        f"{where} has: {listed(have)}."
+                    )
+                node, where = node[part], f"{where}.{part}"
+        return f"dsad {self.name}: {error}"
+
+    def _expected(self, argv: Sequence[str], error: Exception) -> str:
+        named = re.search(r"config\.([\w.]+)", str(error))
+        if not named or not self.config:
+            return ""
+        node = self._loaded(argv)
+        for part in named[1].rstrip(".").split("."):
+            if part not in node:
+                return ""
+            node = node[part]
+        return f" (config.{named[1]}: expected {type(node).__name__}, for example {node!r})"
+
+
+def _with_equals(argv: Sequence[str]) -> list[str]:
+    """``--flag value`` as ``--flag=value`` for config flags, which absl reads that way only."""
+    out: list[str] = []
+    for argument in argv:
+        if out and re.fullmatch(r"--config(\.[\w.]+)?", out[-1]) and not argument.startswith("--"):
+            out[-1] = f"{out[-1]}={argument}"
+        else:
+            out.append(argument)
+    return out
+
+
+def _located(argument: str) -> str:
+    if argument.startswith("--config="):
+        return f"--config={locate(argument.removeprefix('--config='))}"
+    return argument

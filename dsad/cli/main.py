@@ -1,0 +1,53 @@
+"""Entry of the ``dsad`` command: one module per sub-command, imported when it is called."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dsad.core.errors import DsadError
+
+COMMANDS = {
+    "demo": "see it work: pretrain, localize, report, in a few minutes on a CPU",
+    "check-data": "check a data set and print every fault at once",
+    "pretrain": "train an encoder on normal images",
+    "evaluate": "measure how well a backbone localizes defects",
+    "report": "write report.html from one or more evaluations",
+    "bench": "measure speed: bench step",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 1 for faults found, 2 for unusable input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from dsad import __version__
+
+        print(f"dsad {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"dsad: unknown command {argv[0]!r}.\n\n{usage()}", file=sys.stderr)
+        return 2
+    # XLA's start-up notes mean nothing to users and hide the messages that do.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    module = importlib.import_module(f"dsad.cli.{argv[0].replace('-', '_')}")
+    try:
+        return module.main(argv[1:])
+    except DsadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "usage: dsad COMMAND [--flags]\n\n" + "\n".join(lines) + "\n\ndsad COMMAND --help"
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""``dsad pretrain``: data, objective, optimiser and loop joined by one config."""
+
+import dataclasses
+import math
+import os
+from typing import Any, Literal
+
+import jax
+import ml_collections
+from etils import epath
+from rich.console import Console
+
+from dsad.cli import console, flags, workdir
+from dsad.core import config as core_config
+from dsad.core.errors import ConfigError
+from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.types import Dataset, Objective, RunInfo, Specs
+from dsad.data import base as data_base
+from dsad.data.pipeline import Pipeline, make_pipeline
+from dsad.train.cache import device_store
+from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+from dsad.train.loop import Loop, train
+from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
+from dsad.train.state import abstract_state, initial_state
+from dsad.train.step import make_step
+from dsad.train.writer import MetricWriter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything of a run but its objective, whose keys belong to the method.
+
+    ``epochs`` or ``steps`` sets the length; ``steps`` wins when it is not 0.
+    """
+
+    seed: int = 0
+    batch_size: int = 256
+    epochs: float = 400.0
+    steps: int = 0
+    accumulate: int = 1
+    log_every: int = 10
+    init_from: str = ""
+    precision: Literal["default", "high", "highest"] = "default"
+    compilation_cache: str = ""
+    data: data_base.DataConfig = dataclasses.field(default_factory=data_base.DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.steps < 1 and self.epochs <= 0):
+            raise ConfigError("config.batch_size, config.epochs: expected positive numbers.")
+
+
+def default_config(objective: str) -> ml_collections.ConfigDict:
+    """Every key of a pretraining run with its default, for config files to change."""
+    module = core_config.resolve("objectives", objective)
+    config = ml_collections.ConfigDict(core_config.as_dict(PretrainConfig()))
+    config.objective = {"name": objective, **core_config.as_dict(module.Config())}
+    return config.lock()
+
+
+def parse(config: Any) -> tuple[PretrainConfig, Any, Any]:
+    """(run config, objective module, objective config) from nested dicts; strict."""
+    values = dict(config.items())
+    method = dict(values.pop("objective").items())
+    module = core_config.resolve("objectives", method.pop("name"))
+    run = core_config.build_dataclass(PretrainConfig, values)
+    return run, module, core_config.build_dataclass(module.Config, method, "config.objective")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The built parts of a run."""
+
+    config: PretrainConfig
+    objective: Objective
+    mesh: jax.sharding.Mesh
+    pipeline: Pipeline
+    info: RunInfo
+    specs: Specs
+    tx: Any
+    schedule: Any
+    abstract: Any
+    step: Any
+    store: Any
+
+
+def total_steps(config: PretrainConfig, samples: int) -> int:
+    """Updates of a run; no sample is dropped, so an epoch may be a fraction of updates."""
+    return config.steps or max(1, math.ceil(config.epochs * samples / config.batch_size))
+
+
+def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> Run:
+    """Data, mesh, objective, optimiser and compiled-on-first-use step of a config."""
+    cfg, module, method = parse(config)
+    mesh = make_mesh(cfg.mesh)
+    if cfg.batch_size % mesh.size:
+        raise ConfigError(
+            f"config.batch_size: expected a multiple of the {mesh.size} devices, "
+            f"found {cfg.batch_size}."
+        )
+    source = (dataset or data_base.load(cfg.data)).source("train")
+    pipeline = make_pipeline(
+        source,
+        canvas=cfg.data.canvas,
+        cache=cfg.data.cache,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        progress=progress,
+    )
+    info = RunInfo(
+        total_steps=total_steps(cfg, len(source)),
+        batch_size=cfg.batch_size,
+        samples=len(source),
+        classes=len({r.category for r in source.records}),
+    )
+    objective = module.build(method, info)
+    schedule = make_schedule(
+        cfg.optim,
+        batch_size=cfg.batch_size,
+        steps_per_epoch=info.samples / cfg.batch_size,
+        total_steps=info.total_steps,
+    )
+    tx = make_optimizer(cfg.optim, schedule)
+    specs = Specs(batch_size=cfg.batch_size, canvas=cfg.data.canvas)
+    abstract = abstract_state(objective, tx, specs, mesh, cfg.mesh.min_fsdp_size)
+    store, fetch = None, None
+    if cfg.data.cache == "device":
+        store, fetch = device_store(pipeline.store or {}, mesh)
+    step = make_step(
+        objective, tx, schedule, abstract, mesh=mesh, seed=cfg.seed, fetch=fetch,
+        accumulate=cfg.accumulate,
+    )  # fmt: skip
+    return Run(
+        config=cfg, objective=objective, mesh=mesh, pipeline=pipeline, info=info, specs=specs,
+        tx=tx, schedule=schedule, abstract=abstract, step=step, store=store,
+    )  # fmt: skip
+
+
+def pretrain(config: Any, path: epath.Path, out: Console, *, resume: bool = False) -> bool:
+    """Run or continue the training of a config in a claimed directory; True when complete."""
+    with console.progress("reading images", out) as tell:
+        run = build(config, progress=tell)
+    _describe(run, out)
+    checkpointer = Checkpointer(path, run.config.checkpoint)
+    batches = run.pipeline.iterator()
+    if resume and checkpointer.latest() is not None:
+        state, meta = checkpointer.restore(run.abstract)
+        batches.set_state(meta["data"])
+        out.print(f"resumed at step {int(state.step)} of {run.info.total_steps}")
+    else:
+        state = _first_state(run, out)
+    writer = MetricWriter(path, resume_step=int(state.step))
+    try:
+        with console.progress("pretraining", out) as tell:
+            loop = Loop(
+                step=run.step, batches=batches, store=run.store, mesh=run.mesh,
+                total_steps=run.info.total_steps, batch_size=run.config.batch_size,
+                log_every=run.config.log_every, writer=writer, checkpointer=checkpointer,
+                checkpoint_every=run.config.checkpoint.every,
+                meta={"total_steps": run.info.total_steps},
+                on_log=console.training_note(tell),
+            )  # fmt: skip
+            state, complete = train(loop, state)
+    finally:
+        writer.close()
+        checkpointer.close()
+    return complete
+
+
+def _first_state(run: Run, out: Console) -> Any:
+    state = initial_state(run.objective, run.tx, run.specs, run.abstract, run.config.seed)
+    params, extra = state.params, state.extra
+    if run.config.init_from:
+        with_weights = Checkpointer(run.config.init_from, CheckpointConfig())
+        source_params, source_extra, step = with_weights.weights()
+        source = {"params": source_params, "extra": source_extra}
+        params, extra, report = run.objective.adopt(source, params, extra)
+        out.print(f"from {run.config.init_from} step {step}: {report}")
+    extra = run.objective.prepare(params, extra, ())
+    state = dataclasses.replace(state, params=params, extra=extra)
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, run.abstract))
+
+
+def _describe(run: Run, out: Console) -> None:
+    shapes = jax.tree.leaves(run.abstract.params)
+    devices = f"{run.mesh.size} {jax.devices()[0].platform} device(s)"
+    out.print(
+        f"{run.info.samples} normal images, {run.info.total_steps} steps of "
+        f"{run.config.batch_size} images, {sum(math.prod(x.shape) for x in shapes):,} trainable "
+        f"parameters, mesh {dict(run.mesh.shape)} on {devices}"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    command = flags.Command(
+        "pretrain", "train an encoder on normal images.", config="configs/ds2.py"
+    )
+    command.string("workdir", "", "Directory of the run: config, checkpoints, metrics.")
+    command.switch("resume", "Continue the run in --workdir.")
+    command.switch("overwrite", "Replace the run in --workdir.")
+    config, values, rest = command.parse(argv)
+    if rest:
+        raise ConfigError(f"dsad pretrain: unexpected argument {rest[0]!r}.")
+    cfg, _, _ = parse(config)  # refuse a bad config before touching the directory
+    path = workdir.claim(
+        values.workdir, "pretrain", config.to_dict(), resume=values.resume,
+        overwrite=values.overwrite,
+    )  # fmt: skip
+    if cfg.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cfg.compilation_cache))
+    if cfg.precision != "default":
+        jax.config.update("jax_default_matmul_precision", cfg.precision)
+    out = console.console()
+    complete = pretrain(config, path, out, resume=values.resume)
+    if complete:
+        out.print(f"done; evaluate it with: dsad evaluate --config.backbone=run:{path}")
+    else:
+        out.print(f"stopped and saved; continue with: dsad pretrain ... --workdir={path} --resume")
+    return 0

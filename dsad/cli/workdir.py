@@ -1,0 +1,88 @@
+"""Work directories: never mixed, never overwritten unless told to."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from dsad.core.errors import ConfigError, WorkdirError
+
+CONFIG = "config.json"
+
+
+def claim(
+    workdir: str, command: str, config: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> epath.Path:
+    """Take a directory for a run and write its config; returns the path.
+
+    A directory in use needs ``resume`` (same command and config) or ``overwrite`` (it must hold a
+    dsad run, so that a mistyped path costs nothing). Raises WorkdirError otherwise.
+    """
+    if not workdir:
+        raise ConfigError(f"dsad {command}: --workdir=DIR is missing; it takes all outputs.")
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other.")
+    path = epath.Path(os.path.expanduser(workdir))
+    text = json.dumps({"command": command, "config": config}, indent=2) + "\n"
+    if path.exists() and not path.is_dir():
+        raise WorkdirError(f"--workdir={workdir}: expected a directory, found a file.")
+    if path.exists() and any(path.iterdir()):
+        if resume:
+            _check_same(path, text)
+            return path
+        if not overwrite:
+            raise WorkdirError(
+                f"--workdir={workdir}: in use. Continue its run with --resume, replace it with "
+                "--overwrite, or choose another directory."
+            )
+        if not (path / CONFIG).exists():
+            raise WorkdirError(
+                f"--workdir={workdir}: holds files but no dsad run ({CONFIG} is missing); "
+                "--overwrite only replaces dsad runs. Choose another directory."
+            )
+        shutil.rmtree(path) if isinstance(path, os.PathLike) else path.rmtree()
+    elif resume:
+        raise WorkdirError(f"--workdir={workdir}: nothing to resume; start without --resume.")
+    path.mkdir(parents=True, exist_ok=True)
+    (path / CONFIG).write_text(text)
+    return path
+
+
+def _check_same(path: epath.Path, text: str) -> None:
+    found, wanted = read(path), json.loads(text)
+    if found["command"] != wanted["command"]:
+        raise WorkdirError(
+            f"{path}: holds a run of dsad {found['command']}, not of dsad {wanted['command']}."
+        )
+    lines = differences(found["config"], wanted["config"])
+    if lines:
+        raise WorkdirError(
+            f"{path}: --resume needs the run's own config; these keys differ (found there → now):"
+            "\n  " + "\n  ".join(lines)
+        )
+
+
+def read(path: str | epath.PathLike) -> dict[str, Any]:
+    """{"command", "config"} of the run in a directory; raises WorkdirError without one."""
+    file = epath.Path(path) / CONFIG
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise WorkdirError(f"{path}: no dsad run there ({CONFIG} is missing).") from None
+    except json.JSONDecodeError as error:
+        raise WorkdirError(f"{file}: not readable as JSON: {error}.") from error
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], where: str = "config") -> list[str]:
+    """One line per key whose value differs."""
+    lines = []
+    for key in sorted(set(a) | set(b)):
+        left, right = a.get(key, "(absent)"), b.get(key, "(absent)")
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            lines += differences(left, right, f"{where}.{key}")
+        elif left != right:
+            lines.append(f"{where}.{key}: {left!r} → {right!r}")
+    return lines

@@ -1,0 +1,350 @@
+"""DS2: dense contrast of two views at two scales with two kinds of positive pairs.
+
+He, Erfani, Gong and Ke, "Learning Transferable Representations for Image Anomaly Localization
+Using Dense Pretraining", WACV 2024. It is PixPro (Xie et al., CVPR 2021) on two stages, with a
+stricter spatial criterion and one more positive pair per image: the two cells whose backbone
+features are most similar. There are no negatives; the keys come from a momentum teacher.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from dsad.augment.views import ViewConfig, make_view
+from dsad.core import rng
+from dsad.core.errors import ConfigError
+from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
+from dsad.models import heads, resnet
+from dsad.ops.geometry import spatial_positives
+from dsad.ops.similarity import effective_rank, feature_std, self_attention, unit
+
+Similarity = Literal["dot", "cosine"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of DS2; the defaults are the paper's method, other values its ablations.
+
+    Attributes:
+      layers: stages with a loss; layer3 and layer4 are the paper's C4 and C5.
+      threshold: spatial criterion in cell diagonals; 0 switches it off (PixPro uses 0.7).
+      top1: "image" adds the most similar backbone pair of each image as a positive, "cell" the
+        most similar key cell of every query cell (as DenseCL matches), "off" nothing.
+      top1_similarity: "dot" as published, where one cell of large norm tends to win, or "cosine".
+      propagation: whether queries pass through the self-attention of PixPro.
+      value_transform: applied to the values of the propagation.
+      teacher: "momentum", or "none": keys come from the online network without gradient.
+      momentum: of the teacher at step 0; it rises to 1 along a half cosine.
+      momentum_steps: length of that rise, 0 for the run's; the published code's is 5670 where its
+        run has 5600.
+      average_directions: average the two directions at each scale, or add them (PixPro).
+      dtype: compute type of the networks; parameters, statistics and losses stay f32.
+    """
+
+    arch: str = "resnet18"
+    layers: tuple[str, ...] = ("layer3", "layer4")
+    hidden: int = 4096
+    out: int = 256
+    threshold: float = 0.1
+    top1: Literal["image", "cell", "off"] = "image"
+    top1_similarity: Similarity = "dot"
+    propagation: bool = True
+    power: float = 2.0
+    value_transform: Literal["identity", "linear", "mlp"] = "linear"
+    teacher: Literal["momentum", "none"] = "momentum"
+    momentum: float = 0.99
+    momentum_steps: int = 0
+    average_directions: bool = True
+    zero_init_last: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    view1: ViewConfig = dataclasses.field(default_factory=ViewConfig)
+    view2: ViewConfig = dataclasses.field(
+        default_factory=lambda: ViewConfig(blur_probability=0.1)
+    )
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.layers) - set(resnet.STRIDES))
+        if unknown or not self.layers:
+            raise ConfigError(
+                f"objective.layers: expected some of {tuple(resnet.STRIDES)}, found {self.layers}."
+            )
+        if self.threshold <= 0 and self.top1 == "off":
+            raise ConfigError("objective.threshold, objective.top1: one must give positive pairs.")
+        if self.view1.side != self.view2.side:
+            raise ConfigError(
+                f"objective.view2.side: expected view1's {self.view1.side}, "
+                f"found {self.view2.side}; both grids must have the same cells."
+            )
+
+
+def positive_pairs(
+    query_backbone: jax.Array,
+    key_backbone: jax.Array,
+    query_box: jax.Array,
+    key_box: jax.Array,
+    *,
+    threshold: float,
+    top1: Literal["image", "cell", "off"],
+    similarity: Similarity = "dot",
+) -> tuple[jax.Array, jax.Array]:
+    """Union of the two criteria (b, S², S²) bool, and the spatial pairs alone."""
+    b, cells, _, channels = query_backbone.shape
+    shape = (b, cells**2, cells**2)
+    spatial = jnp.zeros(shape, bool)
+    if threshold > 0:
+        spatial = spatial_positives(query_box, key_box, cells, threshold)
+    if top1 == "off":
+        return spatial, spatial
+    q = jax.lax.stop_gradient(query_backbone).reshape(b, -1, channels).astype(jnp.float32)
+    k = jax.lax.stop_gradient(key_backbone).reshape(b, -1, channels).astype(jnp.float32)
+    if similarity == "cosine":
+        q, k = unit(q), unit(k)
+    alike = jnp.einsum("bic,bjc->bij", q, k) / channels
+    if top1 == "cell":
+        best = jnp.argmax(alike, axis=-1)[:, :, None]
+        return spatial | (jnp.arange(shape[2])[None, None, :] == best), spatial
+    best = jnp.argmax(alike.reshape(b, -1), axis=-1)[:, None]
+    chosen = jnp.arange(shape[1] * shape[2])[None, :] == best
+    return spatial | chosen.reshape(shape), spatial
+
+
+def dense_loss(
+    query: jax.Array,
+    key: jax.Array,
+    query_backbone: jax.Array,
+    key_backbone: jax.Array,
+    query_box: jax.Array,
+    key_box: jax.Array,
+    *,
+    threshold: float = 0.1,
+    top1: bool | Literal["image", "cell", "off"] = True,
+    similarity: Similarity = "dot",
+) -> jax.Array:
+    """Loss of one direction at one scale: −2 × mean similarity of the positive pairs.
+
+    Args:
+      query: unit vectors (b, S, S, c) of the online branch.
+      key: unit vectors (b, S, S, c) of the teacher; no gradient flows into them.
+      query_backbone: backbone maps (b, S, S, d) of the query view, for the similarity criterion.
+      key_backbone: backbone maps (b, S, S, d) of the key view, from the teacher.
+      query_box: crop corners (b, 4) as x0, y0, x1, y1 in [0, 1], x1 < x0 after a flip.
+      key_box: likewise for the key view.
+      threshold: of the spatial criterion, in cell diagonals; 0 switches it off.
+      top1: True or "image" for the best pair of each image, "cell" for the best key of every
+        query cell, False or "off" for the spatial criterion alone.
+      similarity: of the backbone features, raw dot product or cosine.
+
+    Returns:
+      Scalar in [−2, 2], averaged over the batch; −2 is perfect agreement.
+    """
+    mode = {True: "image", False: "off"}.get(top1, top1)  # type: ignore[call-overload]
+    boxes = (jnp.asarray(query_box), jnp.asarray(key_box))
+    pairs, _ = positive_pairs(
+        jnp.asarray(query_backbone), jnp.asarray(key_backbone), *boxes,
+        threshold=threshold, top1=mode, similarity=similarity,
+    )  # fmt: skip
+    return _pair_loss(jnp.asarray(query), jnp.asarray(key), pairs)
+
+
+def _pair_loss(query: jax.Array, key: jax.Array, pairs: jax.Array) -> jax.Array:
+    b, _, _, c = query.shape
+    q = query.reshape(b, -1, c).astype(jnp.float32)
+    k = jax.lax.stop_gradient(key).reshape(b, -1, c).astype(jnp.float32)
+    # Normalised before the mean, so that images with many pairs weigh no more than others.
+    alike = jnp.where(pairs, jnp.einsum("bic,bjc->bij", q, k), 0.0)
+    count = jnp.sum(pairs, axis=(1, 2), dtype=jnp.float32)
+    return -2.0 * jnp.mean(jnp.sum(alike, axis=(1, 2)) / (count + 1e-6))
+
+
+def momentum_at(step: jax.Array, start: float, total: int) -> jax.Array:
+    """Teacher momentum 1 − (1 − start)(cos(π step / total) + 1) / 2, held at 1 past the end."""
+    part = jnp.minimum(step.astype(jnp.float32) / total, 1.0)
+    return 1.0 - (1.0 - start) * (jnp.cos(jnp.pi * part) + 1.0) / 2.0
+
+
+class DS2:
+    """The objective; see ``core.types.Objective`` for the contract of each method."""
+
+    def __init__(self, cfg: Config, run: RunInfo):
+        self.cfg = cfg
+        self.momentum_steps = cfg.momentum_steps or run.total_steps
+        dtype = jnp.dtype(cfg.dtype)
+        spec = resnet.arch(cfg.arch)
+        self.mean, self.std = cfg.view1.mean, cfg.view1.std
+        self.nets = {
+            "encoder": resnet.resnet(
+                cfg.arch,
+                stages=max(int(name[-1]) for name in cfg.layers),
+                zero_init_last=cfg.zero_init_last,
+                dtype=dtype,
+            )
+        }
+        for name in cfg.layers:
+            head = heads.projector(spec.channels(name), cfg.hidden, cfg.out, dtype)
+            self.nets[f"projector_{name}"] = head
+        if cfg.propagation and cfg.value_transform == "linear":
+            self.nets["value"] = heads.pointwise(cfg.out, cfg.out, dtype)
+        elif cfg.propagation and cfg.value_transform == "mlp":
+            self.nets["value"] = heads.projector(cfg.out, cfg.out, cfg.out, dtype)
+
+    def init(self, key: jax.Array, specs: Specs) -> tuple[Any, Any]:
+        """Parameters by network; extra: ``stats``, and with a teacher its weights and stats."""
+        del specs
+        made = {n: net.init(rng.named(key, n)) for n, net in self.nets.items()}
+        params = {n: m[0] for n, m in made.items()}
+        extra = {"stats": {n: m[1] for n, m in made.items()}}
+        return params, self._with_teacher(params, extra)
+
+    def _with_teacher(self, params: Any, extra: Any) -> Any:
+        if self.cfg.teacher == "none":
+            return {"stats": extra["stats"]}
+        # The value transform belongs to the query side only.
+        own = [n for n in params if n != "value"]
+        return {
+            "stats": extra["stats"],
+            "teacher": {n: jax.tree.map(jnp.copy, params[n]) for n in own},
+            "teacher_stats": {n: jax.tree.map(jnp.copy, extra["stats"][n]) for n in own},
+        }
+
+    def views(self, batch: Batch, key: jax.Array) -> Any:
+        """``view1`` and ``view2``, each {"image": (b, S, S, 3) f32, "box": (b, 4)}."""
+        return {
+            "view1": make_view(batch, rng.named(key, "view1"), self.cfg.view1),
+            "view2": make_view(batch, rng.named(key, "view2"), self.cfg.view2),
+        }
+
+    def _branch(self, params: Any, stats: Any, images: jax.Array) -> tuple[Any, Any, Any]:
+        """Backbone maps and projections by layer, and the new statistics, of one view."""
+        stats = dict(stats)
+        images = images.astype(self.cfg.dtype)
+        maps, stats["encoder"] = self.nets["encoder"].apply(
+            params["encoder"], stats["encoder"], images, train=True
+        )
+        projected = {}
+        for name in self.cfg.layers:
+            net = f"projector_{name}"
+            out, stats[net] = self.nets[net].apply(params[net], stats[net], maps[name], train=True)
+            projected[name] = out.astype(jnp.float32)
+        return maps, projected, stats
+
+    def _queries(self, params: Any, stats: Any, projected: Any) -> tuple[Any, Any]:
+        """Unit queries by layer after the propagation, and the new statistics."""
+        if not self.cfg.propagation:
+            return {n: unit(z) for n, z in projected.items()}, stats
+        stats, queries = dict(stats), {}
+        for name, z in projected.items():
+            values = z
+            if "value" in self.nets:
+                values, stats["value"] = self.nets["value"].apply(
+                    params["value"], stats["value"], z, train=True
+                )
+            b, h, w, c = z.shape
+            flat = unit(values.astype(jnp.float32)).reshape(b, h * w, c)
+            y = self_attention(z.reshape(b, h * w, c), flat, self.cfg.power)
+            queries[name] = unit(y).reshape(b, h, w, c)
+        return queries, stats
+
+    def _keys(self, params: Any, extra: Any, images: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        """(maps, unit keys) of each view from the teacher, and its new statistics."""
+        momentum = self.cfg.teacher == "momentum"
+        weights = jax.lax.stop_gradient(extra["teacher"] if momentum else params)
+        stats = extra["teacher_stats"] if momentum else extra["stats"]
+        found = []
+        for view in images:
+            maps, projected, stats = self._branch(weights, stats, view)
+            found.append((maps, {n: unit(z) for n, z in projected.items()}))
+        return jax.lax.stop_gradient((found, stats))
+
+    def loss(
+        self, params: Any, extra: Any, views: Any, *, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Scalars]]:
+        """Sum over scales of the two directions' losses; −2 per scale is perfect agreement."""
+        del key, step  # everything random is in the views
+        images = (views["view1"]["image"], views["view2"]["image"])
+        boxes = (views["view1"]["box"], views["view2"]["box"])
+        stats, queries, maps, projected = extra["stats"], [], [], []
+        for view in images:  # separate passes: batch statistics are per view, as published
+            m, z, stats = self._branch(params, stats, view)
+            q, stats = self._queries(params, stats, z)
+            queries.append(q)
+            maps.append(m)
+            projected.append(z)
+        keys, key_stats = self._keys(params, extra, images)
+        total, scalars = jnp.float32(0), {}
+        for name in self.cfg.layers:
+            value, monitors = self._scale(name, queries, maps, keys, boxes)
+            total += value
+            scalars |= {f"{k}_{name}": v for k, v in monitors.items()}
+        flat = projected[0][self.cfg.layers[-1]].reshape(-1, self.cfg.out)
+        scalars |= {"feature_std": feature_std(flat), "effective_rank": effective_rank(flat)}
+        new = {"stats": stats}
+        if self.cfg.teacher == "momentum":
+            new |= {"teacher": extra["teacher"], "teacher_stats": key_stats}
+        return total, (new, jax.lax.stop_gradient(scalars))
+
+    def _scale(
+        self, name: str, queries: Any, maps: Any, keys: Any, boxes: Any
+    ) -> tuple[jax.Array, Scalars]:
+        """Loss of both directions at one stage, with the number of positives per image."""
+        total, counts, empty = jnp.float32(0), [], []
+        for q, k in ((0, 1), (1, 0)):
+            key_maps, key_vectors = keys[k]
+            pairs, spatial = positive_pairs(
+                maps[q][name], key_maps[name], boxes[q], boxes[k], threshold=self.cfg.threshold,
+                top1=self.cfg.top1, similarity=self.cfg.top1_similarity,
+            )  # fmt: skip
+            total += _pair_loss(queries[q][name], key_vectors[name], pairs)
+            per_image = jnp.sum(spatial, axis=(1, 2), dtype=jnp.float32)
+            counts.append(jnp.mean(per_image))
+            empty.append(jnp.mean((per_image == 0).astype(jnp.float32)))
+        total = total / 2 if self.cfg.average_directions else total
+        return total, {
+            "loss": total,
+            "spatial_pairs": (counts[0] + counts[1]) / 2,
+            "without_spatial_pairs": (empty[0] + empty[1]) / 2,
+        }
+
+    def after_update(self, params: Any, extra: Any, step: jax.Array) -> Any:
+        """Moves the teacher's weights towards the stepped online weights.
+
+        The published code does this before the key forward of the next step, with the same
+        weights and momentum, so the order is equal.
+        """
+        if self.cfg.teacher == "none":
+            return extra
+        m = momentum_at(step, self.cfg.momentum, self.momentum_steps)
+        online = {n: params[n] for n in extra["teacher"]}
+        mixed = jax.tree.map(lambda k, q: m * k + (1.0 - m) * q, extra["teacher"], online)
+        return {**extra, "teacher": mixed}
+
+    def adopt(self, source: Any, params: Any, extra: Any) -> tuple[Any, Any, str]:
+        """Take the encoder's weights and statistics of another run; the teacher is re-copied."""
+        encoder = source["params"]["encoder"]
+        stats = source["extra"]["stats"]["encoder"]
+        same = jax.tree.structure(encoder) == jax.tree.structure(params["encoder"])
+        if not same:
+            raise ConfigError(f"init_from: the encoder found is not a {self.cfg.arch}.")
+        params = {**params, "encoder": encoder}
+        extra = {**extra, "stats": {**extra["stats"], "encoder": stats}}
+        report = f"encoder: {len(jax.tree.leaves(encoder))} tensors; heads start anew"
+        return params, self._with_teacher(params, extra), report
+
+    def prepare(self, params: Any, extra: Any, batches: Iterable[Batch]) -> Any:
+        """DS2 needs no pass over the data."""
+        del params, batches
+        return extra
+
+    def features(self, params: Any, extra: Any, images: jax.Array) -> FeatureMaps:
+        """Maps of the online encoder with running statistics."""
+        maps, _ = self.nets["encoder"].apply(
+            params["encoder"], extra["stats"]["encoder"], images, train=False
+        )
+        return {n: m.astype(jnp.float32) for n, m in maps.items()}
+
+
+def build(cfg: Config, run: RunInfo) -> DS2:
+    """The objective for a run."""
+    return DS2(cfg, run)

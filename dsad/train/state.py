@@ -1,0 +1,56 @@
+"""The training state and its placement on a mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dsad.core.mesh import parameter_shardings
+from dsad.core.types import Objective, Specs
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything a step reads and writes; ``step`` counts completed updates (int32)."""
+
+    step: jax.Array
+    params: Any
+    extra: Any
+    opt_state: Any
+
+
+def abstract_state(
+    objective: Objective, tx: optax.GradientTransformation, specs: Specs, mesh: Mesh, min_size: int
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without computing any of it."""
+    shapes = jax.eval_shape(lambda: _fresh(objective, tx, specs, jax.random.key(0)))
+    shardings = parameter_shardings(shapes, mesh, min_size)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def initial_state(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    specs: Specs,
+    abstract: TrainState,
+    seed: int,
+) -> TrainState:
+    """The state at step 0, created in place on the mesh; equal for every mesh."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    make = jax.jit(lambda key: _fresh(objective, tx, specs, key), out_shardings=shardings)
+    return make(jax.random.key(seed))
+
+
+def _fresh(
+    objective: Objective, tx: optax.GradientTransformation, specs: Specs, key: jax.Array
+) -> TrainState:
+    params, extra = objective.init(key, specs)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, extra=extra, opt_state=tx.init(params)
+    )
