@@ -1,0 +1,85 @@
+"""From ``--config.backbone`` to something that gives feature maps."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from dsad import models
+from dsad.cli import pretrain, workdir
+from dsad.core import rng
+from dsad.core.errors import ConfigError
+from dsad.core.types import FeatureMaps, RunInfo, Specs
+from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "extra"],
+    meta_fields=["objective", "mean", "std", "arch", "description"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunBackbone:
+    """The encoder of a run as its objective's ``features``; a pytree."""
+
+    params: Any
+    extra: Any
+    objective: Any
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    arch: str
+    description: str
+
+    def __call__(self, images: jax.Array) -> FeatureMaps:
+        return self.objective.features(self.params, self.extra, images)
+
+
+def load(spec: str, weights: str, seed: int) -> Any:
+    """A backbone from ``ARCH`` (with optional weights file) or ``run:DIR``, ``run:DIR@STEP``.
+
+    Step 0 of a run is its untouched initialisation, drawn again from the run's seed.
+    """
+    if not spec.startswith("run:"):
+        return models.backbone(spec, weights or None, seed=seed)
+    if weights:
+        raise ConfigError("config.weights: a run brings its own weights; leave it empty.")
+    path, _, step = spec.removeprefix("run:").partition("@")
+    if step and not step.isdigit():
+        raise ConfigError(f"config.backbone={spec!r}: expected run:DIR or run:DIR@STEP.")
+    return from_run(path, int(step) if step else None)
+
+
+def run_config(path: str) -> Mapping[str, Any]:
+    """The config a pretraining run was started with."""
+    found = workdir.read(path)
+    if found["command"] not in ("pretrain", "demo"):
+        raise ConfigError(f"config.backbone=run:{path}: holds no pretraining run.")
+    return found["config"]
+
+
+def from_run(path: str, step: int | None = None) -> RunBackbone:
+    """The encoder of a run at a step, None for the newest checkpoint."""
+    config, module, method = pretrain.parse(run_config(path))
+    # The length of the run only shapes schedules, which feature maps do not depend on.
+    info = RunInfo(total_steps=1, batch_size=config.batch_size, samples=1, classes=1)
+    objective = module.build(method, info)
+    if step == 0:
+        specs = Specs(batch_size=config.batch_size, canvas=config.data.canvas)
+        params, extra = jax.jit(lambda k: objective.init(k, specs))(jax.random.key(config.seed))
+    else:
+        checkpointer = Checkpointer(path, CheckpointConfig())
+        params, extra, step = checkpointer.weights(step)
+        checkpointer.close()
+    origin = "untouched initialisation" if step == 0 else f"step {step}"
+    return RunBackbone(
+        params=params, extra=extra, objective=objective, mean=objective.mean, std=objective.std,
+        arch=getattr(method, "arch", type(objective).__name__),
+        description=f"{path} {origin}, seed {config.seed}",
+    )  # fmt: skip
+
+
+def key_for(seed: int) -> jax.Array:
+    """The key of a localization run."""
+    return rng.named(jax.random.key(seed), "evaluate")

@@ -1,0 +1,137 @@
+"""``dsad evaluate``: a backbone, a detector and a data set to numbers and pictures."""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from dsad.cli import backbones, console, flags, workdir
+from dsad.core import config as core_config
+from dsad.core.errors import ConfigError
+from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.types import Dataset
+from dsad.data import base as data_base
+from dsad.evaluation.localize import EvalConfig, Results, localize, write_results
+
+#: As data name: the data of the run that the backbone comes from.
+SAME = "run"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Everything of an evaluation but its detector, whose keys belong to the method.
+
+    ``backbone`` is an architecture (with ``weights``, a file, or random ones by ``seed``) or
+    ``run:DIR[@STEP]``. ``data.name`` "run" takes the data of that run.
+    """
+
+    backbone: str = "resnet18"
+    weights: str = ""
+    seed: int = 0
+    data: data_base.DataConfig = dataclasses.field(
+        default_factory=lambda: data_base.DataConfig(name=SAME)
+    )
+    evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def default_config(detector: str) -> ml_collections.ConfigDict:
+    """Every key of an evaluation with its default, for config files to change."""
+    module = core_config.resolve("detectors", detector)
+    config = ml_collections.ConfigDict(core_config.as_dict(EvaluateConfig()))
+    config.detector = {"name": detector, **core_config.as_dict(module.Config())}
+    return config.lock()
+
+
+def parse(config: Any) -> tuple[EvaluateConfig, Any]:
+    """(evaluation config, detector) from nested dicts; strict."""
+    values = dict(config.items())
+    method = dict(values.pop("detector").items())
+    module = core_config.resolve("detectors", method.pop("name"))
+    detector = module.build(core_config.build_dataclass(module.Config, method, "config.detector"))
+    return core_config.build_dataclass(EvaluateConfig, values), detector
+
+
+def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
+    """The data config to use; with name "run" the run's own, at another root if one is given."""
+    if cfg.data.name != SAME:
+        return cfg.data
+    if not cfg.backbone.startswith("run:"):
+        raise ConfigError(
+            f"config.data.name: with backbone {cfg.backbone!r} there is no run to take the data "
+            "from; name a data set, for example --config.data.name=mvtec --config.data.root=DIR."
+        )
+    path = cfg.backbone.removeprefix("run:").partition("@")[0]
+    found, _, _ = _pretrain_parts(path)
+    return dataclasses.replace(found.data, root=cfg.data.root or found.data.root)
+
+
+def _pretrain_parts(path: str) -> Any:
+    from dsad.cli import pretrain
+
+    return pretrain.parse(backbones.run_config(path))
+
+
+def evaluate(
+    config: Any, path: epath.Path, out: Console, *, name: str = "", dataset: Dataset | None = None
+) -> Results:
+    """Localize with one backbone and write results below a claimed directory."""
+    cfg, detector = parse(config)
+    dataset = dataset or data_base.load(data_config(cfg))
+    backbone = backbones.load(cfg.backbone, cfg.weights, cfg.seed)
+    mesh = make_mesh(cfg.mesh)
+    with console.progress(name or "localizing", out) as tell:
+        results = localize(
+            backbone, detector, dataset, cfg.evaluation, mesh=mesh,
+            key=backbones.key_for(cfg.seed), progress=tell, name=name or cfg.backbone,
+        )  # fmt: skip
+    write_results(results, path)
+    return results
+
+
+def table(results: Results, title: str = "") -> Table:
+    """Numbers per category, per kind of defect, and the mean."""
+    made = Table(title=title or None, title_justify="left")
+    made.add_column("category / kind")
+    for column in ("images", *results.metric_names):
+        made.add_column(column, justify="right")
+    for category, row in results.categories.items():
+        counts = row["counts"]
+        images = f"{counts['normal']}+{counts['anomalous']}"
+        made.add_row(category, images, *_cells(row, results.metric_names))
+        for kind, numbers in results.kinds[category].items():
+            cells = _cells(numbers, results.metric_names)
+            made.add_row(f"  {kind}", str(numbers["images"]), *cells, style="dim")
+    made.add_section()
+    made.add_row("mean", "", *_cells(results.mean, results.metric_names), style="bold")
+    return made
+
+
+def _cells(row: Any, names: list[str]) -> list[str]:
+    return ["–" if row[n] is None else f"{row[n]:.3f}" for n in names]
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    command = flags.Command(
+        "evaluate", "localize defects with a backbone and measure it.", config="configs/knn.py"
+    )
+    command.string("workdir", "", "Directory of the evaluation: results.json and pictures.")
+    command.string("name", "", "Name of this evaluation in tables and reports.")
+    command.switch("overwrite", "Replace the evaluation in --workdir.")
+    config, values, rest = command.parse(argv)
+    if rest:
+        raise ConfigError(f"dsad evaluate: unexpected argument {rest[0]!r}.")
+    cfg, _ = parse(config)
+    dataset = data_base.load(data_config(cfg))
+    path = workdir.claim(
+        values.workdir, "evaluate", config.to_dict(), resume=False, overwrite=values.overwrite
+    )
+    out = console.console()
+    results = evaluate(config, path, out, name=values.name, dataset=dataset)
+    out.print(table(results))
+    out.print(f"written: {path}/results.json; pictures: dsad report {path}")
+    return 0
