@@ -1,17 +1,18 @@
 """The defects of the procedural data set.
 
 Each function gets a drawn scene, pixel coordinates and a generator and returns the image with the
-defect, (h, w, 3), and its blending weight (h, w) in 0..1; where the weight is 0 the image equals
-the clean one. The mask of a defect is weight >= 0.25.
+defect, (h, w, 3), and its blending weight (h, w) in 0..1. Where the weight is 0 the image equals
+the clean one, but for the shadow and bevel around lost metal. The mask is weight >= 0.25.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from dsad.data._fields import Noise, Rng, blob, cover, rotate, smooth, stroke
-from dsad.data._scenes import Washer
+from dsad.data._scenes import Speckle, Washer
 
 #: Blending weight from which a pixel counts as defective.
 MASK_WEIGHT = 0.25
@@ -48,7 +49,7 @@ def scratch(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     taper = 0.45 + 0.55 * smooth(4 * t) * smooth(4 * (1 - t))
     weight = cover(distance - half * taper, max(pixel, 0.004))
     weight = _on_part(scene, x, y, weight)
-    strength = rng.uniform(0.30, 0.55) * rng.choice([-1.0, 1.0], p=[0.65, 0.35])
+    strength = rng.uniform(0.30, 0.55) * (1 if rng.uniform() < 0.35 else -1)
     lip = 1 + strength * (1 - 0.5 * np.clip(distance / half, 0, 1))
     return _blend(clean, clean * lip[..., None], weight), weight
 
@@ -60,9 +61,10 @@ def spot(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     radius = rng.uniform(0.022, 0.05)
     distance = blob(rng, x, y, centre, radius)
     weight = _on_part(scene, x, y, cover(distance, 0.010))
-    tone = float(clean.mean())
-    shade = tone + rng.uniform(0.12, 0.26) * rng.choice([-1.0, 1.0])
-    colour = np.float32(shade) * (1 + rng.normal(0, 0.10, 3).astype(np.float32))
+    inside = distance < radius
+    tone = float(clean[inside].mean()) if inside.any() else float(clean.mean())
+    shade = tone + rng.uniform(0.12, 0.26) * float(rng.choice([-1.0, 1.0]))
+    colour = np.float32(max(shade, 0.08)) * (1 + rng.normal(0, 0.10, 3).astype(np.float32))
     relief = 1 + 0.3 * ((x - centre[0]) + (y - centre[1])) / radius * -0.7
     grain = 1 + 0.12 * Noise(rng, 64)(60 * x, 60 * y)
     body = colour * (relief * grain)[..., None]
@@ -70,14 +72,14 @@ def spot(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
 
 
 def stain(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
-    """A translucent stain: a local shift of colour with a darker rim, the material shows through."""
+    """A translucent stain: a shift of colour with a darker rim, the material shows through."""
     clean = scene.colour(x, y)
     radius = rng.uniform(0.055, 0.08) if isinstance(scene, Washer) else rng.uniform(0.07, 0.13)
     distance = blob(rng, x, y, _place(scene, rng, 0.2), radius)
     weight = _on_part(scene, x, y, cover(distance, 0.02))
     tints = [(0.90, 0.72, 0.46), (0.72, 0.86, 0.98), (0.98, 0.80, 0.76), (0.80, 0.84, 0.70)]
     tint = np.asarray(tints[rng.integers(len(tints))], np.float32)
-    depth = np.float32(rng.uniform(0.45, 0.9))
+    depth = rng.uniform(0.45, 0.9)
     rim = 1 - 0.16 * smooth(1 + distance / 0.022)
     cloud = 1 + 0.10 * Noise(rng)(14 * x, 14 * y)
     other = clean * (1 + depth * (tint - 1)) * (rim * cloud)[..., None]
@@ -90,39 +92,57 @@ def patch(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     centre = _place(scene, rng, 0.22)
     radius = rng.uniform(0.07, 0.12)
     weight = cover(blob(rng, x, y, centre, radius), 0.010)
-    turn = rng.uniform(0.5, 1.1) * rng.choice([-1.0, 1.0])
+    turn = rng.uniform(0.5, 1.1) * float(rng.choice([-1.0, 1.0]))
     dx, dy = rotate(x, y, turn, centre)
-    shift = rng.uniform(0.25, 0.45, 2) * rng.choice([-1.0, 1.0], 2)
-    other = scene.colour(dx + centre[0] + shift[0], dy + centre[1] + shift[1])
+    shift = (rng.uniform(0.25, 0.45, 2) * rng.choice([-1.0, 1.0], 2)).tolist()
+    # Granite looks the same from all sides: only another grain size is foreign to it.
+    zoom = rng.uniform(1.5, 1.9) if isinstance(scene, Speckle) else 1.0
+    other = scene.colour(zoom * dx + centre[0] + shift[0], zoom * dy + centre[1] + shift[1])
     return _blend(clean, other, weight), weight
 
 
-def warp(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
-    """A local displacement: pulled threads, a buckled board, a bent tooth."""
-    clean = scene.colour(x, y)
-    if isinstance(scene, Washer):
-        tooth = 2 * np.pi * rng.integers(1, scene.teeth) / scene.teeth
-        centre, radius, reach = scene.on_metal(0.385, tooth), 0.085, rng.uniform(0.5, 0.75)
-        angle = tooth + scene.angle + np.pi / 2 * rng.choice([-1.0, 1.0])
-    else:
-        centre, radius = _place(scene, rng, 0.22), rng.uniform(0.09, 0.14)
-        angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 0.65)
-    near = np.clip(1 - ((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / radius**2, 0, 1)
-    push = np.float32(reach * radius) * near * near
-    swirl = 0 if isinstance(scene, Washer) else rng.uniform(0.4, 0.9) * near * near
+def _swirl(
+    x: np.ndarray, y: np.ndarray, centre: tuple[float, float], near: np.ndarray, turn: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates turned about ``centre`` by ``turn`` times the square of ``near``."""
     dx, dy = x - centre[0], y - centre[1]
-    c, s = np.cos(swirl), np.sin(swirl)
-    moved_x = centre[0] + c * dx + s * dy - push * np.cos(angle)
-    moved_y = centre[1] - s * dx + c * dy - push * np.sin(angle)
-    return scene.colour(moved_x.astype(np.float32), moved_y.astype(np.float32)), near
+    c, s = np.cos(turn * near * near), np.sin(turn * near * near)
+    return centre[0] + c * dx + s * dy, centre[1] - s * dx + c * dy
+
+
+def _near(x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radius: float) -> np.ndarray:
+    return np.clip(1 - ((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / radius**2, 0, 1)
+
+
+def warp(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
+    """A local displacement of a texture: pulled threads, a buckled board."""
+    centre, radius = _place(scene, rng, 0.22), rng.uniform(0.09, 0.14)
+    angle, reach = rng.uniform(0, 2 * math.pi), rng.uniform(0.4, 0.65) * radius
+    near = _near(x, y, centre, radius)
+    u, v = _swirl(x, y, centre, near, rng.uniform(0.4, 0.9))
+    push = reach * near * near
+    return scene.colour(u - push * math.cos(angle), v - push * math.sin(angle)), near
+
+
+def bent(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
+    """A tooth bent aside; the mask is the metal where it is and where it should be."""
+    tooth = 2 * math.pi * int(rng.integers(1, scene.teeth)) / scene.teeth
+    centre, radius = scene.on_metal(0.40, tooth), 0.10
+    angle = tooth + scene.angle + math.pi / 2 * float(rng.choice([-1.0, 1.0]))
+    near = _near(x, y, centre, radius)
+    push = rng.uniform(0.45, 0.7) * radius * near * near
+    u, v = x - push * math.cos(angle), y - push * math.sin(angle)
+    metal = np.maximum(cover(scene.outline(x, y), 0.02), cover(scene.outline(u, v), 0.02))
+    weight = np.clip(4 * near, 0, 1) * metal
+    return _blend(scene.colour(x, y), scene.colour(u, v), weight), weight
 
 
 def missing(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     """A tooth or a piece of the rim broken away: the belt shows; the mask is the lost metal."""
     clean = scene.colour(x, y)
-    tooth = 2 * np.pi * rng.integers(1, scene.teeth) / scene.teeth + rng.uniform(-0.12, 0.12)
-    centre = scene.on_metal(rng.uniform(0.385, 0.41), tooth)
-    radius = rng.uniform(0.05, 0.075)
+    tooth = 2 * math.pi * int(rng.integers(1, scene.teeth)) / scene.teeth
+    centre = scene.on_metal(rng.uniform(0.40, 0.42), tooth + rng.uniform(-0.08, 0.08))
+    radius = rng.uniform(0.06, 0.08)
     before = scene.outline(x, y)
     state = rng.bit_generator.state
 
@@ -134,7 +154,6 @@ def missing(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     broken = scene.colour(x, y)
     gone = bite(x, y)
     scene.missing = None
-    # Lost metal, and the shadow and bevel that change beside it, which are not part of the mask.
     lost = np.minimum(cover(before, 0.008), cover(gone, 0.008))
     return _blend(clean, broken, cover(gone - 0.02, 0.03)), lost
 
@@ -147,7 +166,7 @@ _TEXTURE: dict[str, Callable[..., Drawn]] = {
     "warp": warp,
 }
 _OBJECT: dict[str, Callable[..., Drawn]] = {
-    "bent": warp,
+    "bent": bent,
     "missing": missing,
     "scratch": scratch,
     "spot": spot,
@@ -157,4 +176,7 @@ _OBJECT: dict[str, Callable[..., Drawn]] = {
 
 def kinds(category: str) -> dict[str, Callable[..., Drawn]]:
     """Defect kinds of a category by name."""
-    return _OBJECT if category == "washer" else _TEXTURE
+    if category == "washer":
+        return _OBJECT
+    # A displacement of irregular grains is no visible defect.
+    return {k: v for k, v in _TEXTURE.items() if (category, k) != ("speckle", "warp")}

@@ -3,6 +3,8 @@
 Coordinates are in image sides (0..1 inside the image), so content does not depend on resolution.
 """
 
+import math
+
 import numpy as np
 
 Rng = np.random.Generator
@@ -22,26 +24,36 @@ def smooth(t: np.ndarray) -> np.ndarray:
 
 
 class Noise:
-    """Value noise: random numbers on a periodic lattice, interpolated; about uniform in -1..1."""
+    """Value noise: random numbers on a periodic lattice, interpolated; values within -1..1.
+
+    ``cells`` is the period in lattice cells, a power of two.
+    """
 
     def __init__(self, rng: Rng, cells: int = 32):
         self.lattice = rng.uniform(-1.0, 1.0, (cells, cells)).astype(np.float32)
+        self.flat = self.lattice.ravel()
         self.cells = cells
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """The noise at x, y in units of lattice cells."""
+        last = np.int32(self.cells - 1)
         x0, y0 = np.floor(x), np.floor(y)
         fx, fy = x - x0, y - y0
         fx, fy = fx * fx * (3 - 2 * fx), fy * fy * (3 - 2 * fy)
-        i, j = x0.astype(np.int32) % self.cells, y0.astype(np.int32) % self.cells
-        i1, j1 = (i + 1) % self.cells, (j + 1) % self.cells
-        top = self.lattice[j, i] * (1 - fx) + self.lattice[j, i1] * fx
-        bottom = self.lattice[j1, i] * (1 - fx) + self.lattice[j1, i1] * fx
-        return top * (1 - fy) + bottom * fy
+        i, j = x0.astype(np.int32), y0.astype(np.int32)
+        left, right = i & last, (i + 1) & last
+        row, below = (j & last) * self.cells, ((j + 1) & last) * self.cells
+        top = self.flat.take(row + left)
+        top += fx * (self.flat.take(row + right) - top)
+        bottom = self.flat.take(below + left)
+        bottom += fx * (self.flat.take(below + right) - bottom)
+        top += fy * (bottom - top)
+        return top
 
     def cell(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """The lattice value of an integer cell: one number per tile or thread."""
-        return self.lattice[j.astype(np.int32) % self.cells, i.astype(np.int32) % self.cells]
+        last = np.int32(self.cells - 1)
+        return self.lattice[j.astype(np.int32) & last, i.astype(np.int32) & last]
 
 
 def rotate(
@@ -49,7 +61,7 @@ def rotate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates turned by ``angle`` radians about ``centre``, relative to it."""
     dx, dy = x - centre[0], y - centre[1]
-    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    c, s = math.cos(angle), math.sin(angle)
     return c * dx + s * dy, -s * dx + c * dy
 
 
@@ -64,7 +76,7 @@ def blob(
     edge = np.full_like(x, radius)
     for order in (2, 3, 5):
         bump = rng.uniform(0.03, 0.16) * radius
-        edge += bump * np.cos(order * angle + np.float32(rng.uniform(0, 2 * np.pi)))
+        edge += bump * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
     return np.hypot(dx, dy) - edge
 
 
@@ -83,5 +95,5 @@ def stroke(
 
 
 def cover(distance: np.ndarray, soft: float) -> np.ndarray:
-    """Blending weight 0..1 of a signed distance, falling from 1 to 0 over ``soft``, centred at 0."""
+    """Blending weight 0..1 of a signed distance: 1 inside, falling to 0 over ``soft`` about 0."""
     return np.clip(0.5 - distance / soft, 0.0, 1.0)

@@ -4,6 +4,7 @@ A scene is drawn once from a generator and is then a function of coordinates, so
 look up the same material elsewhere: displaced, turned or missing.
 """
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -32,7 +33,7 @@ class Weave:
     def __init__(self, rng: Rng):
         self.count = rng.uniform(15.0, 17.0)
         self.angle = rng.uniform(-0.05, 0.05)
-        self.shift = rng.uniform(0, 1, 2)
+        self.shift = rng.uniform(0, 1, 2).tolist()
         self.wobble, self.tone, self.fibre = Noise(rng), Noise(rng, 64), Noise(rng, 64)
         self.warp = _rgb(0.66, 0.60, 0.50) + rng.normal(0, 0.012, 3).astype(np.float32)
         self.weft = _rgb(0.47, 0.49, 0.53) + rng.normal(0, 0.012, 3).astype(np.float32)
@@ -43,7 +44,7 @@ class Weave:
         v = v * self.count + self.shift[1] + 0.22 * self.wobble(5 * x, 3 * y + 11)
         i, j = np.floor(u), np.floor(v)
         across_u, across_v = np.sin(np.pi * (u - i)), np.sin(np.pi * (v - j))
-        over = np.where((i + j) % 2 == 0, 1.0, -1.0).astype(np.float32)
+        over = 1 - 2 * np.abs((i + j) % 2)
         height_u = across_u**0.7 + 0.55 * over * across_v
         height_v = across_v**0.7 - 0.55 * over * across_u
         top = smooth((height_u - height_v) / 0.4 + 0.5)
@@ -64,7 +65,7 @@ class Wood:
         self.wave, self.fibre, self.pore = Noise(rng), Noise(rng, 128), Noise(rng, 128)
         self.light = _rgb(0.80, 0.62, 0.42) + rng.normal(0, 0.015, 3).astype(np.float32)
         self.dark = _rgb(0.55, 0.37, 0.22) + rng.normal(0, 0.015, 3).astype(np.float32)
-        self.offset = rng.uniform(0, 30, 2)
+        self.offset = rng.uniform(0, 30, 2).tolist()
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         along, across = rotate(x, y, self.angle)
@@ -84,7 +85,7 @@ class Tiles:
     def __init__(self, rng: Rng):
         self.count = rng.uniform(5.3, 6.0)
         self.angle = rng.uniform(-0.06, 0.06)
-        self.shift = rng.uniform(0, 1, 2)
+        self.shift = rng.uniform(0, 1, 2).tolist()
         self.tone, self.hue, self.mottle = Noise(rng), Noise(rng), Noise(rng, 64)
         self.glaze = _rgb(0.36, 0.55, 0.58) + rng.normal(0, 0.012, 3).astype(np.float32)
         self.grout = _rgb(0.72, 0.70, 0.66) + rng.normal(0, 0.012, 3).astype(np.float32)
@@ -100,7 +101,7 @@ class Tiles:
         distance = np.where(np.maximum(du, dv) < corner, -0.2, distance)
         inside = cover(distance, 0.035)
         slope = smooth(1 + distance / 0.09)
-        facing = np.cos(self.light) * (u - i - 0.5) + np.sin(self.light) * (v - j - 0.5)
+        facing = math.cos(self.light) * (u - i - 0.5) + math.sin(self.light) * (v - j - 0.5)
         bevel = -0.55 * slope * facing
         tone = 1 + 0.10 * self.tone.cell(i, j) + 0.05 * self.mottle(9 * u, 9 * v) + bevel
         tint = self.hue.cell(i + 3, j + 5)[..., None] * _rgb(0.03, -0.005, -0.035)
@@ -114,7 +115,7 @@ class Speckle:
     def __init__(self, rng: Rng):
         self.large, self.small = Noise(rng, 64), Noise(rng, 64)
         self.dark, self.glint = Noise(rng, 64), Noise(rng, 128)
-        self.offset = rng.uniform(0, 50, 2)
+        self.offset = rng.uniform(0, 50, 2).tolist()
         self.scale = rng.uniform(0.93, 1.07)
         tint = rng.normal(0, 0.010, 3).astype(np.float32)
         self.colours = [
@@ -160,7 +161,7 @@ class Washer:
         """Signed distance to the metal, in image sides, negative inside."""
         dx, dy = rotate(x, y, self.angle, self.centre)
         radius, turn = np.hypot(dx, dy) / self.scale, np.arctan2(dy, dx)
-        tooth = np.tanh(3.5 * np.cos(self.teeth * turn)) / np.tanh(3.5)
+        tooth = np.tanh(3.5 * np.cos(self.teeth * turn)) / math.tanh(3.5)
         outer = radius - (0.375 + 0.030 * tooth)
         inner = 0.165 - radius
         keyway = np.maximum(np.abs(dy) - 0.034, np.abs(dx - 0.19) - 0.045)
@@ -173,11 +174,11 @@ class Washer:
         """The image position of a point of the part, by its polar coordinates."""
         angle = turn + self.angle
         reach = radius * self.scale
-        return self.centre[0] + reach * np.cos(angle), self.centre[1] + reach * np.sin(angle)
+        return self.centre[0] + reach * math.cos(angle), self.centre[1] + reach * math.sin(angle)
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         distance = self.outline(x, y)
-        shadow = self.outline(x + 0.018 * np.cos(self.light), y + 0.018 * np.sin(self.light))
+        shadow = self.outline(x + 0.018 * math.cos(self.light), y + 0.018 * math.sin(self.light))
         ridge = 0.5 + 0.5 * np.sin(2 * np.pi * 21 * (x + 0.004 * self.belt(6 * x, 6 * y)))
         ground = (
             0.86 + 0.16 * ridge + 0.16 * self.belt(44 * x, 44 * y) + 0.10 * self.dust(9 * x, 9 * y)
@@ -189,8 +190,8 @@ class Washer:
         sheen = np.cos(2 * (turn - self.light + 0.5)) * 0.13 + 0.05 * np.cos(turn - self.light)
         # Light on the bevel: the slope of the outline towards the lamp, near the edge only.
         edge = smooth(1 + distance / 0.028)
-        slope = (self.outline(x + 0.004, y) - distance) * np.cos(self.light)
-        slope += (self.outline(x, y + 0.004) - distance) * np.sin(self.light)
+        slope = (self.outline(x + 0.004, y) - distance) * math.cos(self.light)
+        slope += (self.outline(x, y + 0.004) - distance) * math.sin(self.light)
         bevel = 0.42 * edge * np.clip(slope / 0.004, -1, 1)
         tone = 1 + 0.10 * rings + sheen + bevel + 0.03 * self.dust(20 * x, 20 * y)
         metal = self.metal * tone[..., None]

@@ -137,7 +137,7 @@ def make_pipeline(
     store = None if cache == "none" else canvases(source, side, progress=progress)
     category = _category_ids(source)
 
-    def number(position: int, index: int) -> dict[str, np.ndarray]:
+    def number(position: int, index: int) -> dict[str, np.integer]:
         return {"index": np.int32(index), "epoch": np.int32(position // samples)}
 
     def with_images(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

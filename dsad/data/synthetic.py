@@ -1,4 +1,4 @@
-"""A procedural data set: four textures and one object, six defect kinds, exact masks, no files.
+"""A procedural data set: four textures and one object, seven defect kinds, exact masks, no files.
 
 Every image is a function of (seed, category, split, kind, index) alone: asking for more images
 leaves the first ones unchanged. Content is defined in image sides, so another size shows the same
@@ -8,6 +8,7 @@ least a quarter.
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,9 +34,9 @@ def _light(rng: Rng, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Factor (h, w, 3): gain, a linear gradient and the white balance."""
     gain = 1 + rng.uniform(-0.06, 0.06)
     angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.0, 0.09)
-    field = gain * (1 + slope * ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)))
-    balance = 1 + rng.normal(0, 0.008, 3)
-    return (field[..., None] * balance).astype(np.float32)
+    field = gain * (1 + slope * ((x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle)))
+    balance = (1 + rng.normal(0, 0.008, 3)).astype(np.float32)
+    return field[..., None] * balance
 
 
 def render(record: Record, config: SyntheticConfig, *, clean: bool = False) -> Sample:

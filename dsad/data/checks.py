@@ -1,0 +1,313 @@
+"""The full check of a data set: every file decoded, every fault collected, none raised.
+
+The checks K1 to K15 are those of :data:`TITLES`; K0 is the layout itself. A check that a layout
+makes meaningless (no groups, no annotation file) is reported as skipped with the reason.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import scipy.ndimage
+
+from dsad.core import config as core_config
+from dsad.core.types import Dataset, Progress, Record
+from dsad.data import decode
+from dsad.data.base import DataConfig, Fault, FaultError, error, warning
+from dsad.data.files import FileDataset
+
+#: What each check asks for.
+TITLES = {
+    "K0": "the folders of the layout exist and no class is empty",
+    "K1": "every anomalous image has its mask, every mask its image",
+    "K2": "a mask has the size of its image",
+    "K3": "the image mode needs no undeclared lossy conversion",
+    "K4": "mask values lie in the declared set",
+    "K5": "the mask of an anomalous image is not empty",
+    "K6": "the mask of a normal image is empty",
+    "K7": "one file per stem and folder",
+    "K8": "every file decodes completely",
+    "K9": "no stray, hidden or copied file",
+    "K10": "the order does not depend on the file system",
+    "K11": "annotation and folder agree on the label",
+    "K12": "the counts are the published ones",
+    "K13": "groups stay on one side of the split",
+    "K14": "train and test share no path and no content",
+    "K15": "no defect region vanishes at the working size",
+}
+_SKIPPED = {name: "no files" for name in ("K3", "K4", "K7", "K9")} | {
+    "K11": "labels are generated",
+    "K12": "no published table",
+    "K13": "no groups",
+}
+_THREADS = max(2, min(16, os.cpu_count() or 2))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One category in the summary table.
+
+    ``sizes`` reads "width×height", as ranges when images differ; ``area`` is the median defect
+    area in percent of the image; ``vanished`` of ``regions`` 8-connected defect regions have no
+    pixel left on the canvas.
+    """
+
+    category: str
+    train: int
+    good: int
+    bad: int
+    kinds: int
+    without_mask: int
+    sizes: str
+    modes: str
+    area: float | None
+    regions: int
+    vanished: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """All faults and one row per category; ``ok`` when no fault is an error.
+
+    ``skipped`` maps checks that do not apply to the reason.
+    """
+
+    name: str
+    faults: tuple[Fault, ...]
+    rows: tuple[Row, ...]
+    skipped: Mapping[str, str]
+    protocol: Mapping[str, object]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the data set can be used."""
+        return not any(f.severity == "error" for f in self.faults)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What one decoded image shows."""
+
+    record: Record
+    split: str
+    faults: tuple[Fault, ...]
+    size: tuple[int, int] | None = None  # height, width
+    mode: str = ""
+    digest: str = ""
+    area: float | None = None
+    regions: int = 0
+    vanished: int = 0
+
+
+def vanishing(mask: np.ndarray, side: int) -> tuple[int, int]:
+    """8-connected regions of a mask (h, w), and how many vanish on a canvas of ``side``.
+
+    The mask is sampled by nearest neighbour at the size the image has on the canvas.
+    """
+    labels = np.zeros(mask.shape, np.int32)
+    regions = int(scipy.ndimage.label(mask, np.ones((3, 3), bool), output=labels))  # type: ignore
+    height, width = mask.shape
+    scale = min(1.0, side / max(height, width))
+    if scale == 1.0 or regions == 0:
+        return regions, 0
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    y = ((np.arange(rows) + 0.5) * height / rows).astype(int)
+    x = ((np.arange(columns) + 0.5) * width / columns).astype(int)
+    left = np.unique(labels[np.ix_(y, x)])
+    return regions, regions - int((left > 0).sum())
+
+
+def _read_files(
+    dataset: FileDataset, record: Record
+) -> tuple[list[Fault], np.ndarray | None, str, np.ndarray | None]:
+    """Faults, image, mode and mask of a record on disk."""
+    faults: list[Fault] = []
+    image, mask, mode = None, None, ""
+    try:
+        image, mode = decode.read_image(dataset.root, record.path, dataset.config.lossy)
+        turned = decode.orientation(dataset.root, record.path)
+        if turned != 1:
+            text = f"EXIF orientation {turned} is not applied: pixels are used as stored."
+            faults.append(warning("K3", record.path, text))
+    except FaultError as problem:
+        faults.extend(problem.faults)
+    path = record.mask_path or dataset.normal_masks.get(record.path)
+    if path is None:
+        return faults, image, mode, None
+    try:
+        mask = decode.read_mask(dataset.root, path, dataset.rule)
+    except FaultError as problem:
+        faults.extend(problem.faults)
+        return faults, image, mode, None
+    if image is not None and (fault := decode.size_fault(path, mask, image)):
+        faults.append(fault)
+    if record.label == 0 and mask.any():
+        count = int(mask.sum())
+        text = f"mask of a normal image marks {count} pixels; move the image or empty the mask."
+        faults.append(error("K6", path, text))
+    return faults, image, mode, mask
+
+
+def _look(dataset: Dataset, split: str, index: int, record: Record, side: int) -> _Seen:
+    if isinstance(dataset, FileDataset):
+        faults, image, mode, mask = _read_files(dataset, record)
+    else:
+        sample = dataset.source(split)[index]
+        faults, image, mode, mask = [], sample.image, "RGB", sample.mask
+    area, regions, vanished = None, 0, 0
+    if record.label and mask is not None:
+        if not mask.any():
+            text = "the mask is empty: pixel metrics keep the image, AUPRO has no region for it."
+            faults.append(warning("K5", record.mask_path or record.path, text))
+        area = 100.0 * float(mask.mean())
+        regions, vanished = vanishing(mask, side)
+    return _Seen(
+        record=record,
+        split=split,
+        faults=tuple(faults),
+        size=None if image is None else (image.shape[0], image.shape[1]),
+        mode=mode,
+        digest="" if image is None else _digest(image),
+        area=area,
+        regions=regions,
+        vanished=vanished,
+    )
+
+
+def _digest(image: np.ndarray) -> str:
+    return hashlib.blake2b(
+        image.tobytes(), digest_size=16, person=b"%dx%d" % image.shape[:2]
+    ).hexdigest()
+
+
+def _shared_content(seen: Iterable[_Seen]) -> list[Fault]:
+    """K14: the same path or the same pixels in train and test, or under two labels."""
+    first: dict[str, _Seen] = {}
+    paths: dict[str, str] = {}
+    faults = []
+    for item in seen:
+        path = item.record.path
+        if paths.setdefault(path, item.split) != item.split:
+            faults.append(error("K14", path, f"in {paths[path]} and in {item.split}."))
+        if not item.digest:
+            continue
+        twin = first.setdefault(item.digest, item)
+        crosses = twin.split != item.split or twin.record.label != item.record.label
+        if twin.record.path != path and crosses:
+            text = f"same pixels as {twin.record.path} ({twin.split}, {twin.record.kind})."
+            faults.append(warning("K14", path, text))
+    return faults
+
+
+def _split_groups(seen: Iterable[_Seen], groups: Mapping[str, str]) -> list[Fault]:
+    """K13: groups with images in train and in test."""
+    sides: dict[str, dict[str, str]] = {}
+    for item in seen:
+        if group := groups.get(item.record.path):
+            sides.setdefault(group, {}).setdefault(item.split, item.record.path)
+    return [
+        error("K13", side["test"], f"its group {group} is also in train, as {side['train']}.")
+        for group, side in sides.items()
+        if {"train", "test"} <= side.keys()
+    ]
+
+
+def _order_faults(dataset: Dataset) -> list[Fault]:
+    """K10: records that are not sorted by path depend on who listed the folder."""
+    faults = []
+    for split in ("train", "test"):
+        paths = [r.path for r in dataset.source(split).records]
+        if paths != sorted(paths):
+            faults.append(error("K10", dataset.name, f"the {split} records are not in path order."))
+    return faults
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _row(category: str, seen: list[_Seen]) -> Row:
+    sizes = [s.size for s in seen if s.size is not None]
+    areas = [s.area for s in seen if s.area is not None]
+    modes = Counter(s.mode for s in seen if s.mode)
+    test = [s for s in seen if s.split == "test"]
+    bad = [s.record for s in test if s.record.label]
+    return Row(
+        category=category,
+        train=sum(s.split == "train" for s in seen),
+        good=len(test) - len(bad),
+        bad=len(bad),
+        kinds=len({r.kind for r in bad}),
+        without_mask=sum(r.mask_path is None for r in bad),
+        sizes="×".join(_span([s[i] for s in sizes]) for i in (1, 0)) if sizes else "",
+        modes=", ".join(sorted(modes)),
+        area=float(np.median(areas)) if areas else None,
+        regions=sum(s.regions for s in seen),
+        vanished=sum(s.vanished for s in seen),
+    )
+
+
+def _vanished(row: Row, seen: list[_Seen], side: int) -> list[Fault]:
+    """K15 once per category, naming the first image."""
+    if row.vanished == 0:
+        return []
+    example = next(s.record.path for s in seen if s.vanished)
+    text = (
+        f"{row.vanished} of {row.regions} defect regions have no pixel on a canvas of {side}; "
+        f"the first is in {example}."
+    )
+    return [warning("K15", row.category, text)]
+
+
+def check_dataset(
+    dataset: Dataset, *, canvas: int, progress: Progress | None = None
+) -> CheckReport:
+    """Check every image and mask of a data set; ``canvas`` is the working size for K15."""
+    jobs = [
+        (split, i, record)
+        for split in ("train", "test")
+        for i, record in enumerate(dataset.source(split).records)
+    ]
+
+    def look(job: tuple[str, int, Record]) -> _Seen:
+        return _look(dataset, *job, canvas)
+
+    seen = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for done, item in enumerate(pool.map(look, jobs), start=1):
+            seen.append(item)
+            if progress is not None:
+                progress(done, len(jobs), item.record.path)
+    on_disk = isinstance(dataset, FileDataset)
+    faults = list(dataset.faults) if on_disk else []
+    faults += [fault for item in seen for fault in item.faults]
+    faults += _split_groups(seen, dataset.groups) if on_disk else []
+    faults += _shared_content(seen) + _order_faults(dataset)
+    rows = []
+    for category in dataset.categories:
+        mine = [s for s in seen if s.record.category == category]
+        rows.append(_row(category, mine))
+        faults += _vanished(rows[-1], mine, canvas)
+    return CheckReport(
+        name=dataset.name,
+        faults=tuple(sorted(faults, key=_order)),
+        rows=tuple(rows),
+        skipped=dataset.skipped if on_disk else _SKIPPED,
+        protocol=dataset.protocol,
+    )
+
+
+def _order(fault: Fault) -> tuple[bool, int, str]:
+    return fault.severity != "error", int(fault.check[1:]), fault.path
+
+
+def check(config: DataConfig, *, progress: Progress | None = None) -> CheckReport:
+    """Check the data set of a config; faults of the index are part of the report, not raised."""
+    module = core_config.resolve("data", config.name.partition(":")[0])
+    opened: Callable[[DataConfig], Dataset] = getattr(module, "scan", module.build)
+    return check_dataset(opened(config), canvas=config.canvas, progress=progress)
