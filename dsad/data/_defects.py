@@ -107,7 +107,9 @@ def _swirl(
     """Coordinates turned about ``centre`` by ``turn`` times the square of ``near``."""
     dx, dy = x - centre[0], y - centre[1]
     c, s = np.cos(turn * near * near), np.sin(turn * near * near)
-    return centre[0] + c * dx + s * dy, centre[1] - s * dx + c * dy
+    inside = near > 0  # outside nothing moves, not even by rounding
+    u, v = centre[0] + c * dx + s * dy, centre[1] - s * dx + c * dy
+    return np.where(inside, u, x), np.where(inside, v, y)
 
 
 def _near(x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radius: float) -> np.ndarray:

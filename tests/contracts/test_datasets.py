@@ -1,0 +1,136 @@
+"""What every member of dsad.data promises, whatever its source."""
+
+import numpy as np
+import pytest
+
+from dsad.core.config import members
+from dsad.core.errors import ConfigError
+from dsad.core.types import Dataset
+from dsad.data import mtd
+from dsad.data.base import DataConfig, SyntheticConfig, load
+from dsad.data.checks import check
+from tests.data import trees
+
+
+def _mtd(root):
+    rows = mtd.group_list()
+    sides = {"train": [], "test": []}
+    for path, row in rows.items():
+        if path.startswith("MT_Free/"):
+            sides[row["split"]].append(path)
+    defects = [next(p for p in rows if p.startswith(f"MT_{d}/")) for d in mtd.COUNTS]
+    trees.mtd(root, sorted({*sides["train"][:4], *sides["test"][:3], *defects}))
+
+
+def _config(name, root):
+    """A small instance of a member; a new member needs a line here."""
+    if name == "synthetic":
+        tiny = SyntheticConfig(size=32, train=2, good=1, bad=1)
+        return DataConfig(name=name, synthetic=tiny, categories=("washer", "weave"))
+    if name == "mvtec":
+        return trees.mvtec(root)
+    if name.startswith("mtd"):
+        _mtd(root)
+        return DataConfig(name=name, root=str(root))
+    pytest.fail(f"dsad.data has a member {name!r}: give the contract a small instance of it")
+
+
+NAMES = [
+    n for m in members("data") for n in (("mtd:grouped", "mtd:random") if m == "mtd" else (m,))
+]
+
+
+@pytest.fixture(params=NAMES)
+def config(request, tmp_path):
+    return _config(request.param, tmp_path)
+
+
+@pytest.fixture
+def data(config):
+    return load(config)
+
+
+def test_members():
+    assert set(members("data")) >= {"mvtec", "mtd", "synthetic"}
+
+
+def test_protocol_of_the_numbers(data):
+    assert isinstance(data, Dataset)
+    needed = {"dataset", "split", "split_hash", "licence", "missing_masks", "canvas_crop"}
+    assert needed <= data.protocol.keys()
+    assert data.protocol["canvas_crop"] == "none"
+    assert len(data.protocol["split_hash"]) == 16
+    assert list(data.categories) == sorted(set(data.categories))
+
+
+def test_training_is_normal_and_disjoint_from_test(data):
+    train, test = data.source("train").records, data.source("test").records
+    assert len(train) > 0
+    assert {r.label for r in train} == {0}
+    assert {r.label for r in test} == {0, 1}
+    assert not {r.path for r in train} & {r.path for r in test}
+
+
+def test_samples_match_their_records(data):
+    for split in ("train", "test"):
+        source = data.source(split)
+        assert len(source) == len(source.records)
+        for i, record in enumerate(source.records):
+            sample = source[i]
+            assert sample.record == record
+            assert (record.kind == "good") == (record.label == 0)
+            assert (record.mask_path is None) == (record.label == 0)
+            assert sample.image.dtype == np.uint8
+            assert sample.image.ndim == 3
+            assert sample.image.shape[2] == 3
+            assert sample.mask.dtype == bool
+            assert sample.mask.shape == sample.image.shape[:2]
+            assert sample.mask.any() == bool(record.label)
+        with pytest.raises(IndexError):
+            source[len(source)]
+
+
+def test_categories_partition_a_split(data):
+    for split in ("train", "test"):
+        whole = [r.path for r in data.source(split).records]
+        parts = [r.path for c in data.categories for r in data.source(split, c).records]
+        assert whole == sorted(whole)
+        assert sorted(parts) == whole
+        for category in data.categories:
+            assert {r.category for r in data.source(split, category).records} == {category}
+
+
+def test_loading_twice_gives_the_same(config, data):
+    again = load(config)
+    assert again.protocol == data.protocol
+    for split in ("train", "test"):
+        for a, b in zip(data.source(split), again.source(split), strict=True):
+            assert a.record == b.record
+            np.testing.assert_array_equal(a.image, b.image)
+            np.testing.assert_array_equal(a.mask, b.mask)
+
+
+def test_one_category_alone(config, data):
+    import dataclasses
+
+    first = data.categories[0]
+    alone = load(dataclasses.replace(config, categories=(first,)))
+    assert alone.categories == (first,)
+    for split in ("train", "test"):
+        assert alone.source(split).records == data.source(split, first).records
+    with pytest.raises(ConfigError, match="nothing_like_this not found"):
+        load(dataclasses.replace(config, categories=("nothing_like_this",)))
+
+
+def test_check_covers_every_category(config, data):
+    report = check(config)
+    assert report.ok
+    assert [row.category for row in report.rows] == list(data.categories)
+    assert sum(row.train for row in report.rows) == len(data.source("train"))
+
+
+def test_unknown_names(data):
+    with pytest.raises(ConfigError, match="no split"):
+        data.source("validation")
+    with pytest.raises(ConfigError, match="no category"):
+        data.source("train", "nothing_like_this")

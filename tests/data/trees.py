@@ -1,0 +1,66 @@
+"""Miniature data sets on disk: 24×16 images, non-square so that swapped axes show."""
+
+import pathlib
+import random
+
+import numpy as np
+from PIL import Image
+
+from dsad.data.base import DataConfig
+
+WIDTH, HEIGHT = 24, 16
+
+
+def pixels(seed: int, channels: int = 3) -> np.ndarray:
+    """Random (16, 24, channels) uint8; no two seeds alike."""
+    return np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, channels), np.uint8)
+
+
+def mask(value: int = 255) -> np.ndarray:
+    """A mask (16, 24) with a 3×5 region of ``value``."""
+    out = np.zeros((HEIGHT, WIDTH), np.uint8)
+    out[4:7, 10:15] = value
+    return out
+
+
+def save(file: pathlib.Path, array: np.ndarray, mode: str | None = None) -> pathlib.Path:
+    """Write an array as an image, converted to ``mode`` if given."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(array.squeeze())
+    (image.convert(mode) if mode else image).save(file)
+    return file
+
+
+def mvtec_files(categories=("disc", "plate")) -> list[tuple[str, np.ndarray]]:
+    """Paths and contents of a sound tree: per category 3 train, 2 good, 2 anomalous images."""
+    files = []
+    for c, category in enumerate(categories):
+        seed = 100 * c
+        for i in range(3):
+            files.append((f"{category}/train/good/{i:03d}.png", pixels(seed + i)))
+        for i in range(2):
+            files.append((f"{category}/test/good/{i:03d}.png", pixels(seed + 10 + i)))
+            files.append((f"{category}/test/dent/{i:03d}.png", pixels(seed + 20 + i)))
+            files.append((f"{category}/ground_truth/dent/{i:03d}_mask.png", mask()))
+    return files
+
+
+def mvtec(root: pathlib.Path, *, order: int | None = None, **kwargs) -> DataConfig:
+    """Write the sound tree, files in an order shuffled by ``order``; its config."""
+    files = mvtec_files()
+    if order is not None:
+        random.Random(order).shuffle(files)
+    for path, array in files:
+        save(root / path, array)
+    return DataConfig(name="mvtec", root=str(root), **kwargs)
+
+
+def mtd(root: pathlib.Path, paths: list[str]) -> None:
+    """Grey images and anti-aliased masks beside them for paths such as MT_Fray/Imgs/x.jpg."""
+    for i, path in enumerate(paths):
+        save(root / path, pixels(i, 1))
+        grey = np.zeros((HEIGHT, WIDTH), np.uint8)
+        if not path.startswith("MT_Free/"):
+            grey[4:7, 10:15] = 200
+            grey[3, 10:15] = 127  # the soft edge: not above the threshold
+        save((root / path).with_suffix(".png"), grey)
