@@ -1,0 +1,212 @@
+"""The report: its numbers, self-contained, refuses what does not compare, shows every run."""
+
+import base64
+import dataclasses
+import html.parser
+import io
+import json
+import re
+
+import jax
+import matplotlib
+import numpy as np
+import PIL.Image
+import pytest
+
+from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.evaluation import figures, report
+from dsad.evaluation.localize import EvalConfig, localize, write_results
+from dsad.evaluation.report import write_report
+from tests.evaluation.test_localize import Distance, Planted, Pooled
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two comparable runs: the second backbone sees blue only."""
+
+    class Blue(Pooled):
+        arch = "blue <only> $x_1$"
+
+        def __call__(self, images):
+            maps = super().__call__(images)
+            return {n: m.at[..., :2].set(0.0) for n, m in maps.items()}
+
+    root = tmp_path_factory.mktemp("runs")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    config = EvalConfig(image_size=48, sigma=1.0, workers=1)
+    dataset = Planted(categories=("disc", "tile & co"), strength=9)
+    found = {}
+    for name, backbone in (("all", Pooled()), ("blue", Blue())):
+        found[name] = localize(
+            backbone, Distance(), dataset, config, mesh=mesh, key=jax.random.key(0), name=name
+        )
+        write_results(found[name], root / name)
+    return root, found
+
+
+@pytest.fixture(scope="module")
+def single(runs):
+    """The page of the first run."""
+    root, _ = runs
+    return write_report(root / "single" / "report.html", [("all", root / "all")])
+
+
+@pytest.fixture(scope="module")
+def double(runs):
+    """The page of both runs."""
+    root, _ = runs
+    given = [("all", root / "all"), ("only blue", root / "blue")]
+    return write_report(root / "double.html", given).read_text()
+
+
+class Page(html.parser.HTMLParser):
+    """Attributes and texts of a page; counts open elements."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.attributes, self.texts, self.stack = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, k, v or "") for k, v in attrs]
+        if tag not in ("meta", "img", "br", "link"):
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, k, v or "") for k, v in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_is_self_contained_and_well_formed(single):
+    text = single.read_text()
+    page = Page(text)
+    assert page.stack == []
+    for _, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "data", "action"):
+            assert value.startswith(("data:image/", "#")), value[:80]
+    assert not re.search(r"https?://|url\((?!#)|@import|<script|<link", text)
+    assert len(text) < 8_000_000
+    assert [p.name for p in single.parent.iterdir()] == ["report.html"]
+
+
+def test_the_numbers_are_those_of_the_results(runs, double):
+    _, found = runs
+    text = double
+    rows = re.findall(r"<tr[^>]*><th class=\"name\">([^<]*)</th>(.*?)</tr>", text, re.S)
+    table = {n: re.findall(r"<td class=\"number([^\"]*)\">([^<]*)</td>", r) for n, r in rows[2:5]}
+    assert set(table) == {"disc", "tile &amp; co", "Mean"}
+    both = [found["all"].mean, found["blue"].mean]
+    names = list(found["all"].mean)
+    expected = [f"{mean[m]:.3f}" for mean in both for m in names]
+    assert [value for _, value in table["Mean"]] == expected
+    for j, (style, value) in enumerate(table["Mean"]):
+        other = table["Mean"][(j + 5) % 10][1]
+        assert ("best" in style) == (value >= other)
+    kinds = dict(re.findall(r'<th class="name plain">(\w+)</th><td class="number">(\d+)', text))
+    assert kinds == {"blue": "3", "red": "3"}
+
+
+def test_runs_lie_side_by_side_on_the_same_images(runs, double):
+    _, found = runs
+    text = double
+    cases = re.findall(r'<article class="case">(.*?)</article>', text, re.S)
+    shown = sum(len(n) for c in found["all"].cases.values() for n in c.values())
+    assert len(cases) == shown > 0
+    for case in cases:
+        captions = re.findall(r"<figcaption>([^<]*)<", case)
+        assert captions[-2:] == ["all", "only blue"]
+    for heading in ("Best", "Median", "Worst", "False alarms"):
+        assert f"<h3>{heading}" in text
+    picture = re.search(r'src="data:image/jpeg;base64,([^"]*)"', text)
+    assert picture
+    assert PIL.Image.open(io.BytesIO(base64.b64decode(picture[1]))).size == (192, 288)
+
+
+def test_different_stamps_are_refused_by_name(runs, tmp_path):
+    root, found = runs
+    mark = found["blue"].stamp | {"fpr_limit": 0.05}
+    write_results(dataclasses.replace(found["blue"], stamp=mark), root / "other")
+    given = [("all", root / "all"), ("other", root / "other")]
+    with pytest.raises(ConfigError, match=r"all / other: fpr_limit: 0\.3 against 0\.05"):
+        write_report(tmp_path / "r.html", given)
+    assert not (tmp_path / "r.html").exists()
+    text = write_report(tmp_path / "r.html", given, allow_different=True).read_text()
+    assert "do not mean the same" in text
+    assert "fpr_limit: 0.3 against 0.05" in text
+
+
+def test_runs_need_names_and_folders(runs, tmp_path):
+    root, _ = runs
+    with pytest.raises(ConfigError, match="distinct names"):
+        write_report(tmp_path / "r.html", [])
+    with pytest.raises(ConfigError, match="distinct names"):
+        write_report(tmp_path / "r.html", [("a", root / "all"), ("a", root / "blue")])
+    with pytest.raises(WorkdirError, match=r"results\.json: no such file"):
+        write_report(tmp_path / "r.html", [("a", tmp_path)])
+
+
+def test_training_curves_and_config(runs, tmp_path):
+    root, _ = runs
+    folder = tmp_path / "train"
+    folder.mkdir()
+    given = [("all", root / "all")]
+    with pytest.raises(WorkdirError, match=r"metrics\.jsonl: no such file"):
+        write_report(tmp_path / "r.html", given, folder)
+    rows = [{"step": i, "loss": 1 / (i + 1), "lr": 0.1, "images_per_s": None} for i in range(80)]
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    (folder / "metrics.jsonl").write_text(lines + '{"step": 80, "lo')
+    (folder / "config.json").write_text('{"name": "<ds2>", "seed": 17}')
+    text = write_report(tmp_path / "r.html", given, folder).read_text()
+    assert 'aria-label="Loss"' in text
+    assert 'aria-label="Learning rate"' in text
+    assert "Images per second" not in text
+    assert "&lt;ds2&gt;" in text
+    assert "79 steps" in text
+    (folder / "metrics.jsonl").write_text("nonsense\n" + lines)
+    with pytest.raises(WorkdirError, match=r"line 1 is not valid JSON"):
+        write_report(tmp_path / "r.html", given, folder)
+
+
+def test_the_page_shrinks_to_its_limit_and_is_reproducible(runs, single, tmp_path, monkeypatch):
+    root, _ = runs
+    again = write_report(tmp_path / "a.html", [("all", root / "all")])
+    assert again.read_bytes() == single.read_bytes()
+    full = single.stat().st_size
+    monkeypatch.setattr(report, "LIMIT", full * 2 // 3)
+    small = write_report(tmp_path / "b.html", [("all", root / "all")]).stat().st_size
+    assert small < full * 2 // 3
+
+
+def test_figures_leave_no_global_state():
+    before = dict(matplotlib.rcParams)
+    svg = figures.series_chart(np.arange(5.0), np.arange(5.0), "A < b & $c$", name="x")
+    assert dict(matplotlib.rcParams) == before
+    assert svg.startswith("<svg")
+    assert "currentColor" in svg
+    assert "$c$" in svg
+
+
+def test_heat_scale_and_outline():
+    units = np.array([[0.0, 1.0], [figures.TOP, 99.0]], np.float32)
+    colours = figures.heat(units, (2, 2)).astype(int)
+    table = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)[:, :3].astype(int)
+    assert np.array_equal(colours[0, 0], table[0])
+    assert np.array_equal(colours[0, 1], table[128])
+    assert np.array_equal(colours[1, 0], table[255])
+    assert np.array_equal(colours[1, 1], table[255])
+    mask = np.zeros((20, 20), bool)
+    mask[8:12, 8:12] = True
+    drawn = figures.outline(np.zeros((20, 20, 3), np.uint8), mask)
+    ring = (drawn == figures.OUTLINE).all(-1)
+    assert not (ring & mask).any()
+    assert ring[6, 9]
+    assert ring[5, 9]
+    assert ring.sum() == 10**2 - 6**2
+    calm = figures.overlay(np.full((2, 2, 3), 90, np.uint8), np.zeros((2, 2), np.float32))
+    assert (calm == 90).all()
