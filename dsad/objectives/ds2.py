@@ -168,6 +168,9 @@ def momentum_at(step: jax.Array, start: float, total: int) -> jax.Array:
 class DS2:
     """The objective; see ``core.types.Objective`` for the contract of each method."""
 
+    #: Batch statistics tie the samples of a batch together.
+    couples_batch = True
+
     def __init__(self, cfg: Config, run: RunInfo):
         self.cfg = cfg
         self.momentum_steps = cfg.momentum_steps or run.total_steps
@@ -319,6 +322,34 @@ class DS2:
         online = {n: params[n] for n in extra["teacher"]}
         mixed = jax.tree.map(lambda k, q: m * k + (1.0 - m) * q, extra["teacher"], online)
         return {**extra, "teacher": mixed}
+
+    def parts(self, params: Any, extra: Any, views: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Pieces of the loss by name, each (function, arguments), for ``dsad bench step``.
+
+        ``encoder`` and ``losses`` include their backward passes.
+        """
+        images = (views["view1"]["image"], views["view2"]["image"])
+        boxes = (views["view1"]["box"], views["view2"]["box"])
+
+        def encode(params: Any) -> Any:
+            outs = [self._branch(params, extra["stats"], view) for view in images]
+            return sum(jnp.mean(z) for out in outs for z in out[1].values()), outs
+
+        def losses(value: Any, projected: Any, maps: Any, keys: Any) -> jax.Array:
+            weights = {"value": value} if value else {}
+            queries = [self._queries(weights, extra["stats"], z)[0] for z in projected]
+            scales = [self._scale(n, queries, maps, keys, boxes)[0] for n in self.cfg.layers]
+            return jnp.sum(jnp.stack(scales))
+
+        _, outs = jax.jit(encode)(params)
+        keys, _ = jax.jit(self._keys)(params, extra, images)
+        maps, projected = [o[0] for o in outs], [o[1] for o in outs]
+        value = params.get("value", {})
+        return {
+            "encoder": (jax.value_and_grad(encode, has_aux=True), (params,)),
+            "teacher": (self._keys, (params, extra, images)),
+            "losses": (jax.value_and_grad(losses, argnums=(0, 1)), (value, projected, maps, keys)),
+        }
 
     def adopt(self, source: Any, params: Any, extra: Any) -> tuple[Any, Any, str]:
         """Take the encoder's weights and statistics of another run; the teacher is re-copied."""

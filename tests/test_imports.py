@@ -1,0 +1,71 @@
+"""The one-way rule of imports, and which packages may know which library."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "dsad"
+
+MAY_IMPORT = {
+    "core": set(),
+    "ops": {"core"},
+    "augment": {"core", "ops"},
+    "models": {"core", "ops"},
+    "objectives": {"core", "ops", "augment", "models"},
+    "data": {"core"},
+    "detectors": {"core", "ops", "models", "augment"},
+    "evaluation": {"core", "ops", "data", "detectors"},
+    "train": {"core"},
+    "cli": {"core", "ops", "augment", "models", "objectives", "data", "detectors", "evaluation",
+            "train"},
+}  # fmt: skip
+ONLY_IN = {
+    "flax": "models/",
+    "orbax": "train/checkpoint.py",
+    "grain": "data/pipeline.py",
+    "tensorboardX": "train/writer.py",
+}
+NEVER_IN = {"data/": {"jax", "flax", "optax"}}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """Absolute names of all imports, also those inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_package_is_covered():
+    packages = {p.parent.relative_to(PACKAGE).parts[0] for p in FILES if p.parent != PACKAGE}
+    assert packages == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    where = path.relative_to(PACKAGE)
+    own = where.parts[0] if len(where.parts) > 1 else None
+    for name in imported(path):
+        top, _, rest = name.partition(".")
+        target = rest.split(".")[0]
+        if top == "dsad" and target in MAY_IMPORT and own in MAY_IMPORT and target != own:
+            assert target in MAY_IMPORT[own], f"{where} imports {name}"
+        if top in ONLY_IN:
+            assert str(where).startswith(ONLY_IN[top]), f"{where} imports {name}"
+        for prefix, banned in NEVER_IN.items():
+            if str(where).startswith(prefix):
+                assert top not in banned, f"{where} imports {name}"
+
+
+def test_the_rule_sees_an_upward_import(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    from dsad.train import loop\n")
+    assert {"dsad.train", "dsad.train.loop"} <= imported(bad)
