@@ -83,13 +83,8 @@ def pixel_metrics(
 @dataclasses.dataclass(frozen=True)
 class _Exact:
     def merge(self, left: State, right: State, /) -> State:
-        """The state of both parts together: arrays joined, region counts added."""
-        return {
-            name: np.concatenate([left[name], right[name]])
-            if np.ndim(left[name])
-            else left[name] + right[name]
-            for name in left
-        }
+        """The state of both parts together."""
+        return {name: np.concatenate([left[name], right[name]]) for name in left}
 
 
 class _ImageMetric(_Exact):
@@ -148,7 +143,10 @@ class PixelAP(_PixelMetric):
 
 @dataclasses.dataclass(frozen=True)
 class AUPRO(_PixelMetric):
-    """AUPRO as a mergeable state; also counts regions and keeps each defect pixel's region size."""
+    """AUPRO as a mergeable state.
+
+    ``size`` is the region size of each defect pixel, ``regions`` the region count of each update.
+    """
 
     fpr_limit: float = 0.3
     _regions = True
@@ -191,7 +189,7 @@ def _image_steps(state: State, name: str) -> ranking.Steps:
 def _empty_pixels(dtype: np.dtype, regions: bool, normal: int = 0, defect: int = 0) -> State:
     state = {"normal": np.empty(normal, dtype), "defect": np.empty(defect, dtype)}
     if regions:
-        state |= {"size": np.empty(defect, np.uint32), "regions": np.asarray(0, np.int64)}
+        state |= {"size": np.empty(defect, np.uint32), "regions": np.zeros(0, np.int64)}
     return state
 
 
@@ -215,7 +213,7 @@ def _pixel_state(maps: Any, masks: Any, *, regions: bool) -> State:
             found += new
         at, on = at + score.size - count, on + count
     if regions:
-        state["regions"] = np.asarray(found, np.int64)
+        state["regions"] = np.array([found], np.int64)
     return state
 
 
@@ -248,7 +246,7 @@ def _pixel_steps(state: State, name: str) -> ranking.Steps:
         )
     if "size" not in state:
         return ranking.rank(normal, defect)
-    return ranking.rank(normal, defect, state["size"], int(state["regions"]))
+    return ranking.rank(normal, defect, state["size"], int(state["regions"].sum()))
 
 
 def _checked(maps: Any, masks: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:

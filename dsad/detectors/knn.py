@@ -1,0 +1,168 @@
+"""Nearest-neighbour detector: distance of every cell to the closest normal cell.
+
+PatchCore's features and scores (Roth et al., "Towards Total Recall in Industrial Anomaly
+Detection") with every normal row, or a random subset, as the memory instead of a coreset, and
+with plain instead of squared distances.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsad.core import rng
+from dsad.core.config import listed
+from dsad.core.errors import ConfigError, DataError
+from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.ops.neighbors import nearest
+from dsad.ops.resize import match_grid, neighbourhood_mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which features enter the bank and how distances become scores.
+
+    ``layers``: feature maps to concatenate, on the grid of the first. ``neighbourhood``: side of
+    the square of cells averaged around each cell (odd). ``k``: the score is the mean distance to
+    the k nearest rows. ``bank_rows``: 0 keeps every row, else at most that many, a uniformly
+    random subset.
+    """
+
+    layers: tuple[str, ...] = ("layer2", "layer3")
+    neighbourhood: int = 3
+    k: int = 1
+    bank_rows: int = 0
+
+    def __post_init__(self):
+        if not self.layers:
+            raise ConfigError("detector.layers: expected at least one layer name, found none.")
+        if self.neighbourhood < 1 or self.neighbourhood % 2 == 0:
+            raise ConfigError(
+                f"detector.neighbourhood: expected an odd number >= 1, found {self.neighbourhood}."
+            )
+        if self.k < 1:
+            raise ConfigError(f"detector.k: expected >= 1, found {self.k}.")
+        if self.bank_rows < 0 or 0 < self.bank_rows < self.k:
+            raise ConfigError(
+                f"detector.bank_rows: expected 0 (all rows) or at least k = {self.k}, found "
+                f"{self.bank_rows}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Knn:
+    """The detector; its state is {"bank": (M, d) float32}."""
+
+    config: Config
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the feature maps it reads."""
+        return self.config.layers
+
+    def embed(self, features: FeatureMaps) -> jax.Array:
+        """Cell descriptors (b, gh, gw, d): neighbourhood means, on the grid of the first layer."""
+        missing = [name for name in self.layers if name not in features]
+        if missing:
+            raise ConfigError(
+                f"detector.layers: no feature map named {listed(missing)}; the backbone gives: "
+                f"{listed(features)}."
+            )
+        means = [neighbourhood_mean(features[n], self.config.neighbourhood) for n in self.layers]
+        grid = (means[0].shape[1], means[0].shape[2])
+        return jnp.concatenate([match_grid(m, grid) for m in means], axis=-1)
+
+    def fit(
+        self,
+        source: FeatureSource,
+        *,
+        mesh: jax.sharding.Mesh | None,
+        key: jax.Array,
+        trained: Tree | None = None,
+    ) -> Tree:
+        """The bank of the normal images' rows, in the order of the source.
+
+        With ``bank_rows``, each row draws a random priority from (key, sample index, cell) and the
+        lowest ones stay: one pass, memory of the subset only, and the same subset for any order
+        or batching of the source. Raises DataError without rows or with NaN or infinite features.
+        """
+        del mesh  # one whole bank on every device
+        if trained is not None:
+            raise ConfigError("detector knn has nothing to train, but trained parameters came.")
+        blocks = self._rows(source)
+        rows = self._sampled(blocks, key) if self.config.bank_rows else [r for r, _ in blocks]
+        bank = np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
+        if len(bank) < self.config.k:
+            raise DataError(
+                f"detector knn: expected at least k = {self.config.k} feature rows of normal "
+                f"images, found {len(bank)}. Check the train split."
+            )
+        return {"bank": jnp.asarray(bank)}
+
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
+    ) -> Scores:
+        """Map (b, gh, gw): mean distance to the k nearest rows; image (b,): its maximum.
+
+        ``mesh`` splits the search over the devices.
+        """
+        cells = self.embed(features)
+        queries = cells.reshape(-1, cells.shape[-1])
+        distances, _ = nearest(queries, state["bank"], self.config.k, mesh=mesh)
+        maps = jnp.mean(distances, axis=1).reshape(cells.shape[:3])
+        return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
+
+    def _rows(self, source: FeatureSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Per batch the rows (r, d) of its images and their sample indices (images,)."""
+        for batch in source:
+            valid = np.asarray(batch.valid, bool)
+            if not valid.any():
+                continue
+            cells = np.asarray(_embed(self, dict(batch.maps)))[valid]
+            index = np.asarray(batch.index)[valid]
+            broken = ~np.isfinite(cells).all(axis=(1, 2, 3))
+            if broken.any():
+                raise DataError(
+                    f"detector knn: NaN or infinite features of {batch.category} samples "
+                    f"{index[broken].tolist()}; expected finite ones. Check the weights."
+                )
+            yield cells.reshape(-1, cells.shape[-1]), index
+
+    def _sampled(
+        self, blocks: Iterator[tuple[np.ndarray, np.ndarray]], key: jax.Array
+    ) -> list[np.ndarray]:
+        key = rng.named(key, "knn bank")
+        kept = rows = order = None
+        for block, index in blocks:
+            cells = len(block) // len(index)
+            bits = np.asarray(_draws(key, jnp.asarray(index, jnp.uint32), cells)).ravel()
+            place = np.stack([np.repeat(index, cells), np.tile(np.arange(cells), len(index))])
+            if kept is not None:
+                block = np.concatenate([rows, block])
+                bits, place = np.concatenate([kept, bits]), np.concatenate([order, place], axis=1)
+            # Equal draws are settled by the cell's place, never by the order of the source.
+            best = np.lexsort((place[1], place[0], bits))[: self.config.bank_rows]
+            rows, kept, order = block[best], bits[best], place[:, best]
+        if rows is None:
+            return []
+        return [rows[np.lexsort((order[1], order[0]))]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(detector: Knn, features: FeatureMaps) -> jax.Array:
+    """Compiled once per configuration and shapes, not once per fit."""
+    return detector.embed(features)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _draws(key: jax.Array, index: jax.Array, cells: int) -> jax.Array:
+    """Random priorities (images, cells), uint32, from key and sample index alone."""
+    return jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i), (cells,)))(index)
+
+
+def build(cfg: Config) -> Knn:
+    """The detector of a configuration."""
+    return Knn(cfg)
