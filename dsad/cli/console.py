@@ -58,7 +58,9 @@ def _lines(title: str, out: Console) -> types.Progress:
     return report
 
 
-def training_note(out: Callable[[int, int, str], Any]) -> Callable[[int, int, dict[str, float]], None]:
+def training_note(
+    out: Callable[[int, int, str], Any],
+) -> Callable[[int, int, dict[str, float]], None]:
     """Adapter from the loop's ``on_log`` to a progress bar."""
 
     def on_log(step: int, total: int, row: dict[str, float]) -> None:

@@ -13,12 +13,14 @@ from dsad.data import base as data_base
 from dsad.evaluation.localize import Results
 from dsad.evaluation.report import write_report
 
+COMMAND_CONFIG = "configs/demo.py"
+
 
 def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
         "demo", "pretrain on procedural images, localize defects, write a report.",
-        config="configs/demo.py",
+        config=COMMAND_CONFIG,
     )  # fmt: skip
     command.string("workdir", "dsad-demo", "Directory for everything the demo writes.")
     command.switch("overwrite", "Replace an earlier demo in --workdir.")
@@ -45,7 +47,7 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
         str(path / "pretrain"), "pretrain", config.pretrain.to_dict(), resume=False,
         overwrite=False,
     )  # fmt: skip
-    pretrain.pretrain(config.pretrain, training, out)
+    pretrain.pretrain(config.pretrain, training, out, dataset=dataset)
     out.print(
         "[bold]2/3  Localizing defects[/] by nearest neighbours, with the pretrained encoder and "
         "with the same encoder before training"

@@ -111,7 +111,9 @@ class Command:
             raise ConfigError(self._unknown_key(argv, error)) from error
         except (flags.Error, TypeError, ValueError, OSError) as error:
             message = re.sub(r"\s+", " ", str(error))
-            raise ConfigError(f"dsad {self.name}: {message}{self._expected(argv, error)}") from error
+            raise ConfigError(
+                f"dsad {self.name}: {message}{self._expected(argv, error)}"
+            ) from error
 
     def _loaded(self, argv: Sequence[str]) -> Any:
         """The config without overrides, to say what exists."""
@@ -127,7 +129,8 @@ class Command:
             path = argument.removeprefix("--config.").partition("=")[0]
             if not argument.startswith("--config."):
                 continue
-            node, where = config, "config"
+            node: Any = config
+            where = "config"
             for part in path.split("."):
                 if not isinstance(node, Mapping | ml_collections.ConfigDict) or part not in node:
                     have = node.keys() if hasattr(node, "keys") else ()

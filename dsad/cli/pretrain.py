@@ -140,13 +140,20 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
     )  # fmt: skip
 
 
-def pretrain(config: Any, path: epath.Path, out: Console, *, resume: bool = False) -> bool:
+def pretrain(
+    config: Any,
+    path: epath.Path,
+    out: Console,
+    *,
+    dataset: Dataset | None = None,
+    resume: bool = False,
+) -> bool:
     """Run or continue the training of a config in a claimed directory; True when complete."""
     with console.progress("reading images", out) as tell:
-        run = build(config, progress=tell)
+        run = build(config, dataset, progress=tell)
     _describe(run, out)
     checkpointer = Checkpointer(path, run.config.checkpoint)
-    batches = run.pipeline.iterator()
+    batches: Any = run.pipeline.iterator()
     if resume and checkpointer.latest() is not None:
         state, meta = checkpointer.restore(run.abstract)
         batches.set_state(meta["data"])
@@ -206,7 +213,9 @@ def main(argv: list[str]) -> int:
     config, values, rest = command.parse(argv)
     if rest:
         raise ConfigError(f"dsad pretrain: unexpected argument {rest[0]!r}.")
-    cfg, _, _ = parse(config)  # refuse a bad config before touching the directory
+    # A bad config or data set is refused before the directory is touched.
+    cfg, _, _ = parse(config)
+    dataset = data_base.load(cfg.data)
     path = workdir.claim(
         values.workdir, "pretrain", config.to_dict(), resume=values.resume,
         overwrite=values.overwrite,
@@ -216,7 +225,7 @@ def main(argv: list[str]) -> int:
     if cfg.precision != "default":
         jax.config.update("jax_default_matmul_precision", cfg.precision)
     out = console.console()
-    complete = pretrain(config, path, out, resume=values.resume)
+    complete = pretrain(config, path, out, dataset=dataset, resume=values.resume)
     if complete:
         out.print(f"done; evaluate it with: dsad evaluate --config.backbone=run:{path}")
     else:

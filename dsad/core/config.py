@@ -20,7 +20,7 @@ def listed(names: Any) -> str:
 
 
 def suggestion(name: str, known: Any) -> str:
-    """" Did you mean ...?" when one of the known names is close, else ""."""
+    """ " Did you mean ...?" when one of the known names is close, else ""."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -63,9 +63,10 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if dataclasses.is_dataclass(value) and isinstance(value, hint):
             return value
-        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+        items = getattr(value, "items", None)  # a ConfigDict is no Mapping
+        if items is None:
             raise ConfigError(f"{path}: expected a group of keys, found {value!r}.")
-        return build_dataclass(hint, dict(value.items()), path)
+        return build_dataclass(hint, dict(items()), path)
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
             options = ", ".join(repr(a) for a in typing.get_args(hint))

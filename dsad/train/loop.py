@@ -47,6 +47,7 @@ class Loop:
       checkpoint_every: updates per checkpoint.
       meta: stored with every checkpoint.
       on_log: called with (step, total, scalars) after each logged line.
+
     """
 
     step: Step

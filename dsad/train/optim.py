@@ -11,7 +11,7 @@ import optax
 from dsad.core.errors import ConfigError
 from dsad.core.tree import mask_by_path
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class OptimConfig:
       min_lr: end of schedule "cosine".
       published_warmup: the published DS2 code counts each warm-up step twice, so its peak stays
         below ``lr`` and every milestone comes half a warm-up early.
+
     """
 
     name: Literal["lars", "sgd", "adamw"] = "lars"
@@ -63,7 +64,7 @@ def make_schedule(
     if cfg.published_warmup:
         drops = drops - warm / 2
 
-    def schedule(count: jax.Array) -> jax.Array:
+    def schedule(count: Any) -> jax.Array:
         n = jnp.asarray(count, jnp.float32)
         done = jnp.float32(1)
         if warm > 0:

@@ -46,6 +46,7 @@ def make_step(
 
     Raises:
       ConfigError: accumulation for an objective whose loss couples the samples of a batch.
+
     """
     if accumulate > 1 and getattr(objective, "couples_batch", False):
         raise ConfigError(

@@ -1,0 +1,167 @@
+"""What people type, and what they read when it cannot be done."""
+
+import json
+import re
+
+import pytest
+
+from dsad.cli import flags, main, pretrain, workdir
+from dsad.core.errors import ConfigError, WorkdirError
+
+
+def fails(capsys, *argv):
+    """Exit code 2 and the message on standard error."""
+    assert main.main(argv) == 2
+    return capsys.readouterr().err
+
+
+def test_usage_lists_the_commands(capsys):
+    assert main.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in ("demo", "check-data", "pretrain", "evaluate", "report", "bench"):
+        assert re.search(rf"^  {name} ", text, re.M)
+    assert main.main([]) == 2
+    assert main.main(["pretrian"]) == 2
+
+
+@pytest.mark.parametrize("name", sorted(main.COMMANDS))
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main([name, "--help"])
+    assert stop.value.code == 0
+    assert "dsad" in capsys.readouterr().out
+
+
+def test_unknown_config_key_lists_what_exists(capsys):
+    text = fails(capsys, "pretrain", "--config=ds2", "--config.optim.lrr=1", "--workdir=x")
+    assert "config.optim.lrr: unknown key" in text
+    assert "Did you mean 'lr'?" in text
+    assert "momentum" in text
+
+
+@pytest.mark.parametrize("override", ["--config.optim.lr=fast", "--config.batch_size=1.5",
+                                      "--config.data.cache=disk", "--config.objective.layers=3"])  # fmt: skip
+def test_wrong_type_names_the_key(capsys, override, tmp_path):
+    text = fails(capsys, "pretrain", "--config=ds2:smoke", override, f"--workdir={tmp_path / 'x'}")
+    assert override.split("=")[0].removeprefix("--").removeprefix("config.").split(".")[-1] in text
+    assert "expected" in text
+    assert not (tmp_path / "x").exists()
+
+
+def test_unknown_names_list_what_exists(capsys):
+    assert "ds2" in fails(capsys, "pretrain", "--config=ds3", "--workdir=x")
+    assert "smoke" in fails(capsys, "pretrain", "--config=ds2:smok", "--workdir=x")
+    assert "--workdir" in fails(capsys, "pretrain", "--wrkdir=x")
+    assert "synthetic" in fails(
+        capsys,
+        "pretrain",
+        "--config=ds2",
+        "--config.data.name=sinthetic",
+        "--workdir=/nonexistent/x",
+    )
+
+
+def test_variants_combine_and_overrides_win():
+    command = flags.Command("pretrain", "", config="configs/ds2.py")
+    config, _, _ = command.parse(
+        ["--config=ds2:synthetic,pixpro", "--config.objective.threshold=0.5"]
+    )
+    assert config.data.name == "synthetic"
+    assert config.objective.top1 == "off"
+    assert config.objective.threshold == 0.5
+    run, _, method = pretrain.parse(config)
+    assert run.batch_size == 32
+    assert method.layers == ("layer4",)
+
+
+@pytest.mark.parametrize("name", flags.shipped_configs())
+def test_shipped_configs_are_complete(name):
+    from dsad.cli import demo, evaluate
+
+    config, _, _ = flags.Command("x", "", config=name).parse([])
+    if "pretrain" in config:
+        pretrain.parse(config.pretrain)
+        evaluate.parse(config.evaluate)
+        assert demo.COMMAND_CONFIG == "configs/demo.py"
+    elif "objective" in config:
+        pretrain.parse(config)
+    else:
+        evaluate.parse(config)
+
+
+# --- work directories
+
+
+def claim(path, config=None, **how):
+    how = {"resume": False, "overwrite": False, **how}
+    return workdir.claim(str(path), "pretrain", config or {"a": {"b": 1}}, **how)
+
+
+def test_a_used_workdir_is_refused(tmp_path):
+    claim(tmp_path / "run")
+    with pytest.raises(WorkdirError, match="in use.*--resume.*--overwrite"):
+        claim(tmp_path / "run")
+
+
+def test_resume_needs_the_same_config(tmp_path):
+    claim(tmp_path / "run")
+    claim(tmp_path / "run", resume=True)
+    with pytest.raises(WorkdirError, match="config.a.b: 1 → 2"):
+        claim(tmp_path / "run", {"a": {"b": 2}}, resume=True)
+    with pytest.raises(WorkdirError, match="nothing to resume"):
+        claim(tmp_path / "other", resume=True)
+
+
+def test_overwrite_replaces_runs_only(tmp_path):
+    claim(tmp_path / "run")
+    (tmp_path / "run" / "old").write_text("x")
+    claim(tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run" / "old").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_text("x")
+    with pytest.raises(WorkdirError, match="no dsad run"):
+        claim(tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "a.png").exists()
+
+
+def test_a_workdir_is_needed():
+    with pytest.raises(ConfigError, match="--workdir"):
+        claim("")
+
+
+# --- the way through
+
+
+def test_demo_writes_everything(tmp_path, capsys):
+    where = tmp_path / "demo"
+    assert main.main(["demo", "--config=configs/demo.py:tiny", f"--workdir={where}"]) == 0
+    text = capsys.readouterr().out
+    assert "report.html" in text
+    assert "dsad pretrain" in text
+    page = (where / "report.html").read_text()
+    for name in ("pretrained", "untrained"):
+        results = json.loads((where / name / "results.json").read_text())
+        keys = {"image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro_30"}
+        assert keys <= set(results["mean"])
+        assert name in page
+    stamp = results["stamp"]
+    assert stamp["pixels"] == "original"
+    text = fails(capsys, "demo", "--config=configs/demo.py:tiny", f"--workdir={where}")
+    assert "in use" in text
+    assert main.main(["report", str(where / "pretrained"), f"--out={tmp_path / 'one.html'}"]) == 0
+    assert "pretrained" in (tmp_path / "one.html").read_text()
+
+
+def test_evaluate_needs_data(capsys, tmp_path):
+    text = fails(capsys, "evaluate", "--config.backbone=resnet18", f"--workdir={tmp_path / 'e'}")
+    assert "config.data.name" in text
+    text = fails(capsys, "evaluate", f"--config.backbone=run:{tmp_path}", "--workdir=x")
+    assert "no dsad run" in text
+
+
+def test_bench_step_names_the_parts(capsys):
+    argv = ["bench", "step", "--config=ds2:smoke", "--rounds=1"]
+    assert main.main(argv) == 0
+    text = capsys.readouterr().out
+    for part in ("views", "encoder", "teacher", "losses", "images/s"):
+        assert part in text

@@ -1,0 +1,236 @@
+"""The loop: exact resume after kill -9, stops, non-finite losses, device-resident data."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dsad.core.errors import ConfigError, NonFiniteError, WorkdirError
+from dsad.core.mesh import MeshConfig, make_mesh, place_batch
+from dsad.core.types import Specs
+from dsad.train.cache import device_store
+from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+from dsad.train.loop import Loop, train
+from dsad.train.state import abstract_state, initial_state
+from dsad.train.step import make_step
+from dsad.train.writer import MetricWriter, read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SPECS = Specs(batch_size=8, canvas=4)
+
+
+class Line:
+    """A one-parameter objective whose whole path can be computed by hand; may turn NaN."""
+
+    def __init__(self, nan_at=None):
+        self.nan_at = nan_at
+
+    def init(self, key, specs):
+        return {"w": jnp.full((4,), 2.0, jnp.float32)}, {"seen": jnp.zeros((), jnp.float32)}
+
+    def views(self, batch, key):
+        return batch["image"].astype(jnp.float32).mean(axis=(1, 2, 3)) / 255.0
+
+    def loss(self, params, extra, views, *, key, step):
+        loss = jnp.mean(jnp.square(params["w"])) * (1.0 + 0.0 * jnp.mean(views))
+        if self.nan_at is not None:
+            loss = jnp.where(step == self.nan_at, jnp.nan, loss)
+        return loss, ({"seen": extra["seen"] + jnp.mean(views)}, {"view_mean": jnp.mean(views)})
+
+    def after_update(self, params, extra, step):
+        return extra
+
+
+class Batches:
+    """Endless numbered batches with a position."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.at += 1
+        image = np.full((8, 4, 4, 3), self.at, np.uint8)
+        return {"image": image, "index": np.arange(8, dtype=np.int32)}
+
+    def get_state(self):
+        return {"at": self.at}
+
+    def set_state(self, state):
+        self.at = state["at"]
+
+
+def parts(objective, mesh, accumulate=1):
+    tx = optax.sgd(0.1)
+    abstract = abstract_state(objective, tx, SPECS, mesh, 2**18)
+    state = initial_state(objective, tx, SPECS, abstract, seed=0)
+    step = make_step(objective, tx, lambda n: jnp.float32(0.1), abstract, mesh=mesh, seed=0,
+                     accumulate=accumulate)  # fmt: skip
+    return abstract, state, step
+
+
+def loop(tmp_path, step, mesh, batches, **changes):
+    values = {
+        "step": step, "batches": batches, "store": None, "mesh": mesh, "total_steps": 7,
+        "batch_size": 8, "log_every": 2, "writer": MetricWriter(tmp_path),
+        "checkpointer": Checkpointer(tmp_path, CheckpointConfig()), "checkpoint_every": 3,
+        "meta": {},
+    }  # fmt: skip
+    return Loop(**{**values, **changes})
+
+
+@pytest.fixture
+def mesh(devices):
+    return make_mesh(MeshConfig(), devices)
+
+
+def test_metrics_checkpoints_and_position(tmp_path, mesh):
+    abstract, state, step = parts(Line(), mesh)
+    batches = Batches()
+    state, complete = train(loop(tmp_path, step, mesh, batches), state)
+    assert complete
+    assert int(state.step) == 7
+    # Each step multiplies w by 1 − 0.1 · 2 / 4.
+    np.testing.assert_allclose(state.params["w"], 2.0 * 0.95**7, rtol=1e-5)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [2, 4, 6, 7]
+    assert rows[0]["loss"] == pytest.approx(4 * (1 + 0.95**2) / 2, rel=1e-5)
+    assert {"lr", "grad_norm", "update_norm", "param_norm", "view_mean"} <= set(rows[0])
+    assert rows[1]["images_per_s"] > 0
+    restored, meta = Checkpointer(tmp_path, CheckpointConfig()).restore(abstract)
+    assert meta["data"] == {"at": 7}
+    np.testing.assert_array_equal(restored.params["w"], state.params["w"])
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_non_finite_loss_names_step_and_metric_and_keeps_the_last_good_checkpoint(tmp_path):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    _, state, step = parts(Line(nan_at=4), mesh)
+    with pytest.raises(NonFiniteError, match=r"step 5: .*loss.*checkpoint of step 3"):
+        train(loop(tmp_path, step, mesh, Batches()), state)
+    assert Checkpointer(tmp_path, CheckpointConfig()).latest() == 3
+
+
+def test_a_non_finite_state_is_never_saved(tmp_path):
+    """The NaN step is itself a checkpoint step."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    _, state, step = parts(Line(nan_at=2), mesh)
+    with pytest.raises(NonFiniteError, match="step 3"):
+        train(loop(tmp_path, step, mesh, Batches()), state)
+    assert Checkpointer(tmp_path, CheckpointConfig()).latest() is None
+
+
+def test_accumulation_equals_the_whole_batch(mesh):
+    if mesh.size == 8:
+        pytest.skip("parts of a batch of 8 cannot be spread over 8 devices")
+    inputs = place_batch(next(Batches()), mesh)
+    _, whole, step1 = parts(Line(), mesh)
+    _, split, step4 = parts(Line(), mesh, accumulate=4)
+    whole, _ = step1(whole, inputs, None)
+    split, _ = step4(split, inputs, None)
+    np.testing.assert_allclose(whole.params["w"], split.params["w"], rtol=1e-6)
+
+
+def test_accumulation_is_refused_where_it_would_change_the_result():
+    objective = Line()
+    objective.couples_batch = True
+    with pytest.raises(ConfigError, match="config.accumulate=2"):
+        parts(objective, make_mesh(MeshConfig(), jax.devices()[:1]), accumulate=2)
+
+
+@pytest.mark.parametrize("limit", [2**30, 0], ids=["replicated", "split"])
+@pytest.mark.parametrize("shape", [(-1, 1), (4, 2)])
+def test_device_store_returns_the_asked_rows(limit, shape):
+    mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1]))
+    g = np.random.default_rng(0)
+    host = {
+        "image": g.integers(0, 256, (13, 5, 5, 3)).astype(np.uint8),
+        "size": g.integers(1, 5, (13, 2)).astype(np.int32),
+    }
+    index = g.integers(0, 13, 16).astype(np.int32)
+    inputs = place_batch({"index": index, "epoch": np.zeros(16, np.int32)}, mesh)
+    store, fetch = device_store(host, mesh, replicate_below=limit)
+    batch = jax.jit(fetch)(store, inputs)
+    for name, values in host.items():
+        np.testing.assert_array_equal(batch[name], values[index])
+        assert batch[name].dtype == values.dtype
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_path(tmp_path):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    _, state, step = parts(Line(), mesh)
+    train(loop(tmp_path, step, mesh, Batches()), state)
+
+    class Wider(Line):
+        def init(self, key, specs):
+            return {"w": jnp.zeros((5,), jnp.float32)}, {"seen": jnp.zeros((), jnp.float32)}
+
+    abstract, _, _ = parts(Wider(), mesh)
+    with pytest.raises(WorkdirError, match=r"params/w: expected \(5,\) float32, found \(4,\)"):
+        Checkpointer(tmp_path, CheckpointConfig()).restore(abstract)
+
+
+# --- the command, killed
+
+
+def command(workdir, *flags):
+    return [
+        sys.executable, "-m", "dsad", "pretrain", "--config=ds2:smoke", "--config.steps=6",
+        "--config.checkpoint.every=3", f"--workdir={workdir}", *flags,
+    ]  # fmt: skip
+
+
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+def wait_for(condition, process, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def weights(workdir):
+    return Checkpointer(workdir, CheckpointConfig()).weights()
+
+
+def test_kill_and_resume_equals_an_undisturbed_run_bitwise(tmp_path):
+    """3 steps, kill -9, resume, 3 steps = 6 steps."""
+    cache = f"--config.compilation_cache={tmp_path / 'cache'}"
+    done = subprocess.run(command(tmp_path / "whole", cache), env=ENV, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(killed, cache), env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    wait_for(lambda: (killed / "checkpoints" / "3").is_dir() or process.poll() == 0, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = subprocess.run(command(killed, cache, "--resume"), env=ENV, capture_output=True)
+    assert resumed.returncode == 0, resumed.stderr.decode()
+    assert b"resumed at step 3" in resumed.stdout
+
+    (params, extra, step), (params2, extra2, step2) = weights(tmp_path / "whole"), weights(killed)
+    assert step == step2 == 6
+    for a, b in zip(jax.tree.leaves((params, extra)), jax.tree.leaves((params2, extra2)),
+                    strict=True):  # fmt: skip
+        np.testing.assert_array_equal(a, b)
+    losses = [
+        [r["loss"] for r in read_metrics(d / "metrics.jsonl")] for d in (tmp_path / "whole", killed)
+    ]
+    assert losses[0] == losses[1]
+    config = json.loads((killed / "config.json").read_text())
+    assert config["config"]["steps"] == 6
