@@ -55,7 +55,8 @@ def chart(draw: Callable[[Axes], None], title: str, *, name: str, left: float = 
 
     ``left`` is the share of the width in front of the axes.
     """
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    style: Any = {**_STYLE, "svg.hashsalt": name}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(3.1, 2.35))
         figure.patch.set_alpha(0)
         axes = figure.add_axes((left, 0.19, 0.97 - left, 0.69), facecolor="none")
@@ -111,6 +112,7 @@ def curve_charts(
         axes.plot([0, 1], [0, 1], color=_GRID, linewidth=1)
         lines(axes, "pro/fpr", "pro/pro", ("false-positive rate", "mean region overlap"))
         axes.set_xlim(0, min(1.0, fpr_limit * 1.15))
+        axes.locator_params(axis="x", nbins=5)
 
     return [
         chart(roc, "Pixel ROC", name=f"{name}-roc"),
@@ -203,10 +205,10 @@ def outline(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     if mask is None or not mask.any():
         return image
     around = np.ones((3, 3), bool)
-    ring = ndimage.binary_dilation(mask, around, iterations=3)
-    ring &= ~ndimage.binary_dilation(mask, around)
+    outer = np.asarray(ndimage.binary_dilation(mask, around, iterations=3), bool)
+    inner = np.asarray(ndimage.binary_dilation(mask, around), bool)
     drawn = image.copy()
-    drawn[ring] = OUTLINE
+    drawn[outer & ~inner] = OUTLINE
     return drawn
 
 

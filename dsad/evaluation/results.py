@@ -88,8 +88,10 @@ def read_results(workdir: str | os.PathLike[str]) -> Results:
             f"{path}: no {', '.join(missing)} in it; it was not written by this version of "
             "`dsad evaluate`. Run it again."
         )
-    arrays = {name: _arrays(folder / f"{name}.npz") for name in ("gallery", "curves")}
-    return Results(**{n: content[n] for n in _JSON}, **arrays)
+    fields: dict[str, Any] = {n: content[n] for n in _JSON}
+    for name in ("gallery", "curves"):
+        fields[name] = _arrays(folder / f"{name}.npz")
+    return Results(**fields)
 
 
 def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import dsad
@@ -84,7 +85,7 @@ def code_version() -> dict[str, Any]:
 
 def key_data(key: jax.Array) -> list[int]:
     """The words of a random key, old style or new."""
-    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     return [int(word) for word in np.asarray(key).ravel()]
 
