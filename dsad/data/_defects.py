@@ -45,11 +45,11 @@ def scratch(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     pixel = 1.0 / x.shape[0]
     length = rng.uniform(0.14, 0.22) if isinstance(scene, Washer) else rng.uniform(0.2, 0.42)
     distance, t = stroke(rng, x, y, _place(scene, rng, 0.25), length)
-    half = max(rng.uniform(0.004, 0.0075), 0.6 * pixel)
+    half = max(rng.uniform(0.0055, 0.0095), 0.6 * pixel)
     taper = 0.45 + 0.55 * smooth(4 * t) * smooth(4 * (1 - t))
     weight = cover(distance - half * taper, max(pixel, 0.004))
     weight = _on_part(scene, x, y, weight)
-    strength = rng.uniform(0.30, 0.55) * (1 if rng.uniform() < 0.35 else -1)
+    strength = rng.uniform(0.40, 0.65) * (1 if rng.uniform() < 0.35 else -1)
     lip = 1 + strength * (1 - 0.5 * np.clip(distance / half, 0, 1))
     return _blend(clean, clean * lip[..., None], weight), weight
 
@@ -58,12 +58,12 @@ def spot(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     """A foreign particle or drop: a small raised blob with its own colour, shading and texture."""
     clean = scene.colour(x, y)
     centre = _place(scene, rng)
-    radius = rng.uniform(0.022, 0.05)
+    radius = rng.uniform(0.028, 0.055)
     distance = blob(rng, x, y, centre, radius)
     weight = _on_part(scene, x, y, cover(distance, 0.010))
     inside = distance < radius
     tone = float(clean[inside].mean()) if inside.any() else float(clean.mean())
-    shade = tone + rng.uniform(0.12, 0.26) * float(rng.choice([-1.0, 1.0]))
+    shade = tone + rng.uniform(0.17, 0.32) * float(rng.choice([-1.0, 1.0]))
     colour = np.float32(max(shade, 0.08)) * (1 + rng.normal(0, 0.10, 3).astype(np.float32))
     relief = 1 + 0.3 * ((x - centre[0]) + (y - centre[1])) / radius * -0.7
     grain = 1 + 0.12 * Noise(rng, 64)(60 * x, 60 * y)
@@ -79,7 +79,7 @@ def stain(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     weight = _on_part(scene, x, y, cover(distance, 0.02))
     tints = [(0.90, 0.72, 0.46), (0.72, 0.86, 0.98), (0.98, 0.80, 0.76), (0.80, 0.84, 0.70)]
     tint = np.asarray(tints[rng.integers(len(tints))], np.float32)
-    depth = rng.uniform(0.45, 0.9)
+    depth = rng.uniform(0.6, 1.0)
     rim = 1 - 0.16 * smooth(1 + distance / 0.022)
     cloud = 1 + 0.10 * Noise(rng)(14 * x, 14 * y)
     other = clean * (1 + depth * (tint - 1)) * (rim * cloud)[..., None]
@@ -96,7 +96,7 @@ def patch(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     dx, dy = rotate(x, y, turn, centre)
     shift = (rng.uniform(0.25, 0.45, 2) * rng.choice([-1.0, 1.0], 2)).tolist()
     # Granite looks the same from all sides: only another grain size is foreign to it.
-    zoom = rng.uniform(1.5, 1.9) if isinstance(scene, Speckle) else 1.0
+    zoom = rng.uniform(0.45, 0.6) if isinstance(scene, Speckle) else 1.0
     other = scene.colour(zoom * dx + centre[0] + shift[0], zoom * dy + centre[1] + shift[1])
     return _blend(clean, other, weight), weight
 

@@ -35,8 +35,8 @@ class Weave:
         self.angle = rng.uniform(-0.05, 0.05)
         self.shift = rng.uniform(0, 1, 2).tolist()
         self.wobble, self.tone, self.fibre = Noise(rng), Noise(rng, 64), Noise(rng, 64)
-        self.warp = _rgb(0.66, 0.60, 0.50) + rng.normal(0, 0.012, 3).astype(np.float32)
-        self.weft = _rgb(0.47, 0.49, 0.53) + rng.normal(0, 0.012, 3).astype(np.float32)
+        self.warp = _rgb(0.66, 0.60, 0.50) + rng.normal(0, 0.006, 3).astype(np.float32)
+        self.weft = _rgb(0.47, 0.49, 0.53) + rng.normal(0, 0.006, 3).astype(np.float32)
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         u, v = rotate(x, y, self.angle)
@@ -63,8 +63,8 @@ class Wood:
         self.rings = rng.uniform(6.0, 10.0)
         self.bend = rng.uniform(0.25, 0.6)
         self.wave, self.fibre, self.pore = Noise(rng), Noise(rng, 128), Noise(rng, 128)
-        self.light = _rgb(0.80, 0.62, 0.42) + rng.normal(0, 0.015, 3).astype(np.float32)
-        self.dark = _rgb(0.55, 0.37, 0.22) + rng.normal(0, 0.015, 3).astype(np.float32)
+        self.light = _rgb(0.80, 0.62, 0.42) + rng.normal(0, 0.008, 3).astype(np.float32)
+        self.dark = _rgb(0.55, 0.37, 0.22) + rng.normal(0, 0.008, 3).astype(np.float32)
         self.offset = rng.uniform(0, 30, 2).tolist()
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -87,8 +87,8 @@ class Tiles:
         self.angle = rng.uniform(-0.06, 0.06)
         self.shift = rng.uniform(0, 1, 2).tolist()
         self.tone, self.hue, self.mottle = Noise(rng), Noise(rng), Noise(rng, 64)
-        self.glaze = _rgb(0.36, 0.55, 0.58) + rng.normal(0, 0.012, 3).astype(np.float32)
-        self.grout = _rgb(0.72, 0.70, 0.66) + rng.normal(0, 0.012, 3).astype(np.float32)
+        self.glaze = _rgb(0.36, 0.55, 0.58) + rng.normal(0, 0.006, 3).astype(np.float32)
+        self.grout = _rgb(0.72, 0.70, 0.66) + rng.normal(0, 0.006, 3).astype(np.float32)
         self.light = rng.uniform(0.5, 1.1)
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -116,13 +116,13 @@ class Speckle:
         self.large, self.small = Noise(rng, 64), Noise(rng, 64)
         self.dark, self.glint = Noise(rng, 64), Noise(rng, 128)
         self.offset = rng.uniform(0, 50, 2).tolist()
-        self.scale = rng.uniform(0.93, 1.07)
-        tint = rng.normal(0, 0.010, 3).astype(np.float32)
+        self.scale = rng.uniform(1.30, 1.42)
+        tint = rng.normal(0, 0.005, 3).astype(np.float32)
         self.colours = [
             _rgb(0.62, 0.58, 0.55) + tint,
-            _rgb(0.78, 0.73, 0.69) + tint,
-            _rgb(0.44, 0.41, 0.41) + tint,
-            _rgb(0.20, 0.19, 0.20) + tint,
+            _rgb(0.73, 0.69, 0.65) + tint,
+            _rgb(0.50, 0.47, 0.46) + tint,
+            _rgb(0.33, 0.31, 0.32) + tint,
         ]
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -153,8 +153,8 @@ class Washer:
         self.scale = rng.uniform(0.98, 1.02)
         self.light = rng.uniform(3.6, 4.2)
         self.belt, self.brush, self.dust = Noise(rng, 64), Noise(rng, 128), Noise(rng, 64)
-        self.metal = _rgb(0.62, 0.62, 0.60) + rng.normal(0, 0.012, 3).astype(np.float32)
-        self.rubber = _rgb(0.155, 0.165, 0.175) + rng.normal(0, 0.006, 3).astype(np.float32)
+        self.metal = _rgb(0.62, 0.62, 0.60) + rng.normal(0, 0.006, 3).astype(np.float32)
+        self.rubber = _rgb(0.155, 0.165, 0.175) + rng.normal(0, 0.004, 3).astype(np.float32)
         self.missing: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
     def outline(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:

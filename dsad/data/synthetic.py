@@ -32,10 +32,10 @@ def _generator(seed: int, purpose: str, record: Record, index: int) -> Rng:
 
 def _light(rng: Rng, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Factor (h, w, 3): gain, a linear gradient and the white balance."""
-    gain = 1 + rng.uniform(-0.06, 0.06)
-    angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.0, 0.09)
+    gain = 1 + rng.uniform(-0.03, 0.03)
+    angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.0, 0.06)
     field = gain * (1 + slope * ((x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle)))
-    balance = (1 + rng.normal(0, 0.008, 3)).astype(np.float32)
+    balance = (1 + rng.normal(0, 0.004, 3)).astype(np.float32)
     return field[..., None] * balance
 
 
