@@ -1,0 +1,225 @@
+"""Colour changes of RGB images in [0, 1], with torchvision's semantics and one key per sample.
+
+Images are (b, h, w, 3) float32. Inside, the work is done with the channels between rows and
+columns, (b, h, 3, w), so that every operation runs over whole rows; XLA cancels the transposes
+between consecutive functions of this package.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+#: ITU-R 601 luma.
+LUMA = (0.299, 0.587, 0.114)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_ORDERS = tuple(itertools.permutations(range(4)))
+
+
+class JitterDraws(NamedTuple):
+    """What a jitter does to each sample.
+
+    ``factors`` (b, 3): brightness, contrast and saturation; ``shift`` (b,): hue, in turns;
+    ``order`` (b, 4): the operations, first to last, as BRIGHTNESS ... HUE; ``apply`` (b,) bool.
+    """
+
+    factors: jax.Array
+    shift: jax.Array
+    order: jax.Array
+    apply: jax.Array
+
+
+def chosen(keys: jax.Array, probability: float) -> jax.Array:
+    """Per-sample coin (b,) bool, True with ``probability``."""
+    return jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(keys) < probability
+
+
+def _lines(images: jax.Array) -> jax.Array:
+    return jnp.swapaxes(images, -2, -1)
+
+
+def _per_sample(values: jax.Array) -> jax.Array:
+    return values[:, None, None, None]
+
+
+def _grey(lines: jax.Array) -> jax.Array:
+    """Luma (b, h, 1, w)."""
+    red, green, blue = (lines[:, :, i : i + 1] for i in range(3))
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+
+
+def _exact_mean(grey: jax.Array) -> jax.Array:
+    """Mean (b,) of (b, h, 1, w) values in [0, 1], within 5e-7, as a sum of integers.
+
+    A float sum depends on how the compiler groups it, which differs with the size of a device's
+    share of the batch; an integer sum does not.
+    """
+    height, width = grey.shape[1], grey.shape[3]
+    bits, shift = 30 - math.ceil(math.log2(width)), math.ceil(math.log2(height))
+    rows = jnp.sum(jnp.round(grey * 2.0**bits).astype(jnp.int32), axis=(2, 3))
+    total = jnp.sum((rows + (1 << shift >> 1)) >> shift, axis=1)
+    return total.astype(jnp.float32) * (2.0 ** (shift - bits) / (height * width))
+
+
+def _blend(
+    lines: jax.Array, factor: jax.Array, grey_share: jax.Array, mean_share: jax.Array
+) -> jax.Array:
+    """clip(factor * x + grey_share * grey(x) + mean_share * mean(grey(x))), weights (b,).
+
+    Brightness, contrast and saturation are this with one share zero, or both.
+    """
+    grey = _grey(lines)
+    added = _per_sample(grey_share) * grey + _per_sample(mean_share * _exact_mean(grey))
+    return jnp.clip(_per_sample(factor) * lines + added, 0, 1)
+
+
+def _shift_hue(lines: jax.Array, shift: jax.Array) -> jax.Array:
+    """Turn the hue by ``shift`` (b,) turns at constant HSV value and saturation."""
+    red, green, blue = (lines[:, :, i : i + 1] for i in range(3))
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
+    scale = 1 / jnp.where(chroma > 0, chroma, 1)
+    # The hue in sixths of a turn; red is 0. Grey pixels come out as hue 0 with chroma 0.
+    hue = jnp.where(
+        value == red,
+        (green - blue) * scale,
+        jnp.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale),
+    )
+    hue = hue + 6 * _per_sample(shift)
+    # A channel loses its whole chroma within 1/6 turn of its opposite hue and nothing beyond 1/3.
+    opposite = jnp.array([3, 5, 1], jnp.float32)[None, None, :, None]
+    away = hue - opposite
+    away = jnp.abs(away - 6 * jnp.round(away / 6))
+    return jnp.clip(value - chroma * jnp.clip(2 - away, 0, 1), 0, 1)
+
+
+def adjust_brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
+    """Multiply by ``factor`` (b,) and clip to [0, 1]."""
+    return jnp.clip(_per_sample(factor) * images, 0, 1)
+
+
+def adjust_contrast(images: jax.Array, factor: jax.Array) -> jax.Array:
+    """Blend with the image's mean luma, ``factor`` (b,) of the image, and clip to [0, 1]."""
+    return _lines(_blend(_lines(images), factor, jnp.zeros_like(factor), 1 - factor))
+
+
+def adjust_saturation(images: jax.Array, factor: jax.Array) -> jax.Array:
+    """Blend with the luma of each pixel, ``factor`` (b,) of the image, and clip to [0, 1]."""
+    return _lines(_blend(_lines(images), factor, 1 - factor, jnp.zeros_like(factor)))
+
+
+def adjust_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
+    """Turn the HSV hue by ``shift`` (b,) in turns: 1/3 makes red green."""
+    return _lines(_shift_hue(_lines(images), shift))
+
+
+def draw_jitter(
+    keys: jax.Array,
+    *,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+    probability: float,
+) -> JitterDraws:
+    """The draws of ``color_jitter`` for one key per sample (b,).
+
+    Factors are uniform in [max(0, 1 - x), 1 + x], the hue shift in [-hue, hue], and the order of
+    the four operations is one of 24.
+    """
+    widths = jnp.array([brightness, contrast, saturation], jnp.float32)
+    low = jnp.maximum(1 - widths, 0)
+
+    def draw(key: jax.Array) -> JitterDraws:
+        uniform = jax.random.uniform(key, (6,), jnp.float32)
+        factors = low + (1 + widths - low) * uniform[:3]
+        order = (uniform[4] * len(_ORDERS)).astype(jnp.int32)  # u <= 1 - 2^-23, so at most 23
+        return JitterDraws(
+            factors,
+            hue * (2 * uniform[3] - 1),
+            jnp.array(_ORDERS, jnp.int32)[order],
+            uniform[5] < probability,
+        )
+
+    return jax.vmap(draw)(keys)
+
+
+def apply_jitter(images: jax.Array, draws: JitterDraws, *, hue: bool = True) -> jax.Array:
+    """Brightness, contrast, saturation and hue of ``images`` changed in each sample's own order.
+
+    The order differs between samples, so each of the three blends is done before and after the hue,
+    neutral in the samples where it is not its turn: six cheap passes instead of four times every
+    operation. ``hue=False`` leaves the hue out, in which case three passes suffice.
+    """
+    lines = original = _lines(images)
+    hue_turn = jnp.argmax(draws.order == HUE, axis=1)
+
+    def turn(lines: jax.Array, position: int, active: jax.Array) -> jax.Array:
+        operation = draws.order[:, position]
+        is_operation = operation[:, None] == jnp.arange(3)[None, :]
+        factor = jnp.sum(jnp.where(is_operation, draws.factors, 0), axis=1)
+        active = active & (operation != HUE)
+        factor = jnp.where(active, factor, 1)
+        zero = jnp.zeros_like(factor)
+        grey_share = jnp.where(operation == SATURATION, 1 - factor, zero)
+        return _blend(lines, factor, grey_share, jnp.where(operation == CONTRAST, 1 - factor, zero))
+
+    if hue:
+        for position in range(3):
+            lines = turn(lines, position, position < hue_turn)
+        lines = _shift_hue(lines, draws.shift)
+        for position in range(1, 4):
+            lines = turn(lines, position, position > hue_turn)
+    else:
+        for position in range(4):
+            lines = turn(lines, position, jnp.ones_like(draws.apply))
+    return _lines(jnp.where(_per_sample(draws.apply), lines, original))
+
+
+def color_jitter(
+    images: jax.Array,
+    keys: jax.Array,
+    *,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+    probability: float,
+) -> jax.Array:
+    """With ``probability``, change the colours of (b, h, w, 3) images in random order.
+
+    ``keys`` (b,), one per sample. Amounts as in ``draw_jitter``, semantics as in ``adjust_*``.
+    """
+    draws = draw_jitter(
+        keys,
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        hue=hue,
+        probability=probability,
+    )
+    return apply_jitter(images, draws, hue=hue > 0)
+
+
+def to_grey(images: jax.Array, keys: jax.Array, *, probability: float) -> jax.Array:
+    """With ``probability`` per sample, luma in all three channels."""
+    lines = _lines(images)
+    return _lines(jnp.where(_per_sample(chosen(keys, probability)), _grey(lines), lines))
+
+
+def solarize(
+    images: jax.Array, keys: jax.Array, *, probability: float, threshold: float = 0.5
+) -> jax.Array:
+    """With ``probability`` per sample, invert the values at or above ``threshold``."""
+    invert = _per_sample(chosen(keys, probability)) & (images >= threshold)
+    return jnp.where(invert, 1 - images, images)
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """(images - mean) / std per channel, images (..., 3)."""
+    shape = (1,) * (images.ndim - 1) + (-1,)
+    scale = 1 / jnp.array(std, jnp.float32).reshape(shape)
+    return (images - jnp.array(mean, jnp.float32).reshape(shape)) * scale

@@ -1,0 +1,277 @@
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage, stats
+
+from dsad.augment.blur import draw_blur
+from dsad.augment.color import apply_jitter, draw_jitter
+from dsad.augment.crops import resized_crop
+from dsad.augment.views import ViewConfig, draw_crops, make_view
+from dsad.core.config import build_dataclass
+from dsad.core.errors import ConfigError, DataError
+from dsad.core.mesh import MeshConfig, make_mesh, place_batch
+from dsad.core.rng import named, sample_keys
+from tests.helpers import real_data
+
+EVERYTHING = ViewConfig(
+    side=32, grey_probability=0.3, solarize_probability=0.3, blur_probability=0.6
+)
+GEOMETRY = ViewConfig(side=32, jitter_probability=0.0, blur_probability=0.0)
+KEY = jax.random.key(42)
+
+
+def make_batch(count=16, canvas=48):
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (count, canvas, canvas, 3), dtype=np.uint8),
+        "size": rng.integers(20, canvas + 1, (count, 2)).astype(np.int32),
+        "index": np.arange(100, 100 + count, dtype=np.int32),
+        "epoch": np.full(count, 3, np.int32),
+    }
+
+
+@functools.lru_cache
+def jitted(config):
+    return jax.jit(functools.partial(make_view, config=config))
+
+
+def view(batch, config=EVERYTHING, key=KEY):
+    return jax.tree.map(np.asarray, jitted(config)(batch, key))
+
+
+def test_shapes_and_ranges():
+    batch = make_batch()
+    out = view(batch)
+    assert out["image"].shape == (16, 32, 32, 3)
+    assert out["box"].shape == (16, 4)
+    assert out["image"].dtype == out["box"].dtype == np.float32
+    pixels = out["image"] * EVERYTHING.std + np.array(EVERYTHING.mean)
+    assert pixels.min() > -1e-5
+    assert pixels.max() < 1 + 1e-5
+    assert ((out["box"] >= 0) & (out["box"] <= 1)).all()
+    assert (out["box"][:, 3] > out["box"][:, 1]).all()
+
+
+def test_the_whole_chain_equals_its_parts_one_by_one():
+    """Crop, flip, jitter, grey, blur, solarize, normalise, in this order, from the same draws."""
+    batch, config = make_batch(), EVERYTHING
+    boxes, flips = draw_crops(batch, KEY, config)
+    images = np.asarray(jax.jit(resized_crop, static_argnums=2)(batch["image"], boxes, 32)) / 255
+    images = np.where(np.asarray(flips)[:, None, None, None], images[:, :, ::-1], images)
+
+    def keys(name):
+        return sample_keys(named(KEY, name), batch["epoch"], batch["index"])
+
+    def uniform(keys):
+        return np.asarray(jax.vmap(lambda k: jax.random.uniform(k, (), np.float32))(keys))
+
+    draws = draw_jitter(
+        keys("jitter"), brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, probability=0.8
+    )
+    images = np.asarray(jax.jit(apply_jitter)(images, draws))
+    drawn = draw_blur(keys("blur"), sigma=(0.1, 2.0), probability=0.6)
+    sigma, blurs = (np.asarray(x) for x in drawn)
+    greys, solarizes = uniform(keys("grey")) < 0.3, uniform(keys("solarize")) < 0.3
+    assert all(x.any() and not x.all() for x in (blurs, greys, solarizes, np.asarray(flips)))
+    found = view(batch)["image"]
+    for i, image in enumerate(images.astype(np.float64)):
+        if greys[i]:
+            image = np.repeat((image @ [0.299, 0.587, 0.114])[..., None], 3, -1)
+        if blurs[i]:
+            for axis in (0, 1):
+                image = ndimage.gaussian_filter1d(
+                    image, sigma[i], axis=axis, mode="nearest", radius=8
+                )
+        expected = found[i] * config.std + np.array(config.mean)
+        if solarizes[i]:  # at the threshold itself rounding decides
+            clear = np.abs(image - 0.5) > 1e-5
+            image = np.where(image >= 0.5, 1 - image, image)
+            expected, image = expected[clear], image[clear]
+        np.testing.assert_allclose(expected, image, atol=1e-5)
+
+
+def test_padding_has_no_influence():
+    batch = make_batch()
+    noisy = dict(batch, image=batch["image"].copy())
+    rng = np.random.default_rng(9)
+    for image, (height, width) in zip(noisy["image"], batch["size"], strict=True):
+        image[height:] = rng.integers(0, 256, image[height:].shape)
+        image[:, width:] = rng.integers(0, 256, image[:, width:].shape)
+    assert (noisy["image"] != batch["image"]).any()
+    for config in (EVERYTHING, dataclasses.replace(GEOMETRY, area=(1.0, 1.0))):
+        jax.tree.map(np.testing.assert_array_equal, view(batch, config), view(noisy, config))
+
+
+def test_batch_position_and_company_do_not_matter():
+    batch = make_batch()
+    order = np.random.default_rng(1).permutation(16)
+    base = view(batch)
+    moved = view({k: v[order] for k, v in batch.items()})
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), base, moved)
+    alone = view({k: v[5:8] for k, v in batch.items()})
+    np.testing.assert_array_equal(alone["box"], base["box"][5:8])
+    np.testing.assert_allclose(alone["image"], base["image"][5:8], atol=1e-5)
+
+
+def test_epoch_index_and_key_change_the_view():
+    batch = make_batch()
+    base = view(batch)["box"]
+    for other in (
+        view(dict(batch, epoch=batch["epoch"] + 1)),
+        view(dict(batch, index=batch["index"] + 16)),
+        view(batch, key=jax.random.key(43)),
+    ):
+        assert (other["box"] != base).any(axis=1).all()
+
+
+@pytest.mark.parametrize(("count", "shape"), [(16, (8, 1)), (24, (4, 2))])
+def test_any_mesh_gives_the_same_views(count, shape):
+    """Draws and boxes bitwise; pixels bitwise on the CPU at this shape."""
+    batch = make_batch(count)
+    expected = view(batch)
+    devices = jax.devices()[: shape[0] * shape[1]]
+    mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1]), devices)
+    found = jitted(EVERYTHING)(place_batch(batch, mesh), KEY)
+    assert len(found["image"].sharding.device_set) == len(devices)
+    assert found["image"].addressable_shards[0].data.shape[0] == count // len(devices)
+    jax.tree.map(np.testing.assert_array_equal, expected, jax.tree.map(np.asarray, found))
+
+
+SWITCHES = {
+    "flip": 0.0,
+    "jitter_probability": 0.0,
+    "blur_probability": 0.0,
+    "grey_probability": 0.0,
+    "solarize_probability": 0.0,
+}
+
+
+@pytest.mark.parametrize("name", ["flip", "jitter_probability"])
+def test_switching_one_operation_off_leaves_the_other_draws(name):
+    """Images on which the operation was not drawn anyway come out as before."""
+    batch = make_batch()
+    config = dataclasses.replace(EVERYTHING, jitter_probability=0.5)
+    base, off = view(batch, config), view(batch, dataclasses.replace(config, **{name: 0.0}))
+    unchanged = np.abs(base["image"] - off["image"]).max((1, 2, 3)) < 1e-5
+    assert 0 < unchanged.sum() < 16
+    if name == "flip":
+        np.testing.assert_array_equal(np.sort(base["box"], 1), np.sort(off["box"], 1))
+        assert (off["box"][:, 0] < off["box"][:, 2]).all()
+    else:
+        np.testing.assert_array_equal(base["box"], off["box"])
+
+
+def test_an_operation_that_is_off_is_not_in_the_program():
+    batch = make_batch(2)
+    off = {name: 0.0 for name in SWITCHES}
+
+    def size(config):
+        program = jax.make_jaxpr(functools.partial(make_view, config=config))(batch, KEY)
+        return len(re.findall(r" = ", str(program)))
+
+    bare = size(dataclasses.replace(EVERYTHING, **off))
+    for name in SWITCHES:
+        assert size(dataclasses.replace(EVERYTHING, **(off | {name: 0.3}))) > bare
+    neutral = dataclasses.replace(EVERYTHING, **off, jitter=(0.0, 0.0, 0.0, 0.0))
+    assert size(dataclasses.replace(neutral, jitter_probability=1.0)) == bare
+
+
+def test_flip_probability_and_coordinates():
+    count = 2000
+    batch = {
+        "image": np.zeros((count, 4, 4, 3), np.uint8),
+        "size": np.full((count, 2), 4, np.int32),
+        "index": np.arange(count, dtype=np.int32),
+        "epoch": np.zeros(count, np.int32),
+    }
+    config = dataclasses.replace(GEOMETRY, side=2, flip=0.3)
+    box = view(batch, config)["box"]
+    flipped = int((box[:, 2] < box[:, 0]).sum())
+    assert stats.binomtest(flipped, count, 0.3).pvalue > 1e-3
+    centres = view(batch, dataclasses.replace(config, coordinates="centres"))["box"]
+    left, right = np.minimum(box[:, 0], box[:, 2]), np.maximum(box[:, 0], box[:, 2])
+    np.testing.assert_allclose(np.minimum(centres[:, 0], centres[:, 2]), left * 4 / 3, atol=1e-6)
+    np.testing.assert_allclose(
+        np.maximum(centres[:, 0], centres[:, 2]), (right * 4 - 1) / 3, atol=1e-6
+    )
+
+
+def test_traced_once_and_no_weak_types():
+    traces = []
+
+    def counted(batch, key):
+        traces.append(1)
+        return make_view(batch, key, GEOMETRY)
+
+    step = jax.jit(counted)
+    for seed in range(3):
+        out = step(make_batch(4), jax.random.key(seed))
+    assert len(traces) == 1
+    assert not any(x.weak_type for x in jax.tree.leaves(out))
+
+
+def test_real_image_equals_pillow():
+    path = real_data("mvtec", "bottle256", "train", "good", "000.png")
+    with Image.open(path) as file:
+        image = np.asarray(file.convert("RGB"))
+    canvas = np.zeros((2, 300, 300, 3), np.uint8)
+    canvas[:, : image.shape[0], : image.shape[1]] = image
+    batch = {
+        "image": canvas,
+        "size": np.array([image.shape[:2]] * 2, np.int32),
+        "index": np.array([0, 1], np.int32),
+        "epoch": np.zeros(2, np.int32),
+    }
+    config = dataclasses.replace(GEOMETRY, side=96)
+    out = view(batch, config)
+    for i in range(2):
+        x0, y0, x1, y1 = out["box"][i] * np.tile(image.shape[1::-1], 2)
+        box = [round(float(v)) for v in (min(x0, x1), y0, max(x0, x1), y1)]
+        pillow = Image.fromarray(image).crop(box).resize((96, 96), Image.Resampling.BILINEAR)
+        expected = np.asarray(pillow)[:, ::-1] if x1 < x0 else np.asarray(pillow)
+        pixels = (out["image"][i] * config.std + np.array(config.mean)) * 255
+        assert np.abs(pixels - expected).max() < 1.01
+
+
+BAD = {
+    "side": 1,
+    "area": (0.0, 1.0),
+    "aspect": (1.3, 0.7),
+    "flip": 1.5,
+    "jitter": (0.4, 0.4, 0.2, 0.6),
+    "jitter_probability": -0.1,
+    "blur_sigma": (0.0, 2.0),
+    "blur_probability": float("nan"),
+    "solarize_threshold": 2.0,
+    "mean": (0.5, 0.5),
+    "std": (0.2, 0.0, 0.2),
+    "coordinates": "corners",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_config_names_the_key(name):
+    with pytest.raises(ConfigError, match=rf"view\.{name}: expected"):
+        ViewConfig(**{name: BAD[name]})
+
+
+def test_more_bad_configs():
+    for values in ({"area": (0.1, 1.2)}, {"jitter": (-0.1, 0, 0, 0)}, {"jitter": (0.1, 0, 0)}):
+        with pytest.raises(ConfigError, match="expected"):
+            ViewConfig(**values)
+    with pytest.raises(ConfigError, match=r"view\.blur_sigma"):
+        build_dataclass(ViewConfig, {"blur_sigma": [2.0, 0.1]}, "view")
+    made = build_dataclass(ViewConfig, {"area": [0.5, 1], "side": 64}, "view")
+    assert made == ViewConfig(area=(0.5, 1.0), side=64)
+    assert hash(made)
+
+
+def test_float_canvases_are_refused():
+    batch = make_batch(2)
+    with pytest.raises(DataError, match="expected uint8 canvases"):
+        make_view(dict(batch, image=batch["image"] / 255), KEY, GEOMETRY)
