@@ -135,20 +135,21 @@ class Knn:
         self, blocks: Iterator[tuple[np.ndarray, np.ndarray]], key: jax.Array
     ) -> list[np.ndarray]:
         key = rng.named(key, "knn bank")
-        kept = rows = order = None
-        for block, index in blocks:
-            cells = len(block) // len(index)
+        kept: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        for rows, index in blocks:
+            cells = len(rows) // len(index)
             bits = np.asarray(_draws(key, jnp.asarray(index, jnp.uint32), cells)).ravel()
             place = np.stack([np.repeat(index, cells), np.tile(np.arange(cells), len(index))])
             if kept is not None:
-                block = np.concatenate([rows, block])
-                bits, place = np.concatenate([kept, bits]), np.concatenate([order, place], axis=1)
+                rows, bits = np.concatenate([kept[0], rows]), np.concatenate([kept[1], bits])
+                place = np.concatenate([kept[2], place], axis=1)
             # Equal draws are settled by the cell's place, never by the order of the source.
             best = np.lexsort((place[1], place[0], bits))[: self.config.bank_rows]
-            rows, kept, order = block[best], bits[best], place[:, best]
-        if rows is None:
+            kept = rows[best], bits[best], place[:, best]
+        if kept is None:
             return []
-        return [rows[np.lexsort((order[1], order[0]))]]
+        rows, _, place = kept
+        return [rows[np.lexsort((place[1], place[0]))]]
 
 
 @functools.partial(jax.jit, static_argnums=0)

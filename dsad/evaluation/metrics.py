@@ -227,9 +227,9 @@ def region_sizes(mask: np.ndarray) -> tuple[np.ndarray, int]:
         return np.zeros(0, np.uint32), 0
     # Labelling only the bounding box: most defects are small.
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    labels, count = ndimage.label(box, structure=np.ones((3, 3), bool))  # type: ignore[misc]
-    inside = labels[box]
-    return np.bincount(inside)[inside].astype(np.uint32), int(count)
+    found: Any = ndimage.label(box, structure=np.ones((3, 3), bool))
+    inside = found[0][box]
+    return np.bincount(inside)[inside].astype(np.uint32), int(found[1])
 
 
 def _pixel_steps(state: State, name: str) -> ranking.Steps:

@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsad.core.errors import ConfigError
@@ -70,7 +71,7 @@ def _check(queries: jax.Array, bank: jax.Array, k: int, tile: int | None) -> Non
 
 def _on_mesh(values: jax.Array, mesh: Mesh) -> jax.Array:
     """Move a concrete array that lives on other devices; arrays on the mesh stay as they are."""
-    if isinstance(values, jax.core.Tracer) or not isinstance(values, jax.Array):
+    if isinstance(values, Tracer) or not isinstance(values, jax.Array):
         return values
     if values.sharding.device_set == set(mesh.devices.flat):
         return values
