@@ -71,6 +71,7 @@ def backbone(
 
     Raises:
       ConfigError: unknown architecture, or tensors that are missing, left over or misshapen.
+
     """
     resnet.arch(arch)
     if weights is None:

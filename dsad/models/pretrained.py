@@ -31,7 +31,9 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
             with np.load(path, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
         except (OSError, ValueError) as error:
-            raise ConfigError(f"weights {path}: not a readable npz of plain arrays: {error}.") from error
+            raise ConfigError(
+                f"weights {path}: not a readable npz of plain arrays: {error}."
+            ) from error
     raise ConfigError(f"weights {path}: expected a .npz file, found {path.suffix or 'no suffix'}.")
 
 

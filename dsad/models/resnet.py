@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
+from dsad.models.draws import Draws, size_of
 from dsad.models.functional import Functional
 
 #: Batch norm as published: PyTorch momentum 0.1 is Flax momentum 0.9.
@@ -51,8 +53,16 @@ def arch(name: str) -> Arch:
     return ARCHS[name]
 
 
-def _conv(cin: int, cout: int, size: int, stride: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
-    pad = size // 2
+def _conv(
+    cin: int, cout: int, size: int, stride: int, draws: Draws, dtype: Any, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """Explicitly padded, without bias; N(0, 2 / (size² · cout)) as He et al. initialise."""
+    pad, deviation = size // 2, float(np.sqrt(2.0 / (size * size * cout)))
+
+    def kernel_init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
+        del key  # the network's one draw is already keyed
+        return (deviation * draws.take(tuple(shape))).astype(dtype)
+
     return nnx.Conv(
         cin,
         cout,
@@ -60,7 +70,7 @@ def _conv(cin: int, cout: int, size: int, stride: int, dtype: Any, rngs: nnx.Rng
         strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
         use_bias=False,
-        kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        kernel_init=kernel_init,
         dtype=dtype,
         param_dtype=jnp.float32,
         rngs=rngs,
@@ -92,7 +102,7 @@ class Block(nnx.Module):
 
     def __init__(
         self, cin: int, mid: int, cout: int, stride: int, *, bottleneck: bool, zero: bool,
-        dtype: Any, rngs: nnx.Rngs,
+        draws: Draws, dtype: Any, rngs: nnx.Rngs,
     ):  # fmt: skip
         plan = [(cin, mid, 3, stride), (mid, cout, 3, 1)]
         if bottleneck:
@@ -100,11 +110,11 @@ class Block(nnx.Module):
         self.depth = len(plan)
         for i, (a, b, size, step) in enumerate(plan, start=1):
             last = zero and i == len(plan)
-            setattr(self, f"conv{i}", _conv(a, b, size, step, dtype, rngs))
+            setattr(self, f"conv{i}", _conv(a, b, size, step, draws, dtype, rngs))
             setattr(self, f"norm{i}", _norm(b, dtype, rngs, zero=last))
         self.projects = stride != 1 or cin != cout
         if self.projects:
-            self.down_conv = _conv(cin, cout, 1, stride, dtype, rngs)
+            self.down_conv = _conv(cin, cout, 1, stride, draws, dtype, rngs)
             self.down_norm = _norm(cout, dtype, rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -121,9 +131,11 @@ class Block(nnx.Module):
 class ResNet(nnx.Module):
     """Feature maps of every stage after its last ReLU: ``layer1`` (stride 4) to ``layer4`` (32)."""
 
-    def __init__(self, spec: Arch, *, stages: int, zero: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, spec: Arch, *, stages: int, zero: bool, draws: Draws, dtype: Any, rngs: nnx.Rngs
+    ):
         self.spec, self.stages = spec, stages
-        self.conv1 = _conv(3, 64, 7, 2, dtype, rngs)
+        self.conv1 = _conv(3, 64, 7, 2, draws, dtype, rngs)
         self.norm1 = _norm(64, dtype, rngs)
         cin = 64
         for s in range(1, stages + 1):
@@ -132,8 +144,8 @@ class ResNet(nnx.Module):
             for b in range(spec.blocks[s - 1]):
                 stride = 2 if s > 1 and b == 0 else 1
                 block = Block(
-                    cin, mid, cout, stride, bottleneck=spec.bottleneck, zero=zero, dtype=dtype,
-                    rngs=rngs,
+                    cin, mid, cout, stride, bottleneck=spec.bottleneck, zero=zero, draws=draws,
+                    dtype=dtype, rngs=rngs,
                 )  # fmt: skip
                 setattr(self, f"layer{s}_block{b}", block)
                 cin = cout
@@ -159,6 +171,11 @@ def resnet(
     and statistics stay f32.
     """
     spec = arch(name)
+
+    def make(draws: Draws, rngs: nnx.Rngs) -> ResNet:
+        return ResNet(spec, stages=stages, zero=zero_init_last, draws=draws, dtype=dtype, rngs=rngs)
+
+    total = size_of(lambda draws: make(draws, nnx.Rngs(0)))
     return Functional(
-        lambda rngs: ResNet(spec, stages=stages, zero=zero_init_last, dtype=dtype, rngs=rngs)
+        lambda rngs: make(Draws(jax.random.normal(rngs.params(), (total,), jnp.float32)), rngs)
     )
