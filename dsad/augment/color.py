@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 #: ITU-R 601 luma.
 LUMA = (0.299, 0.587, 0.114)
@@ -55,25 +56,30 @@ def _exact_mean(grey: jax.Array) -> jax.Array:
     """Mean (b,) of (b, h, 1, w) values in [0, 1], within 5e-7, as a sum of integers.
 
     A float sum depends on how the compiler groups it, which differs with the size of a device's
-    share of the batch; an integer sum does not.
+    share of the batch; an integer sum does not. Adding 2^(23 - bits) leaves the value's first
+    ``bits`` binary places as the low bits of the float, several times faster than a conversion.
     """
     height, width = grey.shape[1], grey.shape[3]
-    bits, shift = 30 - math.ceil(math.log2(width)), math.ceil(math.log2(height))
-    rows = jnp.sum(jnp.round(grey * 2.0**bits).astype(jnp.int32), axis=(2, 3))
+    height_bits, width_bits = math.ceil(math.log2(height)), math.ceil(math.log2(width))
+    bits = min(23, 30 - width_bits)
+    shift = max(0, bits + width_bits + height_bits - 30)  # both sums stay below 2^31
+    base = np.float32(2.0 ** (23 - bits))
+    fixed = jax.lax.bitcast_convert_type(grey + base, jnp.int32) - base.view(np.int32)
+    rows = jnp.sum(fixed, axis=(2, 3))
     total = jnp.sum((rows + (1 << shift >> 1)) >> shift, axis=1)
-    return total.astype(jnp.float32) * (2.0 ** (shift - bits) / (height * width))
+    return total.astype(jnp.float32) * np.float32(2.0 ** (shift - bits) / (height * width))
 
 
-def _blend(
-    lines: jax.Array, factor: jax.Array, grey_share: jax.Array, mean_share: jax.Array
-) -> jax.Array:
-    """clip(factor * x + grey_share * grey(x) + mean_share * mean(grey(x))), weights (b,).
+def _blend_grey(lines: jax.Array, factor: jax.Array, share: jax.Array) -> jax.Array:
+    """clip(factor * x + share * grey(x)), weights (b,): brightness (share 0) and saturation."""
+    blended = _per_sample(factor) * lines + _per_sample(share) * _grey(lines)
+    return jnp.clip(blended, 0, 1)
 
-    Brightness, contrast and saturation are this with one share zero, or both.
-    """
-    grey = _grey(lines)
-    added = _per_sample(grey_share) * grey + _per_sample(mean_share * _exact_mean(grey))
-    return jnp.clip(_per_sample(factor) * lines + added, 0, 1)
+
+def _blend_mean(lines: jax.Array, factor: jax.Array) -> jax.Array:
+    """clip(factor * x + (1 - factor) * mean(grey(x))), factor (b,): contrast."""
+    added = (1 - factor) * _exact_mean(_grey(lines))
+    return jnp.clip(_per_sample(factor) * lines + _per_sample(added), 0, 1)
 
 
 def _shift_hue(lines: jax.Array, shift: jax.Array) -> jax.Array:
@@ -103,12 +109,12 @@ def adjust_brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
 
 def adjust_contrast(images: jax.Array, factor: jax.Array) -> jax.Array:
     """Blend with the image's mean luma, ``factor`` (b,) of the image, and clip to [0, 1]."""
-    return _lines(_blend(_lines(images), factor, jnp.zeros_like(factor), 1 - factor))
+    return _lines(_blend_mean(_lines(images), factor))
 
 
 def adjust_saturation(images: jax.Array, factor: jax.Array) -> jax.Array:
     """Blend with the luma of each pixel, ``factor`` (b,) of the image, and clip to [0, 1]."""
-    return _lines(_blend(_lines(images), factor, 1 - factor, jnp.zeros_like(factor)))
+    return _lines(_blend_grey(_lines(images), factor, 1 - factor))
 
 
 def adjust_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
@@ -150,32 +156,33 @@ def draw_jitter(
 def apply_jitter(images: jax.Array, draws: JitterDraws, *, hue: bool = True) -> jax.Array:
     """Brightness, contrast, saturation and hue of ``images`` changed in each sample's own order.
 
-    The order differs between samples, so each of the three blends is done before and after the hue,
-    neutral in the samples where it is not its turn: six cheap passes instead of four times every
-    operation. ``hue=False`` leaves the hue out, in which case three passes suffice.
+    The order differs between samples, so the contrast is done both before and after the hue, and
+    brightness and saturation in every gap, each neutral in the samples where it is not its turn.
+    Only the contrast needs a mean over the image; everything between two means is one pass.
+    ``hue=False`` leaves the hue out, and with it what would follow it.
     """
     lines = original = _lines(images)
-    hue_turn = jnp.argmax(draws.order == HUE, axis=1)
+    turn = jnp.argsort(draws.order, axis=1)  # (b, 4): when each operation has its turn
+    late = turn[:, :3] > turn[:, HUE, None] if hue else jnp.zeros_like(turn[:, :3], dtype=bool)
+    gap = 2 * late.astype(jnp.int32) + (turn[:, :3] > turn[:, CONTRAST, None])
+    swap = turn[:, SATURATION] < turn[:, BRIGHTNESS]
 
-    def turn(lines: jax.Array, position: int, active: jax.Array) -> jax.Array:
-        operation = draws.order[:, position]
-        is_operation = operation[:, None] == jnp.arange(3)[None, :]
-        factor = jnp.sum(jnp.where(is_operation, draws.factors, 0), axis=1)
-        active = active & (operation != HUE)
-        factor = jnp.where(active, factor, 1)
-        zero = jnp.zeros_like(factor)
-        grey_share = jnp.where(operation == SATURATION, 1 - factor, zero)
-        return _blend(lines, factor, grey_share, jnp.where(operation == CONTRAST, 1 - factor, zero))
+    def pixel_operations(lines: jax.Array, number: int) -> jax.Array:
+        active = gap == number
+        factor = jnp.where(active, draws.factors, 1)
+        share = 1 - factor[:, SATURATION]
+        brightness, saturation = factor[:, BRIGHTNESS], factor[:, SATURATION]
+        first = jnp.where(swap, saturation, brightness), jnp.where(swap, share, 0)
+        second = jnp.where(swap, brightness, saturation), jnp.where(swap, 0, share)
+        return _blend_grey(_blend_grey(lines, *first), *second)
 
-    if hue:
-        for position in range(3):
-            lines = turn(lines, position, position < hue_turn)
-        lines = _shift_hue(lines, draws.shift)
-        for position in range(1, 4):
-            lines = turn(lines, position, position > hue_turn)
-    else:
-        for position in range(4):
-            lines = turn(lines, position, jnp.ones_like(draws.apply))
+    for after in range(2 if hue else 1):
+        lines = pixel_operations(lines, 2 * after)
+        mine = late[:, CONTRAST] == bool(after)
+        lines = _blend_mean(lines, jnp.where(mine, draws.factors[:, CONTRAST], 1))
+        lines = pixel_operations(lines, 2 * after + 1)
+        if hue and not after:
+            lines = _shift_hue(lines, draws.shift)
     return _lines(jnp.where(_per_sample(draws.apply), lines, original))
 
 

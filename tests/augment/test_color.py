@@ -62,6 +62,18 @@ def test_adjust_equals_float64(images, operation):
         np.testing.assert_allclose(found[i], expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("shape", [(224, 224), (3, 1025), (700, 1), (256, 512)], ids=str)
+def test_contrast_of_large_and_extreme_images(shape):
+    """The integer sum neither overflows nor loses precision."""
+    noise = np.random.default_rng(4).random((1, *shape, 3), dtype=np.float32)
+    images = np.concatenate([noise, np.ones_like(noise), noise.round(), 1e-4 * noise])
+    factor = np.float32([0.5, 0.6, 1.4, 0.3])
+    found = jax.jit(color.adjust_contrast)(images, factor)
+    for i in range(4):
+        expected = reference(images[i], color.CONTRAST, float(factor[i]))
+        np.testing.assert_allclose(found[i], expected, atol=1e-6)
+
+
 def test_adjust_matches_pillow_within_its_integer_rounding():
     rng = np.random.default_rng(1)
     image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
