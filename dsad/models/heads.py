@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dsad.models.functional import Functional
-from dsad.models.resnet import EPSILON, MOMENTUM
+from dsad.models.norm import BatchNorm
 
 
 def _linear(cin: int, cout: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
@@ -29,14 +29,11 @@ class Projector(nnx.Module):
 
     def __init__(self, cin: int, hidden: int, out: int, *, dtype: Any, rngs: nnx.Rngs):
         self.conv1 = _linear(cin, hidden, dtype, rngs)
-        self.norm1 = nnx.BatchNorm(
-            hidden, epsilon=EPSILON, momentum=MOMENTUM, dtype=dtype, param_dtype=jnp.float32,
-            rngs=rngs,
-        )  # fmt: skip
+        self.norm1 = BatchNorm(hidden, dtype=dtype, rngs=rngs)
         self.conv2 = _linear(hidden, out, dtype, rngs)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = self.norm1(self.conv1(x), use_running_average=not train)
+    def __call__(self, x: jax.Array, *, train: bool, views: int = 1) -> jax.Array:
+        x = self.norm1(self.conv1(x), train=train, views=views)
         return self.conv2(nnx.relu(x))
 
 
@@ -46,8 +43,8 @@ class Pointwise(nnx.Module):
     def __init__(self, cin: int, out: int, *, dtype: Any, rngs: nnx.Rngs):
         self.conv = _linear(cin, out, dtype, rngs)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        del train
+    def __call__(self, x: jax.Array, *, train: bool, views: int = 1) -> jax.Array:
+        del train, views
         return self.conv(x)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from dsad.core.errors import ConfigError
 from dsad.core.tree import flatten
 from dsad.models import resnet
+from dsad.models.norm import EPSILON
 
 _IGNORED = re.compile(r"^(fc\.|classifier\.)|num_batches_tracked$")
 
@@ -97,7 +98,7 @@ def _folded_norm(path: str, spec: Any, state: Mapping[str, Any], used: set[str])
         source = _source_name(path).replace("downsample.1", "downsample.0").replace("bn", "conv")
         used.add(source)
         return state.get(source)
-    constant = {"scale": 1.0, "mean": 0.0, "var": 1.0 - resnet.EPSILON}[leaf]
+    constant = {"scale": 1.0, "mean": 0.0, "var": 1.0 - EPSILON}[leaf]
     return np.full(spec.shape, constant, np.float32)
 
 

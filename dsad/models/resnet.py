@@ -16,10 +16,7 @@ from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
 from dsad.models.draws import Draws, size_of
 from dsad.models.functional import Functional
-
-#: Batch norm as published: PyTorch momentum 0.1 is Flax momentum 0.9.
-EPSILON = 1e-5
-MOMENTUM = 0.9
+from dsad.models.norm import BatchNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,19 +74,6 @@ def _conv(
     )
 
 
-def _norm(channels: int, dtype: Any, rngs: nnx.Rngs, *, zero: bool = False) -> nnx.BatchNorm:
-    init = nnx.initializers.zeros_init() if zero else nnx.initializers.ones_init()
-    return nnx.BatchNorm(
-        channels,
-        epsilon=EPSILON,
-        momentum=MOMENTUM,
-        scale_init=init,
-        dtype=dtype,
-        param_dtype=jnp.float32,
-        rngs=rngs,
-    )
-
-
 def _max_pool(x: jax.Array) -> jax.Array:
     """3×3, stride 2, padding 1 with −inf (a literal: an array breaks reverse mode)."""
     return jax.lax.reduce_window(
@@ -111,20 +95,20 @@ class Block(nnx.Module):
         for i, (a, b, size, step) in enumerate(plan, start=1):
             last = zero and i == len(plan)
             setattr(self, f"conv{i}", _conv(a, b, size, step, draws, dtype, rngs))
-            setattr(self, f"norm{i}", _norm(b, dtype, rngs, zero=last))
+            setattr(self, f"norm{i}", BatchNorm(b, dtype=dtype, rngs=rngs, zero=last))
         self.projects = stride != 1 or cin != cout
         if self.projects:
             self.down_conv = _conv(cin, cout, 1, stride, draws, dtype, rngs)
-            self.down_norm = _norm(cout, dtype, rngs)
+            self.down_norm = BatchNorm(cout, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, views: int) -> jax.Array:
         y = x
         for i in range(1, self.depth + 1):
             y = getattr(self, f"conv{i}")(y)
-            y = getattr(self, f"norm{i}")(y, use_running_average=not train)
+            y = getattr(self, f"norm{i}")(y, train=train, views=views)
             y = nnx.relu(y) if i < self.depth else y
         if self.projects:
-            x = self.down_norm(self.down_conv(x), use_running_average=not train)
+            x = self.down_norm(self.down_conv(x), train=train, views=views)
         return nnx.relu(x + y)
 
 
@@ -136,7 +120,7 @@ class ResNet(nnx.Module):
     ):
         self.spec, self.stages = spec, stages
         self.conv1 = _conv(3, 64, 7, 2, draws, dtype, rngs)
-        self.norm1 = _norm(64, dtype, rngs)
+        self.norm1 = BatchNorm(64, dtype=dtype, rngs=rngs)
         cin = 64
         for s in range(1, stages + 1):
             cout = spec.channels(f"layer{s}")
@@ -150,13 +134,13 @@ class ResNet(nnx.Module):
                 setattr(self, f"layer{s}_block{b}", block)
                 cin = cout
 
-    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        x = self.norm1(self.conv1(images), use_running_average=not train)
+    def __call__(self, images: jax.Array, *, train: bool, views: int = 1) -> dict[str, jax.Array]:
+        x = self.norm1(self.conv1(images), train=train, views=views)
         x = _max_pool(nnx.relu(x))
         maps = {}
         for s in range(1, self.stages + 1):
             for b in range(self.spec.blocks[s - 1]):
-                x = getattr(self, f"layer{s}_block{b}")(x, train=train)
+                x = getattr(self, f"layer{s}_block{b}")(x, train=train, views=views)
             maps[f"layer{s}"] = x
         return maps
 
@@ -166,7 +150,8 @@ def resnet(
 ) -> Functional:
     """The network ``name`` as pure functions: ``apply(params, extra, images, train=...)``.
 
-    images (b, H, W, 3) normalised. ``zero_init_last``: the last norm scale of every residual block
+    images (b, H, W, 3) normalised; with ``views`` > 1 in training the views of an image follow each
+    other along the batch axis, see ``norm.BatchNorm``. ``zero_init_last``: the last norm scale of every residual block
     starts at 0 (the DS2 initialisation) instead of 1. ``dtype`` is the compute type; parameters
     and statistics stay f32.
     """

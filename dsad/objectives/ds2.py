@@ -42,6 +42,7 @@ class Config:
         run has 5600.
       average_directions: average the two directions at each scale, or add them (PixPro).
       dtype: compute type of the networks; parameters, statistics and losses stay f32.
+
     """
 
     arch: str = "resnet18"
@@ -61,9 +62,7 @@ class Config:
     zero_init_last: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     view1: ViewConfig = dataclasses.field(default_factory=ViewConfig)
-    view2: ViewConfig = dataclasses.field(
-        default_factory=lambda: ViewConfig(blur_probability=0.1)
-    )
+    view2: ViewConfig = dataclasses.field(default_factory=lambda: ViewConfig(blur_probability=0.1))
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.layers) - set(resnet.STRIDES))
@@ -139,6 +138,7 @@ def dense_loss(
 
     Returns:
       Scalar in [−2, 2], averaged over the batch; −2 is perfect agreement.
+
     """
     mode = {True: "image", False: "off"}.get(top1, top1)  # type: ignore[call-overload]
     boxes = (jnp.asarray(query_box), jnp.asarray(key_box))
@@ -163,6 +163,11 @@ def momentum_at(step: jax.Array, start: float, total: int) -> jax.Array:
     """Teacher momentum 1 − (1 − start)(cos(π step / total) + 1) / 2, held at 1 past the end."""
     part = jnp.minimum(step.astype(jnp.float32) / total, 1.0)
     return 1.0 - (1.0 - start) * (jnp.cos(jnp.pi * part) + 1.0) / 2.0
+
+
+def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:
+    """(b, ...) twice to (2b, ...), the two views of an image next to each other."""
+    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
 
 class DS2:
@@ -220,18 +225,19 @@ class DS2:
         }
 
     def _branch(self, params: Any, stats: Any, images: jax.Array) -> tuple[Any, Any, Any]:
-        """Backbone maps and projections by layer, and the new statistics, of one view."""
+        """Backbone maps and projections by layer of both views (2b, ...), and new statistics."""
         stats = dict(stats)
-        images = images.astype(self.cfg.dtype)
         maps, stats["encoder"] = self.nets["encoder"].apply(
-            params["encoder"], stats["encoder"], images, train=True
+            params["encoder"], stats["encoder"], images.astype(self.cfg.dtype), train=True, views=2
         )
         projected = {}
         for name in self.cfg.layers:
             net = f"projector_{name}"
-            out, stats[net] = self.nets[net].apply(params[net], stats[net], maps[name], train=True)
+            out, stats[net] = self.nets[net].apply(
+                params[net], stats[net], maps[name], train=True, views=2
+            )
             projected[name] = out.astype(jnp.float32)
-        return maps, projected, stats
+        return {n: maps[n] for n in self.cfg.layers}, projected, stats
 
     def _queries(self, params: Any, stats: Any, projected: Any) -> tuple[Any, Any]:
         """Unit queries by layer after the propagation, and the new statistics."""
@@ -242,7 +248,7 @@ class DS2:
             values = z
             if "value" in self.nets:
                 values, stats["value"] = self.nets["value"].apply(
-                    params["value"], stats["value"], z, train=True
+                    params["value"], stats["value"], z, train=True, views=2
                 )
             b, h, w, c = z.shape
             flat = unit(values.astype(jnp.float32)).reshape(b, h * w, c)
@@ -250,38 +256,32 @@ class DS2:
             queries[name] = unit(y).reshape(b, h, w, c)
         return queries, stats
 
-    def _keys(self, params: Any, extra: Any, images: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        """(maps, unit keys) of each view from the teacher, and its new statistics."""
+    def _keys(self, params: Any, extra: Any, images: jax.Array) -> tuple[Any, Any, Any]:
+        """Maps and unit keys of both views from the teacher, and its new statistics."""
         momentum = self.cfg.teacher == "momentum"
         weights = jax.lax.stop_gradient(extra["teacher"] if momentum else params)
         stats = extra["teacher_stats"] if momentum else extra["stats"]
-        found = []
-        for view in images:
-            maps, projected, stats = self._branch(weights, stats, view)
-            found.append((maps, {n: unit(z) for n, z in projected.items()}))
-        return jax.lax.stop_gradient((found, stats))
+        maps, projected, stats = self._branch(weights, stats, images)
+        return jax.lax.stop_gradient((maps, {n: unit(z) for n, z in projected.items()}, stats))
 
     def loss(
         self, params: Any, extra: Any, views: Any, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Scalars]]:
         """Sum over scales of the two directions' losses; −2 per scale is perfect agreement."""
         del key, step  # everything random is in the views
-        images = (views["view1"]["image"], views["view2"]["image"])
+        images = _interleave(views["view1"]["image"], views["view2"]["image"])
         boxes = (views["view1"]["box"], views["view2"]["box"])
-        stats, queries, maps, projected = extra["stats"], [], [], []
-        for view in images:  # separate passes: batch statistics are per view, as published
-            m, z, stats = self._branch(params, stats, view)
-            q, stats = self._queries(params, stats, z)
-            queries.append(q)
-            maps.append(m)
-            projected.append(z)
-        keys, key_stats = self._keys(params, extra, images)
+        maps, projected, stats = self._branch(params, extra["stats"], images)
+        queries, stats = self._queries(params, stats, projected)
+        key_maps, keys, key_stats = self._keys(params, extra, images)
         total, scalars = jnp.float32(0), {}
         for name in self.cfg.layers:
-            value, monitors = self._scale(name, queries, maps, keys, boxes)
+            value, monitors = self._scale(
+                queries[name], maps[name], keys[name], key_maps[name], boxes
+            )
             total += value
             scalars |= {f"{k}_{name}": v for k, v in monitors.items()}
-        flat = projected[0][self.cfg.layers[-1]].reshape(-1, self.cfg.out)
+        flat = projected[self.cfg.layers[-1]][::2].reshape(-1, self.cfg.out)
         scalars |= {"feature_std": feature_std(flat), "effective_rank": effective_rank(flat)}
         new = {"stats": stats}
         if self.cfg.teacher == "momentum":
@@ -289,17 +289,16 @@ class DS2:
         return total, (new, jax.lax.stop_gradient(scalars))
 
     def _scale(
-        self, name: str, queries: Any, maps: Any, keys: Any, boxes: Any
+        self, queries: jax.Array, maps: jax.Array, keys: jax.Array, key_maps: jax.Array, boxes: Any
     ) -> tuple[jax.Array, Scalars]:
         """Loss of both directions at one stage, with the number of positives per image."""
         total, counts, empty = jnp.float32(0), [], []
         for q, k in ((0, 1), (1, 0)):
-            key_maps, key_vectors = keys[k]
             pairs, spatial = positive_pairs(
-                maps[q][name], key_maps[name], boxes[q], boxes[k], threshold=self.cfg.threshold,
+                maps[q::2], key_maps[k::2], boxes[q], boxes[k], threshold=self.cfg.threshold,
                 top1=self.cfg.top1, similarity=self.cfg.top1_similarity,
             )  # fmt: skip
-            total += _pair_loss(queries[q][name], key_vectors[name], pairs)
+            total += _pair_loss(queries[q::2], keys[k::2], pairs)
             per_image = jnp.sum(spatial, axis=(1, 2), dtype=jnp.float32)
             counts.append(jnp.mean(per_image))
             empty.append(jnp.mean((per_image == 0).astype(jnp.float32)))
@@ -328,27 +327,28 @@ class DS2:
 
         ``encoder`` and ``losses`` include their backward passes.
         """
-        images = (views["view1"]["image"], views["view2"]["image"])
+        images = _interleave(views["view1"]["image"], views["view2"]["image"])
         boxes = (views["view1"]["box"], views["view2"]["box"])
 
         def encode(params: Any) -> Any:
-            outs = [self._branch(params, extra["stats"], view) for view in images]
-            return sum(jnp.mean(z) for out in outs for z in out[1].values()), outs
+            maps, projected, _ = self._branch(params, extra["stats"], images)
+            return sum(jnp.mean(z) for z in projected.values()), (maps, projected)
 
-        def losses(value: Any, projected: Any, maps: Any, keys: Any) -> jax.Array:
-            weights = {"value": value} if value else {}
-            queries = [self._queries(weights, extra["stats"], z)[0] for z in projected]
-            scales = [self._scale(n, queries, maps, keys, boxes)[0] for n in self.cfg.layers]
+        def losses(value: Any, projected: Any, maps: Any, keys: Any, key_maps: Any) -> jax.Array:
+            queries, _ = self._queries({"value": value}, extra["stats"], projected)
+            scales = [
+                self._scale(queries[n], maps[n], keys[n], key_maps[n], boxes)[0]
+                for n in self.cfg.layers
+            ]
             return jnp.sum(jnp.stack(scales))
 
-        _, outs = jax.jit(encode)(params)
-        keys, _ = jax.jit(self._keys)(params, extra, images)
-        maps, projected = [o[0] for o in outs], [o[1] for o in outs]
-        value = params.get("value", {})
+        _, (maps, projected) = jax.jit(encode)(params)
+        key_maps, keys, _ = jax.jit(self._keys)(params, extra, images)
+        inputs = (params.get("value", {}), projected, maps, keys, key_maps)
         return {
             "encoder": (jax.value_and_grad(encode, has_aux=True), (params,)),
             "teacher": (self._keys, (params, extra, images)),
-            "losses": (jax.value_and_grad(losses, argnums=(0, 1)), (value, projected, maps, keys)),
+            "losses": (jax.value_and_grad(losses, argnums=(0, 1)), inputs),
         }
 
     def adopt(self, source: Any, params: Any, extra: Any) -> tuple[Any, Any, str]:
