@@ -7,6 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dsad.cli import flags
+from dsad.core import config as core_config
+from dsad.core.errors import ConfigError
 from dsad.data.base import DataConfig
 from dsad.data.checks import TITLES, CheckReport, check
 
@@ -96,3 +99,16 @@ def run(config: DataConfig, console: Console | None = None) -> int:
     verdict = "usable" if report.ok else "NOT usable"
     out.print(f"{report.name}: {errors} errors, {warnings} warnings: {verdict}.", highlight=False)
     return 0 if report.ok else 1
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    command = flags.Command(
+        "check-data", "check a data set and print every fault at once; exit code 1 with errors.",
+        config="configs/data.py",
+    )  # fmt: skip
+    config, _, rest = command.parse(argv)
+    if rest:
+        raise ConfigError(f"dsad check-data: unexpected argument {rest[0]!r}.")
+    data = core_config.build_dataclass(DataConfig, dict(config.data.items()), "config.data")
+    return run(data)

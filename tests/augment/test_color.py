@@ -1,4 +1,5 @@
 import colorsys
+import functools
 import itertools
 
 import jax
@@ -122,10 +123,17 @@ def test_every_order_equals_the_sequence():
 
 def test_color_jitter_is_its_draws_applied(images):
     keys = jax.random.split(jax.random.key(0), 4)
-    draws = color.draw_jitter(keys, **AMOUNTS, probability=0.8)
-    found = color.color_jitter(jnp.asarray(images), keys, **AMOUNTS, probability=0.8)
-    np.testing.assert_array_equal(found, color.apply_jitter(jnp.asarray(images), draws))
-    never = color.color_jitter(jnp.asarray(images), keys, **AMOUNTS, probability=0.0)
+
+    @functools.partial(jax.jit, static_argnames="probability")
+    def both(images, keys, probability):
+        draws = color.draw_jitter(keys, **AMOUNTS, probability=probability)
+        found = color.color_jitter(images, keys, **AMOUNTS, probability=probability)
+        return found, color.apply_jitter(images, draws)
+
+    found, expected = both(images, keys, probability=0.8)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert (np.asarray(found) != images).any()
+    never, _ = both(images, keys, probability=0.0)
     np.testing.assert_array_equal(never, images)
 
 

@@ -106,7 +106,7 @@ def test_nothing_outside_the_box_enters():
 def reference_box(draws, height, width, area, aspect):
     """The published rule as a plain loop in float64, fed with the same uniform draws."""
     place = draws[-2:]
-    for u, v in draws[:-2].reshape(tries, 2):
+    for u, v in draws[:-2].reshape(10, 2):
         target = height * width * (area[0] + (area[1] - area[0]) * u)
         low, high = math.log(aspect[0]), math.log(aspect[1])
         ratio = math.exp(low + (high - low) * v)

@@ -6,7 +6,9 @@ import re
 import pytest
 
 from dsad.cli import flags, main, pretrain, workdir
+from dsad.core.config import build_dataclass
 from dsad.core.errors import ConfigError, WorkdirError
+from dsad.data.base import DataConfig
 
 
 def fails(capsys, *argv):
@@ -39,8 +41,15 @@ def test_unknown_config_key_lists_what_exists(capsys):
     assert "momentum" in text
 
 
-@pytest.mark.parametrize("override", ["--config.optim.lr=fast", "--config.batch_size=1.5",
-                                      "--config.data.cache=disk", "--config.objective.layers=3"])  # fmt: skip
+@pytest.mark.parametrize(
+    "override",
+    [
+        "--config.optim.lr=fast",
+        "--config.batch_size=1.5",
+        "--config.data.cache=disk",
+        "--config.objective.layers=3",
+    ],
+)
 def test_wrong_type_names_the_key(capsys, override, tmp_path):
     text = fails(capsys, "pretrain", "--config=ds2:smoke", override, f"--workdir={tmp_path / 'x'}")
     assert override.split("=")[0].removeprefix("--").removeprefix("config.").split(".")[-1] in text
@@ -85,8 +94,10 @@ def test_shipped_configs_are_complete(name):
         assert demo.COMMAND_CONFIG == "configs/demo.py"
     elif "objective" in config:
         pretrain.parse(config)
-    else:
+    elif "detector" in config:
         evaluate.parse(config)
+    else:
+        build_dataclass(DataConfig, dict(config.data.items()))
 
 
 # --- work directories

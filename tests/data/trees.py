@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dsad.data.base import DataConfig
+from dsad.data.mtd import group_list
 
 WIDTH, HEIGHT = 24, 16
 
@@ -64,3 +65,8 @@ def mtd(root: pathlib.Path, paths: list[str]) -> None:
             grey[4:7, 10:15] = 200
             grey[3, 10:15] = 127  # the soft edge: not above the threshold
         save((root / path).with_suffix(".png"), grey)
+
+
+def mtd_grouped(root: pathlib.Path) -> None:
+    """The complete tree of the shipped group list, in miniature."""
+    mtd(root, list(group_list()))

@@ -12,7 +12,8 @@ import pytest
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count
 from dsad.models import backbone, pretrained, resnet
-from dsad.models.resnet import ARCHS, EPSILON
+from dsad.models.norm import EPSILON
+from dsad.models.resnet import ARCHS
 from tests.helpers import ROOT, real_data
 
 COUNTS = {
@@ -151,8 +152,8 @@ def test_other_files_are_refused(tmp_path):
         backbone("resnet18", {"blocks.0.attn.qkv.weight": np.zeros(3)})
     with pytest.raises(ConfigError, match="Did you mean 'resnet18'"):
         backbone("resnet8")
+    (tmp_path / "w.pth").write_bytes(b"x")
     with pytest.raises(ConfigError, match=re.escape(".npz")):
-        (tmp_path / "w.pth").write_bytes(b"x")
         pretrained.read(tmp_path / "w.pth")
 
 

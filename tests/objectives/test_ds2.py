@@ -101,7 +101,9 @@ def test_numbers_of_spatial_positives(grid, same, moved):
 
 def test_the_threshold_is_strict_and_in_cell_diagonals():
     def number(cells):
-        return int(spatial_positives(jnp.asarray(FULL), jnp.asarray(shifted(cells, 7)), 7, 0.1).sum())
+        return int(
+            spatial_positives(jnp.asarray(FULL), jnp.asarray(shifted(cells, 7)), 7, 0.1).sum()
+        )
 
     assert number(0.14) == 49
     assert number(0.15) == 0
@@ -142,7 +144,9 @@ def test_symmetries():
     mirror = [x[:, :, ::-1] for x in (q, k, fq, fk)]
     swapped = [b[:, [2, 1, 0, 3]] for b in (qbox, kbox)]
     assert float(ds2.dense_loss(*mirror, *swapped)) == pytest.approx(base, abs=1e-6)
-    assert float(ds2.dense_loss(q, k, 3 * fq, 0.1 * fk, qbox, kbox)) == pytest.approx(base, abs=1e-6)
+    assert float(ds2.dense_loss(q, k, 3 * fq, 0.1 * fk, qbox, kbox)) == pytest.approx(
+        base, abs=1e-6
+    )
 
 
 def test_no_gradient_into_keys_and_backbone_maps():

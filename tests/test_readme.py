@@ -1,0 +1,85 @@
+"""Every command block of the README runs, on small data and with short lengths."""
+
+import pathlib
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+
+from dsad.cli import main
+from tests.data import trees
+from tests.helpers import ROOT
+from tests.models.test_models import fold, torch_names
+
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+#: What fresh-environment checks run; tests only make sure that they are what is documented.
+SETUP = {"pip install -e . && dsad demo", 'pip install -e ".[test]" && pytest'}
+#: Shorter runs: appended to the command, so that every documented flag is still parsed.
+SHORT = {
+    "demo": ["--config=configs/demo.py:tiny"],
+    "pretrain": [
+        "--config.steps=2", "--config.batch_size=4", "--config.objective.hidden=8",
+        "--config.objective.out=4", "--config.objective.view1.side=32",
+        "--config.objective.view2.side=32", "--config.data.canvas=32", "--config.log_every=1",
+    ],
+    "evaluate": ["--config.evaluation.image_size=32", "--config.evaluation.batch_size=4"],
+    "bench": ["--rounds=1", "--config.batch_size=4", "--config.objective.hidden=8"],
+}  # fmt: skip
+
+
+def commands(block: str) -> list[str]:
+    lines = block.replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+", " ", x).strip() for x in lines if x.strip() and not x.startswith("#")]
+
+
+ALL = [command for block in BLOCKS for command in commands(block)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory with small data under the names that the README uses."""
+    base = tmp_path_factory.mktemp("readme")
+    trees.mvtec(base / "data" / "mvtec")
+    shutil.copytree(base / "data" / "mvtec" / "disc", base / "data" / "mvtec" / "bottle256")
+    trees.mtd_grouped(base / "data" / "mtd")
+    (base / "data" / "weights").mkdir()
+    np.savez(
+        base / "data" / "weights" / "resnet18_in1k_folded_l1l3_fp16.npz",
+        **fold(torch_names(stages=3)),
+    )
+    return base
+
+
+def test_the_two_setup_commands_are_documented():
+    assert set(ALL) >= SETUP
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c not in SETUP])
+def test_command(command, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    words = shlex.split(command)
+    assert words[0] == "dsad", f"no test knows how to run {command!r}"
+    name, rest = words[1], words[2:]
+    code = main.main([name, *rest, *SHORT.get(name, [])])
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    for flag in rest:
+        if flag.startswith("--workdir="):
+            assert any(pathlib.Path(flag.partition("=")[2]).iterdir())
+
+
+def test_numbers_name_their_command():
+    """Each results table is preceded by a command block in its section."""
+    for section in re.split(r"^## ", TEXT, flags=re.M):
+        if re.search(r"\|\s*0?\.\d\d", section):
+            assert "```bash" in section, section.splitlines()[0]
+
+
+def test_python_blocks_run():
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
