@@ -1,8 +1,8 @@
 """A data set by itself, for checking it before a run.
 
-    dsad check-data --config.data.name=mvtec --config.data.root=DIR
-    dsad check-data --config.data.name=mtd:grouped --config.data.root=DIR
-    dsad check-data                                   (the procedural set, which has no faults)
+dsad check-data --config.data.name=mvtec --config.data.root=DIR
+dsad check-data --config.data.name=mtd:grouped --config.data.root=DIR
+dsad check-data                                   (the procedural set, which has no faults)
 """
 
 import ml_collections

@@ -20,7 +20,7 @@ def listed(names: Any) -> str:
 
 
 def suggestion(name: str, known: Any) -> str:
-    """ " Did you mean ...?" when one of the known names is close, else ""."""
+    """A question for error messages when one of the known names is close, else nothing."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 

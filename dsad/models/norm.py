@@ -32,7 +32,7 @@ class BatchNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, *, train: bool, views: int = 1) -> jax.Array:
-        """x (b · views, ..., c) to the same shape in the compute type."""
+        """X (b · views, ..., c) to the same shape in the compute type."""
         c = x.shape[-1]
         if not train:
             factor = self.scale[...] * jax.lax.rsqrt(self.var[...] + EPSILON)

@@ -43,7 +43,7 @@ def resnet_stages(state: Mapping[str, Any]) -> int:
     stages = {int(m[1]) for name in state if (m := re.match(r"layer(\d)\.", name))}
     if not stages or stages != set(range(1, max(stages) + 1)) or "conv1.weight" not in state:
         raise ConfigError(
-            "weights: expected torchvision ResNet names (conv1.weight, layer1.0.conv1.weight, ...); "
+            "weights: expected torchvision ResNet names (conv1.weight, layer1.0.conv1.weight, ..); "
             f"found {', '.join(sorted(state)[:4])}, ... ({len(state)} tensors)."
         )
     return max(stages)

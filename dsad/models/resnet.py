@@ -150,10 +150,10 @@ def resnet(
 ) -> Functional:
     """The network ``name`` as pure functions: ``apply(params, extra, images, train=...)``.
 
-    images (b, H, W, 3) normalised; with ``views`` > 1 in training the views of an image follow each
-    other along the batch axis, see ``norm.BatchNorm``. ``zero_init_last``: the last norm scale of every residual block
-    starts at 0 (the DS2 initialisation) instead of 1. ``dtype`` is the compute type; parameters
-    and statistics stay f32.
+    images (b, H, W, 3) are normalised; with ``views`` > 1 in training, the views of an image follow
+    each other along the batch axis, see ``norm.BatchNorm``. ``zero_init_last``: the last norm scale
+    of every residual block starts at 0 (the DS2 initialisation) instead of 1. ``dtype`` is the
+    compute type; parameters and statistics stay f32.
     """
     spec = arch(name)
 

@@ -14,7 +14,7 @@ from dsad.train.state import TrainState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """``every`` steps, keeping the last ``keep``; every ``permanent``-th step for good (0: none)."""
+    """Every so many steps, the last ``keep``; steps divisible by ``permanent`` stay (0: none)."""
 
     every: int = 500
     keep: int = 2
