@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
+from dsad.models.conv import Conv
 from dsad.models.draws import Draws, size_of
 from dsad.models.functional import Functional
 from dsad.models.norm import BatchNorm
@@ -50,30 +50,6 @@ def arch(name: str) -> Arch:
     return ARCHS[name]
 
 
-def _conv(
-    cin: int, cout: int, size: int, stride: int, draws: Draws, dtype: Any, rngs: nnx.Rngs
-) -> nnx.Conv:
-    """Explicitly padded, without bias; N(0, 2 / (size² · cout)) as He et al. initialise."""
-    pad, deviation = size // 2, float(np.sqrt(2.0 / (size * size * cout)))
-
-    def kernel_init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> jax.Array:
-        del key  # the network's one draw is already keyed
-        return (deviation * draws.take(tuple(shape))).astype(dtype)
-
-    return nnx.Conv(
-        cin,
-        cout,
-        (size, size),
-        strides=(stride, stride),
-        padding=((pad, pad), (pad, pad)),
-        use_bias=False,
-        kernel_init=kernel_init,
-        dtype=dtype,
-        param_dtype=jnp.float32,
-        rngs=rngs,
-    )
-
-
 def _max_pool(x: jax.Array) -> jax.Array:
     """3×3, stride 2, padding 1 with −inf (a literal: an array breaks reverse mode)."""
     return jax.lax.reduce_window(
@@ -94,11 +70,11 @@ class Block(nnx.Module):
         self.depth = len(plan)
         for i, (a, b, size, step) in enumerate(plan, start=1):
             last = zero and i == len(plan)
-            setattr(self, f"conv{i}", _conv(a, b, size, step, draws, dtype, rngs))
+            setattr(self, f"conv{i}", Conv(a, b, size, step, draws=draws, dtype=dtype))
             setattr(self, f"norm{i}", BatchNorm(b, dtype=dtype, rngs=rngs, zero=last))
         self.projects = stride != 1 or cin != cout
         if self.projects:
-            self.down_conv = _conv(cin, cout, 1, stride, draws, dtype, rngs)
+            self.down_conv = Conv(cin, cout, 1, stride, draws=draws, dtype=dtype)
             self.down_norm = BatchNorm(cout, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool, views: int) -> jax.Array:
@@ -119,7 +95,7 @@ class ResNet(nnx.Module):
         self, spec: Arch, *, stages: int, zero: bool, draws: Draws, dtype: Any, rngs: nnx.Rngs
     ):
         self.spec, self.stages = spec, stages
-        self.conv1 = _conv(3, 64, 7, 2, draws, dtype, rngs)
+        self.conv1 = Conv(3, 64, 7, 2, draws=draws, dtype=dtype)
         self.norm1 = BatchNorm(64, dtype=dtype, rngs=rngs)
         cin = 64
         for s in range(1, stages + 1):
