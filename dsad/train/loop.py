@@ -86,10 +86,12 @@ def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
             if step == first + 1:
                 log.start_clock()  # the first step also compiles
             saving = step % loop.checkpoint_every == 0 and step < loop.total_steps
-            if step % loop.log_every == 0 or saving:
-                # One step stays in flight, so that logging does not drain the devices; a
-                # checkpoint needs to know that its own step was finite.
-                log.flush(keep=0 if saving else 1)
+            if saving:
+                log.flush(keep=0)  # a checkpoint needs to know that its own step was finite
+            elif step > first + 1 and step % loop.log_every == 1 % loop.log_every:
+                # The line of the step before, with this one in flight: fetching never drains the
+                # devices.
+                log.flush(keep=1)
             if saving:
                 loop.checkpointer.save(state, loop.batches.get_state(), loop.meta)
         log.flush(keep=0)
