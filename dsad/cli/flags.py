@@ -67,7 +67,7 @@ class Command:
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, flags.FlagValues, list[str]]:
         """Raises ConfigError for anything that does not exist or has the wrong type."""
-        argv = [f"dsad {self.name}", *_with_equals(argv)]
+        argv = [f"dsad {self.name}", *_spelled(argv)]
         if "--help" in argv or "-h" in argv or "--helpfull" in argv:
             print(self.help())
             raise SystemExit(0)
@@ -153,12 +153,15 @@ class Command:
         return f" (config.{named[1]}: expected {type(node).__name__}, for example {node!r})"
 
 
-def _with_equals(argv: Sequence[str]) -> list[str]:
-    """``--flag value`` as ``--flag=value`` for config flags, which absl reads that way only."""
+def _spelled(argv: Sequence[str]) -> list[str]:
+    """Spellings that absl does not read: ``--config.a 1``, and dashes inside flag names."""
     out: list[str] = []
     for argument in argv:
         if out and re.fullmatch(r"--config(\.[\w.]+)?", out[-1]) and not argument.startswith("--"):
             out[-1] = f"{out[-1]}={argument}"
+        elif argument.startswith("--") and not argument.startswith("--config"):
+            name, equals, value = argument.partition("=")
+            out.append(f"--{name[2:].replace('-', '_')}{equals}{value}")
         else:
             out.append(argument)
     return out

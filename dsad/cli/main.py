@@ -1,6 +1,7 @@
 """Entry of the ``dsad`` command: one module per sub-command, imported when it is called."""
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # XLA's start-up notes mean nothing to users and hide the messages that do.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Libraries announce fallbacks of their own here; what matters to users is said by dsad.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     module = importlib.import_module(f"dsad.cli.{argv[0].replace('-', '_')}")
     try:
         return module.main(argv[1:])

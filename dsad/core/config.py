@@ -48,9 +48,7 @@ def build_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "confi
             raise ConfigError(f"{path}: missing; expected {_type_name(hints[name])}.")
     try:
         return cls(**made)
-    except ConfigError:
-        raise
-    except ValueError as error:  # cross-field checks in __post_init__ of library-free classes
+    except ConfigError as error:  # a check across fields knows its keys, but not where it stands
         raise ConfigError(f"{where}: {error}") from error
 
 

@@ -44,6 +44,7 @@ def localize(
     name: str = "",
     categories: Sequence[str] | None = None,
     details: Mapping[str, Any] | None = None,
+    train: Callable[[Detector, Features, str], Tree] | None = None,
 ) -> Results:
     """Fit and score every category; all pixel numbers are on original-resolution masks.
 
@@ -59,6 +60,8 @@ def localize(
       name: of the run, for the stamp.
       categories: some of ``dataset.categories``; all by default.
       details: fields for the stamp, see ``stamp.make_stamp``.
+      train: for detectors that train: called with (detector, training features, category), it
+        runs the detector's objective and returns the trained parameters for its ``fit``.
 
     Raises:
       ConfigError: an unknown category, or a layer the backbone does not have.
@@ -108,7 +111,7 @@ def localize(
         curves={},
     )
     for category in chosen:
-        _category(made, category, device, detector, dataset, config, key, tick)
+        _category(made, category, device, detector, dataset, config, key, tick, train)
     made.mean.update(
         {
             m: float(np.mean([row[m] for row in made.categories.values()]))
@@ -155,12 +158,14 @@ def _category(
     config: EvalConfig,
     key: jax.Array,
     tick: Callable[[str, str], Callable[[int], None]],
+    train: Callable[[Detector, Features, str], Tree] | None,
 ) -> None:
     """Fit, score and measure one category into ``made``."""
     train, test = dataset.source("train", category), dataset.source("test", category)
     features = Features(device, train, category, config, tick(category, "training features"))
     start = time.perf_counter()
-    state = detector.fit(features, mesh=device.mesh, key=named(key, category))
+    trained = train(detector, features, category) if train else None
+    state = detector.fit(features, mesh=device.mesh, key=named(key, category), trained=trained)
     state = jax.block_until_ready(device.place(state))
     seconds = {"features": features.seconds, "fit": time.perf_counter() - start - features.seconds}
     start = time.perf_counter()

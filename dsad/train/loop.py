@@ -116,7 +116,7 @@ class _Log:
 
     def start_clock(self) -> None:
         jax.block_until_ready(self.pending[-1][1])
-        self.clock, self.steps_timed = time.perf_counter(), 0
+        self.clock, self.steps_timed = time.perf_counter(), -1  # the first is not timed
 
     def flush(self, keep: int) -> None:
         ready = self.pending[: len(self.pending) - keep]

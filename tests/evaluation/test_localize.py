@@ -369,3 +369,28 @@ def test_the_scale_comes_from_normals_only():
     assert 0.7 < max(m.max() for m in maps) < 2.0  # 1 is their 99.9th percentile
     assert results.gallery["map/disc/5"].max() > 3.0  # a planted defect lies far outside
     assert scale["p99_9"] > scale["median"] > 0
+
+
+def test_what_a_training_detector_learned_reaches_its_fit():
+    """``train`` is called once per category, before fit, with features it can iterate."""
+    calls = []
+
+    class Trained(Distance):
+        def fit(self, source, *, mesh, key, trained=None):
+            assert trained == {"images": 7}
+            return super().fit(source, mesh=mesh, key=key)
+
+    def train(detector, source, category):
+        calls.append((type(detector).__name__, category))
+        return {"images": sum(int(batch.valid.sum()) for batch in source)}
+
+    localize(
+        Pooled(),
+        Trained(),
+        Planted(categories=("disc", "ring")),
+        EvalConfig(image_size=48, batch_size=4, sigma=1.0, workers=2),
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+        key=jax.random.key(3),
+        train=train,
+    )
+    assert calls == [("Trained", "disc"), ("Trained", "ring")]
