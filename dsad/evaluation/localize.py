@@ -158,13 +158,13 @@ def _category(
     config: EvalConfig,
     key: jax.Array,
     tick: Callable[[str, str], Callable[[int], None]],
-    train: Callable[[Detector, Features, str], Tree] | None,
+    trainer: Callable[[Detector, Features, str], Tree] | None,
 ) -> None:
     """Fit, score and measure one category into ``made``."""
     train, test = dataset.source("train", category), dataset.source("test", category)
     features = Features(device, train, category, config, tick(category, "training features"))
     start = time.perf_counter()
-    trained = train(detector, features, category) if train else None
+    trained = trainer(detector, features, category) if trainer else None
     state = detector.fit(features, mesh=device.mesh, key=named(key, category), trained=trained)
     state = jax.block_until_ready(device.place(state))
     seconds = {"features": features.seconds, "fit": time.perf_counter() - start - features.seconds}
