@@ -1,7 +1,7 @@
 """The demo: DS2 on procedural images, then localization before and after. No file needed.
 
 dsad demo                 about three minutes on two CPU cores
-dsad demo --config=configs/demo.py:tiny --workdir=/tmp/tiny      seconds, for tests
+dsad demo --config=configs/demo.py:tiny --workdir=tiny      seconds, for tests
 """
 
 import ml_collections

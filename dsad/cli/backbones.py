@@ -54,8 +54,12 @@ def load(spec: str, weights: str, seed: int) -> Any:
 def run_config(path: str) -> Mapping[str, Any]:
     """The config a pretraining run was started with."""
     found = workdir.read(path)
-    if found["command"] not in ("pretrain", "demo"):
-        raise ConfigError(f"config.backbone=run:{path}: holds no pretraining run.")
+    if found["command"] != "pretrain":
+        hint = f"; try run:{path}/pretrain" if found["command"] == "demo" else ""
+        raise ConfigError(
+            f"config.backbone=run:{path}: expected a pretraining run, found one of "
+            f"dsad {found['command']}{hint}."
+        )
     return found["config"]
 
 
@@ -65,11 +69,16 @@ def from_run(path: str, step: int | None = None) -> RunBackbone:
     # The length of the run only shapes schedules, which feature maps do not depend on.
     info = RunInfo(total_steps=1, batch_size=config.batch_size, samples=1, classes=1)
     objective = module.build(method, info)
+    if step == 0 and config.init_from:
+        raise ConfigError(
+            f"config.backbone=run:{path}@0: that run began with the weights of {config.init_from}; "
+            "evaluate those by themselves."
+        )
     if step == 0:
         specs = Specs(batch_size=config.batch_size, canvas=config.data.canvas)
         params, extra = jax.jit(lambda k: objective.init(k, specs))(jax.random.key(config.seed))
     else:
-        checkpointer = Checkpointer(path, CheckpointConfig())
+        checkpointer = Checkpointer(path, CheckpointConfig(), read_only=True)
         params, extra, step = checkpointer.weights(step)
         checkpointer.close()
     origin = "untouched initialisation" if step == 0 else f"step {step}"

@@ -110,5 +110,9 @@ def main(argv: list[str]) -> int:
     config, _, rest = command.parse(argv)
     if rest:
         raise ConfigError(f"dsad check-data: unexpected argument {rest[0]!r}.")
-    data = core_config.build_dataclass(DataConfig, dict(config.data.items()), "config.data")
+    data = core_config.build_dataclass(
+        DataConfig,
+        dict(core_config.require(config, "data", "configs/data.py").data.items()),
+        "config.data",
+    )
     return run(data)

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from dsad.core import types
+from dsad.data import base as data_base
 
 #: Seconds between the lines that stand in for a bar when the output is not a terminal.
 _QUIET_EVERY = 15.0
@@ -56,6 +57,19 @@ def _lines(title: str, out: Console) -> types.Progress:
         last = now
 
     return report
+
+
+def loaded(config: data_base.DataConfig, out: Console) -> types.Dataset:
+    """The data set of a config; says so when its index has warnings."""
+    dataset = data_base.load(config)
+    warnings = [f for f in getattr(dataset, "faults", ()) if f.severity == "warning"]
+    if warnings:
+        out.print(
+            f"{len(warnings)} warning(s) about the files of {dataset.name}, first: {warnings[0]} "
+            "(all: dsad check-data)",
+            markup=False,
+        )
+    return dataset
 
 
 def training_note(

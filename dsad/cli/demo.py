@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsad.cli import console, evaluate, flags, pretrain, workdir
+from dsad.core import config as core_config
 from dsad.core.errors import ConfigError
 from dsad.data import base as data_base
 from dsad.evaluation.localize import Results
@@ -30,14 +31,13 @@ def main(argv: list[str]) -> int:
     path = workdir.claim(
         values.workdir, "demo", config.to_dict(), resume=False, overwrite=values.overwrite
     )
-    run(config, path, console.console())
-    return 0
+    return 0 if run(config, path, console.console()) else 1
 
 
 def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
-    """Pretrain, evaluate before and after, report; returns the results by name."""
+    """Pretrain, evaluate before and after, report; returns the results by name, none if stopped."""
     start = time.perf_counter()
-    cfg, _, _ = pretrain.parse(config.pretrain)
+    cfg, _, _ = pretrain.parse(core_config.require(config, "pretrain", COMMAND_CONFIG).pretrain)
     dataset = data_base.load(cfg.data)
     out.print(
         f"[bold]1/3  Pretraining[/] DS2 (dense contrast, two scales) on normal images of "
@@ -47,7 +47,9 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
         str(path / "pretrain"), "pretrain", config.pretrain.to_dict(), resume=False,
         overwrite=False,
     )  # fmt: skip
-    pretrain.pretrain(config.pretrain, training, out, dataset=dataset)
+    if not pretrain.pretrain(pretrain.prepare(config.pretrain, out, dataset), training, out):
+        out.print("stopped before the end of the training; start again with --overwrite")
+        return {}
     out.print(
         "[bold]2/3  Localizing defects[/] by nearest neighbours, with the pretrained encoder and "
         "with the same encoder before training"
@@ -59,7 +61,8 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
         folder = workdir.claim(
             str(path / name), "evaluate", chosen.to_dict(), resume=False, overwrite=False
         )
-        results[name] = evaluate.evaluate(chosen, folder, out, name=name, dataset=dataset)
+        parts = evaluate.prepare(chosen, out, dataset)
+        results[name] = evaluate.evaluate(parts, folder, out, name=name)
     out.print("[bold]3/3  Report[/]")
     report = write_report(
         path / "report.html", [(name, path / name) for name in results], training_dir=training,
@@ -72,7 +75,7 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
         "Next, with your own images in MVTec layout (CATEGORY/train/good, CATEGORY/test/KIND, "
         "CATEGORY/ground_truth/KIND):\n"
         "  dsad check-data --config.data.name=mvtec --config.data.root=DIR\n"
-        "  dsad pretrain --config=configs/ds2.py --config.data.root=DIR --workdir=runs/mine\n"
+        "  dsad pretrain --config=configs/ds2.py:small --config.data.root=DIR --workdir=runs/mine\n"
         "  dsad evaluate --config.backbone=run:runs/mine --workdir=runs/mine-knn\n"
         "  dsad report runs/mine-knn"
     )

@@ -8,13 +8,13 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from dsad.cli import backbones, console, flags, workdir
+from dsad.cli import backbones, console, flags, pretrain, workdir
 from dsad.core import config as core_config
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Dataset
 from dsad.data import base as data_base
-from dsad.evaluation.localize import EvalConfig, Results, localize, write_results
+from dsad.evaluation.localize import EvalConfig, Results, check_labels, localize, write_results
 
 #: As data name: the data of the run that the backbone comes from.
 SAME = "run"
@@ -48,7 +48,7 @@ def default_config(detector: str) -> ml_collections.ConfigDict:
 
 def parse(config: Any) -> tuple[EvaluateConfig, Any]:
     """(evaluation config, detector) from nested dicts; strict."""
-    values = dict(config.items())
+    values = dict(core_config.require(config, "detector", "configs/knn.py").items())
     method = dict(values.pop("detector").items())
     module = core_config.resolve("detectors", method.pop("name"))
     detector = module.build(core_config.build_dataclass(module.Config, method, "config.detector"))
@@ -65,28 +65,37 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
             "from; name a data set, for example --config.data.name=mvtec --config.data.root=DIR."
         )
     path = cfg.backbone.removeprefix("run:").partition("@")[0]
-    found, _, _ = _pretrain_parts(path)
+    found, _, _ = pretrain.parse(backbones.run_config(path))
     return dataclasses.replace(found.data, root=cfg.data.root or found.data.root)
 
 
-def _pretrain_parts(path: str) -> Any:
-    from dsad.cli import pretrain
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The loaded parts of an evaluation."""
 
-    return pretrain.parse(backbones.run_config(path))
+    config: EvaluateConfig
+    backbone: Any
+    detector: Any
+    dataset: Dataset
 
 
-def evaluate(
-    config: Any, path: epath.Path, out: Console, *, name: str = "", dataset: Dataset | None = None
-) -> Results:
-    """Localize with one backbone and write results below a claimed directory."""
+def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evaluation:
+    """Load everything that can be refused, before a directory is touched."""
     cfg, detector = parse(config)
-    dataset = dataset or data_base.load(data_config(cfg))
+    dataset = dataset or console.loaded(data_config(cfg), out)
+    check_labels(dataset, dataset.categories)
     backbone = backbones.load(cfg.backbone, cfg.weights, cfg.seed)
-    mesh = make_mesh(cfg.mesh)
+    return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset)
+
+
+def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "") -> Results:
+    """Localize with one backbone and write results below a claimed directory."""
+    cfg = parts.config
     with console.progress(name or "localizing", out) as tell:
         results = localize(
-            backbone, detector, dataset, cfg.evaluation, mesh=mesh,
-            key=backbones.key_for(cfg.seed), progress=tell, name=name or cfg.backbone,
+            parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
+            mesh=make_mesh(cfg.mesh), key=backbones.key_for(cfg.seed), progress=tell,
+            name=name or cfg.backbone,
         )  # fmt: skip
     write_results(results, path)
     return results
@@ -125,13 +134,12 @@ def main(argv: list[str]) -> int:
     config, values, rest = command.parse(argv)
     if rest:
         raise ConfigError(f"dsad evaluate: unexpected argument {rest[0]!r}.")
-    cfg, _ = parse(config)
-    dataset = data_base.load(data_config(cfg))
+    out = console.console()
+    parts = prepare(config, out)
     path = workdir.claim(
         values.workdir, "evaluate", config.to_dict(), resume=False, overwrite=values.overwrite
     )
-    out = console.console()
-    results = evaluate(config, path, out, name=values.name, dataset=dataset)
+    results = evaluate(parts, path, out, name=values.name)
     out.print(table(results))
     out.print(f"written: {path}/results.json; pictures: dsad report {path}")
     return 0

@@ -1,8 +1,10 @@
 """``dsad pretrain``: data, objective, optimiser and loop joined by one config."""
 
 import dataclasses
+import itertools
 import math
 import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -13,7 +15,7 @@ from rich.console import Console
 from dsad.cli import console, flags, workdir
 from dsad.core import config as core_config
 from dsad.core.errors import ConfigError
-from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.types import Dataset, Objective, RunInfo, Specs
 from dsad.data import base as data_base
 from dsad.data.pipeline import Pipeline, make_pipeline
@@ -48,8 +50,10 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or (self.steps < 1 and self.epochs <= 0):
-            raise ConfigError("config.batch_size, config.epochs: expected positive numbers.")
+        if self.batch_size < 1 or self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
+            raise ConfigError("batch_size, epochs, steps: expected positive numbers.")
+        if self.log_every < 1 or self.checkpoint.every < 1 or self.accumulate < 1:
+            raise ConfigError("log_every, checkpoint.every, accumulate: expected at least 1.")
 
 
 def default_config(objective: str) -> ml_collections.ConfigDict:
@@ -62,7 +66,7 @@ def default_config(objective: str) -> ml_collections.ConfigDict:
 
 def parse(config: Any) -> tuple[PretrainConfig, Any, Any]:
     """(run config, objective module, objective config) from nested dicts; strict."""
-    values = dict(config.items())
+    values = dict(core_config.require(config, "objective", "configs/ds2.py").items())
     method = dict(values.pop("objective").items())
     module = core_config.resolve("objectives", method.pop("name"))
     run = core_config.build_dataclass(PretrainConfig, values)
@@ -84,16 +88,28 @@ class Run:
     abstract: Any
     step: Any
     store: Any
+    fetch: Any
 
 
-def total_steps(config: PretrainConfig, samples: int) -> int:
-    """Updates of a run; no sample is dropped, so an epoch may be a fraction of updates."""
-    return config.steps or max(1, math.ceil(config.epochs * samples / config.batch_size))
+def lengths(config: PretrainConfig, samples: int) -> tuple[float, int]:
+    """Updates per epoch and of the whole run.
+
+    No sample is dropped, so an epoch may be a fraction of updates, except where the published
+    schedule is followed.
+    """
+    per_epoch = samples / config.batch_size
+    if config.optim.published_schedule:
+        per_epoch = float(max(1, samples // config.batch_size))
+    return per_epoch, config.steps or max(1, math.ceil(config.epochs * per_epoch))
 
 
 def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> Run:
     """Data, mesh, objective, optimiser and compiled-on-first-use step of a config."""
     cfg, module, method = parse(config)
+    if cfg.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cfg.compilation_cache))
+    if cfg.precision != "default":
+        jax.config.update("jax_default_matmul_precision", cfg.precision)
     mesh = make_mesh(cfg.mesh)
     if cfg.batch_size % mesh.size:
         raise ConfigError(
@@ -111,8 +127,9 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
         process_count=jax.process_count(),
         progress=progress,
     )
+    per_epoch, total = lengths(cfg, len(source))
     info = RunInfo(
-        total_steps=total_steps(cfg, len(source)),
+        total_steps=total,
         batch_size=cfg.batch_size,
         samples=len(source),
         classes=len({r.category for r in source.records}),
@@ -121,7 +138,7 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
     schedule = make_schedule(
         cfg.optim,
         batch_size=cfg.batch_size,
-        steps_per_epoch=info.samples / cfg.batch_size,
+        steps_per_epoch=per_epoch,
         total_steps=info.total_steps,
     )
     tx = make_optimizer(cfg.optim, schedule)
@@ -136,22 +153,20 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
     )  # fmt: skip
     return Run(
         config=cfg, objective=objective, mesh=mesh, pipeline=pipeline, info=info, specs=specs,
-        tx=tx, schedule=schedule, abstract=abstract, step=step, store=store,
+        tx=tx, schedule=schedule, abstract=abstract, step=step, store=store, fetch=fetch,
     )  # fmt: skip
 
 
-def pretrain(
-    config: Any,
-    path: epath.Path,
-    out: Console,
-    *,
-    dataset: Dataset | None = None,
-    resume: bool = False,
-) -> bool:
-    """Run or continue the training of a config in a claimed directory; True when complete."""
+def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Run:
+    """Build a run with progress; everything that can be refused is refused here."""
     with console.progress("reading images", out) as tell:
         run = build(config, dataset, progress=tell)
     _describe(run, out)
+    return run
+
+
+def pretrain(run: Run, path: epath.Path, out: Console, *, resume: bool = False) -> bool:
+    """Train or continue in a claimed directory; True when complete, False when asked to stop."""
     checkpointer = Checkpointer(path, run.config.checkpoint)
     batches: Any = run.pipeline.iterator()
     if resume and checkpointer.latest() is not None:
@@ -159,6 +174,8 @@ def pretrain(
         batches.set_state(meta["data"])
         out.print(f"resumed at step {int(state.step)} of {run.info.total_steps}")
     else:
+        if resume:
+            out.print("no complete checkpoint yet: starting at step 0")
         state = _first_state(run, out)
     writer = MetricWriter(path, resume_step=int(state.step))
     try:
@@ -182,14 +199,23 @@ def _first_state(run: Run, out: Console) -> Any:
     state = initial_state(run.objective, run.tx, run.specs, run.abstract, run.config.seed)
     params, extra = state.params, state.extra
     if run.config.init_from:
-        with_weights = Checkpointer(run.config.init_from, CheckpointConfig())
-        source_params, source_extra, step = with_weights.weights()
+        earlier = Checkpointer(run.config.init_from, CheckpointConfig(), read_only=True)
+        source_params, source_extra, step = earlier.weights()
+        earlier.close()
         source = {"params": source_params, "extra": source_extra}
         params, extra, report = run.objective.adopt(source, params, extra)
         out.print(f"from {run.config.init_from} step {step}: {report}")
-    extra = run.objective.prepare(params, extra, ())
+    extra = run.objective.prepare(params, extra, _one_epoch(run))
     state = dataclasses.replace(state, params=params, extra=extra)
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, run.abstract))
+
+
+def _one_epoch(run: Run) -> Iterator[Any]:
+    """Batches that cover every sample once, for objectives that look at the data first."""
+    fetch = jax.jit(run.fetch) if run.fetch else lambda store, inputs: inputs
+    count = -(-run.info.samples // run.info.batch_size)
+    for inputs in itertools.islice(run.pipeline.iterator(), count):
+        yield fetch(run.store, place_batch(inputs, run.mesh))
 
 
 def _describe(run: Run, out: Console) -> None:
@@ -213,19 +239,17 @@ def main(argv: list[str]) -> int:
     config, values, rest = command.parse(argv)
     if rest:
         raise ConfigError(f"dsad pretrain: unexpected argument {rest[0]!r}.")
-    # A bad config or data set is refused before the directory is touched.
+    out = console.console()
     cfg, _, _ = parse(config)
-    dataset = data_base.load(cfg.data)
+    dataset = console.loaded(cfg.data, out)
+    if cfg.init_from:
+        Checkpointer(cfg.init_from, CheckpointConfig(), read_only=True).close()
+    run = prepare(config, out, dataset)
     path = workdir.claim(
         values.workdir, "pretrain", config.to_dict(), resume=values.resume,
         overwrite=values.overwrite,
     )  # fmt: skip
-    if cfg.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cfg.compilation_cache))
-    if cfg.precision != "default":
-        jax.config.update("jax_default_matmul_precision", cfg.precision)
-    out = console.console()
-    complete = pretrain(config, path, out, dataset=dataset, resume=values.resume)
+    complete = pretrain(run, path, out, resume=values.resume)
     if complete:
         out.print(f"done; evaluate it with: dsad evaluate --config.backbone=run:{path}")
     else:

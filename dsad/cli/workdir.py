@@ -34,15 +34,20 @@ def claim(
             _check_same(path, text)
             return path
         if not overwrite:
-            raise WorkdirError(
-                f"--workdir={workdir}: in use. Continue its run with --resume, replace it with "
-                "--overwrite, or choose another directory."
+            go_on = (
+                "Continue its run with --resume, replace" if command == "pretrain" else "Replace"
             )
-        if not (path / CONFIG).exists():
             raise WorkdirError(
-                f"--workdir={workdir}: holds files but no dsad run ({CONFIG} is missing); "
-                "--overwrite only replaces dsad runs. Choose another directory."
+                f"--workdir={workdir}: in use. {go_on} it with --overwrite, or choose another "
+                "directory."
             )
+        try:
+            read(path)
+        except WorkdirError as error:
+            raise WorkdirError(
+                f"--workdir={workdir}: holds files but no dsad run, and --overwrite only replaces "
+                f"dsad runs. Choose another directory. ({error})"
+            ) from error
         shutil.rmtree(path) if isinstance(path, os.PathLike) else path.rmtree()
     elif resume:
         raise WorkdirError(f"--workdir={workdir}: nothing to resume; start without --resume.")
@@ -67,13 +72,17 @@ def _check_same(path: epath.Path, text: str) -> None:
 
 def read(path: str | epath.PathLike) -> dict[str, Any]:
     """{"command", "config"} of the run in a directory; raises WorkdirError without one."""
-    file = epath.Path(path) / CONFIG
+    file = epath.Path(os.path.expanduser(path)) / CONFIG
     try:
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text())
     except FileNotFoundError:
         raise WorkdirError(f"{path}: no dsad run there ({CONFIG} is missing).") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise WorkdirError(f"{file}: not readable as JSON: {error}.") from error
+    ours = isinstance(found, dict) and set(found) == {"command", "config"}
+    if not ours or not isinstance(found["config"], dict):
+        raise WorkdirError(f"{file}: not written by dsad; expected the keys command and config.")
+    return found
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], where: str = "config") -> list[str]:

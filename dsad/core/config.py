@@ -113,6 +113,16 @@ def _convert_tuple(value: Any, hint: Any, path: str) -> tuple[Any, ...]:
     )
 
 
+def require(config: Any, group: str, example: str) -> Any:
+    """The config itself, if it has the group of keys that the command is about."""
+    if group not in config:
+        raise ConfigError(
+            f"config has no {group!r} (it has: {listed(config.keys())}); this command needs a "
+            f"config such as {example}."
+        )
+    return config
+
+
 def members(package: str) -> tuple[str, ...]:
     """Names of the modules of ``dsad.<package>`` that expose ``build``: the members of a seam."""
     found = importlib.import_module(f"dsad.{package}")

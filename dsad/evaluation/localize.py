@@ -72,7 +72,7 @@ def localize(
     unknown = [c for c in chosen if c not in dataset.categories]
     if unknown:
         raise ConfigError(
-            f"evaluation.categories: {listed(unknown)} not in {dataset.name}, "
+            f"config.data.categories: {listed(unknown)} not in {dataset.name}, "
             f"which has: {listed(dataset.categories)}."
         )
     check_labels(dataset, chosen)
@@ -137,7 +137,7 @@ def check_labels(dataset: Dataset, categories: Sequence[str]) -> None:
     if faults:
         raise MetricError(
             f"{dataset.name}: metrics are undefined for\n  " + "\n  ".join(faults) + "\n"
-            "Complete these categories or leave them out of evaluation.categories."
+            "Complete these categories or leave them out of config.data.categories."
         )
 
 

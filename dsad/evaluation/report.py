@@ -254,9 +254,9 @@ def _case(
             continue
         units = run.results.gallery[f"map/{category}/{own}"]
         drawn = figures.outline(figures.heat(units, size), mask)
-        pictures.append((run.name if len(runs) > 1 else "Heat map", figures.data_uri(drawn)))
-        if len(runs) == 1:
-            pictures.append(("Overlay", figures.data_uri(figures.overlay(image, units))))
+        whose = f"{run.name}: " if len(runs) > 1 else ""
+        pictures.append((f"{whose}heat map", figures.data_uri(drawn)))
+        pictures.append((f"{whose}overlay", figures.data_uri(figures.overlay(image, units))))
         facts.append({"run": run, **images[own]})
     return {"entry": entry, "facts": facts, "pictures": pictures}
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsad.augment.views import ViewConfig, make_view
-from dsad.core import rng
+from dsad.core import rng, tree
 from dsad.core.errors import ConfigError
 from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
 from dsad.models import heads, resnet
@@ -101,7 +101,7 @@ def positive_pairs(
     k = jax.lax.stop_gradient(key_backbone).reshape(b, -1, channels).astype(jnp.float32)
     if similarity == "cosine":
         q, k = unit(q), unit(k)
-    alike = jnp.einsum("bic,bjc->bij", q, k) / channels
+    alike = jnp.einsum("bic,bjc->bij", q, k, precision="highest") / channels
     if top1 == "cell":
         best = jnp.argmax(alike, axis=-1)[:, :, None]
         return spatial | (jnp.arange(shape[2])[None, None, :] == best), spatial
@@ -141,6 +141,7 @@ def dense_loss(
 
     """
     mode = {True: "image", False: "off"}.get(top1, top1)  # type: ignore[call-overload]
+    _check_call(jnp.shape(query), jnp.shape(query_backbone), mode, similarity)
     boxes = (jnp.asarray(query_box), jnp.asarray(key_box))
     pairs, _ = positive_pairs(
         jnp.asarray(query_backbone), jnp.asarray(key_backbone), *boxes,
@@ -149,12 +150,24 @@ def dense_loss(
     return _pair_loss(jnp.asarray(query), jnp.asarray(key), pairs)
 
 
+def _check_call(query: Any, maps: Any, top1: Any, similarity: Any) -> None:
+    if top1 not in ("image", "cell", "off") or similarity not in ("dot", "cosine"):
+        raise ConfigError(
+            "dense_loss: expected top1 True, False, 'image', 'cell' or 'off' and similarity 'dot' "
+            f"or 'cosine'; found {top1!r} and {similarity!r}."
+        )
+    if len(query) != 4 or query[1] != query[2] or query[:3] != maps[:3]:
+        raise ConfigError(
+            f"dense_loss: expected maps (b, S, S, c) of one S, found {query} and {maps}."
+        )
+
+
 def _pair_loss(query: jax.Array, key: jax.Array, pairs: jax.Array) -> jax.Array:
     b, _, _, c = query.shape
     q = query.reshape(b, -1, c).astype(jnp.float32)
     k = jax.lax.stop_gradient(key).reshape(b, -1, c).astype(jnp.float32)
     # Normalised before the mean, so that images with many pairs weigh no more than others.
-    alike = jnp.where(pairs, jnp.einsum("bic,bjc->bij", q, k), 0.0)
+    alike = jnp.where(pairs, jnp.einsum("bic,bjc->bij", q, k, precision="highest"), 0.0)
     count = jnp.sum(pairs, axis=(1, 2), dtype=jnp.float32)
     return -2.0 * jnp.mean(jnp.sum(alike, axis=(1, 2)) / (count + 1e-6))
 
@@ -355,9 +368,10 @@ class DS2:
         """Take the encoder's weights and statistics of another run; the teacher is re-copied."""
         encoder = source["params"]["encoder"]
         stats = source["extra"]["stats"]["encoder"]
-        same = jax.tree.structure(encoder) == jax.tree.structure(params["encoder"])
-        if not same:
-            raise ConfigError(f"init_from: the encoder found is not a {self.cfg.arch}.")
+        if lines := tree.diff(params["encoder"], encoder):
+            raise ConfigError(
+                f"init_from: the encoder found is not a {self.cfg.arch}:\n  " + "\n  ".join(lines)
+            )
         params = {**params, "encoder": encoder}
         extra = {**extra, "stats": {**extra["stats"], "encoder": stats}}
         report = f"encoder: {len(jax.tree.leaves(encoder))} tensors; heads start anew"

@@ -18,9 +18,9 @@ def self_attention(z: jax.Array, values: jax.Array, power: float = 2.0) -> jax.A
     eq. 3). Below exponent 1 the base gets 1e-6, because its slope at 0 is infinite.
     """
     u = unit(z)
-    weights = jnp.maximum(jnp.einsum("bic,bjc->bij", u, u), 0.0)
+    weights = jnp.maximum(jnp.einsum("bic,bjc->bij", u, u, precision="highest"), 0.0)
     weights = (weights + 1e-6) ** power if power < 1 else weights**power
-    return jnp.einsum("bij,bjc->bic", weights, values)
+    return jnp.einsum("bij,bjc->bic", weights, values, precision="highest")
 
 
 def feature_std(x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Checkpoints of state, data position and config as one unit; the only importer of orbax."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -25,18 +26,25 @@ class Checkpointer:
     """Asynchronous checkpoints below ``<workdir>/checkpoints``.
 
     A checkpoint that was not completely written is never seen by ``latest`` or ``restore``.
+    ``read_only`` leaves the directory as it is, also what a running training is just writing
+    there. Raises WorkdirError if there is nothing to read.
     """
 
-    def __init__(self, workdir: str | epath.PathLike, config: CheckpointConfig):
-        self.directory = epath.Path(workdir).resolve() / "checkpoints"
+    def __init__(
+        self, workdir: str | epath.PathLike, config: CheckpointConfig, *, read_only: bool = False
+    ):
+        self.directory = epath.Path(os.path.expanduser(workdir)).resolve() / "checkpoints"
         self.config = config
+        if read_only and not self.directory.is_dir():
+            raise WorkdirError(f"{self.directory}: no such directory; expected a pretraining run.")
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep,
                 keep_period=config.permanent or None,
-                cleanup_tmp_directories=True,
-                create=True,
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
             ),
         )
 

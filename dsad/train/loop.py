@@ -74,7 +74,7 @@ def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
     Returns the state and whether the run is complete; either way the last state is saved.
     Raises NonFiniteError naming step and metrics, with the last good checkpoint kept.
     """
-    first = step = int(state.step)
+    first = step = saved = int(state.step)
     log = _Log(loop)
     with _StopSignal() as stop:
         while step < loop.total_steps and not stop.requested:
@@ -94,8 +94,10 @@ def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
                 log.flush(keep=1)
             if saving:
                 loop.checkpointer.save(state, loop.batches.get_state(), loop.meta)
+                saved = step
         log.flush(keep=0)
-        if step > first:
+        log.finish(step)
+        if step > saved:
             loop.checkpointer.save(state, loop.batches.get_state(), loop.meta)
         loop.checkpointer.wait()
     return state, step >= loop.total_steps
@@ -133,6 +135,11 @@ class _Log:
             self.steps_timed += 1
             if step % self.loop.log_every == 0 or step == self.loop.total_steps:
                 self._write(step)
+
+    def finish(self, step: int) -> None:
+        """The line of an interval that a stop cut short."""
+        if self.rows:
+            self._write(step)
 
     def _write(self, step: int) -> None:
         row = {k: float(np.mean([r[k] for r in self.rows])) for k in self.rows[0]}

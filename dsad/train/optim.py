@@ -26,8 +26,9 @@ class OptimConfig:
       warmup_multiplier: the warm-up starts at the peak divided by this.
       milestones: epochs at which schedule "step" multiplies the rate by ``gamma``.
       min_lr: end of schedule "cosine".
-      published_warmup: the published DS2 code counts each warm-up step twice, so its peak stays
-        below ``lr`` and every milestone comes half a warm-up early.
+      published_schedule: as the published DS2 code runs: each warm-up step is counted twice, so
+        the peak stays below ``lr`` and every milestone comes half a warm-up early, and an epoch
+        has whole steps only, the rest of the images being dropped from the count.
 
     """
 
@@ -45,7 +46,7 @@ class OptimConfig:
     milestones: tuple[float, ...] = (120.0, 160.0, 200.0)
     gamma: float = 0.1
     min_lr: float = 1e-6
-    published_warmup: bool = False
+    published_schedule: bool = False
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -61,7 +62,7 @@ def make_schedule(
     peak = cfg.lr * batch_size / cfg.lr_batch if cfg.lr_batch else cfg.lr
     warm = cfg.warmup_epochs * steps_per_epoch
     drops = jnp.asarray(cfg.milestones, jnp.float32) * jnp.float32(steps_per_epoch)
-    if cfg.published_warmup:
+    if cfg.published_schedule:
         drops = drops - warm / 2
 
     def schedule(count: Any) -> jax.Array:
@@ -69,7 +70,7 @@ def make_schedule(
         done = jnp.float32(1)
         if warm > 0:
             # The published counter advances by 2 and stops before the end of the warm-up.
-            reached = jnp.minimum(2 * n + 1, warm - 1) if cfg.published_warmup else n
+            reached = jnp.minimum(2 * n + 1, warm - 1) if cfg.published_schedule else n
             done = jnp.minimum(reached / warm, 1.0)
         m = cfg.warmup_multiplier
         value = peak / m * ((m - 1.0) * done + 1.0)

@@ -22,7 +22,9 @@ class MetricWriter:
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._lines = self.path.open("a")
-        self._events = SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
+        self._events = SummaryWriter(
+            str(epath.Path(workdir) / "tensorboard"), purge_step=resume_step + 1
+        )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line; flushed, so that a killed run keeps what it logged."""

@@ -132,6 +132,9 @@ def test_overwrite_replaces_runs_only(tmp_path):
     (tmp_path / "photos" / "a.png").write_text("x")
     with pytest.raises(WorkdirError, match="no dsad run"):
         claim(tmp_path / "photos", overwrite=True)
+    (tmp_path / "photos" / "config.json").write_text('{"model_type": "bert"}')  # another tool's
+    with pytest.raises(WorkdirError, match="no dsad run"):
+        claim(tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos" / "a.png").exists()
 
 
@@ -168,6 +171,20 @@ def test_evaluate_needs_data(capsys, tmp_path):
     assert "config.data.name" in text
     text = fails(capsys, "evaluate", f"--config.backbone=run:{tmp_path}", "--workdir=x")
     assert "no dsad run" in text
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("pretrain", "--config=knn"),
+        ("evaluate", "--config=ds2"),
+        ("demo", "--config=ds2"),
+        ("check-data", "--config=demo"),
+    ],
+)
+def test_a_config_of_another_command_is_refused(capsys, argv, tmp_path):
+    text = fails(capsys, *argv, *([] if argv[0] == "check-data" else [f"--workdir={tmp_path}/x"]))
+    assert "this command needs a config such as" in text
 
 
 def test_bench_step_names_the_parts(capsys):

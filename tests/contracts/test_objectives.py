@@ -177,7 +177,8 @@ class TestObjective:
             np.testing.assert_allclose(value[:1], alone[key], atol=1e-4)
 
 
-def training(name):
+@functools.cache
+def parts(name):
     module = core_config.resolve("objectives", name)
     objective = module.build(module.Config(**SMALL[name]), RUN)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -185,6 +186,11 @@ def training(name):
     schedule = make_schedule(optim, batch_size=BATCH, steps_per_epoch=1, total_steps=30)
     tx: optax.GradientTransformation = make_optimizer(optim, schedule)
     abstract = abstract_state(objective, tx, SPECS, mesh, 2**18)
-    state = initial_state(objective, tx, SPECS, abstract, seed=0)
     step = make_step(objective, tx, schedule, abstract, mesh=mesh, seed=0)
-    return state, step, mesh
+    return (objective, tx, SPECS, abstract), step, mesh
+
+
+def training(name):
+    """A fresh state, and the step that all tests share."""
+    arguments, step, mesh = parts(name)
+    return initial_state(*arguments, seed=0), step, mesh

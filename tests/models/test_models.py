@@ -11,8 +11,9 @@ import pytest
 
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count
-from dsad.models import backbone, pretrained, resnet
-from dsad.models.norm import EPSILON
+from dsad.models import backbone, conv, pretrained, resnet
+from dsad.models.functional import Functional
+from dsad.models.norm import EPSILON, BatchNorm
 from dsad.models.resnet import ARCHS
 from tests.helpers import ROOT, real_data
 
@@ -220,3 +221,57 @@ def test_golden_features():
         np.testing.assert_allclose(
             [a.mean(), a.std()], golden[f"resnet18/{name}/meanstd"], rtol=1e-5
         )
+
+
+# --- building blocks
+
+
+@pytest.mark.parametrize(("side", "stride"), [(1, 1), (2, 1), (3, 2), (4, 2), (2, 2)])
+@pytest.mark.parametrize("size", [3, 7])
+def test_products_equal_the_convolution_with_its_gradients(side, stride, size):
+    g = np.random.default_rng(side)
+    x = jnp.asarray(g.standard_normal((2, side, side, 3)), jnp.float32)
+    kernel = jnp.asarray(g.standard_normal((size, size, 3, 4)), jnp.float32)
+    pad = size // 2
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), ((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    def ours(x, kernel):
+        return conv._as_products(x, kernel, stride)
+
+    cotangent = jnp.asarray(g.standard_normal(plain(x, kernel).shape), jnp.float32)
+    for f in (plain, ours):
+        assert f(x, kernel).shape == cotangent.shape
+    np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-4)
+    want, got = (jax.vjp(f, x, kernel)[1](cotangent) for f in (plain, ours))
+    for a, b in zip(want, got, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_batch_norm_keeps_the_views_apart():
+    """Two views in one call equal two calls in turn, outputs and running statistics."""
+    norm = Functional(lambda rngs: BatchNorm(3, dtype=jnp.float32, rngs=rngs))
+    params, extra = norm.init(jax.random.key(0))
+    params = {"scale": jnp.array([1.0, 2.0, 0.5]), "bias": jnp.array([0.0, 1.0, -1.0])}
+    g = np.random.default_rng(0)
+    views = [g.normal(m, s, (4, 5, 5, 3)).astype(np.float32) for m, s in ((0, 1), (3, 2))]
+    together = np.stack(views, axis=1).reshape(8, 5, 5, 3)
+    out, new = norm.apply(params, extra, together, train=True, views=2)
+    running = {"mean": np.zeros(3), "var": np.ones(3)}
+    for i, view in enumerate(views):
+        x = view.astype(np.float64)
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        want = (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+        np.testing.assert_allclose(out[i::2], want, atol=2e-5)
+        running["mean"] = 0.9 * running["mean"] + 0.1 * mean
+        running["var"] = 0.9 * running["var"] + 0.1 * var
+    for name, value in running.items():
+        np.testing.assert_allclose(new[name], value, rtol=1e-5)
+    still, same = norm.apply(params, new, together, train=False)
+    want = (together - running["mean"]) / np.sqrt(running["var"] + 1e-5)
+    np.testing.assert_allclose(still, want * params["scale"] + params["bias"], atol=1e-4)
+    np.testing.assert_array_equal(same["mean"], new["mean"])

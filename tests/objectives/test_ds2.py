@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsad.augment.views import ViewConfig
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count, flatten
 from dsad.core.types import RunInfo, Specs
@@ -15,6 +16,7 @@ from dsad.ops.similarity import self_attention, unit
 FULL = np.array([[0.0, 0.0, 1.0, 1.0]], np.float32)
 FLIPPED = np.array([[1.0, 0.0, 0.0, 1.0]], np.float32)
 DISJOINT = np.array([[5.0, 5.0, 6.0, 6.0]], np.float32)
+SPECS = Specs(batch_size=2, canvas=64)
 RUN = RunInfo(total_steps=5670, batch_size=256, samples=3629, classes=15)
 
 
@@ -243,3 +245,97 @@ def test_the_teacher_moves_as_the_equation_says():
 def test_unusable_settings_are_refused(values, key):
     with pytest.raises(ConfigError, match=key):
         ds2.build(ds2.Config(**values), RUN)
+
+
+# --- the whole loss, from separate passes
+
+
+SMALL = {"hidden": 8, "out": 6, "view1": ViewConfig(side=64), "view2": ViewConfig(side=64)}
+VARIANTS = {
+    "default": {},
+    "pixpro": {"layers": ("layer4",), "threshold": 0.7, "top1": "off", "average_directions": False},
+    "bare": {"teacher": "none", "propagation": False, "layers": ("layer3",)},
+    "identity": {"value_transform": "identity", "top1": "cell", "top1_similarity": "cosine"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_the_objective_is_the_sum_of_its_directions(name):
+    """One forward pass per view and network, then the public loss of every direction and scale."""
+    cfg = ds2.Config(**SMALL, **VARIANTS[name])
+    objective = ds2.build(cfg, RUN)
+    params, extra = jax.jit(lambda k: objective.init(k, SPECS))(jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
+    g = np.random.default_rng(2)
+    boxes = [np.array([[0.0, 0.0, 0.8, 0.8], [0.9, 0.1, 0.2, 0.9]], "f4"),
+             np.array([[0.1, 0.1, 0.9, 0.9], [0.0, 0.0, 1.0, 1.0]], "f4")]  # fmt: skip
+    images = [g.standard_normal((2, 64, 64, 3)).astype("f4") for _ in range(2)]
+    views = {f"view{i + 1}": {"image": images[i], "box": boxes[i]} for i in range(2)}
+
+    def forward(weights, stats, image):
+        net = objective.nets
+        maps, _ = net["encoder"].apply(weights["encoder"], stats["encoder"], image, train=True)
+        heads = {}
+        for layer in cfg.layers:
+            n = f"projector_{layer}"
+            heads[layer], _ = net[n].apply(weights[n], stats[n], maps[layer], train=True)
+        return maps, heads
+
+    @jax.jit
+    def both(params, extra):
+        teacher = extra.get("teacher", params)
+        key_stats = extra.get("teacher_stats", extra["stats"])
+        online = [forward(params, extra["stats"], x) for x in images]
+        return online, [forward(teacher, key_stats, x) for x in images]
+
+    online, keys = both(params, extra)
+    want = 0.0
+    for layer in cfg.layers:
+        for q, k in ((0, 1), (1, 0)):
+            z = np.asarray(online[q][1][layer], np.float64)
+            query = z
+            if cfg.propagation:
+                flat = z.reshape(2, -1, cfg.out)
+                u = flat / np.linalg.norm(flat, axis=-1, keepdims=True)
+                v = u
+                if cfg.value_transform == "linear":
+                    w = {n: np.asarray(x, np.float64) for n, x in params["value"]["conv"].items()}
+                    v = flat @ w["kernel"] + w["bias"]
+                    v = v / np.linalg.norm(v, axis=-1, keepdims=True)
+                query = (np.maximum(u @ u.transpose(0, 2, 1), 0) ** 2 @ v).reshape(z.shape)
+            key = np.asarray(keys[k][1][layer], np.float64)
+            query, key = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key))
+            part = oracle_loss(
+                query, key, *(np.asarray(m, np.float64) for m in
+                              (online[q][0][layer], keys[k][0][layer])),
+                boxes[q], boxes[k], threshold=cfg.threshold, top1=cfg.top1,
+                similarity=cfg.top1_similarity,
+            )  # fmt: skip
+            want += part / 2 if cfg.average_directions else part
+    got, (new, _) = jax.jit(objective.loss)(
+        params, extra, views, key=jax.random.key(0), step=jnp.int32(0)
+    )
+    assert float(got) == pytest.approx(want, abs=2e-4)
+    assert jax.tree.structure(new) == jax.tree.structure(extra)
+
+
+def test_adopt_takes_the_encoder_and_copies_the_teacher_anew():
+    objective = ds2.build(ds2.Config(**SMALL), RUN)
+    params, extra = jax.jit(lambda k: objective.init(k, SPECS))(jax.random.key(0))
+    earlier, old = jax.jit(lambda k: objective.init(k, SPECS))(jax.random.key(1))
+    source = {"params": earlier, "extra": old}
+    new, new_extra, report = objective.adopt(source, params, extra)
+    kernel = earlier["encoder"]["conv1"]["kernel"]
+    np.testing.assert_array_equal(new["encoder"]["conv1"]["kernel"], kernel)
+    np.testing.assert_array_equal(new_extra["teacher"]["encoder"]["conv1"]["kernel"], kernel)
+    assert "encoder" in report
+    cut = {**earlier, "encoder": {"conv1": {"kernel": jnp.zeros((3, 3, 3, 64))}}}
+    with pytest.raises(ConfigError, match=r"conv1/kernel: expected \(7, 7, 3, 64\)"):
+        objective.adopt({"params": cut, "extra": old}, params, extra)
+
+
+@pytest.mark.parametrize("how", [{"top1": "cells"}, {"similarity": "cos"}])
+def test_unknown_modes_of_the_loss_are_refused(how):
+    q, k, fq, fk = one_hot_case()
+    with pytest.raises(ConfigError, match=next(iter(how.values()))):
+        ds2.dense_loss(q, k, fq, fk, FULL, FULL, **how)

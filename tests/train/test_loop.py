@@ -1,6 +1,5 @@
 """The loop: exact resume after kill -9, stops, non-finite losses, device-resident data."""
 
-import json
 import os
 import pathlib
 import signal
@@ -20,7 +19,7 @@ from dsad.core.types import Specs
 from dsad.train.cache import device_store
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.loop import Loop, train
-from dsad.train.state import abstract_state, initial_state
+from dsad.train.state import TrainState, abstract_state, initial_state
 from dsad.train.step import make_step
 from dsad.train.writer import MetricWriter, read_metrics
 
@@ -186,7 +185,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_path(tmp_path):
 
 def command(workdir, *flags):
     return [
-        sys.executable, "-m", "dsad", "pretrain", "--config=ds2:smoke", "--config.steps=6",
+        sys.executable, "-m", "dsad", "pretrain", "--config=ds2:smoke", "--config.steps=30",
         "--config.checkpoint.every=3", f"--workdir={workdir}", *flags,
     ]  # fmt: skip
 
@@ -194,43 +193,88 @@ def command(workdir, *flags):
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
-def wait_for(condition, process, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
+def state(workdir):
+    """The newest checkpoint: step, parameters, extra, and the optimiser's state."""
+    checkpointer = Checkpointer(workdir, CheckpointConfig(), read_only=True)
+    step = checkpointer.latest()
+    shapes = checkpointer._shapes(step)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = TrainState(
+        **jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), shapes)
+    )
+    return checkpointer.restore(abstract, step)[0]
+
+
+def interrupt(workdir, number, *flags):
+    """Start a run and send it a signal when its checkpoint of step 3 is complete."""
+    process = subprocess.Popen(
+        command(workdir, *flags), env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    end = time.monotonic() + 240
+    while not (workdir / "checkpoints" / "3").is_dir():
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < end
-        time.sleep(0.02)
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    return process.returncode, out.decode()
 
 
-def weights(workdir):
-    return Checkpointer(workdir, CheckpointConfig()).weights()
-
-
-def test_kill_and_resume_equals_an_undisturbed_run_bitwise(tmp_path):
-    """3 steps, kill -9, resume, 3 steps = 6 steps."""
+def test_killed_and_stopped_runs_end_as_an_undisturbed_one_bitwise(tmp_path):
+    """30 steps = some, kill -9, resume, some, SIGTERM, resume, the rest."""
     cache = f"--config.compilation_cache={tmp_path / 'cache'}"
     done = subprocess.run(command(tmp_path / "whole", cache), env=ENV, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(killed, cache), env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-    wait_for(lambda: (killed / "checkpoints" / "3").is_dir() or process.poll() == 0, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    resumed = subprocess.run(command(killed, cache, "--resume"), env=ENV, capture_output=True)
-    assert resumed.returncode == 0, resumed.stderr.decode()
-    assert b"resumed at step 3" in resumed.stdout
+    broken = tmp_path / "broken"
+    code, _ = interrupt(broken, signal.SIGKILL, cache)
+    assert code == -signal.SIGKILL
+    at = Checkpointer(broken, CheckpointConfig(), read_only=True).latest()
+    assert 3 <= at < 30
+    code, out = interrupt(broken, signal.SIGTERM, cache, "--resume")
+    assert code == 0
+    assert f"resumed at step {at}" in out
+    if "done" not in out:
+        assert "stopped and saved" in out
+    last = subprocess.run(command(broken, cache, "--resume"), env=ENV, capture_output=True)
+    assert last.returncode == 0, last.stderr.decode()
 
-    (params, extra, step), (params2, extra2, step2) = weights(tmp_path / "whole"), weights(killed)
-    assert step == step2 == 6
-    for a, b in zip(jax.tree.leaves((params, extra)), jax.tree.leaves((params2, extra2)),
-                    strict=True):  # fmt: skip
+    one, two = state(tmp_path / "whole"), state(broken)
+    assert int(one.step) == int(two.step) == 30
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(a, b)
-    losses = [
-        [r["loss"] for r in read_metrics(d / "metrics.jsonl")] for d in (tmp_path / "whole", killed)
-    ]
-    assert losses[0] == losses[1]
-    config = json.loads((killed / "config.json").read_text())
-    assert config["config"]["steps"] == 6
+    rows = [read_metrics(d / "metrics.jsonl") for d in (tmp_path / "whole", broken)]
+    assert [(r["step"], r["loss"]) for r in rows[0]] == [(r["step"], r["loss"]) for r in rows[1]]
+
+
+def test_a_stop_on_a_checkpoint_step_saves_once(tmp_path):
+    """The signal arrives in the very step that is saved anyway; a line of metrics remains."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    _, state, step = parts(Line(), mesh)
+
+    class Stopping(Batches):
+        def __next__(self):
+            if self.at == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super().__next__()
+
+    run = loop(tmp_path, step, mesh, Stopping(), log_every=5)
+    state, complete = train(run, state)
+    assert not complete
+    assert int(state.step) == 3
+    assert Checkpointer(tmp_path, CheckpointConfig(), read_only=True).latest() == 3
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [3]
+
+
+def test_reading_leaves_a_checkpoint_in_the_making_alone(tmp_path):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    _, state, step = parts(Line(), mesh)
+    train(loop(tmp_path, step, mesh, Batches()), state)
+    making = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+    making.mkdir()
+    params, _, found = Checkpointer(tmp_path, CheckpointConfig(), read_only=True).weights()
+    assert (found, params["w"].shape) == (7, (4,))
+    assert making.is_dir()
+    with pytest.raises(WorkdirError, match="no such directory"):
+        Checkpointer(tmp_path / "typo", CheckpointConfig(), read_only=True)
+    assert not (tmp_path / "typo").exists()

@@ -8,7 +8,7 @@ import pytest
 from dsad.core.errors import ConfigError
 from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
 
-#: 14 steps an epoch, as 3,629 images in batches of 256 give.
+#: 14 steps an epoch: what the published code makes of 3,629 images in batches of 256.
 RECIPE = {"batch_size": 256, "steps_per_epoch": 14.0, "total_steps": 5600}
 
 
@@ -26,7 +26,7 @@ def test_intended_schedule(step, want):
      (2765, 0.0019717143)],
 )  # fmt: skip
 def test_published_schedule(step, want):
-    schedule = make_schedule(OptimConfig(published_warmup=True), **RECIPE)
+    schedule = make_schedule(OptimConfig(published_schedule=True), **RECIPE)
     assert float(schedule(jnp.int32(step))) == pytest.approx(want, rel=1e-5)
 
 
@@ -73,3 +73,18 @@ def test_zero_norms_leave_the_trust_ratio_at_one():
 def test_unusable_settings_name_their_key(values):
     with pytest.raises(ConfigError, match=f"optim.{next(iter(values))}"):
         OptimConfig(**values)
+
+
+def test_the_published_variant_counts_steps_as_the_published_code():
+    """Through the command's own arithmetic: 14 whole steps an epoch, 5,600 in all."""
+    from dsad.cli import flags, pretrain
+
+    config, _, _ = flags.Command("pretrain", "", config="ds2:published").parse([])
+    run, _, method = pretrain.parse(config)
+    per_epoch, total = pretrain.lengths(run, 3629)
+    assert (per_epoch, total, method.momentum_steps) == (14.0, 5600, 5670)
+    schedule = make_schedule(
+        run.optim, batch_size=run.batch_size, steps_per_epoch=per_epoch, total_steps=total
+    )
+    assert float(schedule(jnp.int32(34))) == pytest.approx(1.9717143, rel=1e-6)
+    assert float(schedule(jnp.int32(1645))) == pytest.approx(0.19717143, rel=1e-5)
