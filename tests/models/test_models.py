@@ -160,8 +160,8 @@ def test_other_files_are_refused(tmp_path):
 
 def test_a_backbone_is_a_pytree_and_random_weights_follow_the_seed():
     one, same, other = (backbone("resnet18", seed=s) for s in (0, 0, 1))
-    call = jax.jit(lambda b, x: b(x))
-    a, b, c = (call(x, images())["layer2"] for x in (one, same, other))
+    call = jax.jit(lambda b, x: b(x)["layer1"])
+    a, b, c = (call(x, images()) for x in (one, same, other))
     np.testing.assert_array_equal(a, b)
     assert not np.array_equal(a, c)
     assert call._cache_size() == 2  # the seed is in the static description
@@ -227,8 +227,7 @@ def test_golden_features():
 
 
 @pytest.mark.parametrize(("side", "stride"), [(1, 1), (2, 1), (3, 2), (4, 2), (2, 2)])
-@pytest.mark.parametrize("size", [3, 7])
-def test_products_equal_the_convolution_with_its_gradients(side, stride, size):
+def test_products_equal_the_convolution_with_its_gradients(side, stride, size=3):
     g = np.random.default_rng(side)
     x = jnp.asarray(g.standard_normal((2, side, side, 3)), jnp.float32)
     kernel = jnp.asarray(g.standard_normal((size, size, 3, 4)), jnp.float32)
@@ -256,7 +255,7 @@ def test_batch_norm_keeps_the_views_apart():
     """Two views in one call equal two calls in turn, outputs and running statistics."""
     norm = Functional(lambda rngs: BatchNorm(3, dtype=jnp.float32, rngs=rngs))
     params, extra = norm.init(jax.random.key(0))
-    params = {"scale": jnp.array([1.0, 2.0, 0.5]), "bias": jnp.array([0.0, 1.0, -1.0])}
+    params = {"scale": np.array([1, 2, 0.5], "f4"), "bias": np.array([0, 1, -1], "f4")}
     g = np.random.default_rng(0)
     views = [g.normal(m, s, (4, 5, 5, 3)).astype(np.float32) for m, s in ((0, 1), (3, 2))]
     together = np.stack(views, axis=1).reshape(8, 5, 5, 3)

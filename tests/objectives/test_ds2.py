@@ -259,7 +259,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS))
+@pytest.mark.parametrize(
+    "name",
+    ["default", *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n != "default")],
+)
 def test_the_objective_is_the_sum_of_its_directions(name):
     """One forward pass per view and network, then the public loss of every direction and scale."""
     cfg = ds2.Config(**SMALL, **VARIANTS[name])
