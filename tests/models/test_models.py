@@ -227,7 +227,8 @@ def test_golden_features():
 
 
 @pytest.mark.parametrize(("side", "stride"), [(1, 1), (2, 1), (3, 2), (4, 2), (2, 2)])
-def test_products_equal_the_convolution_with_its_gradients(side, stride, size=3):
+def test_products_equal_the_convolution_with_its_gradients(side, stride):
+    size = 3
     g = np.random.default_rng(side)
     x = jnp.asarray(g.standard_normal((2, side, side, 3)), jnp.float32)
     kernel = jnp.asarray(g.standard_normal((size, size, 3, 4)), jnp.float32)
