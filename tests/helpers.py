@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -15,3 +17,21 @@ def real_data(*parts: str) -> pathlib.Path:
         if root and (path := pathlib.Path(root, *parts)).exists():
             return path
     pytest.skip(f"real data {'/'.join(parts)} is absent; set DSAD_DATA to run this test")
+
+
+def alone() -> dict[str, str]:
+    """Environment of a process with one device, that shares compiled programs with others."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": os.environ["DSAD_TEST_CACHE"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+
+
+def dsad(*argv: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user would, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "dsad", *argv], cwd=cwd, env=alone(), capture_output=True, text=True
+    )

@@ -3,7 +3,7 @@
 import nbformat
 from nbclient import NotebookClient
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, alone
 
 PATH = ROOT / "colab" / "quickstart.ipynb"
 
@@ -16,7 +16,9 @@ def test_outputs_are_stripped():
 
 
 def test_quickstart_runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name, value in alone().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures inline, as in a notebook
     book = nbformat.read(PATH, as_version=4)
     settings = next(c for c in book.cells if c.source.startswith("VARIANT"))
     settings.source = settings.source.replace('VARIANT = ""', 'VARIANT = "tiny"')

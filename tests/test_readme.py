@@ -1,6 +1,7 @@
 """Every command block of the README runs, on small data and with short lengths."""
 
-import pathlib
+# Commands build on each other (evaluate needs the run of pretrain), so one worker runs them all.
+
 import re
 import shlex
 import shutil
@@ -8,11 +9,11 @@ import shutil
 import numpy as np
 import pytest
 
-from dsad.cli import main
 from tests.data import trees
-from tests.helpers import ROOT
+from tests.helpers import ROOT, dsad
 from tests.models.test_models import fold, torch_names
 
+pytestmark = pytest.mark.xdist_group("readme")
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
 #: What fresh-environment checks run; tests only make sure that they are what is documented.
@@ -58,17 +59,15 @@ def test_the_two_setup_commands_are_documented():
 
 
 @pytest.mark.parametrize("command", [c for c in ALL if c not in SETUP])
-def test_command(command, folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
+def test_command(command, folder):
     words = shlex.split(command)
     assert words[0] == "dsad", f"no test knows how to run {command!r}"
     name, rest = words[1], words[2:]
-    code = main.main([name, *rest, *SHORT.get(name, [])])
-    out = capsys.readouterr()
-    assert code == 0, out.err
+    done = dsad(name, *rest, *SHORT.get(name, []), cwd=folder)
+    assert done.returncode == 0, done.stderr
     for flag in rest:
         if flag.startswith("--workdir="):
-            assert any(pathlib.Path(flag.partition("=")[2]).iterdir())
+            assert any((folder / flag.partition("=")[2]).iterdir())
 
 
 def test_numbers_name_their_command():

@@ -125,6 +125,7 @@ class _Log:
         self.pending = self.pending[len(ready) :]
         for step, scalars in zip([s for s, _ in ready], _fetch(ready), strict=True):
             if bad := non_finite(scalars):
+                self.loop.checkpointer.wait()
                 latest = self.loop.checkpointer.latest()
                 kept = f"checkpoint of step {latest}" if latest is not None else "no checkpoint"
                 raise NonFiniteError(

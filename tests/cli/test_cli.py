@@ -9,6 +9,7 @@ from dsad.cli import flags, main, pretrain, workdir
 from dsad.core.config import build_dataclass
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.data.base import DataConfig
+from tests.helpers import dsad
 
 
 def fails(capsys, *argv):
@@ -146,22 +147,23 @@ def test_a_workdir_is_needed():
 # --- the way through
 
 
-def test_demo_writes_everything(tmp_path, capsys):
+def test_demo_writes_everything(tmp_path):
     where = tmp_path / "demo"
-    assert main.main(["demo", "--config=configs/demo.py:tiny", f"--workdir={where}"]) == 0
-    text = capsys.readouterr().out
-    assert "report.html" in text
-    assert "dsad pretrain" in text
+    argv = ["demo", "--config=configs/demo.py:tiny", "--workdir=demo"]
+    done = dsad(*argv, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout
+    assert "dsad pretrain" in done.stdout
     page = (where / "report.html").read_text()
     for name in ("pretrained", "untrained"):
         results = json.loads((where / name / "results.json").read_text())
         keys = {"image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro_30"}
         assert keys <= set(results["mean"])
         assert name in page
-    stamp = results["stamp"]
-    assert stamp["pixels"] == "original"
-    text = fails(capsys, "demo", "--config=configs/demo.py:tiny", f"--workdir={where}")
-    assert "in use" in text
+    assert results["stamp"]["pixels"] == "original"
+    again = dsad(*argv, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "in use" in again.stderr
     assert main.main(["report", str(where / "pretrained"), f"--out={tmp_path / 'one.html'}"]) == 0
     assert "pretrained" in (tmp_path / "one.html").read_text()
 
@@ -187,9 +189,9 @@ def test_a_config_of_another_command_is_refused(capsys, argv, tmp_path):
     assert "this command needs a config such as" in text
 
 
-def test_bench_step_names_the_parts(capsys):
-    argv = ["bench", "step", "--config=ds2:smoke", "--rounds=1"]
-    assert main.main(argv) == 0
-    text = capsys.readouterr().out
+@pytest.mark.slow
+def test_bench_step_names_the_parts(tmp_path):
+    done = dsad("bench", "step", "--config=ds2:smoke", "--rounds=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     for part in ("views", "encoder", "teacher", "losses", "images/s"):
-        assert part in text
+        assert part in done.stdout

@@ -120,7 +120,10 @@ def test_runs_lie_side_by_side_on_the_same_images(runs, double):
     assert len(cases) == shown > 0
     for case in cases:
         captions = re.findall(r"<figcaption>([^<]*)<", case)
-        assert captions[-2:] == ["all", "only blue"]
+        each = [
+            f"{run}: {what}" for run in ("all", "only blue") for what in ("heat map", "overlay")
+        ]
+        assert captions[-4:] == each
     for heading in ("Best", "Median", "Worst", "False alarms"):
         assert f"<h3>{heading}" in text
     picture = re.search(r'src="data:image/jpeg;base64,([^"]*)"', text)

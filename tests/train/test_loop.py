@@ -1,7 +1,5 @@
 """The loop: exact resume after kill -9, stops, non-finite losses, device-resident data."""
 
-import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -22,8 +20,8 @@ from dsad.train.loop import Loop, train
 from dsad.train.state import TrainState, abstract_state, initial_state
 from dsad.train.step import make_step
 from dsad.train.writer import MetricWriter, read_metrics
+from tests.helpers import alone
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SPECS = Specs(batch_size=8, canvas=4)
 
 
@@ -47,6 +45,27 @@ class Line:
 
     def after_update(self, params, extra, step):
         return extra
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """Writers and checkpointers that a test opened are closed after it, also when it fails."""
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
+
+OPENED = []
+
+
+def checkpoints(path, **how):
+    OPENED.append(Checkpointer(path, CheckpointConfig(), **how))
+    return OPENED[-1]
+
+
+def metrics(path):
+    OPENED.append(MetricWriter(path))
+    return OPENED[-1]
 
 
 class Batches:
@@ -82,8 +101,8 @@ def parts(objective, mesh, accumulate=1):
 def loop(tmp_path, step, mesh, batches, **changes):
     values = {
         "step": step, "batches": batches, "store": None, "mesh": mesh, "total_steps": 7,
-        "batch_size": 8, "log_every": 2, "writer": MetricWriter(tmp_path),
-        "checkpointer": Checkpointer(tmp_path, CheckpointConfig()), "checkpoint_every": 3,
+        "batch_size": 8, "log_every": 2, "writer": metrics(tmp_path),
+        "checkpointer": checkpoints(tmp_path), "checkpoint_every": 3,
         "meta": {},
     }  # fmt: skip
     return Loop(**{**values, **changes})
@@ -107,7 +126,7 @@ def test_metrics_checkpoints_and_position(tmp_path, mesh):
     assert rows[0]["loss"] == pytest.approx(4 * (1 + 0.95**2) / 2, rel=1e-5)
     assert {"lr", "grad_norm", "update_norm", "param_norm", "view_mean"} <= set(rows[0])
     assert rows[1]["images_per_s"] > 0
-    restored, meta = Checkpointer(tmp_path, CheckpointConfig()).restore(abstract)
+    restored, meta = checkpoints(tmp_path).restore(abstract)
     assert meta["data"] == {"at": 7}
     np.testing.assert_array_equal(restored.params["w"], state.params["w"])
     assert list((tmp_path / "tensorboard").glob("events.*"))
@@ -118,7 +137,7 @@ def test_a_non_finite_loss_names_step_and_metric_and_keeps_the_last_good_checkpo
     _, state, step = parts(Line(nan_at=4), mesh)
     with pytest.raises(NonFiniteError, match=r"step 5: .*loss.*checkpoint of step 3"):
         train(loop(tmp_path, step, mesh, Batches()), state)
-    assert Checkpointer(tmp_path, CheckpointConfig()).latest() == 3
+    assert checkpoints(tmp_path).latest() == 3
 
 
 def test_a_non_finite_state_is_never_saved(tmp_path):
@@ -127,7 +146,7 @@ def test_a_non_finite_state_is_never_saved(tmp_path):
     _, state, step = parts(Line(nan_at=2), mesh)
     with pytest.raises(NonFiniteError, match="step 3"):
         train(loop(tmp_path, step, mesh, Batches()), state)
-    assert Checkpointer(tmp_path, CheckpointConfig()).latest() is None
+    assert checkpoints(tmp_path).latest() is None
 
 
 def test_accumulation_equals_the_whole_batch(mesh):
@@ -177,7 +196,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_path(tmp_path):
 
     abstract, _, _ = parts(Wider(), mesh)
     with pytest.raises(WorkdirError, match=r"params/w: expected \(5,\) float32, found \(4,\)"):
-        Checkpointer(tmp_path, CheckpointConfig()).restore(abstract)
+        checkpoints(tmp_path).restore(abstract)
 
 
 # --- the command, killed
@@ -190,12 +209,9 @@ def command(workdir, *flags):
     ]  # fmt: skip
 
 
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-
-
 def state(workdir):
     """The newest checkpoint: step, parameters, extra, and the optimiser's state."""
-    checkpointer = Checkpointer(workdir, CheckpointConfig(), read_only=True)
+    checkpointer = checkpoints(workdir, read_only=True)
     step = checkpointer.latest()
     shapes = checkpointer._shapes(step)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -205,13 +221,14 @@ def state(workdir):
     return checkpointer.restore(abstract, step)[0]
 
 
-def interrupt(workdir, number, *flags):
-    """Start a run and send it a signal when its checkpoint of step 3 is complete."""
+def interrupt(workdir, number, after, *flags):
+    """Start a run and send it a signal when a checkpoint later than step ``after`` is complete."""
     process = subprocess.Popen(
-        command(workdir, *flags), env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        command(workdir, *flags), env=alone(), stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
     end = time.monotonic() + 240
-    while not (workdir / "checkpoints" / "3").is_dir():
+    folder = workdir / "checkpoints"
+    while not any(p.name.isdigit() and int(p.name) > after for p in folder.glob("*")):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -220,23 +237,23 @@ def interrupt(workdir, number, *flags):
     return process.returncode, out.decode()
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_runs_end_as_an_undisturbed_one_bitwise(tmp_path):
     """30 steps = some, kill -9, resume, some, SIGTERM, resume, the rest."""
-    cache = f"--config.compilation_cache={tmp_path / 'cache'}"
-    done = subprocess.run(command(tmp_path / "whole", cache), env=ENV, capture_output=True)
+    done = subprocess.run(command(tmp_path / "whole"), env=alone(), capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 
     broken = tmp_path / "broken"
-    code, _ = interrupt(broken, signal.SIGKILL, cache)
+    code, _ = interrupt(broken, signal.SIGKILL, 0)
     assert code == -signal.SIGKILL
-    at = Checkpointer(broken, CheckpointConfig(), read_only=True).latest()
+    at = checkpoints(broken, read_only=True).latest()
     assert 3 <= at < 30
-    code, out = interrupt(broken, signal.SIGTERM, cache, "--resume")
+    code, out = interrupt(broken, signal.SIGTERM, at, "--resume")
     assert code == 0
     assert f"resumed at step {at}" in out
     if "done" not in out:
         assert "stopped and saved" in out
-    last = subprocess.run(command(broken, cache, "--resume"), env=ENV, capture_output=True)
+    last = subprocess.run(command(broken, "--resume"), env=alone(), capture_output=True)
     assert last.returncode == 0, last.stderr.decode()
 
     one, two = state(tmp_path / "whole"), state(broken)
@@ -262,7 +279,7 @@ def test_a_stop_on_a_checkpoint_step_saves_once(tmp_path):
     state, complete = train(run, state)
     assert not complete
     assert int(state.step) == 3
-    assert Checkpointer(tmp_path, CheckpointConfig(), read_only=True).latest() == 3
+    assert checkpoints(tmp_path, read_only=True).latest() == 3
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [3]
 
 
@@ -272,9 +289,9 @@ def test_reading_leaves_a_checkpoint_in_the_making_alone(tmp_path):
     train(loop(tmp_path, step, mesh, Batches()), state)
     making = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
     making.mkdir()
-    params, _, found = Checkpointer(tmp_path, CheckpointConfig(), read_only=True).weights()
+    params, _, found = checkpoints(tmp_path, read_only=True).weights()
     assert (found, params["w"].shape) == (7, (4,))
     assert making.is_dir()
     with pytest.raises(WorkdirError, match="no such directory"):
-        Checkpointer(tmp_path / "typo", CheckpointConfig(), read_only=True)
+        checkpoints(tmp_path / "typo", read_only=True)
     assert not (tmp_path / "typo").exists()
