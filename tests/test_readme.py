@@ -1,7 +1,5 @@
 """Every command block of the README runs, on small data and with short lengths."""
 
-# Commands build on each other (evaluate needs the run of pretrain), so one worker runs them all.
-
 import re
 import shlex
 import shutil
@@ -13,7 +11,6 @@ from tests.data import trees
 from tests.helpers import ROOT, dsad
 from tests.models.test_models import fold, torch_names
 
-pytestmark = pytest.mark.xdist_group("readme")
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
 #: What fresh-environment checks run; tests only make sure that they are what is documented.
@@ -58,16 +55,28 @@ def test_the_two_setup_commands_are_documented():
     assert set(ALL) >= SETUP
 
 
-@pytest.mark.parametrize("command", [c for c in ALL if c not in SETUP])
-def test_command(command, folder):
-    words = shlex.split(command)
-    assert words[0] == "dsad", f"no test knows how to run {command!r}"
-    name, rest = words[1], words[2:]
-    done = dsad(name, *rest, *SHORT.get(name, []), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    for flag in rest:
-        if flag.startswith("--workdir="):
-            assert any((folder / flag.partition("=")[2]).iterdir())
+RUNNABLE = [block for block in BLOCKS if not set(commands(block)) <= SETUP]
+
+
+def case(block: str):
+    """The long blocks, all results and the benchmark, are left to the slow run."""
+    long = "runs/ds2-mtd" in block or "dsad bench" in block
+    marks = [pytest.mark.slow] if long else []
+    return pytest.param(block, marks=marks, id="results" if "mtd" in block else commands(block)[0])
+
+
+@pytest.mark.parametrize("block", [case(block) for block in RUNNABLE])
+def test_block(block, folder):
+    """A block's commands in order, as they build on each other."""
+    for command in commands(block):
+        words = shlex.split(command)
+        assert words[0] == "dsad", f"no test knows how to run {command!r}"
+        name, rest = words[1], words[2:]
+        done = dsad(name, *rest, *SHORT.get(name, []), cwd=folder)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        for flag in rest:
+            if flag.startswith("--workdir="):
+                assert any((folder / flag.partition("=")[2]).iterdir())
 
 
 def test_numbers_name_their_command():
