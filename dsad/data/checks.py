@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import scipy.ndimage
@@ -108,8 +109,8 @@ def vanishing(mask: np.ndarray, side: int) -> tuple[int, int]:
 
     The mask is sampled by nearest neighbour at the size the image has on the canvas.
     """
-    labels = np.zeros(mask.shape, np.int32)
-    regions = int(scipy.ndimage.label(mask, np.ones((3, 3), bool), output=labels))  # type: ignore
+    found: Any = scipy.ndimage.label(mask, np.ones((3, 3), bool))  # the stubs say int or tuple
+    labels, regions = found[0], int(found[1])
     height, width = mask.shape
     scale = min(1.0, side / max(height, width))
     if scale == 1.0 or regions == 0:
