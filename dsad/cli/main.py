@@ -14,7 +14,7 @@ COMMANDS = {
     "pretrain": "train an encoder on normal images",
     "evaluate": "measure how well a backbone localizes defects",
     "report": "write report.html from one or more evaluations",
-    "bench": "measure speed: bench step",
+    "bench": "measure speed and memory, side by side with the peers that are installed",
 }
 
 

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsad.core import rng
-from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.detectors._features import cells, check_layers, joined, nothing_to_train
 from dsad.ops.neighbors import nearest
-from dsad.ops.resize import match_grid, neighbourhood_mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,7 @@ class Config:
     bank_rows: int = 0
 
     def __post_init__(self):
-        if not self.layers:
-            raise ConfigError("detector.layers: expected at least one layer name, found none.")
+        check_layers(self.layers)
         if self.neighbourhood < 1 or self.neighbourhood % 2 == 0:
             raise ConfigError(
                 f"detector.neighbourhood: expected an odd number >= 1, found {self.neighbourhood}."
@@ -65,15 +63,7 @@ class Knn:
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d): neighbourhood means, on the grid of the first layer."""
-        missing = [name for name in self.layers if name not in features]
-        if missing:
-            raise ConfigError(
-                f"detector.layers: no feature map named {listed(missing)}; the backbone gives: "
-                f"{listed(features)}."
-            )
-        means = [neighbourhood_mean(features[n], self.config.neighbourhood) for n in self.layers]
-        grid = (means[0].shape[1], means[0].shape[2])
-        return jnp.concatenate([match_grid(m, grid) for m in means], axis=-1)
+        return joined(features, self.layers, self.config.neighbourhood)
 
     def fit(
         self,
@@ -90,8 +80,7 @@ class Knn:
         or batching of the source. Raises DataError without rows or with NaN or infinite features.
         """
         del mesh  # one whole bank on every device
-        if trained is not None:
-            raise ConfigError("detector knn has nothing to train, but trained parameters came.")
+        nothing_to_train("knn", trained)
         blocks = self._rows(source)
         rows = self._sampled(blocks, key) if self.config.bank_rows else [r for r, _ in blocks]
         bank = np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
@@ -109,27 +98,16 @@ class Knn:
 
         ``mesh`` splits the search over the devices.
         """
-        cells = self.embed(features)
-        queries = cells.reshape(-1, cells.shape[-1])
+        embedded = self.embed(features)
+        queries = embedded.reshape(-1, embedded.shape[-1])
         distances, _ = nearest(queries, state["bank"], self.config.k, mesh=mesh)
-        maps = jnp.mean(distances, axis=1).reshape(cells.shape[:3])
+        maps = jnp.mean(distances, axis=1).reshape(embedded.shape[:3])
         return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
 
     def _rows(self, source: FeatureSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Per batch the rows (r, d) of its images and their sample indices (images,)."""
-        for batch in source:
-            valid = np.asarray(batch.valid, bool)
-            if not valid.any():
-                continue
-            cells = np.asarray(_embed(self, dict(batch.maps)))[valid]
-            index = np.asarray(batch.index)[valid]
-            broken = ~np.isfinite(cells).all(axis=(1, 2, 3))
-            if broken.any():
-                raise DataError(
-                    f"detector knn: NaN or infinite features of {batch.category} samples "
-                    f"{index[broken].tolist()}; expected finite ones. Check the weights."
-                )
-            yield cells.reshape(-1, cells.shape[-1]), index
+        for values, index, _ in cells(source, functools.partial(_embed, self), "knn"):
+            yield values.reshape(-1, values.shape[-1]), index
 
     def _sampled(
         self, blocks: Iterator[tuple[np.ndarray, np.ndarray]], key: jax.Array
@@ -137,9 +115,9 @@ class Knn:
         key = rng.named(key, "knn bank")
         kept: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         for rows, index in blocks:
-            cells = len(rows) // len(index)
-            bits = np.asarray(_draws(key, jnp.asarray(index, jnp.uint32), cells)).ravel()
-            place = np.stack([np.repeat(index, cells), np.tile(np.arange(cells), len(index))])
+            count = len(rows) // len(index)
+            bits = np.asarray(_draws(key, jnp.asarray(index, jnp.uint32), count)).ravel()
+            place = np.stack([np.repeat(index, count), np.tile(np.arange(count), len(index))])
             if kept is not None:
                 rows, bits = np.concatenate([kept[0], rows]), np.concatenate([kept[1], bits])
                 place = np.concatenate([kept[2], place], axis=1)

@@ -1,4 +1,4 @@
-"""``dsad bench``: speed, measured side by side in one process."""
+"""``dsad bench step``: images/s of a training step, and where its time goes."""
 
 import statistics
 import time
@@ -23,8 +23,8 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     command.integer("rounds", 5, "Timed rounds; each times every part once, medians are shown.")
     config, values, rest = command.parse(argv)
-    if rest != ["step"]:
-        raise ConfigError(f"dsad bench: expected `dsad bench step`, found {' '.join(rest)!r}.")
+    if rest:
+        raise ConfigError(f"dsad bench step: unexpected argument {rest[0]!r}.")
     if values.rounds < 1:
         raise ConfigError(f"--rounds: expected at least 1, found {values.rounds}.")
     step(config, values.rounds)

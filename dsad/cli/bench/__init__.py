@@ -1,0 +1,41 @@
+"""``dsad bench TOPIC``: speed and memory, measured side by side in one process.
+
+One module per topic, found by its name: it exposes ``main(argv) -> int`` and its first docstring
+line says what it measures.
+"""
+
+import importlib
+import pkgutil
+
+from dsad.core.config import listed, suggestion
+from dsad.core.errors import ConfigError
+
+
+def topics() -> tuple[str, ...]:
+    """Names of the modules of this package."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name[0] != "_"))
+
+
+def main(argv: list[str]) -> int:
+    """The command: the first argument that is no flag names the topic."""
+    if not argv or argv[0] in ("--help", "-h"):
+        print(usage())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in topics():
+        raise ConfigError(
+            f"dsad bench: expected `dsad bench TOPIC`, found {name!r}.{suggestion(name, topics())} "
+            f"Topics: {listed(topics())}."
+        )
+    return importlib.import_module(f"dsad.cli.bench.{name}").main(rest)
+
+
+def usage() -> str:
+    """The topics, a line each."""
+    lines = []
+    for name in topics():
+        text = importlib.import_module(f"dsad.cli.bench.{name}").__doc__ or ""
+        lines.append(f"  {name:<10} {text.strip().splitlines()[0].partition(': ')[2]}")
+    return (
+        "usage: dsad bench TOPIC [--flags]\n\n" + "\n".join(lines) + "\n\ndsad bench TOPIC --help"
+    )

@@ -1,0 +1,68 @@
+"""Feature sources for the detector tests, and float64 forms of what detectors share."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import ndimage
+
+from dsad.core.types import FeatureBatch
+
+KEY = jax.random.key(0)
+
+
+def maps_of(seed, count, shift=0.0):
+    """Two layers of features on grids 6 × 5 and 3 × 3, far from the origin."""
+    rng = np.random.default_rng(seed)
+    make = lambda h, w, d: (8 + shift + rng.standard_normal((count, h, w, d))).astype(np.float32)  # noqa: E731
+    return {"layer2": make(6, 5, 7), "layer3": make(3, 3, 4), "unused": make(2, 2, 3)}
+
+
+class Batches:
+    """A re-iterable feature source over ``maps``, in ``order``, the last batch padded."""
+
+    def __init__(self, maps, order=None, size=4):
+        self.maps, self.size = maps, size
+        self.order = np.arange(len(maps["layer2"])) if order is None else order
+
+    def __iter__(self):
+        for at in range(0, len(self.order), self.size):
+            picked = self.order[at : at + self.size]
+            padding = self.size - len(picked)
+            maps = {
+                n: jnp.asarray(np.concatenate([m[picked], np.full((padding, *m.shape[1:]), 1e6)]))
+                for n, m in self.maps.items()
+            }
+            index = np.concatenate([picked, np.full(padding, -1)])
+            yield FeatureBatch(maps, np.arange(self.size) < len(picked), "tiles", index)
+
+
+def joined(maps):
+    """Neighbourhood means and half-pixel bilinear resampling by scipy, in float64."""
+    window, grids = (1, 3, 3, 1), []
+    for name in ("layer2", "layer3"):
+        values = np.float64(maps[name])
+        mean = ndimage.uniform_filter(values, window, mode="constant")
+        grids.append(mean / ndimage.uniform_filter(np.ones_like(values), window, mode="constant"))
+    height, width = grids[0].shape[1:3]
+    deep = grids[1]
+    at = [
+        np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
+        for n, m in zip(deep.shape[1:3], (height, width), strict=True)
+    ]
+    points = np.meshgrid(*at, indexing="ij")
+    up = np.stack(
+        [[ndimage.map_coordinates(c, points, order=1) for c in np.moveaxis(m, 2, 0)] for m in deep]
+    )
+    return np.concatenate([grids[0], np.moveaxis(up, 1, 3)], axis=3)
+
+
+def made(name, **config):
+    module = importlib.import_module(f"dsad.detectors.{name}")
+    return module.build(module.Config(**config))
+
+
+def close(found, expected, rtol=1e-6):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol)
