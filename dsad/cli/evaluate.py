@@ -171,7 +171,7 @@ def threshold_table(results: Results) -> Table:
         caption="means over seeds" if results.std else None,
     )
     made.add_column("category")
-    for column in ("held out", *(label for _, label in thresholds.COLUMNS)):
+    for column in ("held out", *(label.lower() for _, label in thresholds.COLUMNS)):
         made.add_column(column, justify="right")
     for category, by_seed in results.thresholds.items():
         row = thresholds.mean(list(by_seed.values()))

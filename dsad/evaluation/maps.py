@@ -66,7 +66,10 @@ def read_map(path: str | os.PathLike[str]) -> np.ndarray:
     file = pathlib.Path(path)
     try:
         if file.suffix == ".tiff":
-            return np.asarray(tifffile.imread(file), np.float32)
+            values = np.asarray(tifffile.imread(file))
+            if values.ndim != 2 or values.dtype.kind != "f":
+                raise ValueError(f"expected (h, w) floats, found {values.shape} {values.dtype}")
+            return values.astype(np.float32, copy=False)
         with PIL.Image.open(file) as picture:
             levels = np.asarray(picture, np.float64)
         scale = json.loads(_scale(file).read_text(encoding="utf-8"))

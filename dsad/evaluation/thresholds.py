@@ -18,14 +18,16 @@ IMAGE_RULE = "conformal quantile of held-out training images"
 PIXEL_RULE = "quantile of the pooled pixels of held-out training images, original pixels"
 #: Fields of a table of thresholds, with their headings.
 COLUMNS = (
-    ("image", "image threshold"),
-    ("image_bound", "bound on false alarms"),
-    ("image_false_alarms", "false alarms, test normals"),
-    ("image_recall", "anomalous images found"),
-    ("pixel", "pixel threshold"),
-    ("pixel_false_alarms", "flagged pixels, test normals"),
-    ("pixel_recall", "defect pixels found"),
+    ("image", "Image threshold"),
+    ("image_bound", "Bound on false alarms"),
+    ("image_false_alarms", "False alarms, test normals"),
+    ("image_recall", "Anomalous images found"),
+    ("pixel", "Pixel threshold"),
+    ("pixel_false_alarms", "Flagged pixels, test normals"),
+    ("pixel_recall", "Defect pixels found"),
 )
+#: The columns that are map or image scores; the others are shares.
+VALUES = ("image", "pixel")
 
 
 def image_threshold(scores: Any, rate: float) -> tuple[float, float]:
