@@ -104,13 +104,19 @@ def _difference(left: float | None, right: float | None) -> dict[str, str]:
     return {"text": rounded, "style": "gap up" if value > 0 else "gap down"}
 
 
-def seeded(runs: Sequence[Run]) -> list[tuple[list[str], list[str]]]:
-    """The seeds of the runs that have several, each with the names of those runs."""
-    found: dict[tuple[str, ...], list[str]] = {}
+def seeded(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Runs with several seeds or drawn support sets: ``seeds``, ``shots`` (0: all), ``runs``."""
+    found: dict[tuple[tuple[str, ...], int], list[str]] = {}
     for run in runs:
-        if run.results.std:
-            found.setdefault(tuple(run.results.seeds), []).append(run.name)
-    return [(list(seeds), names) for seeds, names in found.items()]
+        support = run.results.stamp.get("support")
+        shots = support.get("shots", "all") if isinstance(support, Mapping) else "all"
+        key = tuple(run.results.seeds), 0 if shots == "all" else int(shots)
+        found.setdefault(key, []).append(run.name)
+    return [
+        {"seeds": list(seeds), "shots": shots, "runs": names}
+        for (seeds, shots), names in found.items()
+        if len(seeds) > 1 or shots
+    ]
 
 
 def threshold_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:

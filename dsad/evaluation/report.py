@@ -166,6 +166,7 @@ def _category(
     return {
         "name": category,
         "counts": row["counts"],
+        "support": next(iter(first.support.get(category, {}).values()), {}),
         "seconds": [(run, run.results.categories.get(category, {}).get("seconds")) for run in runs],
         "charts": charts,
         "scales": scales,
