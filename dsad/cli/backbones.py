@@ -51,6 +51,17 @@ def load(spec: str, weights: str, seed: int) -> Any:
     return from_run(path, int(step) if step else None)
 
 
+def per_category(spec: str) -> bool:
+    """Whether a spec names one run per category: ``run:DIR/{category}``, the text itself."""
+    return spec.startswith("run:") and "{category}" in spec
+
+
+def of_category(spec: str, category: str, *, step: bool = False) -> str:
+    """The directory of a category's run; with ``step`` the ``@STEP`` stays."""
+    path = spec.removeprefix("run:").replace("{category}", category)
+    return path if step else path.partition("@")[0]
+
+
 def run_config(path: str) -> Mapping[str, Any]:
     """The config a pretraining run was started with."""
     found = workdir.read(path)

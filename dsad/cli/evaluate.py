@@ -1,6 +1,7 @@
 """``dsad evaluate``: a backbone, a detector and a data set to numbers and pictures."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -14,6 +15,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Dataset
 from dsad.data import base as data_base
+from dsad.evaluation import support, thresholds
 from dsad.evaluation.localize import EvalConfig, Results, check_labels, localize, write_results
 
 #: As data name: the data of the run that the backbone comes from.
@@ -25,12 +27,18 @@ class EvaluateConfig:
     """Everything of an evaluation but its detector, whose keys belong to the method.
 
     ``backbone`` is an architecture (with ``weights``, a file, or random ones by ``seed``) or
-    ``run:DIR[@STEP]``. ``data.name`` "run" takes the data of that run.
+    ``run:DIR[@STEP]``, where "{category}" in DIR names one run per category. ``data.name`` "run"
+    takes the data of that run. ``shots`` training images of each category are used (0: all);
+    ``seeds`` draw them and the detector's random choices, several give mean and standard deviation.
+    ``one_for_all`` fits a single detector on the training images of all categories.
     """
 
     backbone: str = "resnet18"
     weights: str = ""
     seed: int = 0
+    shots: int = 0
+    seeds: tuple[int, ...] = (0,)
+    one_for_all: bool = False
     data: data_base.DataConfig = dataclasses.field(
         default_factory=lambda: data_base.DataConfig(name=SAME)
     )
@@ -64,6 +72,11 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
             f"config.data.name: with backbone {cfg.backbone!r} there is no run to take the data "
             "from; name a data set, for example --config.data.name=mvtec --config.data.root=DIR."
         )
+    if backbones.per_category(cfg.backbone):
+        raise ConfigError(
+            f"config.data.name: with one run per category ({cfg.backbone!r}) no single run has "
+            "the data; name the data set, for example --config.data.name=mvtec."
+        )
     path = cfg.backbone.removeprefix("run:").partition("@")[0]
     found, _, _ = pretrain.parse(backbones.run_config(path))
     return dataclasses.replace(found.data, root=cfg.data.root or found.data.root)
@@ -71,7 +84,7 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The loaded parts of an evaluation."""
+    """The loaded parts of an evaluation; with one run per category ``backbone`` is None."""
 
     config: EvaluateConfig
     backbone: Any
@@ -84,43 +97,87 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
     cfg, detector = parse(config)
     dataset = dataset or console.loaded(data_config(cfg), out)
     check_labels(dataset, dataset.categories)
-    backbone = backbones.load(cfg.backbone, cfg.weights, cfg.seed)
+    holdout = cfg.evaluation.holdout if cfg.evaluation.false_alarm_rate > 0 else 0
+    support.choose(dataset, dataset.categories, shots=cfg.shots, seeds=cfg.seeds, holdout=holdout)
+    if backbones.per_category(cfg.backbone):
+        if cfg.one_for_all:
+            raise ConfigError("config.one_for_all: one run per category cannot share a detector.")
+        for category in dataset.categories:
+            backbones.run_config(backbones.of_category(cfg.backbone, category))
+        backbone = None
+    else:
+        backbone = backbones.load(cfg.backbone, cfg.weights, cfg.seed)
     return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset)
 
 
 def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "") -> Results:
     """Localize with one backbone and write results below a claimed directory."""
     cfg = parts.config
+
+    def of_category(category: str) -> Any:
+        spec = f"run:{backbones.of_category(cfg.backbone, category, step=True)}"
+        return backbones.load(spec, cfg.weights, cfg.seed)
+
     with console.progress(name or "localizing", out) as tell:
         results = localize(
             parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
             mesh=make_mesh(cfg.mesh), key=backbones.key_for(cfg.seed), progress=tell,
-            name=name or cfg.backbone,
+            name=name or cfg.backbone, shots=cfg.shots, seeds=cfg.seeds, pooled=cfg.one_for_all,
+            folder=path, backbone_of=None if parts.backbone is not None else of_category,
         )  # fmt: skip
     write_results(results, path)
     return results
 
 
 def table(results: Results, title: str = "") -> Table:
-    """Numbers per category, per kind of defect, and the mean."""
+    """Numbers per category, per kind of defect, and the mean; ± the deviation over seeds."""
     made = Table(title=title or None, title_justify="left")
     made.add_column("category / kind")
     for column in ("images", *results.metric_names):
         made.add_column(column, justify="right")
+    names, std = results.metric_names, results.std
     for category, row in results.categories.items():
         counts = row["counts"]
         images = f"{counts['normal']}+{counts['anomalous']}"
-        made.add_row(category, images, *_cells(row, results.metric_names))
+        spread = std["categories"][category] if std else {}
+        made.add_row(category, images, *_cells(row, names, spread))
         for kind, numbers in results.kinds[category].items():
-            cells = _cells(numbers, results.metric_names)
+            cells = _cells(numbers, names)
             made.add_row(f"  {kind}", str(numbers["images"]), *cells, style="dim")
     made.add_section()
-    made.add_row("mean", "", *_cells(results.mean, results.metric_names), style="bold")
+    cells = _cells(results.mean, names, std["mean"] if std else {})
+    made.add_row("mean", "", *cells, style="bold")
+    if std:
+        made.caption = (
+            f"mean ± sample standard deviation over {len(results.seeds)} seeds "
+            f"({', '.join(results.seeds)})"
+        )
     return made
 
 
-def _cells(row: Any, names: list[str]) -> list[str]:
-    return ["–" if row[n] is None else f"{row[n]:.3f}" for n in names]
+def _cells(row: Any, names: list[str], spread: Mapping[str, float] | None = None) -> list[str]:
+    cells = ["–" if row[n] is None else f"{row[n]:.3f}" for n in names]
+    if spread:
+        cells = [f"{c} ± {spread[n]:.3f}" for n, c in zip(names, cells, strict=True)]
+    return cells
+
+
+def threshold_table(results: Results) -> Table:
+    """Thresholds from held-out normals, and what they achieve on the test images."""
+    rate = results.stamp["thresholds"]["false_alarm_rate"]
+    made = Table(
+        title=f"Thresholds from normal training images, false-alarm rate {rate:g}",
+        title_justify="left",
+        caption="means over seeds" if results.std else None,
+    )
+    made.add_column("category")
+    for column in ("held out", *(label.lower() for _, label in thresholds.COLUMNS)):
+        made.add_column(column, justify="right")
+    for category, by_seed in results.thresholds.items():
+        row = thresholds.mean(list(by_seed.values()))
+        cells = [f"{row[n]:.4g}" for n, _ in thresholds.COLUMNS]
+        made.add_row(category, f"{row['held_out']:g}", *cells)
+    return made
 
 
 def main(argv: list[str]) -> int:
@@ -141,5 +198,7 @@ def main(argv: list[str]) -> int:
     )
     results = evaluate(parts, path, out, name=values.name)
     out.print(table(results))
+    if results.thresholds:
+        out.print(threshold_table(results))
     out.print(f"written: {path}/results.json; pictures: dsad report {path}")
     return 0

@@ -81,7 +81,8 @@ def random_cut(
 ) -> tuple[list[str], list[str], list[str]]:
     """Train, test and unused paths, by the SHA-256 of (seed, path): the same on any machine.
 
-    With fewer paths than the sizes ask for, a fifth goes to test and none is unused.
+    With fewer paths than the sizes ask for, a fifth goes to test and none is unused; the protocol
+    of the data set says so ("cut").
     """
     order = sorted(paths, key=lambda p: hashlib.sha256(f"{seed}:{p}".encode()).hexdigest())
     if len(order) < sum(sizes):
@@ -131,7 +132,14 @@ def _cut(
     if twins:
         text = f"{twins} of {len(test)} test normals have another exposure of their tile in train"
         faults.append(warning("K13", CATEGORY, f"{text}; mtd:grouped avoids this."))
-    facts = {"split": f"random, seed {config.seed}", "unused": sorted(cut[2])}
+    published = len(normals) >= sum(RANDOM_SIZES)
+    facts = {
+        "split": f"random, seed {config.seed}",
+        "cut": "published sizes, {} training and {} test normals".format(*RANDOM_SIZES)
+        if published
+        else f"a fifth of the normals to test: only {len(normals)}, published sizes do not fit",
+        "unused": sorted(cut[2]),
+    }
     return train, test, {**facts, "test_normals_with_twin_in_train": twins}
 
 
@@ -166,6 +174,7 @@ def scan(config: DataConfig) -> files.FileDataset:
             "split_hash": files.split_hash(splits),
             "licence": "none stated; citation asked, research use",
             "missing_masks": config.missing_masks,
+            "lossy": sorted(config.lossy),
             "canvas_crop": "none",
         },
         config=config,

@@ -199,6 +199,7 @@ def scan(config: DataConfig) -> files.FileDataset:
             "split_hash": files.split_hash(splits),
             "licence": _licence(root, official),
             "missing_masks": config.missing_masks,
+            "lossy": sorted(config.lossy),
             "canvas_crop": "none",
         },
         config=config,

@@ -1,8 +1,9 @@
 """The localization run: features, detector, anomaly maps on original pixels, metrics."""
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,24 +13,14 @@ from dsad.core.config import listed
 from dsad.core.errors import ConfigError, MetricError
 from dsad.core.rng import named
 from dsad.core.types import Dataset, Detector, Progress, Source, Tree
-from dsad.evaluation import gallery, metrics, stamp
+from dsad.evaluation import gallery, maps, metrics, stamp, support, thresholds
+from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.results import Results, read_results, write_results
-from dsad.evaluation.scoring import Device, EvalConfig, Features, batches, input_affine, to_original
+from dsad.evaluation.scored import Scored, score
+from dsad.evaluation.scoring import Device, EvalConfig, Features, Reader
+from dsad.evaluation.support import check_labels
 
-__all__ = ["EvalConfig", "Results", "localize", "read_results", "write_results"]
-
-
-# --- the run --------------------------------------------------------------------------------
-
-
-class Scored(NamedTuple):
-    """The scored test images of one category, in source order, on original pixels."""
-
-    maps: list[np.ndarray]  # (h, w) f32
-    masks: list[np.ndarray | None]  # (h, w) bool
-    scores: np.ndarray  # (n,) f32
-    labels: np.ndarray  # (n,) int
-    kinds: list[str]
+__all__ = ["EvalConfig", "Results", "check_labels", "localize", "read_results", "write_results"]
 
 
 def localize(
@@ -45,6 +36,11 @@ def localize(
     categories: Sequence[str] | None = None,
     details: Mapping[str, Any] | None = None,
     train: Callable[[Detector, Features, str], Tree] | None = None,
+    shots: int = 0,
+    seeds: Sequence[int] = (0,),
+    pooled: bool = False,
+    folder: str | os.PathLike[str] | None = None,
+    backbone_of: Callable[[str], Any] | None = None,
 ) -> Results:
     """Fit and score every category; all pixel numbers are on original-resolution masks.
 
@@ -55,16 +51,23 @@ def localize(
       dataset: its "train" and "test" splits are used.
       config: see ``EvalConfig``.
       mesh: batches are split over all its devices; numbers do not depend on their count.
-      key: of the run; each category's detector gets a key by the category's name.
+      key: of the run; each category's detector gets a key by the category's name and the seed.
       progress: called with images done, images in all, and what is going on.
       name: of the run, for the stamp.
       categories: some of ``dataset.categories``; all by default.
       details: fields for the stamp, see ``stamp.make_stamp``.
       train: for detectors that train: called with (detector, training features, category), it
         runs the detector's objective and returns the trained parameters for its ``fit``.
+      shots: size of the support set, the training images of a category that are used; 0: all.
+      seeds: draw the support sets and vary the detector's key; several give mean and deviation.
+      pooled: one detector for all categories, fitted on all their training images together.
+      folder: where ``config.save_maps`` puts ``anomaly_maps`` (``anomaly_maps_seed<s>`` with
+        several seeds).
+      backbone_of: instead of ``backbone``, the backbone of each category, loaded when it is due.
 
     Raises:
-      ConfigError: an unknown category, or a layer the backbone does not have.
+      ConfigError: an unknown category, a layer the backbone does not have, support sets that
+        cannot be drawn.
       MetricError: labels of a category that leave a metric undefined, before any compute.
 
     """
@@ -75,150 +78,184 @@ def localize(
             f"config.data.categories: {listed(unknown)} not in {dataset.name}, "
             f"which has: {listed(dataset.categories)}."
         )
+    if pooled and backbone_of:
+        raise ConfigError("one model for all categories needs one backbone, found one for each.")
+    if config.save_maps != "none" and folder is None:
+        raise ConfigError("evaluation.save_maps: a folder is needed to save anomaly maps in.")
     check_labels(dataset, chosen)
-    mark = stamp.make_stamp(
-        dataset,
-        chosen,
-        config=config,
-        detector=detector,
-        backbone=backbone,
-        key=key,
-        name=name,
-        details=details,
-    )
-    device = Device(backbone, detector, config, mesh)
-    total = sum(len(dataset.source(s, c)) for c in chosen for s in ("train", "test"))
-    done = 0
+    holdout = config.holdout if config.false_alarm_rate > 0 else 0
+    sets = support.choose(dataset, chosen, shots=shots, seeds=seeds, holdout=holdout)
+    protocol = {
+        "model": "one for all categories" if pooled else "one per category",
+        "support": support.describe(sets, shots=shots, seeds=seeds),
+        "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout),
+        "detector_state": {},
+    }
+    run = _Run(dataset, detector, config, key, train, sets, tuple(seeds), folder)
+    run.watch(progress, chosen)
+    for group in [chosen] if pooled else [(c,) for c in chosen]:
+        found = backbone_of(group[0]) if backbone_of else backbone
+        if run.device is None:
+            run.device = Device(found, detector, config, mesh)
+            run.made.stamp.update(
+                stamp.make_stamp(
+                    dataset, chosen, config=config, detector=detector, backbone=found, key=key,
+                    name=name, details={**protocol, **(details or {})},
+                )
+            )  # fmt: skip
+        elif backbone_of:
+            run.device.use(found)
+        if backbone_of:
+            each = run.made.stamp["backbone"].setdefault("per_category", {})
+            each[group[0]] = stamp.describe_backbone(found)
+        run.group(group, "all categories" if pooled else group[0])
+    run.made.support.update(support.listing(sets, shots=shots))
+    over_seeds.conclude(run.made, config.metric_names)
+    return run.made
 
-    def tick(category: str, what: str) -> Callable[[int], None]:
+
+class _Run:
+    """What the categories of a run share, and the results they are collected in."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        detector: Detector,
+        config: EvalConfig,
+        key: jax.Array,
+        train: Callable[[Detector, Features, str], Tree] | None,
+        sets: Mapping[str, Mapping[int, support.Support]],
+        seeds: tuple[int, ...],
+        folder: str | os.PathLike[str] | None,
+    ) -> None:
+        self.dataset, self.detector, self.config, self.key = dataset, detector, config, key
+        self.train, self.sets, self.seeds, self.folder = train, sets, seeds, folder
+        self.device: Device | None = None
+        self.made = Results(
+            stamp={},
+            categories={},
+            mean={},
+            kinds={},
+            images={},
+            scales={},
+            cases={},
+            gallery={},
+            curves={},
+        )
+
+    def watch(self, progress: Progress | None, categories: Sequence[str]) -> None:
+        """Count the images to come: every seed reads its support set and the test images."""
+        self.progress, self.done, self.total = progress, 0, 0
+        for c in categories:
+            for own in self.sets[c].values():
+                self.total += len(own.bank) + len(own.held_out)
+                self.total += len(self.dataset.source("test", c))
+
+    def tick(self, category: str, what: str) -> Callable[[int], None]:
         def advance(n: int) -> None:
-            nonlocal done
-            done = min(done + n, total)
-            if progress:
-                progress(done, total, f"{category}: {what}")
+            self.done = min(self.done + n, self.total)
+            if self.progress:
+                self.progress(self.done, self.total, f"{category}: {what}")
 
         return advance
 
-    made = Results(
-        stamp=mark,
-        categories={},
-        mean={},
-        kinds={},
-        images={},
-        scales={},
-        cases={},
-        gallery={},
-        curves={},
-    )
-    for category in chosen:
-        _category(made, category, device, detector, dataset, config, key, tick, train)
-    made.mean.update(
-        {
-            m: float(np.mean([row[m] for row in made.categories.values()]))
-            for m in config.metric_names
-        }
-    )
-    return made
-
-
-def check_labels(dataset: Dataset, categories: Sequence[str]) -> None:
-    """Refuse categories whose test labels leave a metric undefined, all of them at once."""
-    faults = []
-    for category in categories:
-        if not len(dataset.source("train", category)):
-            faults.append(f"{category}: no training image")
-        records = dataset.source("test", category).records
-        labels = {r.label for r in records}
-        if labels != {0, 1}:
-            found = {0: "only normal", 1: "only anomalous"}.get(*labels) if labels else "no"
-            faults.append(f"{category}: {found} test images, AUROC needs normal and anomalous ones")
-        elif _without_masks(dataset.source("test", category)):
-            faults.append(f"{category}: no anomalous test image has a mask")
-    if faults:
-        raise MetricError(
-            f"{dataset.name}: metrics are undefined for\n  " + "\n  ".join(faults) + "\n"
-            "Complete these categories or leave them out of config.data.categories."
+    def writer(self, seed: int) -> maps.MapWriter | None:
+        if self.config.save_maps == "none" or self.folder is None:
+            return None
+        tail = f"_seed{seed}" if len(self.seeds) > 1 else ""
+        made = maps.MapWriter(
+            os.path.join(self.folder, f"anomaly_maps{tail}"), self.config.save_maps
         )
+        made.note({**self.made.stamp, "seed_of_these_maps": seed})
+        return made
 
+    def group(self, group: Sequence[str], title: str) -> None:
+        """Fit one detector per seed, and score and measure its categories."""
+        assert self.device is not None
+        reader = Reader(self.device, self.config)
+        several = len(self.seeds) > 1
+        for seed in self.seeds:
+            state, seconds = self._fit(reader, group, title, seed)
+            size = self.made.stamp["detector_state"].setdefault(title, {})
+            size[str(seed)] = stamp.describe_state(state)
+            if not several:
+                reader = Reader(self.device, self.config)  # lets go of the training features
+            writer = self.writer(seed)
+            for category in group:
+                self._category(reader, state, category, seed, seconds, writer)
+                seconds = {"features": 0.0, "fit": 0.0}  # of a pooled fit: stand at the first
 
-def _without_masks(source: Source) -> bool:
-    """Whether no anomalous image has a mask; procedural sets have masks without files."""
-    anomalous = [i for i, r in enumerate(source.records) if r.label == 1]
-    if any(source.records[i].mask_path is not None for i in anomalous):
-        return False
-    return source[anomalous[0]].mask is None
+    def _fit(
+        self, reader: Reader, group: Sequence[str], title: str, seed: int
+    ) -> tuple[Tree, dict[str, float]]:
+        parts = [
+            (c, support.Subset(self.dataset.source("train", c), self.sets[c][seed].bank))
+            for c in group
+        ]
+        features = Features(reader, parts, self.tick(title, "training features"))
+        start = time.perf_counter()
+        # Seed 0 keeps the key that a category has without seeds.
+        key = named(self.key, title if seed == 0 else f"{title}, seed {seed}")
+        trained = self.train(self.detector, features, title) if self.train else None
+        state = self.detector.fit(features, mesh=reader.device.mesh, key=key, trained=trained)
+        state = jax.block_until_ready(reader.device.place(state))
+        fit = time.perf_counter() - start - features.seconds
+        return state, {"features": features.seconds, "fit": fit}
 
+    def _category(
+        self,
+        reader: Reader,
+        state: Tree,
+        category: str,
+        seed: int,
+        seconds: dict[str, float],
+        writer: maps.MapWriter | None,
+    ) -> None:
+        """Score and measure one category with one detector."""
+        config, test = self.config, self.dataset.source("test", category)
+        keep = len(self.seeds) > 1
+        start = time.perf_counter()
+        scored = score(
+            reader, state, test, f"{category}/test", self.tick(category, "scores"),
+            keep=keep, writer=writer,
+        )  # fmt: skip
+        if config.false_alarm_rate > 0:
+            held = self.sets[category][seed].held_out
+            source = support.Subset(self.dataset.source("train", category), held)
+            tick = self.tick(category, "held-out training images")
+            normal = score(reader, state, source, f"{category}/held out", tick, keep=False)
+            found = thresholds.measure(scored, normal, config.false_alarm_rate)
+            self.made.thresholds.setdefault(category, {})[str(seed)] = found
+        seconds = {**seconds, "score": time.perf_counter() - start}
+        self.tick(category, "metrics")(0)
+        start = time.perf_counter()
+        row, curves = measure(scored, config, category)
+        kinds = _kinds(scored, config)
+        first = seed == self.seeds[0]
+        if first:
+            self._show(category, test, scored, curves)
+            counts = {"train": len(self.dataset.source("train", category)), **scored.counts()}
+            self.made.categories[category] = {"counts": counts}
+        seconds["metrics"] = time.perf_counter() - start
+        over_seeds.collect(self.made, category, seed, row, kinds, seconds)
+        if keep:
+            self.made.categories[category]["features_between_seeds"] = {
+                "kept_bytes": reader.kept_bytes, "recomputed": sorted(reader.recomputed),
+            }  # fmt: skip
 
-def _category(
-    made: Results,
-    category: str,
-    device: Device,
-    detector: Detector,
-    dataset: Dataset,
-    config: EvalConfig,
-    key: jax.Array,
-    tick: Callable[[str, str], Callable[[int], None]],
-    trainer: Callable[[Detector, Features, str], Tree] | None,
-) -> None:
-    """Fit, score and measure one category into ``made``."""
-    train, test = dataset.source("train", category), dataset.source("test", category)
-    features = Features(device, train, category, config, tick(category, "training features"))
-    start = time.perf_counter()
-    trained = trainer(detector, features, category) if trainer else None
-    state = detector.fit(features, mesh=device.mesh, key=named(key, category), trained=trained)
-    state = jax.block_until_ready(device.place(state))
-    seconds = {"features": features.seconds, "fit": time.perf_counter() - start - features.seconds}
-    start = time.perf_counter()
-    scored = _score(device, state, test, config, tick(category, "scores"))
-    seconds["score"] = time.perf_counter() - start
-    tick(category, "metrics")(0)
-    start = time.perf_counter()
-    row, curves = measure(scored, config, category)
-    made.kinds[category] = _kinds(scored, config)
-    normals = [m for m, label in zip(scored.maps, scored.labels, strict=True) if label == 0]
-    scale = gallery.normal_scale(normals)
-    made.images[category] = _image_rows(test, scored)
-    made.cases[category] = gallery.choose_cases(made.images[category], config.gallery)
-    made.gallery.update(gallery.pictures(category, test, scored.maps, scale, made.cases[category]))
-    seconds["metrics"] = time.perf_counter() - start
-    counts = {
-        "train": len(train),
-        "normal": int(np.sum(scored.labels == 0)),
-        "anomalous": int(np.sum(scored.labels == 1)),
-        "anomalous_without_mask": sum(m is None for m in scored.masks),
-        "anomalous_with_empty_mask": sum(
-            m is not None and not bool(m.any()) and int(label) == 1
-            for m, label in zip(scored.masks, scored.labels, strict=True)
-        ),
-    }
-    rounded = {k: round(v, 3) for k, v in seconds.items()}
-    made.categories[category] = {**row, "counts": counts, "seconds": rounded}
-    made.scales[category] = scale
-    made.curves.update({f"{category}/{k}": v for k, v in curves.items()})
-
-
-def _score(
-    device: Device, state: Tree, source: Source, config: EvalConfig, tick: Callable[[int], None]
-) -> Scored:
-    """Score the images of a source and bring their maps back to original pixels."""
-    found: list[np.ndarray] = []
-    masks: list[np.ndarray | None] = []
-    scores: list[float] = []
-    for host in batches(source, config, device.batch):
-        maps, image = device.score(state, device.features(host.images))
-        for row, (height, width) in enumerate(host.shapes):
-            affine = input_affine(height, width, config.image_size)
-            found.append(to_original(maps[row], affine, height, width))
-        scores.extend(image[host.valid].tolist())
-        masks.extend(host.masks)
-        tick(len(host.shapes))
-    return Scored(
-        found,
-        masks,
-        np.asarray(scores, np.float32),
-        np.asarray([r.label for r in source.records], np.int64),
-        [r.kind for r in source.records],
-    )
+    def _show(
+        self, category: str, test: Source, scored: Scored, curves: dict[str, np.ndarray]
+    ) -> None:
+        """Curves, image scores and pictures for the report."""
+        made = self.made
+        normals = [m for m, label in zip(scored.maps, scored.labels, strict=True) if label == 0]
+        scale = gallery.normal_scale(normals)
+        made.images[category] = _image_rows(test, scored)
+        made.cases[category] = gallery.choose_cases(made.images[category], self.config.gallery)
+        cases = made.cases[category]
+        made.gallery.update(gallery.pictures(category, test, scored.maps, scale, cases))
+        made.scales[category] = scale
+        made.curves.update({f"{category}/{k}": v for k, v in curves.items()})
 
 
 def measure(

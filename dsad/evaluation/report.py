@@ -1,6 +1,5 @@
 """One self-contained HTML page: tables, curves, heat maps, training curves, config and stamp."""
 
-import dataclasses
 import json
 import math
 import os
@@ -10,11 +9,11 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import PIL.Image
 
 from dsad.core.errors import ConfigError, WorkdirError
-from dsad.evaluation import figures, gallery, stamp
-from dsad.evaluation.results import Results, read_results
+from dsad.evaluation import comparison, figures, stamp, thresholds
+from dsad.evaluation.comparison import Run
+from dsad.evaluation.results import read_results
 
 #: Largest page in bytes; the gallery shrinks until it fits.
 LIMIT = 8_000_000
@@ -36,13 +35,6 @@ _TRAINING = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    name: str
-    results: Results
-    colour: str
-
-
 def write_report(
     out_path: str | os.PathLike[str],
     evaluations: Sequence[tuple[str, str | os.PathLike[str]]],
@@ -55,8 +47,9 @@ def write_report(
 
     Args:
       out_path: the page; written under a temporary name and moved.
-      evaluations: (name, folder with results.json) per run, side by side in this order; the
-        gallery's cases are chosen by the first.
+      evaluations: (name, folder with results.json) per run, side by side in this order; of two
+        runs differences are shown, and images that either localizes better; the gallery's other
+        cases are chosen by the first.
       training_dir: folder with ``metrics.jsonl`` and ``config.json`` of a pretraining run.
       title: heading of the page.
       allow_different: show runs whose stamps differ in meaning, with a notice, instead of refusing.
@@ -70,7 +63,7 @@ def write_report(
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"report: expected one or more runs with distinct names, found {names}.")
     runs = [
-        _Run(name, read_results(folder), figures.COLOURS[i % len(figures.COLOURS)])
+        Run(name, read_results(folder), figures.COLOURS[i % len(figures.COLOURS)])
         for i, (name, folder) in enumerate(evaluations)
     ]
     notices = _differing(runs)
@@ -89,7 +82,7 @@ def write_report(
     return out
 
 
-def _differing(runs: Sequence[_Run]) -> list[str]:
+def _differing(runs: Sequence[Run]) -> list[str]:
     first = runs[0]
     return [
         f"{first.name} / {run.name}: {line}"
@@ -99,7 +92,7 @@ def _differing(runs: Sequence[_Run]) -> list[str]:
 
 
 def _render(
-    runs: Sequence[_Run], title: str, notices: Sequence[str], training: dict[str, Any]
+    runs: Sequence[Run], title: str, notices: Sequence[str], training: dict[str, Any]
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dsad.evaluation", "templates"),
@@ -110,7 +103,7 @@ def _render(
     )
     template = environment.get_template("report.html.jinja")
     metrics = list(dict.fromkeys(m for run in runs for m in run.results.metric_names))
-    charts = {c: _charts(runs, c) for c in _categories(runs)}
+    charts = {c: _charts(runs, c) for c in comparison.categories(runs)}
     page = ""
     for rows, side in _SIZES:
         page = template.render(
@@ -120,8 +113,11 @@ def _render(
             training=training,
             stamps=[stamp.flat(run.results.stamp) for run in runs],
             metrics=[(m, metric_label(m)) for m in metrics],
-            summary=_summary(runs, metrics),
-            kinds=_kinds(runs, metrics),
+            summary=comparison.summary(runs, metrics),
+            kinds=comparison.kinds(runs, metrics),
+            seeded=comparison.seeded(runs),
+            thresholds=comparison.threshold_rows(runs),
+            threshold_columns=[label for _, label in thresholds.COLUMNS],
             categories=[_category(runs, c, charts[c], rows, side) for c in charts],
             gradient=figures.gradient(),
             top=figures.TOP,
@@ -138,53 +134,7 @@ def metric_label(name: str) -> str:
     return _LABELS.get(name, name)
 
 
-def _categories(runs: Sequence[_Run]) -> list[str]:
-    return list(dict.fromkeys(c for run in runs for c in run.results.categories))
-
-
-def _cells(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """Per run and metric the text and whether it is the best of the runs, as displayed."""
-
-    def text(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3f}"
-
-    shown = [[text(row.get(m)) for m in metrics] for row in rows]
-    best = [max((r[j] for r in shown if r[j] != "–"), default="") for j in range(len(metrics))]
-    several = len(rows) > 1
-    return [[{"text": t, "best": several and t == best[j]} for j, t in enumerate(r)] for r in shown]
-
-
-def _summary(runs: Sequence[_Run], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    rows = [
-        {
-            "name": c,
-            "cells": _cells([run.results.categories.get(c, {}) for run in runs], metrics),
-            "mean": False,
-        }
-        for c in _categories(runs)
-    ]
-    mean = _cells([run.results.mean for run in runs], metrics)
-    return [*rows, {"name": "Mean", "cells": mean, "mean": True}]
-
-
-def _kinds(runs: Sequence[_Run], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    made = []
-    for category in _categories(runs):
-        per_run = [run.results.kinds.get(category, {}) for run in runs]
-        for kind in dict.fromkeys(k for kinds in per_run for k in kinds):
-            rows = [kinds.get(kind, {}) for kinds in per_run]
-            made.append(
-                {
-                    "category": category,
-                    "kind": kind,
-                    "images": next(r["images"] for r in rows if r),
-                    "cells": _cells(rows, metrics),
-                }
-            )
-    return made
-
-
-def _charts(runs: Sequence[_Run], category: str) -> list[str]:
+def _charts(runs: Sequence[Run], category: str) -> list[str]:
     prefix = f"{category}/"
     curves = [
         {
@@ -203,7 +153,7 @@ def _charts(runs: Sequence[_Run], category: str) -> list[str]:
 
 
 def _category(
-    runs: Sequence[_Run], category: str, charts: Sequence[str], rows: int, side: int
+    runs: Sequence[Run], category: str, charts: Sequence[str], rows: int, side: int
 ) -> dict[str, Any]:
     first = next(run.results for run in runs if category in run.results.categories)
     scales = []
@@ -212,53 +162,16 @@ def _category(
             spread = scale["p99_9"] - scale["median"]
             ticks = [scale["median"] + units * spread for units in (0, 1, figures.TOP)]
             scales.append({"run": run, "ticks": [f"{t:.4g}" for t in ticks]})
-    sections = [
-        {
-            "title": heading,
-            "cases": [_case(runs, first, category, n, side) for n in numbers[:rows]],
-        }
-        for section, heading in gallery.SECTIONS.items()
-        if (numbers := first.cases[category].get(section, [])[:rows])
-    ]
     row = first.categories[category]
     return {
         "name": category,
         "counts": row["counts"],
+        "support": next(iter(first.support.get(category, {}).values()), {}),
         "seconds": [(run, run.results.categories.get(category, {}).get("seconds")) for run in runs],
         "charts": charts,
         "scales": scales,
-        "sections": sections,
+        "sections": comparison.sections(runs, category, rows, side),
     }
-
-
-def _case(
-    runs: Sequence[_Run], first: Results, category: str, number: int, side: int
-) -> dict[str, Any]:
-    """Pictures and caption of one test image; every run's map of the same image."""
-    entry = first.images[category][number]
-    stored = PIL.Image.fromarray(first.gallery[f"image/{category}/{number}"])
-    ratio = side / max(stored.size)
-    size = (max(1, round(stored.width * ratio)), max(1, round(stored.height * ratio)))
-    image = np.asarray(stored.resize(size, PIL.Image.Resampling.LANCZOS))
-    mask = first.gallery.get(f"mask/{category}/{number}")
-    if mask is not None:
-        mask = np.asarray(PIL.Image.fromarray(mask).resize(size, PIL.Image.Resampling.NEAREST))
-    pictures = [("Image", figures.data_uri(image))]
-    if mask is not None and mask.any():
-        pictures.append(("Annotated defect", figures.data_uri(figures.outline(image, mask))))
-    facts = []
-    for run in runs:
-        images = run.results.images.get(category, [])
-        own = next((i for i, x in enumerate(images) if x["path"] == entry["path"]), None)
-        if own is None:
-            continue
-        units = run.results.gallery[f"map/{category}/{own}"]
-        drawn = figures.outline(figures.heat(units, size), mask)
-        whose = f"{run.name}: " if len(runs) > 1 else ""
-        pictures.append((f"{whose}heat map", figures.data_uri(drawn)))
-        pictures.append((f"{whose}overlay", figures.data_uri(figures.overlay(image, units))))
-        facts.append({"run": run, **images[own]})
-    return {"entry": entry, "facts": facts, "pictures": pictures}
 
 
 def _training(folder: str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Results of a localization run, and their files."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsad.core.errors import WorkdirError
+from dsad.evaluation.maps import replace
 from dsad.evaluation.stamp import plain
 
 
@@ -18,12 +20,18 @@ from dsad.evaluation.stamp import plain
 class Results:
     """What a localization run measured.
 
-    ``categories[c]`` has the five numbers, ``counts`` and ``seconds``; ``mean`` the five numbers;
+    ``categories[c]`` has the numbers, ``counts`` and ``seconds``; ``mean`` the numbers;
     ``kinds[c][kind]`` the numbers of normal images and that kind, with ``images``; ``images[c]``
     one entry per test image in source order; ``scales[c]`` the median and the 99.9th percentile
     of the map on normal images; ``cases[c]`` the image numbers shown as best, median, worst and
     false_alarms. ``gallery`` and ``curves`` are arrays by name, see ``gallery.pictures`` and
     ``localize.measure``.
+
+    With several seeds the numbers of ``categories``, ``kinds`` and ``mean`` are means over them;
+    images, scales, cases, gallery and curves are those of the first. ``seeds[s]`` holds the
+    numbers of one seed, ``{"categories": {c: numbers}, "mean": numbers}``, and ``std``, of the
+    same form, their sample standard deviation; it is empty for one seed. ``support[c][s]`` lists
+    support sets (``support.listing``), ``thresholds[c][s]`` is what ``thresholds.measure`` gives.
     """
 
     stamp: dict[str, Any]
@@ -35,6 +43,10 @@ class Results:
     cases: dict[str, dict[str, list[int]]]
     gallery: dict[str, np.ndarray]
     curves: dict[str, np.ndarray]
+    seeds: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    std: dict[str, Any] = dataclasses.field(default_factory=dict)
+    support: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    thresholds: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def metric_names(self) -> list[str]:
@@ -43,6 +55,9 @@ class Results:
 
 
 _JSON = ("stamp", "categories", "mean", "kinds", "images", "scales", "cases")
+_JSON += ("seeds", "std", "support", "thresholds")
+#: Name of the array that ties the packed files to their results.
+_STAMP = "stamp_sha256"
 
 
 def write_results(results: Results, workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -51,21 +66,19 @@ def write_results(results: Results, workdir: str | os.PathLike[str]) -> pathlib.
     Every file is written under a temporary name and moved, so a reader never sees half of one.
     """
     folder = pathlib.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
     for name in ("gallery", "curves"):
         packed = io.BytesIO()
-        np.savez_compressed(packed, **getattr(results, name))
-        _replace(folder / f"{name}.npz", packed.getvalue())
+        arrays = {**getattr(results, name), _STAMP: np.array(_digest(results.stamp))}
+        np.savez_compressed(packed, **arrays)
+        replace(folder / f"{name}.npz", packed.getvalue())
     content = {name: plain(getattr(results, name)) for name in _JSON}
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-    return _replace(folder / "results.json", text.encode())
+    return replace(folder / "results.json", text.encode())
 
 
-def _replace(path: pathlib.Path, content: bytes) -> pathlib.Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-    return path
+def _digest(stamp: dict[str, Any]) -> str:
+    text = json.dumps(plain(stamp), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_results(workdir: str | os.PathLike[str]) -> Results:
@@ -90,7 +103,13 @@ def read_results(workdir: str | os.PathLike[str]) -> Results:
         )
     fields: dict[str, Any] = {n: content[n] for n in _JSON}
     for name in ("gallery", "curves"):
-        fields[name] = _arrays(folder / f"{name}.npz")
+        file = folder / f"{name}.npz"
+        fields[name] = _arrays(file)
+        if str(fields[name].pop(_STAMP, "")) != _digest(fields["stamp"]):
+            raise WorkdirError(
+                f"{file}: does not belong to the numbers in results.json (their stamps differ). "
+                "Run `dsad evaluate` again."
+            )
     return Results(**fields)
 
 

@@ -2,10 +2,12 @@
 
 import concurrent.futures
 import dataclasses
+import functools
+import inspect
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +41,30 @@ class EvalConfig:
     gallery: int = 9
     #: Threads that read, decode and resize.
     workers: int = 4
+    #: Share of normal images (and of their pixels) that the thresholds may flag; 0: no thresholds.
+    false_alarm_rate: float = 0.0
+    #: With a false-alarm rate, every so manieth training image is kept from the detector.
+    holdout: int = 5
+    #: Save every anomaly map on original pixels: float32 TIFF, or 16-bit PNG with its scale.
+    save_maps: Literal["none", "tiff", "png"] = "none"
+    #: Features of one category that stay on the devices for further passes and seeds, in MiB.
+    cache_mb: int = 1024
 
     def __post_init__(self) -> None:
         for field in ("image_size", "batch_size", "workers"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"evaluation.{field}: expected ≥ 1, found {getattr(self, field)}")
-        for field in ("sigma", "gallery"):
+        for field in ("sigma", "gallery", "cache_mb"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"evaluation.{field}: expected ≥ 0, found {getattr(self, field)}")
+        if not 0 <= self.false_alarm_rate < 1:
+            raise ConfigError(
+                f"evaluation.false_alarm_rate: expected in [0, 1), found {self.false_alarm_rate}"
+            )
+        if self.holdout < 2:
+            raise ConfigError(
+                f"evaluation.holdout: expected ≥ 2 (every second image), found {self.holdout}"
+            )
         if not 0 < self.fpr_limit <= 1:
             raise ConfigError(f"evaluation.fpr_limit: expected in (0, 1], found {self.fpr_limit}")
 
@@ -141,48 +159,70 @@ def batches(source: Source, config: EvalConfig, batch: int) -> Iterator[HostBatc
 
 
 class Device:
-    """The compiled parts of a run: features, scores, maps at network input size."""
+    """The compiled parts of a run: features, scores, maps at network input size.
+
+    Every part is compiled once per combination of shapes, so categories whose detector states have
+    equal shapes share one program. A detector whose ``score`` takes ``mesh`` gets it when there
+    are several devices.
+    """
 
     def __init__(self, backbone: Any, detector: Detector, config: EvalConfig, mesh: Mesh) -> None:
         self.mesh = mesh
         self.batch = -(-config.batch_size // mesh.size) * mesh.size
-        leaves = jax.tree.leaves(backbone)
+        self.layers = tuple(detector.layers)
         whole = replicated(mesh)
-        # A pytree of arrays is an argument, so its weights are not constants of the program.
-        as_tree = bool(leaves) and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves)
-        self._network = jax.device_put(backbone, whole) if as_tree else ()
-
-        def features(network: Any, images: jax.Array) -> FeatureMaps:
-            network = network if as_tree else backbone
-            mean = jnp.asarray(network.mean, jnp.float32)[None, None, None, :]
-            std = jnp.asarray(network.std, jnp.float32)[None, None, None, :]
-            maps = network((images.astype(jnp.float32) / 255.0 - mean) / std)
-            missing = [n for n in detector.layers if n not in maps]
-            if missing:
-                raise ConfigError(
-                    f"detector.layers: the backbone has no feature map {listed(missing)}; "
-                    f"it has: {listed(maps)}."
-                )
-            return {n: maps[n].astype(jnp.float32) for n in detector.layers}
 
         def finish(cells: jax.Array) -> jax.Array:
             side = (config.image_size, config.image_size)
             maps = resize.resize_maps(cells, side, align_corners=config.align_corners)
             return resize.gaussian_smooth(maps, config.sigma) if config.sigma > 0 else maps
 
+        score: Callable[..., Scores] = detector.score
+        if mesh.size > 1 and "mesh" in inspect.signature(score).parameters:
+            score = functools.partial(score, mesh=mesh)
         # Every process needs all the scores; a single one fetches the shards as they lie.
         out = whole if jax.process_count() > 1 else batch_sharding(mesh)
-        self._features = jax.jit(features, out_shardings=batch_sharding(mesh))
-        self._score = jax.jit(detector.score)
+        # A pytree of arrays is an argument, so its weights are not constants of the program.
+        self._with_tree = jax.jit(self._forward, out_shardings=batch_sharding(mesh))
+        self._score = jax.jit(score)
         self._finish = jax.jit(
             lambda scores: Scores(map=finish(scores.map), image=scores.image), out_shardings=out
         )
+        self.use(backbone)
+
+    def use(self, backbone: Any) -> None:
+        """Take another backbone; one of the same architecture needs no new program."""
+        leaves = jax.tree.leaves(backbone)
+        if leaves and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
+            if dataclasses.is_dataclass(backbone) and hasattr(backbone, "description"):
+                # A text about the weights is part of the tree's structure, not of the program.
+                backbone = dataclasses.replace(backbone, description="")  # type: ignore[type-var]
+            network = jax.device_put(backbone, replicated(self.mesh))
+            self._features: Callable[[jax.Array], FeatureMaps] = functools.partial(
+                self._with_tree, network
+            )
+        else:
+            self._features = jax.jit(
+                functools.partial(self._forward, backbone), out_shardings=batch_sharding(self.mesh)
+            )
+
+    def _forward(self, network: Any, images: jax.Array) -> FeatureMaps:
+        mean = jnp.asarray(network.mean, jnp.float32)[None, None, None, :]
+        std = jnp.asarray(network.std, jnp.float32)[None, None, None, :]
+        maps = network((images.astype(jnp.float32) / 255.0 - mean) / std)
+        missing = [n for n in self.layers if n not in maps]
+        if missing:
+            raise ConfigError(
+                f"detector.layers: the backbone has no feature map {listed(missing)}; "
+                f"it has: {listed(maps)}."
+            )
+        return {n: maps[n].astype(jnp.float32) for n in self.layers}
 
     def features(self, images: np.ndarray) -> FeatureMaps:
         """Feature maps of uint8 images, ready."""
         sharding = batch_sharding(self.mesh)
         placed = jax.make_array_from_callback(images.shape, sharding, lambda at: images[at])
-        return jax.block_until_ready(self._features(self._network, placed))
+        return jax.block_until_ready(self._features(placed))
 
     def place(self, state: Tree) -> Tree:
         """The detector's state on the mesh: what is not there yet is replicated."""
@@ -200,29 +240,73 @@ class Device:
         return np.asarray(scores.map, np.float32), np.asarray(scores.image, np.float32)
 
 
+class Reader:
+    """Batches of a source with their features; what fits a byte limit is computed once.
+
+    A source's features stay on the devices after the first whole pass if all of them fit beside
+    those already kept; ``kept_bytes`` and ``recomputed`` (sources that did not fit) say so.
+    """
+
+    def __init__(self, device: Device, config: EvalConfig) -> None:
+        self.device, self.config = device, config
+        self.limit = config.cache_mb * 2**20
+        self.kept_bytes = 0
+        self.recomputed: set[str] = set()
+        self._kept: dict[tuple[str, tuple[str, ...]], list[tuple[HostBatch, FeatureMaps]]] = {}
+
+    def read(
+        self, source: Source, name: str, *, keep: bool
+    ) -> Iterator[tuple[HostBatch, FeatureMaps]]:
+        """One pass; kept batches come without their images."""
+        key = (name, tuple(r.path for r in source.records))
+        if key in self._kept:
+            yield from self._kept[key]
+            return
+        made, size = [], 0
+        for host in batches(source, self.config, self.device.batch):
+            maps = self.device.features(host.images)
+            if keep:
+                size += sum(x.nbytes for x in maps.values())
+                size += sum(m.nbytes for m in host.masks if m is not None)
+                if keep := self.kept_bytes + size <= self.limit:
+                    made.append((host._replace(images=host.images[:0]), maps))
+                else:
+                    made.clear()
+                    self.recomputed.add(name)
+            yield host, maps
+        if keep:
+            self._kept[key] = made
+            self.kept_bytes += size
+
+
 class Features:
-    """A re-iterable ``FeatureSource`` over one source; counts the seconds spent in features."""
+    """A re-iterable ``FeatureSource`` over sources, category by category.
+
+    Sample indices continue from one source to the next. ``seconds`` are those spent in features.
+    """
 
     def __init__(
         self,
-        device: Device,
-        source: Source,
-        category: str,
-        config: EvalConfig,
+        reader: Reader,
+        parts: Sequence[tuple[str, Source]],
         tick: Callable[[int], None],
+        *,
+        keep: bool = True,
     ) -> None:
         self.seconds = 0.0
         self._passes = 0
-        self._parts = (device, source, category, config, tick)
+        self._parts = (reader, parts, tick, keep)
 
     def __iter__(self) -> Iterator[FeatureBatch]:
-        device, source, category, config, tick = self._parts
+        reader, parts, tick, keep = self._parts
         self._passes += 1
         first = self._passes == 1  # progress counts images, not passes
-        start = time.perf_counter()
-        for host in batches(source, config, device.batch):
-            maps = device.features(host.images)
-            self.seconds += time.perf_counter() - start
-            tick(int(host.valid.sum()) if first else 0)
-            yield FeatureBatch(maps, host.valid, category, host.index)
-            start = time.perf_counter()
+        start, offset = time.perf_counter(), 0
+        for category, source in parts:
+            for host, maps in reader.read(source, f"{category}/train", keep=keep):
+                self.seconds += time.perf_counter() - start
+                tick(int(host.valid.sum()) if first else 0)
+                index = np.where(host.valid, host.index + offset, -1)
+                yield FeatureBatch(maps, host.valid, category, index)
+                start = time.perf_counter()
+            offset += len(source)

@@ -16,7 +16,7 @@ import dsad
 from dsad.core.types import Dataset, Record
 
 #: Fields that may differ between comparable numbers: what is compared, and when and by what.
-IGNORED = ("backbone", "code", "date", "jax", "name", "seed")
+IGNORED = ("backbone", "code", "date", "detector_state", "jax", "name", "seed")
 
 
 def plain(value: Any) -> Any:
@@ -68,6 +68,26 @@ def describe_detector(detector: Any) -> dict[str, Any]:
     return {"name": name, "config": {} if config is None else plain(config)}
 
 
+def describe_state(state: Any) -> dict[str, Any]:
+    """Size of a fitted detector: ``bytes``, array shapes by path, whole numbers by value.
+
+    ``bank_rows`` are the rows of its array ``bank``, or the number beside it under ``rows`` or
+    ``valid`` where the bank is padded.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    arrays, whole = {}, {}
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if np.ndim(leaf) == 0 and jnp.issubdtype(leaf.dtype, jnp.integer):
+            whole[name] = int(leaf)
+        else:
+            arrays[name] = list(np.shape(leaf))
+    made: dict[str, Any] = {"bytes": sum(int(x.nbytes) for _, x in leaves), "arrays": arrays}
+    if "bank" in arrays:
+        made["bank_rows"] = whole.get("rows", whole.get("valid", arrays["bank"][0]))
+    return {**made, "numbers": whole} if whole else made
+
+
 def code_version() -> dict[str, Any]:
     """Package version, and the git commit (with "-dirty") when run from a checkout."""
     root = pathlib.Path(dsad.__file__).resolve().parent.parent
@@ -112,7 +132,8 @@ def make_stamp(
       key: the random key of the run.
       name: a name for people.
       details: replaces or adds fields, such as ``{"backbone": {"run": ..., "step": ...}}``;
-        mappings are merged one level deep.
+        mappings are merged one level deep. ``localize`` says here how "model", "support" and
+        "thresholds" came about, and adds "detector_state" after every fit.
 
     """
     splits = {
@@ -127,8 +148,14 @@ def make_stamp(
             "records_sha256": records_hash(splits),
         },
         "categories": list(categories),
+        "model": "one per category",
+        "support": "all training images",
+        "thresholds": "none",
         "image_size": config.image_size,
-        "resize": "Pillow bilinear with antialiasing on uint8 RGB, aspect ratio not kept",
+        "resize": "Pillow bilinear with antialiasing on uint8 RGB, aspect ratio not kept, "
+        "larger and smaller images alike",
+        "colour": "8-bit values as stored, taken as sRGB: no profile, gamma or EXIF rotation "
+        "applied; grey repeated to three channels",
         "pixels": "original",
         "normals": "included",
         "regions": "connected components of the mask",

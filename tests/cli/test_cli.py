@@ -175,6 +175,69 @@ def test_evaluate_needs_data(capsys, tmp_path):
     assert "no dsad run" in text
 
 
+SMALL = (
+    "--config.data.synthetic.size=32", "--config.data.synthetic.train=6",
+    "--config.data.synthetic.good=2", "--config.data.synthetic.bad=1",
+    "--config.evaluation.image_size=32", "--config.data.name=synthetic",
+    "--config.detector.layers=('layer1',)", "--config.evaluation.sigma=1.0",
+)  # fmt: skip
+
+
+def test_evaluate_with_seeds_thresholds_and_maps(capsys, tmp_path):
+    """Few-shot support sets on two categories, all in one command; then two runs compared."""
+    argv = (
+        "evaluate", *SMALL, "--config.data.categories=('wood','tiles')", "--config.shots=3",
+        "--config.evaluation.false_alarm_rate=0.2",
+        "--config.evaluation.save_maps=tiff",
+    )  # fmt: skip
+    assert main.main([*argv, "--config.seeds=(0,5)", f"--workdir={tmp_path / 'a'}"]) == 0
+    text = capsys.readouterr().out
+    assert "mean ± sample standard deviation over 2 seeds (0, 5)" in text
+    assert "Thresholds from normal training images, false-alarm rate 0.2" in text
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert [len(results["support"]["wood"][s]["paths"]) for s in ("0", "5")] == [2, 2]
+    assert (tmp_path / "a/anomaly_maps_seed5/wood/test/good/001.tiff").is_file()
+    assert main.main([*argv, "--config.seeds=(0,6)", f"--workdir={tmp_path / 'b'}"]) == 0
+    capsys.readouterr()
+    text = fails(capsys, "report", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert "support.seeds: [0, 5] against [0, 6]" in text
+    two = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main.main(["report", *two, "--allow-different", f"--out={tmp_path / 'r.html'}"]) == 0
+    assert "b − a" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.slow
+def test_one_model_per_category_and_one_for_all(capsys, tmp_path):
+    runs = tmp_path / "runs"
+    for seed, category in enumerate(("tiles", "wood")):  # step 0 of a run needs its config alone
+        config, _, _ = flags.Command("x", "", config="ds2").parse(["--config=ds2:smoke"])
+        config.seed = seed
+        how = {"resume": False, "overwrite": False}
+        workdir.claim(str(runs / category), "pretrain", config.to_dict(), **how)
+    spec, two = f"--config.backbone=run:{runs}/{{category}}@0", "--config.data.categories={}"
+    both, wood = two.format("('tiles','wood')"), two.format("('wood',)")
+    text = fails(capsys, "evaluate", spec, "--workdir=x")
+    assert "no single run has the data" in text
+    text = fails(capsys, "evaluate", spec, *SMALL, both, "--config.one_for_all", "--workdir=x")
+    assert "one_for_all" in text
+    assert "speckle: no dsad run there" in fails(capsys, "evaluate", spec, *SMALL, "--workdir=x")
+
+    def evaluated(name, *argv):
+        assert main.main(["evaluate", *SMALL, *argv, f"--workdir={tmp_path / name}"]) == 0
+        return json.loads((tmp_path / name / "results.json").read_text())
+
+    each = evaluated("each", spec, both)
+    weights = [x["weights"] for x in each["stamp"]["backbone"]["per_category"].values()]
+    assert "tiles untouched" in weights[0]
+    assert "wood untouched" in weights[1]
+    same = f"--config.backbone=run:{runs}/wood@0"
+    assert evaluated("wood", same, wood)["images"]["wood"] == each["images"]["wood"]
+    shared = evaluated("all", same, both, "--config.one_for_all")["stamp"]
+    assert shared["model"] == "one for all categories"
+    rows = [each["stamp"]["detector_state"][c]["0"]["bank_rows"] for c in ("tiles", "wood")]
+    assert shared["detector_state"]["all categories"]["0"]["bank_rows"] == sum(rows)
+
+
 @pytest.mark.parametrize(
     "argv",
     [

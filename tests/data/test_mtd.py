@@ -88,6 +88,8 @@ def test_random_miniature_names_twins(tree):
     data = load(DataConfig(name="mtd:random", root=str(tree), seed=3))
     assert (len(data.source("train")), data.protocol["unused"]) == (10, [])
     assert data.protocol["split"] == "random, seed 3"
+    assert data.protocol["cut"].startswith("a fifth of the normals to test: only")
+    assert data.protocol["lossy"] == []
     twins = data.protocol["test_normals_with_twin_in_train"]
     warnings = [str(f) for f in check(data.config).faults if f.check == "K13"]
     assert twins > 0
@@ -147,6 +149,7 @@ def test_real_counts():
     random = load(DataConfig(name="mtd:random", root=root))
     assert counts(random) == (761, 190, 392)
     assert len(random.protocol["unused"]) == 1
+    assert random.protocol["cut"] == "published sizes, 761 training and 190 test normals"
     assert random.protocol["test_normals_with_twin_in_train"] > 180
 
 

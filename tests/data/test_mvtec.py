@@ -158,6 +158,7 @@ def test_anomalous_image_without_mask(tmp_path):
     (tmp_path / "x/disc/ground_truth/dent/000_mask.png").unlink()
     data = load(allowed)
     assert data.protocol["missing_masks"] == "image_only"
+    assert data.protocol["lossy"] == []
     assert data.source("test")[0].mask is None
     report = check(allowed)
     assert report.ok

@@ -342,6 +342,11 @@ def test_unreadable_results_say_what_to_do(tmp_path):
     (tmp_path / "gallery.npz").write_bytes(b"PK half a file")
     with pytest.raises(WorkdirError, match=r"gallery\.npz: cannot be read"):
         read_results(tmp_path)
+    write_results(run(), tmp_path)
+    write_results(run(fpr_limit=0.1), tmp_path / "other")
+    (tmp_path / "other" / "curves.npz").replace(tmp_path / "curves.npz")
+    with pytest.raises(WorkdirError, match=r"curves\.npz: does not belong to the numbers"):
+        read_results(tmp_path)
 
 
 def test_cases_are_ranked_and_distinct():

@@ -15,7 +15,7 @@ import pytest
 
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.evaluation import figures, report
+from dsad.evaluation import comparison, figures, report
 from dsad.evaluation.localize import EvalConfig, localize, write_results
 from dsad.evaluation.report import write_report
 from tests.evaluation.test_localize import Distance, Planted, Pooled
@@ -95,40 +95,115 @@ def test_the_page_is_self_contained_and_well_formed(single):
     assert [p.name for p in single.parent.iterdir()] == ["report.html"]
 
 
-def test_the_numbers_are_those_of_the_results(runs, double):
+def rows_of(text, heading):
+    """Label and cells (style, value) of the rows below a heading of the page."""
+    body = text[text.index(heading) :]
+    rows = re.findall(r"<tr class=\"[^\"]*\">(.*?)</tr>", body[: body.index("</table>")], re.S)
+    cells = [re.findall(r"<td class=\"number ?([^\"]*)\">([^<]*)</td>", r) for r in rows]
+    labels = [re.sub(r"<[^>]*>", "", r.split('<td class="number')[0]) for r in rows]
+    return list(zip(labels, cells, strict=True))
+
+
+def test_the_numbers_and_differences_are_those_of_the_results(runs, double):
     _, found = runs
-    text = double
-    rows = re.findall(r"<tr[^>]*><th class=\"name\">([^<]*)</th>(.*?)</tr>", text, re.S)
-    table = {n: re.findall(r"<td class=\"number([^\"]*)\">([^<]*)</td>", r) for n, r in rows[2:5]}
-    assert set(table) == {"disc", "tile &amp; co", "Mean"}
-    both = [found["all"].mean, found["blue"].mean]
+    rows = rows_of(double, "<h2>Results</h2>")
+    assert [label for label, _ in rows] == [
+        "discall", "only blue", "only blue − all",
+        "tile &amp; coall", "only blue", "only blue − all",
+        "Meanall", "only blue", "only blue − all",
+    ]  # fmt: skip
     names = list(found["all"].mean)
-    expected = [f"{mean[m]:.3f}" for mean in both for m in names]
-    assert [value for _, value in table["Mean"]] == expected
-    for j, (style, value) in enumerate(table["Mean"]):
-        other = table["Mean"][(j + 5) % 10][1]
-        assert ("best" in style) == (value >= other)
-    kinds = dict(re.findall(r'<th class="name plain">(\w+)</th><td class="number">(\d+)', text))
-    assert kinds == {"blue": "3", "red": "3"}
+    both = [found["all"].mean, found["blue"].mean]
+    for (_, cells), mean in zip(rows[6:8], both, strict=True):
+        assert [value for _, value in cells] == [f"{mean[m]:.3f}" for m in names]
+    for m, left, right, gap in zip(names, *(cells for _, cells in rows[6:]), strict=True):
+        assert ("best" in left[0]) == (left[1] >= right[1])
+        assert ("best" in right[0]) == (right[1] >= left[1])
+        change = both[1][m] - both[0][m]
+        assert float(gap[1].replace("−", "-")) == pytest.approx(change, abs=6e-4)
+        assert ("up" in gap[0]) == (round(change, 3) > 0)
+        assert ("down" in gap[0]) == (round(change, 3) < 0)
+    kinds = re.findall(r'<th class="name plain" rowspan="3">(\w+)</th><td[^>]*>(\d+)<', double)
+    assert kinds == [("blue", "3"), ("red", "3")] * 2
 
 
 def test_runs_lie_side_by_side_on_the_same_images(runs, double):
     _, found = runs
-    text = double
-    cases = re.findall(r'<article class="case">(.*?)</article>', text, re.S)
-    shown = sum(len(n) for c in found["all"].cases.values() for n in c.values())
-    assert len(cases) == shown > 0
+    cases = re.findall(r'<article class="case">(.*?)</article>', double, re.S)
+    paths = [re.search(r'<div class="small muted path">([^<]*)<', c)[1] for c in cases]
+    assert len(set(paths)) == len(paths) > 0  # no image twice
+    stored = {
+        found["all"].images[c][n]["path"]
+        for c, sections in found["all"].cases.items()
+        for numbers in sections.values()
+        for n in numbers
+    }
+    assert stored <= {p.replace("&amp;", "&") for p in paths}
     for case in cases:
         captions = re.findall(r"<figcaption>([^<]*)<", case)
-        each = [
-            f"{run}: {what}" for run in ("all", "only blue") for what in ("heat map", "overlay")
-        ]
-        assert captions[-4:] == each
-    for heading in ("Best", "Median", "Worst", "False alarms"):
-        assert f"<h3>{heading}" in text
-    picture = re.search(r'src="data:image/jpeg;base64,([^"]*)"', text)
+        assert captions[0] == "Image"
+        assert captions[1] in ("Annotated defect", "No annotated defect")
+        assert captions[2:] == ["all: heat map", "only blue: heat map"]
+    assert "localizes better than" in double
+    assert "<h3>False alarms" in double
+    picture = re.search(r'src="data:image/jpeg;base64,([^"]*)"', double)
     assert picture
     assert PIL.Image.open(io.BytesIO(base64.b64decode(picture[1]))).size == (192, 288)
+
+
+def test_images_that_one_run_localizes_better(runs):
+    """The first heading names what the second run gains, ordered by the gain itself."""
+    _, found = runs
+    given = [report.Run(n, found[k], "#000") for n, k in (("A", "all"), ("B", "blue"))]
+    made = comparison.sections(given, "disc", 9, 64)
+    own = [{x["path"]: x["pixel_auroc"] for x in r.results.images["disc"]} for r in given]
+    gains = {p: own[1][p] - own[0][p] for p in own[0] if own[0][p] is not None}
+    better = sorted((p for p in gains if gains[p] > 0), key=lambda p: -gains[p])[:3]
+    worse = sorted((p for p in gains if gains[p] < 0), key=lambda p: gains[p])[:3]
+    titled = {s["title"]: [c["entry"]["path"] for c in s["cases"]] for s in made}
+    assert better or worse
+    for title, expected in (("B localizes better", better), ("A localizes better", worse)):
+        shown = [paths for t, paths in titled.items() if t.startswith(title)]
+        assert shown == ([expected] if expected else [])
+    # A's map of an image is in A's normal scale, B's in B's.
+    maps = [r.results.gallery["map/disc/5"] for r in given]
+    case = next(c for s in made for c in s["cases"] if c["entry"]["path"].endswith("blue/000.png"))
+    size = PIL.Image.open(io.BytesIO(base64.b64decode(case["pictures"][0][1].split(",")[1]))).size
+    mask = found["all"].gallery["mask/disc/5"]
+    mask = np.asarray(PIL.Image.fromarray(mask).resize(size, PIL.Image.Resampling.NEAREST))
+    for (_, uri), units in zip(case["pictures"][2:], maps, strict=True):
+        assert uri == figures.data_uri(figures.outline(figures.heat(units, size), mask))
+
+
+def test_seeds_and_thresholds_are_on_the_page(tmp_path):
+    found = localize(
+        Pooled(), Distance(), Planted(strength=9),
+        EvalConfig(image_size=48, sigma=1.0, workers=1, false_alarm_rate=0.2, holdout=2),
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(0),
+        shots=5, seeds=(0, 4),
+    )  # fmt: skip
+    write_results(found, tmp_path / "few")
+    text = write_report(tmp_path / "r.html", [("few", tmp_path / "few")]).read_text()
+    _, cells = rows_of(text, "<h2>Results</h2>")[-1]
+    mean, std = found.mean, found.std["mean"]
+    assert [v for _, v in cells] == [f"{mean[m]:.3f} ± {std[m]:.3f}" for m in mean]
+    assert "over\n  2 seeds (0, 4)" in text
+    assert "support sets of\n  5 images per category; mean ±" in text
+    assert "7 training images,\n  2 of them for the detector and\n  3 held out" in text
+    assert "Thresholds from normal training images" in text
+    rows = list(found.thresholds["disc"].values())
+    rate = np.mean([r["image_false_alarms"] for r in rows])
+    assert f'<td class="number">{100 * rate:.2f} %</td>' in text
+
+
+def test_one_run_shows_its_own_cases_with_overlays(single):
+    text = single.read_text()
+    for heading in ("Best", "Median", "Worst", "False alarms"):
+        assert f"<h3>{heading}" in text
+    case = re.findall(r'<article class="case">(.*?)</article>', text, re.S)[0]
+    captions = re.findall(r"<figcaption>([^<]*)<", case)
+    assert captions == ["Image", "Annotated defect", "heat map", "overlay"]
+    assert "localizes better" not in text
 
 
 def test_different_stamps_are_refused_by_name(runs, tmp_path):

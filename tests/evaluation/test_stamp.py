@@ -82,3 +82,17 @@ def test_the_split_hash_ignores_order_and_sees_every_field():
 
 def test_old_and_new_keys():
     assert stamp.key_data(jax.random.PRNGKey(5)) == stamp.key_data(jax.random.key(5)) == [0, 5]
+
+
+def test_what_a_model_saw_is_a_change_of_meaning_and_its_size_is_not():
+    def names(**change):
+        return [line.partition(":")[0] for line in stamp.differences(made(), made(**change))]
+
+    assert "sRGB" in made()["colour"]
+    assert names(model="one for all categories") == ["model"]
+    assert names(support={"shots": 2}) == ["support", "support.shots"]
+    assert names(thresholds={"false_alarm_rate": 0.1}) == [
+        "thresholds",
+        "thresholds.false_alarm_rate",
+    ]
+    assert names(detector_state={"disc": {"bytes": 7}}) == []

@@ -1,0 +1,61 @@
+"""Numbers of several seeds: collected as they come, then mean and sample standard deviation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dsad.evaluation.results import Results
+
+
+def collect(
+    made: Results,
+    category: str,
+    seed: int,
+    row: Mapping[str, float],
+    kinds: Mapping[str, Mapping[str, Any]],
+    seconds: Mapping[str, float],
+) -> None:
+    """Add the numbers of one category and seed; times add up."""
+    found = made.seeds.setdefault(str(seed), {"categories": {}, "kinds": {}, "mean": {}})
+    found["categories"][category] = dict(row)
+    found["kinds"][category] = {k: dict(v) for k, v in kinds.items()}
+    total = made.categories[category].setdefault("seconds", {})
+    for part, value in seconds.items():
+        total[part] = round(total.get(part, 0.0) + value, 3)
+
+
+def conclude(made: Results, names: Sequence[str]) -> None:
+    """Fill ``categories``, ``kinds`` and ``mean`` with means over seeds, and ``std``."""
+    for found in made.seeds.values():
+        rows = found["categories"].values()
+        found["mean"] = {m: float(np.mean([row[m] for row in rows])) for m in names}
+    every = list(made.seeds.values())
+    for category, about in made.categories.items():
+        numbers = _mean([s["categories"][category] for s in every], names)
+        made.categories[category] = {**numbers, **about}
+        made.kinds[category] = {}
+        for kind, first in every[0]["kinds"][category].items():
+            rows = [s["kinds"][category][kind] for s in every]
+            made.kinds[category][kind] = {**first, **_mean(rows, names)}
+    for found in every:
+        del found["kinds"]
+    made.mean.update(_mean([s["mean"] for s in every], names))
+    if len(every) > 1:
+        made.std["mean"] = _std([s["mean"] for s in every], names)
+        made.std["categories"] = {
+            c: _std([s["categories"][c] for s in every], names) for c in made.categories
+        }
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Per metric; None where a seed does not define it. One row is returned as it is."""
+    if len(rows) == 1:
+        return {m: rows[0][m] for m in names}
+    columns = {m: [row[m] for row in rows] for m in names}
+    return {m: None if None in v else float(np.mean(v)) for m, v in columns.items()}
+
+
+def _std(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
+    """Sample standard deviation, with n - 1 in the denominator."""
+    return {m: float(np.std([row[m] for row in rows], ddof=1)) for m in names}

@@ -1,0 +1,159 @@
+"""Support sets: which training images a model may see, and which are kept for its thresholds."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsad.core.errors import ConfigError, MetricError
+from dsad.core.types import Dataset, Record, Sample, Source
+
+#: Said in the stamp.
+RULE = "lowest SHA-256 of (seed, category, path), in path order"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Support:
+    """Training images of one category and seed, as paths in path order.
+
+    ``bank`` are for the detector, ``held_out`` for thresholds alone. Paths are the identity of the
+    images, so neither the order of files nor of records matters.
+    """
+
+    bank: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Of the lines "bank" or "held_out", tab, path."""
+        lines = [f"bank\t{p}\n" for p in self.bank] + [f"held_out\t{p}\n" for p in self.held_out]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+class Subset:
+    """The samples of a source with the given paths, in their order."""
+
+    def __init__(self, source: Source, paths: Sequence[str]) -> None:
+        place = {r.path: i for i, r in enumerate(source.records)}
+        self._source, self._at = source, [place[p] for p in paths]
+        self.records: Sequence[Record] = [source.records[i] for i in self._at]
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        return self._source[self._at[index]]
+
+
+def draw(paths: Sequence[str], shots: int, seed: int, category: str) -> tuple[str, ...]:
+    """``shots`` of the paths (0: all), in path order, drawn from (seed, category, path).
+
+    A path's rank is the SHA-256 of the three, so the draw is the same on every machine, for any
+    order of the files, and the one-shot set lies in the two-shot set of the same seed.
+    """
+
+    def rank(path: str) -> str:
+        return hashlib.sha256(f"{seed}\t{category}\t{path}".encode()).hexdigest()
+
+    return tuple(sorted(sorted(paths, key=rank)[:shots] if shots else paths))
+
+
+def choose(
+    dataset: Dataset,
+    categories: Sequence[str],
+    *,
+    shots: int,
+    seeds: Sequence[int],
+    holdout: int = 0,
+) -> dict[str, dict[int, Support]]:
+    """The support set of every category and seed; raises ConfigError with all faults at once.
+
+    With ``holdout`` n, the first of every n images in path order is held out.
+    """
+    if shots < 0:
+        raise ConfigError(f"shots: expected 0 (all training images) or more, found {shots}.")
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ConfigError(f"seeds: expected distinct integers ≥ 0, found {list(seeds)}.")
+    made: dict[str, dict[int, Support]] = {}
+    faults = []
+    for category in categories:
+        paths = [r.path for r in dataset.source("train", category).records]
+        if len(paths) < shots:
+            faults.append(f"{category}: {len(paths)} training images, shots = {shots}")
+            continue
+        made[category] = {}
+        for seed in seeds:
+            drawn = draw(paths, shots, seed, category)
+            held = drawn[::holdout] if holdout else ()
+            bank = tuple(p for i, p in enumerate(drawn) if not holdout or i % holdout)
+            made[category][seed] = Support(bank=bank, held_out=held)
+        if holdout and not made[category][seeds[0]].bank:
+            faults.append(
+                f"{category}: a single training image cannot both fill the detector and set the "
+                "threshold (evaluation.false_alarm_rate > 0)"
+            )
+    if faults:
+        raise ConfigError(
+            f"{dataset.name}: support sets cannot be drawn:\n  " + "\n  ".join(faults) + "\n"
+            "Lower shots, set evaluation.false_alarm_rate to 0, or leave these categories out."
+        )
+    return made
+
+
+def describe(
+    chosen: Mapping[str, Mapping[int, Support]], *, shots: int, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """For the stamp: counts and one hash over all sets; the paths are in the results."""
+    digest = hashlib.sha256()
+    for category in sorted(chosen):
+        for seed in sorted(chosen[category]):
+            digest.update(f"{category}\t{seed}\t{chosen[category][seed].sha256}\n".encode())
+    return {
+        "shots": shots or "all",
+        "rule": RULE if shots else "all training images",
+        "seeds": list(seeds),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def listing(chosen: Mapping[str, Mapping[int, Support]], *, shots: int) -> dict[str, Any]:
+    """For the results: per category and seed the hash, the count, and the paths if drawn."""
+    made: dict[str, Any] = {}
+    for category, by_seed in chosen.items():
+        made[category] = {}
+        for seed, support in by_seed.items():
+            row: dict[str, Any] = {"sha256": support.sha256, "images": len(support.bank)}
+            if shots:
+                row["paths"] = list(support.bank)
+            if support.held_out:
+                row["held_out"] = list(support.held_out)
+            made[category][str(seed)] = row
+    return made
+
+
+def check_labels(dataset: Dataset, categories: Sequence[str]) -> None:
+    """Refuse categories whose test labels leave a metric undefined, all of them at once."""
+    faults = []
+    for category in categories:
+        if not len(dataset.source("train", category)):
+            faults.append(f"{category}: no training image")
+        records = dataset.source("test", category).records
+        labels = {r.label for r in records}
+        if labels != {0, 1}:
+            found = {0: "only normal", 1: "only anomalous"}.get(*labels) if labels else "no"
+            faults.append(f"{category}: {found} test images, AUROC needs normal and anomalous ones")
+        elif _without_masks(dataset.source("test", category)):
+            faults.append(f"{category}: no anomalous test image has a mask")
+    if faults:
+        raise MetricError(
+            f"{dataset.name}: metrics are undefined for\n  " + "\n  ".join(faults) + "\n"
+            "Complete these categories or leave them out of config.data.categories."
+        )
+
+
+def _without_masks(source: Source) -> bool:
+    """Whether no anomalous image has a mask; procedural sets have masks without files."""
+    anomalous = [i for i, r in enumerate(source.records) if r.label == 1]
+    if any(source.records[i].mask_path is not None for i in anomalous):
+        return False
+    return source[anomalous[0]].mask is None

@@ -1,0 +1,109 @@
+"""Thresholds from normal training images at a stated false-alarm rate, and what they achieve.
+
+The images that set the thresholds are held out from the detector, whose scores of its own
+training images would be too low. The image threshold is the split-conformal quantile: with n
+held-out scores, the ceil((n + 1)(1 - rate))-th smallest, so that a new normal image exchangeable
+with them exceeds it with probability at most ``rate`` (Vovk et al., "Algorithmic Learning in a
+Random World", 2005). No test image has a part in any threshold.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+#: Said in the stamp.
+IMAGE_RULE = "conformal quantile of held-out training images"
+PIXEL_RULE = "quantile of the pooled pixels of held-out training images, original pixels"
+#: Fields of a table of thresholds, with their headings.
+COLUMNS = (
+    ("image", "Image threshold"),
+    ("image_bound", "Bound on false alarms"),
+    ("image_false_alarms", "False alarms, test normals"),
+    ("image_recall", "Anomalous images found"),
+    ("pixel", "Pixel threshold"),
+    ("pixel_false_alarms", "Flagged pixels, test normals"),
+    ("pixel_recall", "Defect pixels found"),
+)
+#: The columns that are map or image scores; the others are shares.
+VALUES = ("image", "pixel")
+
+
+def image_threshold(scores: Any, rate: float) -> tuple[float, float]:
+    """Threshold and its bound on the false-alarm rate, from scores (n,) of held-out normals.
+
+    An image is flagged when its score is above the threshold. The bound is at most ``rate``
+    unless n is too small for it: then the threshold is the largest score and the bound 1/(n + 1).
+    """
+    ordered = np.sort(np.asarray(scores, np.float64))
+    n = ordered.size
+    place = min(n, math.ceil((n + 1) * (1 - rate) - 1e-9))
+    return float(ordered[place - 1]), 1 - place / (n + 1)
+
+
+def pixel_threshold(maps: Sequence[np.ndarray], rate: float) -> float:
+    """The lowest value that at most a share ``rate`` of all pixels of the maps exceeds."""
+    values = np.concatenate([np.ravel(m) for m in maps])
+    place = max(1, math.ceil(values.size * (1 - rate) - 1e-9))
+    return float(np.partition(values, place - 1)[place - 1])
+
+
+def measure(scored: Any, held_out: Any, rate: float) -> dict[str, Any]:
+    """Both thresholds and, at them, rates on the test images.
+
+    Args:
+      scored: the test images: ``maps``, ``masks``, ``scores``, ``labels``, ``kinds``.
+      held_out: the held-out normal images: ``maps`` and ``scores``.
+      rate: the stated false-alarm rate.
+
+    Returns ``image_false_alarms`` (share of normal test images), ``image_recall`` (of anomalous
+    ones), ``recall_by_kind``, ``pixel_false_alarms`` (share of the pixels of normal test images)
+    and ``pixel_recall`` (of annotated defect pixels), beside the thresholds, ``image_bound`` and
+    ``held_out``, the number of images that set them.
+
+    """
+    image, bound = image_threshold(held_out.scores, rate)
+    pixel = pixel_threshold(held_out.maps, rate)
+    flagged, anomalous = scored.scores > image, scored.labels == 1
+    kinds = np.asarray(scored.kinds)
+    normal_above = normal_pixels = defect_above = defect_pixels = 0
+    for scores, mask, label in zip(scored.maps, scored.masks, scored.labels, strict=True):
+        if label == 0:
+            normal_above += int((scores > pixel).sum())
+            normal_pixels += scores.size
+        elif mask is not None:
+            defect_above += int((scores[mask] > pixel).sum())
+            defect_pixels += int(mask.sum())
+    return {
+        "held_out": len(held_out.maps),
+        "image": image,
+        "image_bound": bound,
+        "image_false_alarms": float(flagged[~anomalous].mean()),
+        "image_recall": float(flagged[anomalous].mean()),
+        "recall_by_kind": {
+            str(k): float(flagged[anomalous & (kinds == k)].mean())
+            for k in sorted(set(kinds[anomalous]))
+        },
+        "pixel": pixel,
+        "pixel_false_alarms": normal_above / normal_pixels,
+        "pixel_recall": defect_above / defect_pixels,
+    }
+
+
+def mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Every number of ``COLUMNS``, and ``held_out``, over the rows of several seeds."""
+    names = ["held_out", *(n for n, _ in COLUMNS)]
+    return {n: float(np.mean([row[n] for row in rows])) for n in names}
+
+
+def describe(rate: float, holdout: int) -> Any:
+    """For the stamp."""
+    if rate <= 0:
+        return "none"
+    return {
+        "false_alarm_rate": rate,
+        "image": IMAGE_RULE,
+        "pixel": PIXEL_RULE,
+        "held_out": f"the first of every {holdout} training images in path order, unseen by fit",
+    }

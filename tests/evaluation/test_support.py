@@ -1,0 +1,297 @@
+"""Support sets: drawn from seed, category and path alone; several seeds give mean and deviation."""
+
+import dataclasses
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsad.core.errors import ConfigError
+from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.types import Scores
+from dsad.evaluation import scoring, stamp, support
+from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
+from tests.evaluation.test_localize import Distance, Planted, Pooled
+
+PATHS = [f"c/train/good/{i:03d}.png" for i in range(40)]
+
+
+class Shuffled(Planted):
+    """The same training images in another order of files."""
+
+    def source(self, split, category=None):
+        found = super().source(split, category)
+        if split == "train":
+            found.rows, found.records = found.rows[::-1], found.records[::-1]
+        return found
+
+
+def run(dataset=None, detector=None, devices=1, mesh=None, **given):
+    names = scoring.EvalConfig.__dataclass_fields__
+    config = {n: given.pop(n) for n in list(given) if n in names}
+    settings = {"image_size": 48, "batch_size": 4, "sigma": 1.0, "workers": 2} | config
+    return localize(
+        given.pop("backbone", None) or Pooled(), detector or Distance(),
+        dataset or Planted(strength=9), EvalConfig(**settings),
+        mesh=mesh or make_mesh(MeshConfig(), jax.devices()[:devices]),
+        key=jax.random.key(3), **given,
+    )  # fmt: skip
+
+
+def test_draws_depend_on_seed_category_and_path_alone():
+    rank = lambda p: hashlib.sha256(f"7\tc\t{p}".encode()).hexdigest()  # noqa: E731
+    expected = tuple(sorted(sorted(PATHS, key=rank)[:4]))
+    assert support.draw(PATHS, 4, 7, "c") == expected
+    assert support.draw(PATHS[::-1], 4, 7, "c") == expected
+    assert support.draw(PATHS, 4, 8, "c") != expected
+    assert support.draw(PATHS, 4, 7, "d") != expected
+    assert set(support.draw(PATHS, 2, 7, "c")) < set(expected)
+    assert support.draw(PATHS[::-1], 0, 7, "c") == tuple(PATHS)
+
+
+def test_draws_are_uniform():
+    hits = np.zeros(40)
+    for seed in range(400):
+        hits[[PATHS.index(p) for p in support.draw(PATHS, 8, seed, "c")]] += 1
+    # 400 draws of 8 of 40: 80 ± 8 per image.
+    assert (abs(hits - 80) < 5 * 8).all()
+    assert hits.std() == pytest.approx(8, rel=0.5)
+
+
+def test_held_out_images_are_every_nth_and_not_in_the_bank():
+    chosen = support.choose(Planted(), ["disc"], shots=0, seeds=(0,), holdout=3)["disc"][0]
+    paths = [f"disc/train/good/{i:03d}.png" for i in range(7)]
+    assert chosen.held_out == (paths[0], paths[3], paths[6])
+    assert chosen.bank == tuple(p for p in paths if p not in chosen.held_out)
+    whole = support.choose(Planted(), ["disc"], shots=0, seeds=(0,))["disc"][0]
+    assert (whole.bank, whole.held_out) == (tuple(paths), ())
+    assert whole.sha256 != chosen.sha256
+
+
+def test_sets_that_cannot_be_drawn_are_named_together():
+    with pytest.raises(ConfigError, match=r"(?s)a: 7 training images, shots = 8.*b: 7"):
+        run(Planted(categories=("a", "b")), shots=8)
+    with pytest.raises(ConfigError, match="single training image cannot both"):
+        run(shots=1, false_alarm_rate=0.1)
+    for seeds in ((), (1, 1), (-1,)):
+        with pytest.raises(ConfigError, match="seeds: expected distinct"):
+            run(seeds=seeds)
+    with pytest.raises(ConfigError, match="shots"):
+        run(shots=-1)
+
+
+def test_a_model_sees_its_support_set_and_nothing_else():
+    seen = {}
+
+    class Watching(Distance):
+        def fit(self, source, *, mesh, key, trained=None):
+            rows = [(b.category, int(i)) for b in source for i in b.index[b.valid]]
+            seen[len(seen)] = rows
+            return super().fit(source, mesh=mesh, key=key)
+
+    results = run(Planted(categories=("a", "b")), Watching(), shots=2, seeds=(0, 5))
+    assert [rows[0][0] for rows in seen.values()] == ["a", "a", "b", "b"]
+    assert all([i for _, i in rows] == [0, 1] for rows in seen.values())
+    listed = results.support
+    assert listed["a"]["0"]["paths"] == list(
+        support.draw([f"a/train/good/{i:03d}.png" for i in range(7)], 2, 0, "a")
+    )
+    assert {len(x["paths"]) for by_seed in listed.values() for x in by_seed.values()} == {2}
+    assert results.stamp["support"]["shots"] == 2
+    assert results.stamp["support"]["seeds"] == [0, 5]
+
+
+def test_the_order_of_files_changes_nothing():
+    left = run(Planted(strength=9), shots=3, seeds=(1,))
+    right = run(Shuffled(strength=9), shots=3, seeds=(1,))
+    assert left.mean == right.mean
+    assert left.support == right.support
+    assert stamp.differences(left.stamp, right.stamp) == []
+
+
+def test_several_seeds_are_summarised():
+    seeds = (0, 3, 9)
+    alone = [run(Planted(categories=("a", "b"), strength=9), shots=1, seeds=(s,)) for s in seeds]
+    together = run(Planted(categories=("a", "b"), strength=9), shots=1, seeds=seeds)
+    assert alone[0].std == {}
+    for m in together.metric_names:
+        for c in "ab":
+            values = [r.categories[c][m] for r in alone]
+            assert together.categories[c][m] == pytest.approx(np.mean(values), abs=1e-7)
+            spread = np.std(values, ddof=1)
+            assert together.std["categories"][c][m] == pytest.approx(spread, abs=1e-7)
+        means = [r.mean[m] for r in alone]
+        assert together.mean[m] == pytest.approx(np.mean(means), abs=1e-7)
+        assert together.std["mean"][m] == pytest.approx(np.std(means, ddof=1), abs=1e-7)
+        kind = [r.kinds["a"]["red"][m] for r in alone]
+        assert together.kinds["a"]["red"][m] == pytest.approx(np.mean(kind), abs=1e-7)
+    assert max(together.std["mean"].values()) > 1e-4  # the seeds do differ
+    for s, r in zip(seeds, alone, strict=True):
+        assert together.seeds[str(s)]["mean"] == pytest.approx(r.mean, abs=1e-7)
+    assert together.images == alone[0].images  # pictures are those of the first seed
+    assert together.kinds["a"]["red"]["images"] == 3
+
+
+def test_seeds_survive_the_files_and_unequal_support_is_refused(tmp_path):
+    results = run(shots=2, seeds=(0, 1), false_alarm_rate=0.2, holdout=2)
+    write_results(results, tmp_path)
+    again = read_results(tmp_path)
+    for field in ("seeds", "std", "support", "thresholds"):
+        assert getattr(again, field) == getattr(results, field)
+    lines = stamp.differences(results.stamp, run(shots=2, seeds=(0, 2)).stamp)
+    assert [x.partition(":")[0] for x in lines][:2] == ["support.seeds", "support.sha256"]
+    assert any(x.startswith("thresholds") for x in lines)
+
+
+@pytest.mark.parametrize(("limit", "passes"), [(1024, 1), (0, 3)])
+def test_test_features_are_computed_once_if_they_fit(monkeypatch, limit, passes):
+    calls = []
+    features = scoring.Device.features
+    monkeypatch.setattr(
+        scoring.Device, "features",
+        lambda self, images: calls.append(len(images)) or features(self, images),
+    )  # fmt: skip
+    results = run(shots=1, seeds=(0, 1, 2), cache_mb=limit)
+    test_batches = 3  # 11 images in batches of 4
+    train_batches = 3 * (1 if limit else 2)  # ``Distance`` reads its source twice
+    assert len(calls) == passes * test_batches + train_batches
+    kept = results.categories["disc"]["features_between_seeds"]
+    assert (kept["kept_bytes"] > 0) == (limit > 0)
+    assert kept["recomputed"] == ([] if limit else ["disc/test", "disc/train"])
+    if not limit:
+        assert run(shots=1, seeds=(0, 1, 2)).mean == results.mean
+
+
+def test_a_detector_draws_by_seed_and_seed_0_is_the_plain_key():
+    keys = {}
+
+    class Keyed(Distance):
+        def fit(self, source, *, mesh, key, trained=None):
+            keys.setdefault("used", []).append(tuple(stamp.key_data(key)))
+            return super().fit(source, mesh=mesh, key=key)
+
+    run(detector=Keyed(), seeds=(0, 1))
+    run(detector=Keyed())
+    assert keys["used"][0] == keys["used"][2] != keys["used"][1]
+
+
+# --- many categories ------------------------------------------------------------------------
+
+
+class Unequal(Planted):
+    """Categories with 3, 5 and 7 training images."""
+
+    def source(self, split, category=None):
+        found = super().source(split, category)
+        if split == "train" and category is not None:
+            n = 3 + 2 * self.categories.index(category)
+            found.rows, found.records = found.rows[:n], found.records[:n]
+        return found
+
+
+def test_one_program_scores_categories_of_unequal_size():
+    traced = []
+
+    class Counting(Distance):
+        def score(self, state, features):
+            traced.append(1)
+            return super().score(state, features)
+
+    Pooled.traced = 0
+    results = run(Unequal(categories=("a", "b", "c")), Counting())
+    assert [results.categories[c]["counts"]["train"] for c in "abc"] == [3, 5, 7]
+    assert len(traced) == 1
+    assert Pooled.traced == 1
+
+
+def test_one_model_for_all_categories(devices):
+    fits = []
+
+    class Watching(Distance):
+        def fit(self, source, *, mesh, key, trained=None):
+            fits.append([(b.category, b.index[b.valid].tolist()) for b in source])
+            return super().fit(source, mesh=mesh, key=key)
+
+    dataset = Unequal(categories=("a", "b"), strength=9)
+    results = run(dataset, Watching(), mesh=make_mesh(MeshConfig(), devices), pooled=True)
+    rows = [(c, i) for c, index in fits[0] for i in index]
+    assert len(fits) == 1
+    assert rows == [("a", i) for i in range(3)] + [("b", i) for i in range(3, 8)]
+    assert list(results.categories) == ["a", "b"]
+    assert results.stamp["model"] == "one for all categories"
+    assert list(results.stamp["detector_state"]) == ["all categories"]
+    images = [
+        dataset.source("train", c)[i].image for c, n in (("a", 3), ("b", 5)) for i in range(n)
+    ]
+    centre = np.mean(
+        [((scoring.resize_image(x, 48) / 255 - 0.5) / 0.25).mean((0, 1)) for x in images], 0
+    )
+    test = dataset.source("test", "b")
+    cells = (scoring.resize_image(test[7].image, 48) / 255 - 0.5) / 0.25
+    cells = cells.reshape(12, 4, 12, 4, 3).mean((1, 3))
+    expected = np.linalg.norm(cells - centre, axis=-1).max()
+    assert results.images["b"][7]["score"] == pytest.approx(expected, rel=1e-5)
+    lines = stamp.differences(results.stamp, run(dataset, Watching()).stamp)
+    assert [x.partition(":")[0] for x in lines] == ["model"]
+
+
+def test_one_backbone_per_category_shares_a_program():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Weighted:
+        weight: jax.Array
+        description: str = dataclasses.field(metadata={"static": True}, default="")
+        mean = std = (0.5, 0.5, 0.5)
+
+        def __call__(self, images):
+            traced.append(1)
+            maps = Pooled()(images)
+            return {n: m * self.weight for n, m in maps.items()}
+
+    traced = []
+    weights = {"a": 1.0, "b": 2.0}
+    dataset = Planted(categories=("a", "b"), strength=9)
+    made = run(dataset, backbone_of=lambda c: Weighted(jnp.float32(weights[c]), f"run of {c}"))
+    assert len(traced) == 1
+    assert made.stamp["backbone"]["per_category"]["b"]["weights"] == "run of b"
+    for c in "ab":
+        own = run(dataset, backbone=Weighted(jnp.float32(weights[c])), categories=[c])
+        assert made.images[c] == own.images[c]
+    with pytest.raises(ConfigError, match="one backbone"):
+        run(dataset, backbone_of=lambda c: None, pooled=True)
+
+
+def test_a_score_that_takes_the_mesh_gets_it(devices):
+    seen = []
+
+    class Meshed(Distance):
+        def score(self, state, features, *, mesh=None):
+            seen.append(mesh)
+            return super().score(state, features)
+
+    mesh = make_mesh(MeshConfig(), devices)
+    results = run(detector=Meshed(), mesh=mesh)
+    assert seen == [mesh if len(devices) > 1 else None]
+    expected = run(detector=Distance())
+    assert results.mean == pytest.approx(expected.mean, abs=1e-6)
+
+
+def test_knn_gives_equal_numbers_on_1_and_8_devices():
+    from dsad.core.config import resolve
+
+    module = resolve("detectors", "knn")
+    detector = module.build(module.Config(layers=("colour",), neighbourhood=1))
+    one, eight = (run(detector=detector, devices=n, batch_size=8) for n in (1, 8))
+    assert eight.mean == pytest.approx(one.mean, abs=1e-6)
+    for a, b in zip(one.images["disc"], eight.images["disc"], strict=True):
+        assert b["score"] == pytest.approx(a["score"], rel=1e-5)
+    state = one.stamp["detector_state"]["disc"]["0"]
+    assert state == {"bytes": 7 * 144 * 3 * 4, "arrays": {"bank": [1008, 3]}, "bank_rows": 1008}
+
+
+def test_state_sizes_of_padded_banks():
+    state = {"bank": jnp.zeros((8, 2)), "rows": jnp.int32(5)}
+    assert stamp.describe_state(state)["bank_rows"] == 5
+    assert stamp.describe_state(Scores(map=jnp.zeros(3), image=jnp.zeros(2)))["bytes"] == 20

@@ -1,0 +1,94 @@
+"""Thresholds: the quantiles, their guarantee, the rates they achieve, and that no test image
+enters."""
+
+import numpy as np
+import pytest
+
+from dsad.core.errors import ConfigError
+from dsad.evaluation import thresholds
+from dsad.evaluation.scored import Scored
+from dsad.evaluation.scoring import EvalConfig
+from tests.evaluation.test_localize import Planted
+from tests.evaluation.test_support import run
+
+
+def test_image_threshold_is_the_conformal_quantile():
+    scores = np.arange(1.0, 20.0)  # n = 19: the 19th smallest at a rate of 0.05
+    assert thresholds.image_threshold(scores, 0.05) == (19.0, pytest.approx(0.05))
+    assert thresholds.image_threshold(scores, 0.1) == (18.0, pytest.approx(0.1))
+    assert thresholds.image_threshold(scores[:4], 0.05) == (4.0, pytest.approx(0.2))
+    assert thresholds.image_threshold(scores[:1], 0.5) == (1.0, pytest.approx(0.5))
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.3])
+def test_the_bound_holds_for_exchangeable_images(rate):
+    rng = np.random.default_rng(0)
+    alarms, bounds = [], []
+    for _ in range(4000):
+        scores = rng.lognormal(size=50)
+        threshold, bound = thresholds.image_threshold(scores[:49], rate)
+        alarms.append(scores[49] > threshold)
+        bounds.append(bound)
+    error = np.sqrt(rate * (1 - rate) / 4000)
+    assert max(bounds) <= rate + 1e-12
+    assert abs(np.mean(alarms) - bounds[0]) < 4 * error  # without ties the bound is met exactly
+
+
+def test_pixel_threshold_flags_at_most_its_share():
+    rng = np.random.default_rng(1)
+    maps = [rng.normal(size=s).astype(np.float32) for s in ((20, 30), (7, 9))]
+    values = np.sort(np.concatenate([m.ravel() for m in maps]))
+    for rate in (0.001, 0.01, 0.25):
+        found = thresholds.pixel_threshold(maps, rate)
+        assert (values > found).mean() <= rate
+        below = values[values < found][-1]
+        assert (values > below).mean() > rate  # no lower value would do
+    assert thresholds.pixel_threshold([np.ones((3, 3))], 0.1) == 1.0
+
+
+def test_rates_are_counted_on_the_test_images():
+    mask = np.array([[True, True], [False, False]])
+    scored = Scored(
+        [np.array([[1, 5], [2, 9]]), np.array([[9, 1], [9, 1]]), np.full((2, 2), 9.0)],
+        [np.zeros((2, 2), bool), mask, None],
+        np.array([1.0, 5.0, 2.0]),
+        np.array([0, 1, 1]),
+        ["good", "hole", "dent"],
+    )
+    normal = Scored([np.array([[3.0, 4.0]])], [None], np.array([3.0]), np.array([0]), ["good"])
+    found = thresholds.measure(scored, normal, 0.5)
+    assert (found["image"], found["pixel"], found["held_out"]) == (3.0, 3.0, 1)
+    assert (found["image_false_alarms"], found["image_recall"]) == (0.0, 0.5)
+    assert found["recall_by_kind"] == {"dent": 0.0, "hole": 1.0}
+    assert (found["pixel_false_alarms"], found["pixel_recall"]) == (0.5, 0.5)
+    assert found["image_bound"] == 0.5
+
+
+def test_thresholds_come_from_held_out_training_images_alone():
+    given = {"false_alarm_rate": 0.2, "holdout": 3}
+    plain, louder = run(Planted(strength=9), **given), run(Planted(strength=40, good=2), **given)
+    for name in ("image", "pixel", "held_out", "image_bound"):
+        assert plain.thresholds["disc"]["0"][name] == louder.thresholds["disc"]["0"][name]
+    row = louder.thresholds["disc"]["0"]
+    assert row["image_recall"] == 1.0
+    assert row["pixel_recall"] > 0.9
+    assert row["held_out"] == 3
+    assert plain.support["disc"]["0"]["held_out"] == [
+        f"disc/train/good/{i:03d}.png" for i in (0, 3, 6)
+    ]
+    assert plain.stamp["thresholds"]["false_alarm_rate"] == 0.2
+    # The detector never saw them: its numbers are those of the other four images.
+    assert plain.images != run(Planted(strength=9)).images
+    scores = [x["score"] for x in plain.images["disc"] if x["label"] == 0]
+    flagged = np.mean(np.array(scores) > plain.thresholds["disc"]["0"]["image"])
+    assert plain.thresholds["disc"]["0"]["image_false_alarms"] == pytest.approx(flagged)
+
+
+def test_off_by_default_and_refused_out_of_range():
+    results = run()
+    assert results.thresholds == {}
+    assert results.stamp["thresholds"] == "none"
+    with pytest.raises(ConfigError, match="false_alarm_rate"):
+        EvalConfig(false_alarm_rate=1.0)
+    with pytest.raises(ConfigError, match="holdout"):
+        EvalConfig(holdout=1)
