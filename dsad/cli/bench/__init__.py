@@ -18,9 +18,12 @@ def topics() -> tuple[str, ...]:
 
 def main(argv: list[str]) -> int:
     """The command: the first argument that is no flag names the topic."""
-    if not argv or argv[0] in ("--help", "-h"):
+    if not argv:
         print(usage())
-        return 0 if argv else 2
+        return 2
+    if argv[0] in ("--help", "-h"):
+        print(usage())
+        raise SystemExit(0)
     name, *rest = argv
     if name not in topics():
         raise ConfigError(
