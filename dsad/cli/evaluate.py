@@ -106,7 +106,7 @@ def table(results: Results, title: str = "") -> Table:
     made = Table(title=title or None, title_justify="left")
     made.add_column("category / kind")
     for column in ("images", *results.metric_names):
-        made.add_column(column, justify="right")
+        made.add_column(column.replace("_", "\n", 1), justify="right")  # two lines: fits a screen
     for category, row in results.categories.items():
         counts = row["counts"]
         images = f"{counts['normal']}+{counts['anomalous']}"

@@ -18,7 +18,7 @@ from dsad.evaluation.stamp import plain
 class Results:
     """What a localization run measured.
 
-    ``categories[c]`` has the five numbers, ``counts`` and ``seconds``; ``mean`` the five numbers;
+    ``categories[c]`` has the numbers, ``counts`` and ``seconds``; ``mean`` the numbers;
     ``kinds[c][kind]`` the numbers of normal images and that kind, with ``images``; ``images[c]``
     one entry per test image in source order; ``scales[c]`` the median and the 99.9th percentile
     of the map on normal images; ``cases[c]`` the image numbers shown as best, median, worst and
