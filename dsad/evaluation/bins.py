@@ -1,6 +1,7 @@
 """Bins of float32 scores by their leading bits, and counting into them on host or device."""
 
 import functools
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 
 #: Scores counted per call on the device; shorter input is padded to a power of two.
 CHUNK = 1 << 20
+#: Scores counted before the sums leave the device: far from wrapping int32.
+_FETCH = 1 << 30
 _SIGN_AND_EXPONENT = 9
 
 
@@ -73,45 +76,66 @@ def _uniform(size: int) -> Layout:
     return Layout(size.bit_length() - 1, *whole, size)
 
 
-def count_host(scores: np.ndarray, layout: Layout) -> np.ndarray:
-    """Float32 scores (n,) per slot, int64, by numpy."""
-    return np.bincount(layout.slot(scores), minlength=layout.slots)
-
-
-def count_device(scores: Any, layout: Layout) -> np.ndarray:
-    """Float32 scores (n,) per slot, int64, on the device of a jax array or the default one."""
+def count_host(parts: Iterable[np.ndarray], layout: Layout) -> np.ndarray:
+    """Float32 scores (n,) of every part per slot, int64, by numpy."""
     total = np.zeros(layout.slots, np.int64)
+    for part in parts:
+        total += np.bincount(layout.slot(part), minlength=layout.slots)
+    return total
+
+
+def count_device(parts: Iterable[Any], layout: Layout) -> np.ndarray:
+    """The same on the device of jax arrays, or on the default one; parts may be of both kinds.
+
+    Two sums take turns, so that two cores count at once; each is fetched and added in int64 before
+    its int32 could wrap.
+    """
     table: tuple[Any, ...] = ()
     slots = layout.slots
     if not layout.plain:
         slots = _padded(slots)
         shift = (32 - layout.leading - layout.extra).astype(np.uint32)
         table = (jnp.asarray(layout.start), jnp.asarray(shift))
-    waiting: list[jax.Array] = []
-    for at in range(0, scores.size, CHUNK):
-        part = scores[at : at + CHUNK]
-        missing = min(CHUNK, _padded(part.size)) - part.size
-        valid = part.size
-        if missing:
-            pad = jnp.pad if isinstance(part, jax.Array) else np.pad
-            part = pad(part, (0, missing))
-        waiting.append(_count(part, np.int32(valid), table, leading=layout.leading, slots=slots))
-        if len(waiting) > 2:  # as many at work as the host can add up behind
-            total += np.asarray(waiting.pop(0))[: layout.slots]
-    for counts in waiting:
-        total += np.asarray(counts)[: layout.slots]
-    return total
+    total = np.zeros(layout.slots, np.int64)
+    sums = [jnp.zeros(slots, jnp.int32) for _ in range(2)]
+    inside = 0
+    for turn, (chunk, valid) in enumerate(_chunks(parts)):
+        sums[turn % 2] = _count(
+            sums[turn % 2], chunk, np.int32(valid), table, leading=layout.leading
+        )
+        inside += valid
+        if inside + CHUNK > _FETCH:
+            total += sum(np.asarray(s, np.int64)[: layout.slots] for s in sums)
+            sums, inside = [jnp.zeros(slots, jnp.int32) for _ in range(2)], 0
+    return total + sum(np.asarray(s, np.int64)[: layout.slots] for s in sums)
+
+
+def _chunks(parts: Iterable[Any]) -> Iterator[tuple[Any, int]]:
+    """Arrays of few sizes with the number of scores in each."""
+    for part in parts:
+        for at in range(0, part.size, CHUNK):
+            chunk = part[at : at + CHUNK]
+            valid = chunk.size
+            if missing := min(CHUNK, _padded(valid)) - valid:
+                pad = jnp.pad if isinstance(chunk, jax.Array) else np.pad
+                chunk = pad(chunk, (0, missing))
+            yield chunk, valid
 
 
 def _padded(size: int) -> int:
     return 1 << max(12, (size - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames=("leading", "slots"))
+@functools.partial(jax.jit, static_argnames="leading", donate_argnums=0)
 def _count(
-    scores: jax.Array, valid: jax.Array, table: tuple[jax.Array, ...], *, leading: int, slots: int
+    counts: jax.Array,
+    scores: jax.Array,
+    valid: jax.Array,
+    table: tuple[jax.Array, ...],
+    *,
+    leading: int,
 ) -> jax.Array:
-    """Counts (slots,) int32 of the first ``valid`` scores."""
+    """``counts`` (slots,) int32 plus those of the first ``valid`` scores."""
     # Not + 0.0, which a compiler may drop: the zeros must tie.
     bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, jnp.float32(0), scores), jnp.uint32)
     rest = 32 - leading
@@ -120,5 +144,5 @@ def _count(
         start, shift = table
         within = (bits & jnp.uint32((1 << rest) - 1)) >> shift[slot]
         slot = start[slot] + within.astype(jnp.int32)
-    slot = jnp.where(jnp.arange(scores.size, dtype=jnp.int32) < valid, slot, slots)
-    return jnp.zeros(slots, jnp.int32).at[slot].add(1, mode="drop")
+    slot = jnp.where(jnp.arange(scores.size, dtype=jnp.int32) < valid, slot, counts.size)
+    return counts.at[slot].add(1, mode="drop")

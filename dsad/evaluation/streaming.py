@@ -7,13 +7,13 @@ large, ``Counts.refined`` gives the bins of another pass over the same maps, whi
 leading bin by as many of the remaining bits as its share in the bound asks for; a bin split by all
 of them holds a single score each, and is exact.
 
-All scores are counted in chunks on the device: int32 counts leave it per chunk into int64 on the
-host. Defect pixels, a few percent, are counted and weighed on the host in float64.
+All scores are counted in chunks on the device: int32 counts leave it into int64 on the host.
+Defect pixels, a few percent, are counted and weighed on the host in float64.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -146,28 +146,30 @@ class Counts:
         state: State,
         flat: Sequence[Any],
         truth: Sequence[Truth],
-        count: Callable[[Any, bins.Layout], np.ndarray] = bins.count_device,
+        count: Callable[[Iterable[Any], bins.Layout], np.ndarray] = bins.count_device,
     ) -> State:
         """Count what ``truths`` returned INTO ``state``, and return it."""
         layout = bins.Layout.of(state["extra"])
-        negative = np.zeros(layout.slots, np.int64)
-        for part in _packed(flat):
-            negative += count(part, layout)
-        if layout.infinite(negative):
+        every = count(_packed(flat), layout)
+        if layout.infinite(every):
             for i, scores in enumerate(flat):
                 inputs.check_finite(np.asarray(scores), f"maps[{i}]")
+        state["normal"] += every
         marked = [(s, t) for s, t in zip(flat, truth, strict=True) if t.union.size]
-        if marked:
-            negative -= _joined([inputs.taken(s, t.union) for s, t in marked], layout)
-            positives = [t.positives(s) for s, t in marked]
-            slots = np.concatenate([layout.slot(scores) for scores, _ in positives])
-            state["defect"] += np.bincount(slots, minlength=layout.slots)
-            sizes = [sizes for _, sizes in positives if sizes is not None]
-            if sizes:
-                weights = 1.0 / np.concatenate(sizes)
-                state["weight"] += np.bincount(slots, weights, minlength=layout.slots)
-            state["regions"] += sum(t.groups for _, t in marked)
-        state["normal"] += negative
+        if not marked:
+            return state
+        positives = [t.positives(scores) for scores, t in marked]
+        slots = np.concatenate([layout.slot(scores) for scores, _ in positives])
+        defect = np.bincount(slots, minlength=layout.slots)
+        state["defect"] += defect
+        if self.unit == "channels":  # saturation: fewer are positive than are not negative
+            defect = bins.count_host((inputs.taken(s, t.union) for s, t in marked), layout)
+        state["normal"] -= defect
+        sizes = [size for _, size in positives if size is not None]
+        if sizes:
+            weights = 1.0 / np.concatenate(sizes)
+            state["weight"] += np.bincount(slots, weights, minlength=layout.slots)
+        state["regions"] += sum(t.groups for _, t in marked)
         return state
 
     def merge(self, left: State, right: State, /) -> State:
@@ -244,10 +246,6 @@ class Counts:
         if np.array_equal(planned, extra):
             return None
         return self.empty(np.minimum(planned, 32 - self.leading).astype(np.uint8))
-
-
-def _joined(parts: Sequence[np.ndarray], layout: bins.Layout) -> np.ndarray:
-    return bins.count_host(np.concatenate(parts), layout)
 
 
 def _packed(flat: Sequence[Any]) -> Iterator[Any]:

@@ -42,23 +42,27 @@ def test_both_zeros_are_one_score():
     layout = bins.Layout.of(np.zeros(1 << 18, np.uint8))
     zeros = np.array([0.0, -0.0], np.float32)
     assert np.unique(layout.slot(zeros)).size == 1
-    assert bins.count_device(zeros, layout).max() == 2
+    assert bins.count_device([zeros], layout).max() == 2
 
 
 @pytest.mark.parametrize("split", [0, 5])
-def test_host_and_device_count_the_same(split):
+def test_host_and_device_count_the_same(split, monkeypatch):
     rng = np.random.default_rng(1)
     scores = (rng.standard_normal(bins.CHUNK + 12345) ** 3).astype(np.float32)
     extra = np.zeros(1 << 18, np.uint8)
     first = bins.Layout.of(extra)
     if split:
-        extra[bins.count_host(scores, first) > 300] = split
+        extra[bins.count_host([scores], first) > 300] = split
     layout = bins.Layout.of(extra)
-    expected = bins.count_host(scores, layout)
+    expected = bins.count_host([scores], layout)
     assert expected.sum() == scores.size
-    np.testing.assert_array_equal(bins.count_device(scores, layout), expected)
-    np.testing.assert_array_equal(bins.count_device(jnp.asarray(scores), layout), expected)
-    np.testing.assert_array_equal(bins.count_device(scores[:100], layout).sum(), 100)
+    np.testing.assert_array_equal(bins.count_device([scores], layout), expected)
+    halves = [jnp.asarray(scores[:70000]), scores[70000:]]
+    np.testing.assert_array_equal(bins.count_device(halves, layout), expected)
+    assert bins.count_device([], layout).sum() == 0
+    # Long before int32 wraps the sums go to the host.
+    monkeypatch.setattr(bins, "_FETCH", bins.CHUNK)
+    np.testing.assert_array_equal(bins.count_device([scores] * 3, layout), 3 * expected)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
