@@ -141,5 +141,8 @@ def main(argv: list[str]) -> int:
     )
     results = evaluate(parts, path, out, name=values.name)
     out.print(table(results))
+    counted = [row["error_bound"] for row in results.categories.values() if "error_bound" in row]
+    if counted:
+        out.print(f"pixel numbers by counting, each within {max(counted):.1e} of the exact one")
     out.print(f"written: {path}/results.json; pictures: dsad report {path}")
     return 0

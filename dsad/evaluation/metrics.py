@@ -270,3 +270,8 @@ METRICS: dict[str, Exact] = {
     "aupro_05": Exact(0.05, "AUPRO", "regions"),
     "spro_05": Exact(0.05, "sPRO", "channels"),
 }
+#: The same by counting.
+STREAMING: dict[str, streaming.Streaming] = {
+    key: streaming.Streaming(metric.what, metric.name, metric.unit)
+    for key, metric in METRICS.items()
+}

@@ -8,7 +8,7 @@ import pytest
 from sklearn import metrics as sk
 
 from dsad.core.errors import MetricError
-from dsad.evaluation.metrics import METRICS, Exact
+from dsad.evaluation.metrics import METRICS, STREAMING, Exact
 from dsad.evaluation.streaming import TOLERANCE, Streaming
 from tests.evaluation.test_metrics import blobs, brute_aupro, brute_f1, brute_spro
 
@@ -34,10 +34,7 @@ def name(request):
 @pytest.fixture(params=["exact", "streaming"])
 def metric(request, name):
     """The registered metric, and its form that counts."""
-    exact = METRICS[name]
-    if request.param == "exact":
-        return exact
-    return Streaming(exact.what, exact.name, exact.unit)
+    return METRICS[name] if request.param == "exact" else STREAMING[name]
 
 
 def error_of(metric, state):
@@ -69,8 +66,7 @@ def test_equals_its_oracle(name, metric):
 
 
 def test_counting_again_in_finer_bins_reaches_the_tolerance(name):
-    exact = METRICS[name]
-    metric = Streaming(exact.what, exact.name, exact.unit)
+    metric = STREAMING[name]
     scores, truth = inputs(name)
     scores = np.float32(100) + np.float32(1e-3) * scores
     state = metric.update(metric.empty(), scores, truth)

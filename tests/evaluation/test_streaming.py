@@ -6,7 +6,7 @@ import pytest
 
 from dsad.core.errors import MetricError
 from dsad.evaluation import bins, metrics, ranking, streaming
-from dsad.evaluation.metrics import METRICS
+from dsad.evaluation.metrics import STREAMING
 from dsad.evaluation.spro import Saturation
 from tests.evaluation.test_metrics import blobs, score_kinds
 
@@ -171,8 +171,7 @@ def test_hosts_refine_together():
 @pytest.mark.parametrize("key", ["spro_05", "aupro_30"])
 def test_memory_does_not_depend_on_the_images(key):
     rng = np.random.default_rng(6)
-    exact = METRICS[key]
-    metric = streaming.Streaming(exact.what, exact.name, exact.unit)
+    metric = STREAMING[key]
     masks = blobs(rng, 4, 16, 16)
     truth = masks[:, None] if key.startswith("spro") else masks
     maps = rng.standard_normal(masks.shape).astype(np.float32)
