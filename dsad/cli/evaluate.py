@@ -102,20 +102,24 @@ def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "
 
 
 def table(results: Results, title: str = "") -> Table:
-    """Numbers per category, per kind of defect, and the mean."""
+    """Numbers per category, per kind of defect, and the mean.
+
+    F1-max is left to results.json and the report: the table fits 80 columns.
+    """
+    names = [name for name in results.metric_names if not name.endswith("_f1_max")]
     made = Table(title=title or None, title_justify="left")
     made.add_column("category / kind")
-    for column in ("images", *results.metric_names):
-        made.add_column(column.replace("_", "\n", 1), justify="right")  # two lines: fits a screen
+    for column in ("images", *names):
+        made.add_column(column.replace("_", "\n", 1), justify="right")
     for category, row in results.categories.items():
         counts = row["counts"]
         images = f"{counts['normal']}+{counts['anomalous']}"
-        made.add_row(category, images, *_cells(row, results.metric_names))
+        made.add_row(category, images, *_cells(row, names))
         for kind, numbers in results.kinds[category].items():
-            cells = _cells(numbers, results.metric_names)
+            cells = _cells(numbers, names)
             made.add_row(f"  {kind}", str(numbers["images"]), *cells, style="dim")
     made.add_section()
-    made.add_row("mean", "", *_cells(results.mean, results.metric_names), style="bold")
+    made.add_row("mean", "", *_cells(results.mean, names), style="bold")
     return made
 
 

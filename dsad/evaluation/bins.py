@@ -13,6 +13,7 @@ CHUNK = 1 << 20
 #: Scores counted before the sums leave the device: far from wrapping int32.
 _FETCH = 1 << 30
 _SIGN_AND_EXPONENT = 9
+_NEGATIVE_ZERO = np.uint32(1 << 31)
 
 
 class Layout(NamedTuple):
@@ -60,7 +61,8 @@ class Layout(NamedTuple):
 
     def slot(self, scores: np.ndarray) -> np.ndarray:
         """Slot of every float32 score (n,), intp."""
-        bits = (scores + np.float32(0)).view(np.uint32)  # -0.0 + 0.0 = 0.0: the zeros tie
+        bits = scores.view(np.uint32)
+        bits = np.where(bits == _NEGATIVE_ZERO, np.uint32(0), bits)  # the zeros tie
         rest = 32 - self.leading
         found = (bits >> np.uint32(rest)).astype(np.intp)
         if self.plain:
@@ -136,8 +138,9 @@ def _count(
     leading: int,
 ) -> jax.Array:
     """``counts`` (slots,) int32 plus those of the first ``valid`` scores."""
-    # Not + 0.0, which a compiler may drop: the zeros must tie.
-    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, jnp.float32(0), scores), jnp.uint32)
+    # By integers alone: in float arithmetic devices flush the smallest scores to zero.
+    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
+    bits = jnp.where(bits == _NEGATIVE_ZERO, jnp.uint32(0), bits)  # the zeros tie
     rest = 32 - leading
     slot = (bits >> rest).astype(jnp.int32)
     if table:
