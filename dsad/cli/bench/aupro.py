@@ -167,11 +167,12 @@ def _split(given: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Row(NamedTuple):
-    """One line of the table: a route at some problem, its seconds, value and extra memory."""
+    """One line of the table: a route at some problem; seconds, CPU seconds and bytes per round."""
 
     label: str
     given: Problem
     seconds: list[float]
+    cpu: list[float]
     memory: list[float]
     results: list[Any]
 
@@ -185,22 +186,23 @@ def compare(maps: int, size: int, rounds: int, peer_maps: int, limit: float) -> 
     routes: list[tuple[Row, Callable[[Problem, float], Any]]] = []
     for label, transform in TRANSFORMS.items():
         made = Problem([transform(m) for m in given.maps], given.truth) if label != "s" else given
-        routes.append((Row(f"dsad streaming, {label}", made, [], [], []), by_counting))
-    routes.append((Row("dsad exact, s", given, [], [], []), by_sorting))
+        routes.append((Row(f"dsad counts: {label}", made, [], [], [], []), by_counting))
+    routes.append((Row("dsad sorts: s", given, [], [], [], []), by_sorting))
     missing = []
     for label, module, function in PEERS:
         if importlib.util.find_spec(module) is None:
             missing.append(f"{label}: not installed (pip install {_PACKAGES[module]})")
         else:
-            routes.append((Row(label, small, [], [], []), function))
+            routes.append((Row(label, small, [], [], [], []), function))
     by_counting(given, limit)  # compiles the first pass
     for round_ in range(rounds + 1):
         for row, function in routes:
             if round_ == 0 and function is not by_counting:
                 continue  # nothing to compile
-            seconds, memory, result = _timed(function, row.given, limit)
+            seconds, cpu, memory, result = _timed(function, row.given, limit)
             if round_:
                 row.seconds.append(seconds)
+                row.cpu.append(cpu)
                 row.memory.append(memory)
                 row.results.append(result)
     return _print(out, [row for row, _ in routes], missing, rounds, limit)
@@ -213,8 +215,18 @@ def _print(
     out: Any, rows: Sequence[Row], missing: Sequence[str], rounds: int, limit: float
 ) -> dict[str, Any]:
     table = Table(title=f"AUPRO up to {limit:g}, regions labelled beforehand")
-    table.add_column("route, scores")
-    for column in ("maps", "s", "ns/pixel", "passes", "AUPRO", "error", "bound", "MB extra"):
+    table.add_column("route: scores")
+    for column in (
+        "maps",
+        "s",
+        "CPU s",
+        "ns/pixel",
+        "passes",
+        "AUPRO",
+        "error",
+        "bound",
+        "MB extra",
+    ):
         table.add_column(column, justify="right")
     first = rows[0]
     base = statistics.median(first.seconds) / first.given.pixels
@@ -227,6 +239,7 @@ def _print(
         each = seconds / row.given.pixels
         table.add_row(
             row.label, str(len(row.given.maps)), f"{seconds:.2f}",
+            f"{statistics.median(row.cpu):.2f}",
             f"{each * 1e9:.1f} ({each / base:.1f}×)", str(result.passes) if counted else "",
             f"{value:.6f}", f"{error:.1e}", "" if bound is None else f"{bound:.1e}",
             f"{max(row.memory) / 1e6:.0f}",
@@ -250,12 +263,12 @@ def _print(
 
 def _timed(
     function: Callable[[Problem, float], Any], given: Problem, limit: float
-) -> tuple[float, float, Any]:
+) -> tuple[float, float, float, Any]:
     with _Peak() as peak:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         result = function(given, limit)
-        seconds = time.perf_counter() - start
-    return seconds, peak.growth, result
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    return seconds, busy, peak.growth, result
 
 
 class _Peak:
