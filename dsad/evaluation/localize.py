@@ -263,8 +263,9 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """The numbers of a category and its curves ("roc/fpr", "roc/tpr", "pr/...", "pro/...").
 
-    Images without annotation (mask None) count in the image metrics only. Raises MetricError,
-    naming the category, if the labels leave a metric undefined.
+    Images without annotation (mask None) count in the image metrics only. Counted pixel numbers
+    come with ``error_bound``, the largest error any of them can have. Raises MetricError, naming
+    the category, if the labels leave a metric undefined.
     """
     kept = [i for i, m in enumerate(scored.masks) if m is not None]
     try:
@@ -272,8 +273,9 @@ def measure(
         pixel = metrics.pixel_metrics(
             [scored.maps[i] for i in kept],
             [scored.masks[i] for i in kept],
-            config.fpr_limit,
+            config.fpr_limits,
             curve_points=curve_points,
+            method=config.method,
         )
     except MetricError as error:
         raise MetricError(f"category {category}: {error}") from error
@@ -286,6 +288,7 @@ def _image_numbers(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {
         "image_auroc": metrics.image_auroc(scores, labels),
         "image_ap": metrics.average_precision(scores, labels),
+        "image_f1_max": metrics.f1_max(scores, labels),
     }
 
 

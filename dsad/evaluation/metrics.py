@@ -1,54 +1,89 @@
-"""Exact image and pixel metrics of anomaly localization, and the same as mergeable states.
+"""Image and pixel metrics of anomaly localization, and the exact ones as mergeable states.
 
 Definitions: AUROC is the area of TPR over FPR with ties counted one half; AP is the sum over
-distinct scores of (recall gained) · (precision there), not a trapezoid; AUPRO is MVTec AD's:
-8-connected defect regions of the whole test set weigh the same, FPR counts the defect-free pixels
-of all images, the curve starts at (0, 0), is interpolated at the FPR limit and the area is divided
-by the limit. Pixel metrics pool all images, normal ones included. Sums run in float64 on the host.
+distinct scores of (recall gained) · (precision there), not a trapezoid; F1-max is the largest F1
+over all thresholds; AUPRO is MVTec AD's: 8-connected defect regions of the whole test set weigh
+the same, FPR counts the defect-free pixels of all images, the curve starts at (0, 0), is
+interpolated at the FPR limit and the area is divided by the limit; sPRO is MVTec LOCO's, see
+``spro``. Pixel metrics pool all images, normal ones included. Sums run in float64 on the host.
 
 Maps are (N, H, W) float or a list of (H, W) of unequal sizes, masks the same with bool (or
 integers, non-zero on defects); numpy or jax arrays. Undefined metrics raise MetricError.
+
+Every function takes ``method``: "exact" sorts all scores; "streaming" counts float32 scores by
+their leading bits in memory that does not grow with the images, and counts again, finer, until its
+error bound is at most ``streaming.TOLERANCE`` (``streaming.measure`` also returns the bounds).
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
-from scipy import ndimage
 
 from dsad.core.errors import MetricError
-from dsad.evaluation import ranking
+from dsad.evaluation import bounds, inputs, ranking, streaming
+from dsad.evaluation.inputs import region_sizes as region_sizes
+from dsad.evaluation.spro import FULL, Saturation, units
 
 #: A metric's state: a dict of arrays that hosts exchange and concatenate.
 State = dict[str, np.ndarray]
+Method = Literal["exact", "streaming"]
 
 
-def image_auroc(scores: Any, labels: Any) -> float:
+def image_auroc(scores: Any, labels: Any, *, method: Method = "exact") -> float:
     """AUROC of image scores (n,) and labels (n,), 0 normal and 1 anomalous."""
-    return ranking.auroc(_image_steps(_image_state(scores, labels), "image AUROC"))
+    return _value("auroc", "image AUROC", "images", method, scores, labels)
 
 
-def pixel_auroc(maps: Any, masks: Any) -> float:
+def pixel_auroc(maps: Any, masks: Any, *, method: Method = "exact") -> float:
     """AUROC over the pixels of all maps."""
-    return ranking.auroc(_pixel_steps(_pixel_state(maps, masks, regions=False), "pixel AUROC"))
+    return _value("auroc", "pixel AUROC", "pixels", method, maps, masks)
 
 
-def average_precision(scores: Any, labels_or_masks: Any) -> float:
+def average_precision(scores: Any, labels_or_masks: Any, *, method: Method = "exact") -> float:
     """AP of image scores and labels (n,), or of the pixels of maps and masks."""
-    if _is_flat(scores):
-        return ranking.average_precision(
-            _image_steps(_image_state(scores, labels_or_masks), "image AP")
-        )
-    state = _pixel_state(scores, labels_or_masks, regions=False)
-    return ranking.average_precision(_pixel_steps(state, "pixel AP"))
+    unit = "images" if inputs.is_flat(scores) else "pixels"
+    return _value("ap", f"{unit[:-1]} AP", unit, method, scores, labels_or_masks)
 
 
-def aupro(maps: Any, masks: Any, fpr_limit: float = 0.3) -> float:
+def f1_max(scores: Any, labels_or_masks: Any, *, method: Method = "exact") -> float:
+    """Largest F1 over all thresholds, of images with labels (n,) or of the pixels of maps."""
+    unit = "images" if inputs.is_flat(scores) else "pixels"
+    return _value("f1_max", f"{unit[:-1]} F1-max", unit, method, scores, labels_or_masks)
+
+
+def aupro(maps: Any, masks: Any, fpr_limit: float = 0.3, *, method: Method = "exact") -> float:
     """Area under the per-region overlap curve up to ``fpr_limit``, divided by it."""
-    _check_limit(fpr_limit)
-    steps = _pixel_steps(_pixel_state(maps, masks, regions=True), "AUPRO")
-    return ranking.overlap_area(steps, fpr_limit)
+    inputs.check_limit(fpr_limit)
+    return _value(fpr_limit, "AUPRO", "regions", method, maps, masks)
+
+
+def spro(
+    maps: Any,
+    channels: Any,
+    saturation: Saturation | Sequence[Sequence[Saturation]] = FULL,
+    fpr_limit: float = 0.05,
+    *,
+    method: Method = "exact",
+) -> float:
+    """Area under the saturated per-region overlap up to ``fpr_limit``, divided by it.
+
+    Args:
+      maps: (N, H, W) or a list of (H, W).
+      channels: per image its ground-truth channels, (c, H, W) or a list of (H, W), empty for a
+        normal image; one channel is one defect, and channels may overlap. Equal scores are one
+        point of the curve, so it is the same with "greater than" and with "at least".
+      saturation: pixels that earn full credit; one for all, or per image one per channel.
+      fpr_limit: over the pixels free of any channel, normal images included.
+      method: see the module.
+
+    Source: MVTec LOCO AD's evaluation, v2.0, without the subsampling of its thresholds.
+
+    """
+    inputs.check_limit(fpr_limit)
+    return _value(fpr_limit, "sPRO", "channels", method, maps, channels, saturation)
 
 
 def aupro_key(fpr_limit: float) -> str:
@@ -57,23 +92,53 @@ def aupro_key(fpr_limit: float) -> str:
 
 
 def pixel_metrics(
-    maps: Any, masks: Any, fpr_limit: float = 0.3, *, curve_points: int = 0
+    maps: Any,
+    masks: Any,
+    fpr_limit: float | Sequence[float] = 0.3,
+    *,
+    curve_points: int = 0,
+    method: Method = "exact",
 ) -> dict[str, Any]:
-    """``pixel_auroc``, ``pixel_ap`` and ``aupro_30`` (by the limit) from a single sort.
+    """``pixel_auroc``, ``pixel_ap``, ``pixel_f1_max`` and an AUPRO per limit, from a single sort.
 
-    With ``curve_points`` > 0 also ``curves``: {"roc": {"fpr", "tpr"}, "pr": {"recall",
-    "precision"}, "pro": {"fpr", "pro"}} with at most that many points each, "pro" up to the limit.
+    ``fpr_limit`` is one or several; 0.3 gives the key ``aupro_30``. With ``curve_points`` > 0 also
+    ``curves``: {"roc": {"fpr", "tpr"}, "pr": {"recall", "precision"}, "pro": {"fpr", "pro"}} with
+    at most that many points each, "pro" up to the first limit. Streaming adds ``error_bound``,
+    the largest of the numbers' bounds.
     """
-    _check_limit(fpr_limit)
-    steps = _pixel_steps(_pixel_state(maps, masks, regions=True), "pixel metrics")
-    found: dict[str, Any] = {
-        "pixel_auroc": ranking.auroc(steps),
-        "pixel_ap": ranking.average_precision(steps),
-        aupro_key(fpr_limit): ranking.overlap_area(steps, fpr_limit),
+    limits = tuple(fpr_limit) if isinstance(fpr_limit, Sequence) else (fpr_limit,)
+    for limit in limits:
+        inputs.check_limit(limit)
+    wanted: dict[str, bounds.What] = {
+        "pixel_auroc": "auroc",
+        "pixel_ap": "ap",
+        "pixel_f1_max": "f1_max",
     }
+    wanted |= {aupro_key(limit): limit for limit in limits}
+    if _streams(method):
+        measured = streaming.measure("regions", wanted, maps, masks, name="pixel metrics")
+        steps = measured.steps
+        made: dict[str, Any] = {name: b.value for name, b in measured.found.items()}
+        made["error_bound"] = max(b.bound for b in measured.found.values())
+    else:
+        steps = _steps(_pixel_state(maps, masks, regions=True), "pixel metrics")
+        made = {name: bounds.exact(what)(steps) for name, what in wanted.items()}
     if curve_points > 0:
-        found["curves"] = ranking.curves(steps, fpr_limit, curve_points)
-    return found
+        made["curves"] = ranking.curves(steps, limits[0], curve_points)
+    return made
+
+
+def _value(what: bounds.What, name: str, unit: str, method: Method, *arguments: Any) -> float:
+    if _streams(method):
+        measured = streaming.measure(unit, {"value": what}, *arguments, name=name)
+        return measured.found["value"].value
+    return bounds.exact(what)(_steps(_STATES[unit](*arguments), name))
+
+
+def _streams(method: str) -> bool:
+    if method not in ("exact", "streaming"):
+        raise MetricError(f'method: expected "exact" or "streaming", found {method!r}.')
+    return method == "streaming"
 
 
 # The mergeable form: states hold every score, so merging is concatenation and any order of
@@ -81,109 +146,47 @@ def pixel_metrics(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Exact:
+class Exact:
+    """One metric over images, pixels, regions or channels (``unit``) as a mergeable state.
+
+    ``what`` is "auroc", "ap", "f1_max", or the FPR limit of an overlap. States are arrays: all
+    scores by class; for overlaps ``size``, the pixels of each defect pixel's region (S of its
+    channel), and ``regions``, the region count of each update.
+    """
+
+    what: bounds.What
+    name: str
+    unit: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.what, str):
+            inputs.check_limit(self.what)
+
+    def empty(self) -> State:
+        """Nothing seen."""
+        if self.unit == "images":
+            return {"scores": np.zeros(0, np.float32), "labels": np.zeros(0, bool)}
+        return _empty_pixels(np.dtype(np.float32), self.unit != "pixels")
+
+    def update(self, state: State, scores: Any, truth: Any, /, *more: Any) -> State:
+        """Add image scores and labels (n,), maps and masks, or maps, channels and saturation.
+
+        Whole images only: regions are found within each mask.
+        """
+        return self.merge(state, _STATES[self.unit](scores, truth, *more))
+
     def merge(self, left: State, right: State, /) -> State:
         """The state of both parts together."""
         return {name: np.concatenate([left[name], right[name]]) for name in left}
 
-
-class _ImageMetric(_Exact):
-    def empty(self) -> State:
-        """No image seen: ``scores`` (0,) and ``labels`` (0,)."""
-        return {"scores": np.zeros(0, np.float32), "labels": np.zeros(0, bool)}
-
-    def update(self, state: State, scores: Any, labels: Any, /) -> State:
-        """Add image scores (n,) and labels (n,)."""
-        return self.merge(state, _image_state(scores, labels))
-
-
-class _PixelMetric(_Exact):
-    _regions = False
-
-    def empty(self) -> State:
-        """No map seen: scores of ``normal`` and ``defect`` pixels."""
-        return _empty_pixels(np.dtype(np.float32), self._regions)
-
-    def update(self, state: State, maps: Any, masks: Any, /) -> State:
-        """Add maps and masks; whole images only, regions are found within each mask."""
-        return self.merge(state, _pixel_state(maps, masks, regions=self._regions))
-
-
-class ImageAUROC(_ImageMetric):
-    """Image AUROC as a mergeable state."""
-
     def compute(self, state: State, /) -> float:
-        """The value over all merged images."""
-        return ranking.auroc(_image_steps(state, "image AUROC"))
-
-
-class ImageAP(_ImageMetric):
-    """Image average precision as a mergeable state."""
-
-    def compute(self, state: State, /) -> float:
-        """The value over all merged images."""
-        return ranking.average_precision(_image_steps(state, "image AP"))
-
-
-class PixelAUROC(_PixelMetric):
-    """Pixel AUROC as a mergeable state."""
-
-    def compute(self, state: State, /) -> float:
-        """The value over all merged pixels."""
-        return ranking.auroc(_pixel_steps(state, "pixel AUROC"))
-
-
-class PixelAP(_PixelMetric):
-    """Pixel average precision as a mergeable state."""
-
-    def compute(self, state: State, /) -> float:
-        """The value over all merged pixels."""
-        return ranking.average_precision(_pixel_steps(state, "pixel AP"))
-
-
-@dataclasses.dataclass(frozen=True)
-class AUPRO(_PixelMetric):
-    """AUPRO as a mergeable state.
-
-    ``size`` is the region size of each defect pixel, ``regions`` the region count of each update.
-    """
-
-    fpr_limit: float = 0.3
-    _regions = True
-
-    def __post_init__(self):
-        _check_limit(self.fpr_limit)
-
-    def compute(self, state: State, /) -> float:
-        """The value over all merged pixels."""
-        return ranking.overlap_area(_pixel_steps(state, "AUPRO"), self.fpr_limit)
+        """The value over everything merged."""
+        return bounds.exact(self.what)(_steps(state, self.name))
 
 
 def _image_state(scores: Any, labels: Any) -> State:
-    values, truth = _floats(scores, "scores"), np.asarray(labels)
-    if values.ndim != 1 or truth.shape != values.shape:
-        raise MetricError(
-            f"expected scores and labels of one shape (n,), found scores {values.shape} and labels "
-            f"{truth.shape}."
-        )
-    _check_finite(values, "scores")
-    if truth.dtype.kind not in "biu" or (truth.dtype != bool and not np.isin(truth, (0, 1)).all()):
-        raise MetricError(
-            "labels: expected bool or the integers 0 (normal) and 1 (anomalous), found "
-            f"{truth.dtype} with values {np.unique(truth)[:5].tolist()}."
-        )
-    return {"scores": values, "labels": truth.astype(bool)}
-
-
-def _image_steps(state: State, name: str) -> ranking.Steps:
-    scores, labels = state["scores"], state["labels"]
-    anomalous = int(labels.sum())
-    if anomalous in (0, labels.size):
-        raise MetricError(
-            f"{name} needs normal and anomalous images; found {labels.size - anomalous} normal and "
-            f"{anomalous} anomalous. Score both kinds, or leave this metric out."
-        )
-    return ranking.rank(scores[~labels], scores[labels])
+    values, truth = inputs.labelled(scores, labels)
+    return {"scores": values, "labels": truth}
 
 
 def _empty_pixels(dtype: np.dtype, regions: bool, normal: int = 0, defect: int = 0) -> State:
@@ -195,7 +198,7 @@ def _empty_pixels(dtype: np.dtype, regions: bool, normal: int = 0, defect: int =
 
 def _pixel_state(maps: Any, masks: Any, *, regions: bool) -> State:
     """Scores split by class into arrays of their final size: one pass, no second copy."""
-    scores, truth = _checked(maps, masks)
+    scores, truth = inputs.maps_and_masks(maps, masks)
     defects = [int(np.count_nonzero(mask)) for mask in truth]
     pixels = sum(mask.size for mask in truth)
     dtype = np.result_type(np.float32, *{score.dtype for score in scores})
@@ -209,7 +212,7 @@ def _pixel_state(maps: Any, masks: Any, *, regions: bool) -> State:
         state["normal"][at : at + score.size - count] = score[~mask]
         state["defect"][on : on + count] = score[mask]
         if regions:
-            state["size"][on : on + count], new = region_sizes(mask)
+            state["size"][on : on + count], new = inputs.region_sizes(mask)
             found += new
         at, on = at + score.size - count, on + count
     if regions:
@@ -217,113 +220,58 @@ def _pixel_state(maps: Any, masks: Any, *, regions: bool) -> State:
     return state
 
 
-def region_sizes(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Region size of every True pixel of ``mask`` (h, w), in row order, and the region count.
+def _channel_state(maps: Any, channels: Any, saturation: Any = FULL) -> State:
+    scores = inputs.scored(maps)
+    normal, defect, size, count = [], [], [], 0
+    for score, own in zip(scores, units(scores, channels, saturation), strict=True):
+        top, sizes = own.positives(score.ravel())
+        normal.append(np.delete(score.ravel(), own.union))
+        defect.append(top)
+        size.append(sizes)
+        count += own.groups
+    dtype = np.result_type(np.float32, *{score.dtype for score in scores})
+    return {
+        "normal": np.concatenate([np.zeros(0, dtype), *normal]),
+        "defect": np.concatenate([np.zeros(0, dtype), *defect]),
+        "size": np.concatenate([np.zeros(0, np.uint32), *size]),
+        "regions": np.array([count], np.int64),
+    }
 
-    Regions are 8-connected: pixels that touch at a corner belong together.
-    """
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if rows.size == 0:
-        return np.zeros(0, np.uint32), 0
-    # Labelling only the bounding box: most defects are small.
-    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    found: Any = ndimage.label(box, structure=np.ones((3, 3), bool))
-    inside = found[0][box]
-    return np.bincount(inside)[inside].astype(np.uint32), int(found[1])
+
+_STATES: dict[str, Callable[..., State]] = {
+    "images": _image_state,
+    "pixels": functools.partial(_pixel_state, regions=False),
+    "regions": functools.partial(_pixel_state, regions=True),
+    "channels": _channel_state,
+}
 
 
-def _pixel_steps(state: State, name: str) -> ranking.Steps:
-    normal, defect = state["normal"], state["defect"]
-    if defect.size == 0:
-        raise MetricError(
-            f"{name} needs defect pixels; found none among {normal.size} pixels. Check that the "
-            "masks of anomalous images are loaded, or leave this metric out."
-        )
-    if normal.size == 0:
-        raise MetricError(
-            f"{name} needs normal pixels; found none: all {defect.size} pixels are defects. Check "
-            "that the masks are not inverted."
-        )
+def _steps(state: State, name: str) -> ranking.Steps:
+    if "labels" in state:
+        scores, labels = state["scores"], state["labels"]
+        normal, defect, unit = scores[~labels], scores[labels], "images"
+    else:
+        normal, defect, unit = state["normal"], state["defect"], "pixels"
+    inputs.check_classes(normal.size, defect.size, name, unit)
     if "size" not in state:
         return ranking.rank(normal, defect)
     return ranking.rank(normal, defect, state["size"], int(state["regions"].sum()))
 
 
-def _checked(maps: Any, masks: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    scores = [_floats(m, f"maps[{i}]") for i, m in enumerate(_listed(maps, "maps"))]
-    truth = [_mask(m, f"masks[{i}]") for i, m in enumerate(_listed(masks, "masks"))]
-    if len(scores) != len(truth):
-        raise MetricError(
-            f"expected one mask per map, found {len(scores)} maps, {len(truth)} masks."
-        )
-    for i, (score, mask) in enumerate(zip(scores, truth, strict=True)):
-        if score.shape != mask.shape:
-            raise MetricError(
-                f"maps[{i}]: expected the shape of its mask {mask.shape}, found {score.shape}; "
-                "bring the map to the mask's pixels first."
-            )
-        _check_finite(score, f"maps[{i}]")
-    return scores, truth
-
-
-def _listed(values: Any, what: str) -> Sequence[Any]:
-    items = list(values) if isinstance(values, (list, tuple)) else np.asarray(values)
-    if not isinstance(items, list) and items.ndim != 3:
-        raise MetricError(
-            f"{what}: expected (N, H, W) or a list of (H, W), found shape {items.shape}."
-        )
-    for i, item in enumerate(items):
-        if np.ndim(item) != 2:
-            raise MetricError(f"{what}[{i}]: expected (H, W), found shape {np.shape(item)}.")
-    return items  # type: ignore[return-value]
-
-
-def _floats(values: Any, what: str) -> np.ndarray:
-    """Scores as float32 where that is exact, else float64: rounding would create ties."""
-    found = np.asarray(values)
-    if found.dtype.kind == "f" or found.dtype.name == "bfloat16":
-        return found if found.dtype == np.float64 else found.astype(np.float32, copy=False)
-    if found.dtype.kind in "iu":
-        return found.astype(np.float64)
-    raise MetricError(f"{what}: expected numbers, found dtype {found.dtype}.")
-
-
-def _mask(values: Any, what: str) -> np.ndarray:
-    found = np.asarray(values)
-    if found.dtype.kind not in "biu":
-        raise MetricError(
-            f"{what}: expected bool (or integers, non-zero on defects), found dtype {found.dtype}; "
-            "threshold resized masks explicitly."
-        )
-    return found if found.dtype == bool else found != 0
-
-
-def _check_finite(values: np.ndarray, what: str) -> None:
-    if not np.isfinite(values).all():
-        bad = ~np.isfinite(values)
-        first = tuple(int(i[0]) for i in np.nonzero(bad))
-        raise MetricError(
-            f"{what}: expected finite scores, found {int(bad.sum())} NaN or infinite of "
-            f"{values.size}, the first at {first}. Find out why the detector produced them."
-        )
-
-
-def _is_flat(scores: Any) -> bool:
-    if isinstance(scores, (list, tuple)):
-        return len(scores) > 0 and np.ndim(scores[0]) == 0
-    return np.ndim(scores) == 1
-
-
-def _check_limit(limit: float) -> None:
-    if not 0.0 < limit <= 1.0:
-        raise MetricError(f"fpr_limit: expected a number in (0, 1], found {limit!r}.")
-
-
-#: Result keys to metrics; the first two take image scores and labels, the others maps and masks.
-METRICS: dict[str, Any] = {
-    "image_auroc": ImageAUROC(),
-    "image_ap": ImageAP(),
-    "pixel_auroc": PixelAUROC(),
-    "pixel_ap": PixelAP(),
-    "aupro_30": AUPRO(),
+#: Result keys to exact metrics; each takes scores and truth of its unit.
+METRICS: dict[str, Exact] = {
+    "image_auroc": Exact("auroc", "image AUROC", "images"),
+    "image_ap": Exact("ap", "image AP", "images"),
+    "image_f1_max": Exact("f1_max", "image F1-max", "images"),
+    "pixel_auroc": Exact("auroc", "pixel AUROC", "pixels"),
+    "pixel_ap": Exact("ap", "pixel AP", "pixels"),
+    "pixel_f1_max": Exact("f1_max", "pixel F1-max", "pixels"),
+    "aupro_30": Exact(0.3, "AUPRO", "regions"),
+    "aupro_05": Exact(0.05, "AUPRO", "regions"),
+    "spro_05": Exact(0.05, "sPRO", "channels"),
+}
+#: The same by counting.
+STREAMING: dict[str, streaming.Streaming] = {
+    key: streaming.Streaming(metric.what, metric.name, metric.unit)
+    for key, metric in METRICS.items()
 }

@@ -101,6 +101,12 @@ def average_precision(steps: Steps) -> float:
     return float(np.sum(gain * (steps.hits / (steps.hits + steps.reached))))
 
 
+def f1_max(steps: Steps) -> float:
+    """Largest F1 = 2 · hits / (positives + items at least the threshold) over all thresholds."""
+    # Between two positive scores a lower threshold only adds false positives.
+    return float(np.max(2 * steps.hits / (steps.positives + steps.hits + steps.reached)))
+
+
 def vertices(steps: Steps, height: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All corners of the curve of ``height`` (s,) over FPR, from (0, 0) to (1, 1)."""
     before = np.concatenate([[0.0], height[:-1]])

@@ -22,8 +22,10 @@ _SIZES = ((9, 288), (3, 256), (3, 208), (2, 192), (1, 160), (1, 112), (0, 1))
 _LABELS = {
     "image_auroc": "Image AUROC",
     "image_ap": "Image AP",
+    "image_f1_max": "Image F1-max",
     "pixel_auroc": "Pixel AUROC",
     "pixel_ap": "Pixel AP",
+    "pixel_f1_max": "Pixel F1-max",
 }
 _TRAINING = {
     "loss": "Loss",

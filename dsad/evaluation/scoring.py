@@ -35,8 +35,10 @@ class EvalConfig:
     sigma: float = 4.0
     #: Cell centres (False) or corner cells (True) are placed at the border when upsampling.
     align_corners: bool = False
-    #: AUPRO integrates up to this false-positive rate.
+    #: AUPRO integrates up to this false-positive rate; 0.05 is always measured as well.
     fpr_limit: float = 0.3
+    #: Pixel numbers by sorting ("exact") or by counting ("streaming"), within 1e-5 of each other.
+    method: metrics.Method = "exact"
     #: Anomalous images per category kept for the report: a third each best, median and worst.
     gallery: int = 9
     #: Threads that read, decode and resize.
@@ -67,12 +69,22 @@ class EvalConfig:
             )
         if not 0 < self.fpr_limit <= 1:
             raise ConfigError(f"evaluation.fpr_limit: expected in (0, 1], found {self.fpr_limit}")
+        if self.method not in ("exact", "streaming"):
+            raise ConfigError(
+                f'evaluation.method: expected "exact" or "streaming", found {self.method!r}'
+            )
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """The keys of one row of numbers; the last follows the limit."""
-        pro = metrics.aupro_key(self.fpr_limit)
-        return ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", pro)
+        """The keys of one row of numbers; the last follow the limits."""
+        kinds = ("auroc", "ap", "f1_max")
+        names = [f"{unit}_{kind}" for unit in ("image", "pixel") for kind in kinds]
+        return (*names, *(metrics.aupro_key(limit) for limit in self.fpr_limits))
+
+    @property
+    def fpr_limits(self) -> tuple[float, ...]:
+        """The chosen limit, and the strict one of newer data sets."""
+        return tuple(dict.fromkeys((self.fpr_limit, 0.05)))
 
 
 # --- geometry -------------------------------------------------------------------------------

@@ -49,11 +49,16 @@ def conclude(made: Results, names: Sequence[str]) -> None:
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Per metric; None where a seed does not define it. One row is returned as it is."""
+    """Per metric; None where a seed does not define it. One row is returned as it is.
+
+    The largest ``error_bound`` of counted numbers holds for their mean as well.
+    """
+    bounds = [row["error_bound"] for row in rows if "error_bound" in row]
+    bound = {"error_bound": max(bounds)} if bounds else {}
     if len(rows) == 1:
-        return {m: rows[0][m] for m in names}
+        return {m: rows[0][m] for m in names} | bound
     columns = {m: [row[m] for row in rows] for m in names}
-    return {m: None if None in v else float(np.mean(v)) for m, v in columns.items()}
+    return {m: None if None in v else float(np.mean(v)) for m, v in columns.items()} | bound
 
 
 def _std(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:

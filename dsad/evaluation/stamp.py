@@ -161,6 +161,7 @@ def make_stamp(
         "regions": "connected components of the mask",
         "connectivity": 8,
         "fpr_limit": config.fpr_limit,
+        "pixel_numbers": "by sorting" if config.method == "exact" else "by counting, error_bound",
         "pooling": "pixels pooled per category, mean over categories",
         "precision": "average precision (step sum, no trapezoid)",
         "detector": describe_detector(detector),

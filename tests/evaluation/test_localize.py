@@ -18,7 +18,10 @@ from dsad.core.types import Record, Sample, Scores
 from dsad.evaluation import gallery, scoring
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 
-NUMBERS = {"image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro_30"}
+NUMBERS = {
+    *("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max"),
+    *("aupro_30", "aupro_05"),
+}
 
 
 class Planted:
@@ -274,11 +277,25 @@ def test_undefined_metrics_name_the_category():
 
 
 def test_other_limits_are_named():
-    assert "aupro_05" in run(fpr_limit=0.05).mean
+    assert [m for m in run(fpr_limit=0.05).mean if m.startswith("aupro")] == ["aupro_05"]
+    assert EvalConfig(fpr_limit=0.1).metric_names[-2:] == ("aupro_10", "aupro_05")
     with pytest.raises(ConfigError, match="fpr_limit"):
         EvalConfig(fpr_limit=0.0)
     with pytest.raises(ConfigError, match="batch_size"):
         EvalConfig(batch_size=0)
+
+
+def test_counting_measures_the_same_as_sorting():
+    exact, counted = run(), run(method="streaming")
+    assert counted.metric_names == exact.metric_names
+    row = counted.categories["disc"]
+    assert row["error_bound"] <= 1e-5
+    for name in NUMBERS:
+        expected = exact.categories["disc"][name]
+        assert row[name] == pytest.approx(expected, abs=row["error_bound"] + 1e-12)
+    assert counted.curves.keys() == exact.curves.keys()
+    with pytest.raises(ConfigError, match="evaluation.method"):
+        EvalConfig(method="fast")  # type: ignore[arg-type]
 
 
 def test_missing_layer_and_category_list_what_exists():

@@ -8,6 +8,7 @@ from sklearn import metrics as sk
 
 from dsad.core.errors import MetricError
 from dsad.evaluation import metrics
+from dsad.evaluation.spro import Saturation, units
 
 LIMITS = (0.05, 0.3, 1.0)
 
@@ -28,10 +29,24 @@ def brute_aupro(maps, masks, limit):
             regions.append((i, tuple(np.array(region).T)))
     normal = np.concatenate([np.float64(m[~k]) for m, k in zip(maps, masks, strict=True)])
     inside = [np.float64(maps[i][at]) for i, at in regions]
+    return brute_area(maps, normal, inside, [r.size for r in inside], limit)
+
+
+def brute_spro(maps, channels, pixels, limit):
+    """From the definition; ``pixels`` gives S of an area."""
+    normal = np.concatenate(
+        [np.float64(m[~np.any(c, axis=0)]) for m, c in zip(maps, channels, strict=True)]
+    )
+    inside = [np.float64(m[k]) for m, c in zip(maps, channels, strict=True) for k in c if k.any()]
+    return brute_area(maps, normal, inside, [pixels(r.size) for r in inside], limit)
+
+
+def brute_area(maps, normal, inside, saturated, limit):
     fpr, pro = [0.0], [0.0]
     for t in np.unique(np.concatenate([np.float64(m).ravel() for m in maps]))[::-1]:
         fpr.append(np.mean(normal >= t))
-        pro.append(np.mean([np.mean(r >= t) for r in inside]))
+        hits = [np.sum(r >= t) for r in inside]
+        pro.append(np.mean([min(h / s, 1.0) for h, s in zip(hits, saturated, strict=True)]))
     area = 0.0
     for x0, x1, y0, y1 in zip(fpr[:-1], fpr[1:], pro[:-1], pro[1:], strict=True):
         if x1 > limit:
@@ -39,6 +54,17 @@ def brute_aupro(maps, masks, limit):
             x1 = max(limit, x0) if x0 < limit else x0
         area += (x1 - x0) * (y0 + y1) / 2
     return area / limit
+
+
+def brute_f1(scores, labels):
+    """From the definition, a threshold per distinct score."""
+    scores, labels = np.float64(scores), np.asarray(labels, bool)
+    found = [0.0]
+    for t in np.unique(scores):
+        hits = np.sum(labels & (scores >= t))
+        precision, recall = hits / np.sum(scores >= t), hits / labels.sum()
+        found.append(2 * precision * recall / (precision + recall) if hits else 0.0)
+    return max(found)
 
 
 def blobs(rng, n, h, w, share=0.06):
@@ -74,6 +100,8 @@ def test_pixel_metrics_equal_the_oracles(dtype):
         expected = sk.roc_auc_score(truth, flat), sk.average_precision_score(truth, flat)
         assert metrics.pixel_auroc(maps, masks) == pytest.approx(expected[0], abs=1e-9), kind
         assert metrics.average_precision(maps, masks) == pytest.approx(expected[1], abs=1e-9), kind
+        f1 = brute_f1(flat, truth)
+        assert metrics.f1_max(maps, masks) == pytest.approx(f1, abs=1e-12), kind
         for limit in LIMITS:
             oracle = brute_aupro(maps, masks, limit)
             assert metrics.aupro(maps, masks, limit) == pytest.approx(oracle, abs=1e-9), kind
@@ -81,6 +109,7 @@ def test_pixel_metrics_equal_the_oracles(dtype):
         assert together == {
             "pixel_auroc": metrics.pixel_auroc(maps, masks),
             "pixel_ap": metrics.average_precision(maps, masks),
+            "pixel_f1_max": metrics.f1_max(maps, masks),
             "aupro_30": metrics.aupro(maps, masks),
         }
 
@@ -95,6 +124,7 @@ def test_image_metrics_equal_scikit_learn():
         assert metrics.average_precision(scores, labels) == pytest.approx(
             sk.average_precision_score(labels, scores), abs=1e-12
         )
+        assert metrics.f1_max(scores, labels) == pytest.approx(brute_f1(scores, labels), abs=1e-12)
     four = [0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]
     assert metrics.image_auroc(*four) == pytest.approx(0.75)
     assert metrics.average_precision(*four) == pytest.approx(0.8333, abs=1e-4)
@@ -225,3 +255,85 @@ def test_other_bad_input():
     for limit in (0.0, 1.5, -1, float("nan")):
         with pytest.raises(MetricError, match="fpr_limit"):
             metrics.aupro(np.zeros((1, 2, 2)), np.eye(2, dtype=bool)[None], limit)
+
+
+def test_saturated_pixels_of_the_sheet():
+    absolute = Saturation(threshold=100, relative=False)
+    assert (absolute.pixels(400), absolute.pixels(60)) == (100, 60)
+    assert Saturation(threshold=0.5, relative=True).pixels(7) == 3
+    assert Saturation(threshold=0.1, relative=True).pixels(7) == 1  # the guard: not 0
+    for threshold, relative in ((0.0, True), (1.5, True), (0, False), (0.5, False), (2.5, False)):
+        with pytest.raises(MetricError, match="saturation"):
+            Saturation(threshold=threshold, relative=relative)
+
+
+@pytest.mark.parametrize(("hits", "credit"), [(50, 0.5), (100, 1.0), (400, 1.0)])
+def test_hits_of_a_saturated_channel(hits, credit):
+    channel = np.zeros((30, 40), bool)
+    channel[:20, :20] = True
+    scores = np.zeros(channel.shape)
+    scores[np.unravel_index(np.flatnonzero(channel)[:hits], channel.shape)] = 1.0
+    rule = Saturation(threshold=100, relative=False)
+    # At score 1 the curve rises to the credit, then straight to (1, 1).
+    for limit in (0.05, 1.0):
+        area = metrics.spro([scores], [[channel]], rule, limit)
+        assert area == pytest.approx(credit + (1 - credit) * limit / 2)
+    top, sizes = units([scores], [[channel]], rule)[0].positives(scores.ravel())
+    assert top.sum() == min(hits, 100)
+    assert (sizes == 100).all()
+
+
+def test_spro_equals_the_oracle():
+    rng = np.random.default_rng(6)
+    masks = blobs(rng, 6, 14, 12, share=0.15)
+    channels = np.stack([masks, np.roll(masks, 2, 2), np.zeros_like(masks)], 1)  # they overlap
+    rules = {
+        Saturation(threshold=5, relative=False): lambda area: min(5, area),
+        Saturation(threshold=0.3, relative=True): lambda area: max(1, int(0.3 * area)),
+    }
+    for kind, maps in score_kinds(rng, masks).items():
+        for rule, pixels in rules.items():
+            for limit in LIMITS:
+                oracle = brute_spro(maps, channels, pixels, limit)
+                found = metrics.spro(maps, channels, rule, limit)
+                assert found == pytest.approx(oracle, abs=1e-9), kind
+    # A rule per channel of each image.
+    one, other = rules
+    mixed = metrics.spro(
+        maps := score_kinds(rng, masks)["random"], channels, [[one, other, one]] * 6
+    )
+    fixed = [one, other, one]
+    inside = [(m[k], r) for m, c in zip(maps, channels, strict=True)
+              for k, r in zip(c, fixed, strict=True) if k.any()]  # fmt: skip
+    normal = maps[~channels.any(1)]
+    sizes = [rules[r](x.size) for x, r in inside]
+    oracle = brute_area(maps, normal, [x for x, _ in inside], sizes, 0.05)
+    assert mixed == pytest.approx(oracle, abs=1e-9)
+
+
+def test_unsaturated_spro_of_connected_channels_is_aupro():
+    rng = np.random.default_rng(7)
+    masks = np.zeros((5, 16, 16), bool)
+    for i in range(1, 5):
+        masks[i, 2 : 4 + i, 3 : 5 + 2 * i] = True
+    maps = np.round(4 * (rng.standard_normal(masks.shape) + masks)) / 4
+    for limit in LIMITS:
+        expected = metrics.aupro(maps, masks, limit)
+        assert metrics.spro(maps, masks[:, None], fpr_limit=limit) == pytest.approx(expected)
+        listed = [[m] if m.any() else [] for m in masks]
+        assert metrics.spro(list(maps), listed, fpr_limit=limit) == pytest.approx(expected)
+
+
+def test_unusable_channels_are_errors():
+    maps, channel = np.zeros((2, 4, 4)), np.eye(4, dtype=bool)
+    with pytest.raises(MetricError, match=r"2 maps and 1 lists"):
+        metrics.spro(maps, [[channel]])
+    with pytest.raises(MetricError, match=r"channels\[1\]\[0\].*\(4, 4\), found \(3, 4\)"):
+        metrics.spro(maps, [[], [channel[:3]]])
+    rule = Saturation(threshold=1, relative=False)
+    with pytest.raises(MetricError, match=r"saturation\[1\].*1 channels and 2"):
+        metrics.spro(maps, [[], [channel]], [[], [rule, rule]])
+    with pytest.raises(MetricError, match=r"found 2 maps and 1 lists"):
+        metrics.spro(maps, [[], [channel]], [[rule]])
+    with pytest.raises(MetricError, match="needs defect pixels"):
+        metrics.spro(maps, [[], []])
