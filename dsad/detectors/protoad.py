@@ -1,9 +1,9 @@
 """ProtoAD: cosine distance of every cell to the closest prototype of the normal cells.
 
-Huang et al., "Prototype-Based Neural Network for Image Anomaly Detection and Localization" (2023).
-Prototypes are unit means of first-neighbour clusters (``ops.finch``); with x and m_k of unit norm
-the score is 1 - max_k <x, m_k> = min_k |x - m_k|² / 2, computed in the second form, which keeps its
-digits where x is close to a prototype.
+Huang et al., "A Prototype-Based Neural Network for Image Anomaly Detection and Localization"
+(2023). Prototypes are unit means of first-neighbour clusters (``ops.finch``); with x and m_k of
+unit norm the score is 1 - max_k <x, m_k> = min_k |x - m_k|² / 2, computed in the second form, which
+keeps its digits where x is close to a prototype.
 """
 
 import dataclasses
@@ -115,15 +115,12 @@ class ProtoAd:
 
     def _rows(self, source: FeatureSource, key: jax.Array) -> np.ndarray:
         """The unit rows (n, d) that enter the joint clustering, in the order of the source."""
-        kept: tuple[np.ndarray, np.ndarray] | None = None
         waiting: list[tuple[np.ndarray, np.ndarray]] = []
         for rows, places in self._per_image(source, key):
             waiting.append((rows, places))
             if self.config.rows and sum(len(r) for r, _ in waiting) >= 2 * self.config.rows:
                 waiting = [self._sampled(waiting)]
-        if waiting:
-            kept = self._sampled(waiting)
-        return kept[0] if kept else np.zeros((0, 0), np.float32)
+        return self._sampled(waiting)[0] if waiting else np.zeros((0, 0), np.float32)
 
     def _per_image(
         self, source: FeatureSource, key: jax.Array

@@ -60,8 +60,9 @@ class Spade:
 
     Where n is padded (see ``fit``) the rows of "pooled" are infinite and never among the nearest.
     The state takes 4 · n · Σ cells · d bytes: 1.4 MB per image for ResNet-18 and 5.6 MB for a wide
-    ResNet-50 at 224 pixels, layers 1 to 3. Scoring adds, whatever the batch, up to three copies of
-    K images' cells of one layer (3 · 4 · K · cells · d bytes) and the tiles of ``nearest``.
+    ResNet-50 at 224 pixels, layers 1 to 3; fitting holds it twice on the host. Scoring adds,
+    whatever the batch, up to three copies of K images' cells of one layer (3 · 4 · K · cells · d
+    bytes) and the tiles of ``nearest``.
     """
 
     config: Config

@@ -24,7 +24,7 @@ def test_equals_a_convolution_with_the_prototypes():
     state = detector.fit(Batches(spread(0, 6)), mesh=None, key=KEY)
     kernels = np.asarray(state["prototypes"])
     np.testing.assert_allclose(np.linalg.norm(kernels, axis=1), 1.0, rtol=1e-6)
-    cells = joined(test, side=1, order=0)
+    cells = joined(test, 1, order=0)
     cells = np.float32(cells / np.linalg.norm(cells, axis=3, keepdims=True))
     similar = lax.conv_general_dilated(
         jnp.asarray(cells), jnp.asarray(kernels.T[None, None]), (1, 1), "VALID",

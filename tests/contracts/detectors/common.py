@@ -38,9 +38,9 @@ class Batches:
             yield FeatureBatch(maps, np.arange(self.size) < len(picked), "tiles", index)
 
 
-def joined(maps, side=3, order=1):
-    """Means over side × side cells, on the grid of the first layer, by scipy, in float64."""
-    window, grids = (1, side, side, 1), []
+def joined(maps, neighbourhood=3, order=1):
+    """Neighbourhood means, resampled onto the grid of the first layer, by scipy, in float64."""
+    window, grids = (1, neighbourhood, neighbourhood, 1), []
     for name in ("layer2", "layer3"):
         values = np.float64(maps[name])
         mean = ndimage.uniform_filter(values, window, mode="constant")
