@@ -1,7 +1,7 @@
 """What every detector does with the features it is given: choose layers, join them, check them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,12 @@ from dsad.ops.resize import match_grid, neighbourhood_mean
 
 
 class Cells(NamedTuple):
-    """The valid images of one batch: ``values`` (n, ...) float32, ``index`` (n,), ``category``."""
+    """The valid images of one batch: ``values`` (n, ...) float32, ``index`` (n,), ``category``.
 
-    values: np.ndarray
+    ``values`` is one array, or a tree of arrays if that is what was computed.
+    """
+
+    values: Any
     index: np.ndarray
     category: str
 
@@ -47,9 +50,7 @@ def joined(
     return jnp.concatenate([match_grid(m, grid, method) for m in means], axis=-1)  # type: ignore[arg-type]
 
 
-def cells(
-    source: FeatureSource, embed: Callable[[FeatureMaps], jax.Array], name: str
-) -> Iterator[Cells]:
+def cells(source: FeatureSource, embed: Callable[[FeatureMaps], Any], name: str) -> Iterator[Cells]:
     """One pass over a source: ``embed``, made by ``jax.jit``, of every batch without its padding.
 
     Raises DataError, naming the detector ``name``, the category and the samples, for NaN or
@@ -59,15 +60,19 @@ def cells(
         valid = np.asarray(batch.valid, bool)
         if not valid.any():
             continue
-        values = np.asarray(embed(dict(batch.maps)), np.float32)[valid]
+        made = embed(dict(batch.maps))
+        leaves, structure = jax.tree.flatten(made)
+        leaves = [np.asarray(x, np.float32)[valid] for x in leaves]
         index = np.asarray(batch.index)[valid]
-        broken = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        broken = np.zeros(len(index), bool)
+        for leaf in leaves:
+            broken |= ~np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
         if broken.any():
             raise DataError(
                 f"detector {name}: NaN or infinite features of {batch.category} samples "
                 f"{index[broken].tolist()}; expected finite ones. Check the weights."
             )
-        yield Cells(values, index, batch.category)
+        yield Cells(jax.tree.unflatten(structure, leaves), index, batch.category)
 
 
 def nothing_to_train(name: str, trained: object) -> None:

@@ -1,7 +1,8 @@
 """What every detector must satisfy; the members of dsad.detectors are discovered.
 
 A member ``dsad/detectors/NAME.py`` needs ``tests/contracts/detectors/NAME.py`` with ``CONFIGS``,
-the configurations to run, and ``oracle(config, normal, test) -> (maps, image)`` in float64.
+the configurations to run, and ``oracle(config, normal, test) -> (maps, image)`` in float64;
+with ``SYMBOLIC = True`` its score is exported for any batch size instead of a fixed one.
 """
 
 import functools
@@ -11,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from dsad.core.config import members
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
 from dsad.core.types import Detector, Scores
+from dsad.ops import neighbors
 from tests.contracts.detectors.common import KEY, Batches, close, made, maps_of
 
 CASES = {n: importlib.import_module(f"tests.contracts.detectors.{n}") for n in members("detectors")}
@@ -42,9 +45,10 @@ def test_equals_its_oracle(name, config):
     state = detector.fit(Batches(normal), mesh=None, key=KEY)
     scores = jitted(detector)(state, test)
     assert isinstance(scores, Scores)
-    assert (scores.map.shape, scores.image.shape) == ((8, 6, 5), (8,))
+    expected = CASES[name].oracle(config, normal, test)
+    assert (scores.map.shape, scores.image.shape) == (expected[0].shape, (8,))
     assert scores.map.dtype == scores.image.dtype == jnp.float32
-    close(scores, CASES[name].oracle(config, normal, test), 1e-5)
+    close(scores, expected, 1e-5)
 
 
 def test_order_padding_and_batch_size_change_nothing(case):
@@ -59,7 +63,12 @@ def test_order_padding_and_batch_size_change_nothing(case):
     close(one, jax.tree.map(lambda x: x[1:2], expected))
 
 
-def test_same_on_one_and_eight_devices(case, devices):
+@pytest.fixture(params=[1, 2, 8], ids=["1-device", "2-devices", "8-devices"])
+def devices(request):
+    return jax.devices()[: request.param]
+
+
+def test_same_on_one_two_and_eight_devices(case, devices):
     detector, score = case
     normal, test = maps_of(0, 6), maps_of(1, 8)
     expected = score(detector.fit(Batches(normal), mesh=None, key=KEY), test)
@@ -82,16 +91,45 @@ def test_state_is_arrays_that_survive_a_file(case, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, score(loaded, test), expected)
 
 
+def test_same_for_any_tile_of_the_search(case, monkeypatch):
+    detector, score = case
+    test = maps_of(1, 8)
+    state = detector.fit(Batches(maps_of(0, 6)), mesh=None, key=KEY)
+    expected = score(state, test)
+    for name in [n for n in vars(neighbors) if n.endswith("TILE")]:
+        monkeypatch.setattr(neighbors, name, 8)
+    close(jax.jit(lambda s, f: detector.score(s, f))(state, test), expected)
+
+
+def test_exported_program_equals_the_live_one(case, request):
+    detector, score = case
+    test = maps_of(1, 8)
+    state = detector.fit(Batches(maps_of(0, 6)), mesh=None, key=KEY)
+    symbolic = getattr(CASES[request.node.callspec.params["case"]], "SYMBOLIC", False)
+    batch = export.symbolic_shape("b")[0] if symbolic else 8
+    spec = lambda x, *lead: jax.ShapeDtypeStruct((*lead, *x.shape[len(lead) :]), x.dtype)  # noqa: E731
+    specs = jax.tree.map(spec, state), {n: spec(m, batch) for n, m in test.items()}
+    program = jax.jit(lambda s, f: tuple(detector.score(s, f)))
+    read = export.deserialize(bytearray(export.export(program)(*specs).serialize()))
+    close(jax.jit(read.call)(state, test), score(state, test))
+    if symbolic:
+        three = jax.tree.map(lambda x: x[:3], test)
+        close(jax.jit(read.call)(state, three), jax.tree.map(lambda x: x[:3], score(state, test)))
+
+
 def test_normal_scores_lie_below_corrupted_ones(case):
     detector, score = case
     state = detector.fit(Batches(maps_of(0, 6)), mesh=None, key=KEY)
     test = maps_of(1, 8)
     corrupt = {n: m.copy() for n, m in test.items()}
-    corrupt["layer2"][:, 2:4, 1:3] += 4
+    # Alternating, so that directions change as well as distances.
+    corrupt["layer2"][:, 2:4, 1:3] += np.resize(np.float32([4, -4]), 7)
     normal, broken = score(state, test), score(state, corrupt)
     assert normal.image.max() < broken.image.min()
     peak = np.asarray(broken.map).reshape(8, -1).argmax(axis=1)
-    rows, columns = np.unravel_index(peak, (6, 5))
+    height, width = broken.map.shape[1:]  # any grid: evaluation resizes it to the image
+    rows, columns = np.unravel_index(peak, (height, width))
+    rows, columns = (rows + 0.5) * 6 // height, (columns + 0.5) * 5 // width
     assert ((rows >= 1) & (rows <= 4)).all()
     assert (columns <= 3).all()
 

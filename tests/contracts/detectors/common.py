@@ -38,24 +38,25 @@ class Batches:
             yield FeatureBatch(maps, np.arange(self.size) < len(picked), "tiles", index)
 
 
-def joined(maps):
-    """Neighbourhood means and half-pixel bilinear resampling by scipy, in float64."""
-    window, grids = (1, 3, 3, 1), []
+def joined(maps, neighbourhood=3, order=1):
+    """Neighbourhood means, resampled onto the grid of the first layer, by scipy, in float64."""
+    window, grids = (1, neighbourhood, neighbourhood, 1), []
     for name in ("layer2", "layer3"):
         values = np.float64(maps[name])
         mean = ndimage.uniform_filter(values, window, mode="constant")
         grids.append(mean / ndimage.uniform_filter(np.ones_like(values), window, mode="constant"))
-    height, width = grids[0].shape[1:3]
-    deep = grids[1]
+    up = [upsampled(m, grids[0].shape[1:3], order) for m in np.moveaxis(grids[1], 3, 0)]
+    return np.concatenate([grids[0], np.stack(up, axis=3)], axis=3)
+
+
+def upsampled(maps, grid=(6, 5), order=1):
+    """Resampling of maps (b, h, w) at half-pixel centres: bilinear, or the nearest cell."""
     at = [
         np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
-        for n, m in zip(deep.shape[1:3], (height, width), strict=True)
+        for n, m in zip(maps.shape[1:], grid, strict=True)
     ]
     points = np.meshgrid(*at, indexing="ij")
-    up = np.stack(
-        [[ndimage.map_coordinates(c, points, order=1) for c in np.moveaxis(m, 2, 0)] for m in deep]
-    )
-    return np.concatenate([grids[0], np.moveaxis(up, 1, 3)], axis=3)
+    return np.stack([ndimage.map_coordinates(m, points, order=order) for m in maps])
 
 
 def made(name, **config):

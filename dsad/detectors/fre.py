@@ -1,0 +1,292 @@
+"""FRE: the part of the features that a linear subspace of the normal ones cannot reconstruct.
+
+Ndiour et al., "FRE: A Fast Method For Anomaly Detection And Segmentation" (2022): u is projected
+onto the leading principal axes W of the normal features, û = μ + Wᵀ W (u - μ); the map is the
+squared error e = u - û summed over channels, the image score the sum of the map.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dsad.core.errors import ConfigError, DataError
+from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.detectors._features import Cells, cells, check_layers, nothing_to_train, select
+from dsad.ops.resize import resize_maps
+
+#: From all variances, in descending order, to the number of axes kept.
+Count = Callable[[np.ndarray], int]
+#: Columns of the features that are held in float64 at a time.
+COLUMNS = 8192
+#: Variance below this share of the largest is rounding: such axes are never kept.
+FLOOR = 1e-10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which features are reconstructed, and from how many axes.
+
+    ``layers``: feature maps, each with a subspace of its own. ``mode``: "image" takes a whole map
+    as one vector (positions matter: aligned objects), "patch" the cells of all positions alike
+    (textures, unaligned objects). ``pool``: side of the square of cells averaged first.
+    ``variance``: share of the normal features' variance that the axes explain; ``components``,
+    unless 0, is their number instead. ``balance``: with several layers, divide the errors of each
+    by its total variance over the normal images, so that no layer outweighs the others by scale;
+    a single layer keeps its squared errors.
+    """
+
+    layers: tuple[str, ...] = ("layer3",)
+    mode: Literal["image", "patch"] = "image"
+    pool: int = 2
+    variance: float = 0.97
+    components: int = 0
+    balance: bool = True
+
+    def __post_init__(self):
+        check_layers(self.layers)
+        if self.mode not in ("image", "patch"):
+            raise ConfigError(f"detector.mode: expected 'image' or 'patch', found {self.mode!r}.")
+        if self.pool < 1:
+            raise ConfigError(f"detector.pool: expected >= 1, found {self.pool}.")
+        if not 0 < self.variance <= 1:
+            raise ConfigError(f"detector.variance: expected in (0, 1], found {self.variance}.")
+        if self.components < 0:
+            raise ConfigError(f"detector.components: expected >= 0, found {self.components}.")
+
+
+class Subspace(NamedTuple):
+    """Mean (D,) and orthonormal principal axes (r, D), float32, and the total variance."""
+
+    mean: np.ndarray
+    axes: np.ndarray
+    total: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Fre:
+    """The detector; its state is {layer: {"mean", "axes", "weight"}}, float32.
+
+    "mean" is (gh, gw, d) in mode "image" and (d,) in mode "patch"; "axes" has a leading axis of r
+    rows, filled up with zero rows, which change nothing, to a power of two of at least 32: so
+    categories share one compiled program. "weight" is a factor on the squared errors.
+    """
+
+    config: Config
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the feature maps it reads."""
+        return self.config.layers
+
+    def embed(self, features: FeatureMaps) -> dict[str, jax.Array]:
+        """Pooled maps {layer: (b, gh, gw, d)} of a batch."""
+        maps = select(features, self.layers)
+        return {n: pooled(m, self.config.pool) for n, m in zip(self.layers, maps, strict=True)}
+
+    def fit(
+        self,
+        source: FeatureSource,
+        *,
+        mesh: jax.sharding.Mesh | None,
+        key: jax.Array,
+        trained: Tree | None = None,
+    ) -> Tree:
+        """Mean and principal axes of the normal images, computed in float64 on the host.
+
+        Mode "image" keeps the pooled maps of all n images (4 · n · D bytes) and an n × n matrix
+        (D × D if that is smaller), in float64; mode "patch" streams over the images and keeps a
+        d × d matrix. Raises DataError with fewer than 2 images, or NaN or infinite features.
+        """
+        del mesh, key
+        nothing_to_train("fre", trained)
+        parts = cells(source, functools.partial(_embed, self), "fre")
+        count, found = (self._images if self.config.mode == "image" else self._patches)(parts)
+        if count < 2:
+            raise DataError(
+                f"detector fre: expected at least 2 normal images, found {count}. Check the train "
+                "split."
+            )
+        several = self.config.balance and len(self.layers) > 1
+        state = {}
+        for name, (grid, space) in found.items():
+            weight = 1.0 / space.total if several and space.total > 0 else 1.0
+            axes = _bucketed(space.axes)
+            state[name] = {
+                "mean": jnp.asarray(space.mean.reshape(grid)),
+                "axes": jnp.asarray(axes.reshape(len(axes), *grid)),
+                "weight": jnp.asarray(weight, jnp.float32),
+            }
+        return state
+
+    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+        """Squared errors: map (b, gh, gw) on the first layer's pooled grid, image (b,) their sum.
+
+        Maps of further layers are brought to that grid bilinearly and scaled by the ratio of the
+        cell counts, which keeps their sum where one grid divides the other; then they are added.
+        """
+        maps, image = [], []
+        for name, values in self.embed(features).items():
+            errors = state[name]["weight"] * self._errors(state[name], values)
+            image.append(jnp.sum(errors, axis=(1, 2)))
+            grid = maps[0].shape[1:] if maps else errors.shape[1:]
+            if errors.shape[1:] != grid:
+                share = errors.shape[1] * errors.shape[2] / (grid[0] * grid[1])
+                errors = share * resize_maps(errors, grid)
+            maps.append(errors)
+        return Scores(map=sum(maps[1:], start=maps[0]), image=sum(image[1:], start=image[0]))
+
+    def _errors(self, state: Tree, values: jax.Array) -> jax.Array:
+        """Σ_c e² of pooled maps (b, gh, gw, d): (b, gh, gw)."""
+        high = lax.Precision.HIGHEST
+        missing = 4 - state["mean"].ndim
+        centred = values - state["mean"].reshape((1,) * missing + state["mean"].shape)
+        if self.config.mode == "image":
+            weights = jnp.einsum("bhwd,rhwd->br", centred, state["axes"], precision=high)
+            inside = jnp.einsum("br,rhwd->bhwd", weights, state["axes"], precision=high)
+        else:
+            weights = jnp.einsum("bhwd,rd->bhwr", centred, state["axes"], precision=high)
+            inside = jnp.einsum("bhwr,rd->bhwd", weights, state["axes"], precision=high)
+        return jnp.sum(jnp.square(centred - inside), axis=3)
+
+    def _images(
+        self, parts: Iterable[Cells]
+    ) -> tuple[int, dict[str, tuple[tuple[int, ...], Subspace]]]:
+        kept = list(parts)
+        if not kept:
+            return 0, {}
+        # In the order of the samples, so that the order of the source does not even touch rounding.
+        index = np.concatenate([part.index for part in kept])
+        category = np.concatenate([[part.category] * len(part.index) for part in kept])
+        order = np.lexsort((index, category))
+        found = {}
+        for name in self.layers if len(index) > 1 else ():
+            rows = np.concatenate([part.values[name] for part in kept])[order]
+            space = subspace(rows.reshape(len(rows), -1), self._count)
+            found[name] = rows.shape[1:], space
+        return len(index), found
+
+    def _patches(
+        self, parts: Iterable[Cells]
+    ) -> tuple[int, dict[str, tuple[tuple[int, ...], Subspace]]]:
+        images, moments = 0, {}
+        for part in parts:
+            images += len(part.index)
+            for name in self.layers:
+                rows = part.values[name].reshape(-1, part.values[name].shape[3])
+                moments.setdefault(name, Moments(rows)).add(rows)
+        found = {n: ((len(m.shift),), m.subspace(self._count)) for n, m in moments.items()}
+        return images, found
+
+    def _count(self, variances: np.ndarray) -> int:
+        """How many axes to keep, from all variances in descending order."""
+        return leading(variances, self.config.variance, self.config.components)
+
+
+def pooled(maps: jax.Array, side: int) -> jax.Array:
+    """Means of maps (b, h, w, d) over squares of ``side`` cells; incomplete squares are dropped."""
+    _, height, width, depth = maps.shape
+    rows, columns = height // side, width // side
+    if min(rows, columns) < 1:
+        raise ConfigError(f"detector.pool: {side} exceeds the grid {(height, width)} of a layer.")
+    whole = maps[:, : rows * side, : columns * side]
+    blocks = whole.reshape(maps.shape[0], rows, side, columns, side, depth)
+    return jnp.mean(blocks, axis=(2, 4))
+
+
+def leading(variances: np.ndarray, variance: float, components: int = 0) -> int:
+    """The number of axes: ``components``, or the fewest that explain more than ``variance``.
+
+    ``variances`` are in descending order. Axes without variance beyond rounding never count.
+    """
+    usable = int(np.sum(variances > FLOOR * variances[:1].sum()))
+    if components:
+        return min(components, usable)
+    share = np.cumsum(variances) / max(variances.sum(), np.finfo(np.float64).tiny)
+    return min(int(np.searchsorted(share, variance, side="right")) + 1, usable)
+
+
+def subspace(rows: np.ndarray, count: Count) -> Subspace:
+    """Principal axes of rows (n, D) through the smaller of the n × n and the D × D matrix.
+
+    ``count`` maps the variances, descending, to the number of axes kept. Memory beyond the rows
+    and the axes: two matrices of min(n, D)² and one of n × 8,192 float64.
+    """
+    n, depth = rows.shape
+    mean = rows.mean(axis=0, dtype=np.float64)
+
+    def blocks() -> Iterable[tuple[slice, np.ndarray]]:
+        for start in range(0, depth, COLUMNS):
+            at = slice(start, start + COLUMNS)
+            yield at, rows[:, at].astype(np.float64) - mean[at]
+
+    if depth <= n:
+        centred = rows.astype(np.float64) - mean
+        return _from_scatter(mean, centred.T @ centred, n, count)
+    gram = np.zeros((n, n))
+    for _, block in blocks():
+        gram += block @ block.T
+    values, vectors = _descending(gram)
+    kept = count(values / n)
+    basis = vectors[:, :kept] / np.sqrt(values[:kept])
+    axes = np.zeros((kept, depth), np.float32)
+    for at, block in blocks():
+        axes[:, at] = basis.T @ block
+    return Subspace(mean.astype(np.float32), axes, float(values.sum() / n))
+
+
+class Moments:
+    """Sums of rows (·, d) and of their products, about a shift, in float64."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        # Any shift gives the same covariance; one near the mean keeps its digits.
+        self.shift = rows.mean(axis=0, dtype=np.float64)
+        self.count = 0
+        self.total = np.zeros_like(self.shift)
+        self.products = np.zeros((len(self.shift), len(self.shift)))
+
+    def add(self, rows: np.ndarray) -> None:
+        """Count further rows (m, d)."""
+        centred = rows.astype(np.float64) - self.shift
+        self.count += len(rows)
+        self.total += centred.sum(axis=0)
+        self.products += centred.T @ centred
+
+    def subspace(self, count: Count) -> Subspace:
+        """Mean, axes and total variance of all rows."""
+        offset = self.total / self.count
+        scatter = self.products - self.count * np.outer(offset, offset)
+        return _from_scatter(self.shift + offset, scatter, self.count, count)
+
+
+def _from_scatter(mean: np.ndarray, scatter: np.ndarray, n: int, count: Count) -> Subspace:
+    values, vectors = _descending(scatter)
+    axes = vectors[:, : count(values / n)].T.astype(np.float32)
+    return Subspace(mean.astype(np.float32), axes, float(values.sum() / n))
+
+
+def _descending(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values, vectors = np.linalg.eigh(matrix)
+    return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+
+
+def _bucketed(axes: np.ndarray) -> np.ndarray:
+    """The axes with zero rows up to a power of two of at least 32."""
+    wanted = max(32, 1 << (len(axes) - 1).bit_length()) if len(axes) else 32
+    return np.pad(axes, ((0, wanted - len(axes)), (0, 0)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(detector: Fre, features: FeatureMaps) -> dict[str, jax.Array]:
+    """Compiled once per configuration and shapes, not once per fit."""
+    return detector.embed(features)
+
+
+def build(cfg: Config) -> Fre:
+    """The detector of a configuration."""
+    return Fre(cfg)

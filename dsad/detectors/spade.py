@@ -1,0 +1,200 @@
+"""SPADE: the nearest normal images, then the nearest cells among theirs.
+
+Cohen and Hoshen, "Sub-Image Anomaly Detection with Deep Pyramid Correspondences" (2020). An image
+is scored by its mean distance to the K nearest training images in the space of globally averaged
+features; a cell by its distance to the nearest cells, at any position and of the same layer, of
+these K images.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dsad.core import rng
+from dsad.core.errors import ConfigError, DataError
+from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.detectors._features import cells, check_layers, nothing_to_train, select
+from dsad.detectors._images import per_image
+from dsad.ops.neighbors import nearest
+from dsad.ops.resize import resize_maps
+
+#: Images are padded to a multiple of this, so that categories of similar size share one program.
+BUCKET = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which features are compared, with how many images and cells.
+
+    ``layers``: feature maps whose cells are compared, each with its own layer; the maps are
+    averaged on the grid of the first. ``pooled``: the feature map whose global average finds the
+    nearest images; empty takes the last of ``layers``. ``neighbours``: K, the images compared
+    with; fewer if there are fewer. ``kappa``: the score of a cell is the mean distance to so many
+    nearest cells. ``gallery_images``: 0 keeps every training image, else at most that many, a
+    uniformly random subset.
+    """
+
+    layers: tuple[str, ...] = ("layer1", "layer2", "layer3")
+    pooled: str = "layer4"
+    neighbours: int = 50
+    kappa: int = 1
+    gallery_images: int = 0
+
+    def __post_init__(self):
+        check_layers(self.layers)
+        for name, least in (("neighbours", 1), ("kappa", 1), ("gallery_images", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"detector.{name}: expected >= {least}, found {getattr(self, name)}."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Spade:
+    """The detector; its state is {"pooled": (n, d), "gallery": {layer: (n, cells, d)}}, float32.
+
+    Where n is padded (see ``fit``) the rows of "pooled" are infinite and never among the nearest.
+    The state takes 4 · n · Σ cells · d bytes: 1.4 MB per image for ResNet-18 and 5.6 MB for a wide
+    ResNet-50 at 224 pixels, layers 1 to 3; fitting holds it twice on the host. Scoring adds,
+    whatever the batch, up to three copies of K images' cells of one layer (3 · 4 · K · cells · d
+    bytes) and the tiles of ``nearest``.
+    """
+
+    config: Config
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the feature maps it reads."""
+        return tuple(dict.fromkeys((*self.config.layers, self._pooled)))
+
+    @property
+    def _pooled(self) -> str:
+        return self.config.pooled or self.config.layers[-1]
+
+    def embed(self, features: FeatureMaps) -> dict[str, Any]:
+        """{"pooled": (b, d), "gallery": {layer: (b, cells, d)}} of a batch."""
+        maps = dict(zip(self.layers, select(features, self.layers), strict=True))
+        return {
+            "pooled": jnp.mean(maps[self._pooled], axis=(1, 2)),
+            "gallery": {
+                n: maps[n].reshape(maps[n].shape[0], -1, maps[n].shape[3])
+                for n in self.config.layers
+            },
+        }
+
+    def fit(
+        self,
+        source: FeatureSource,
+        *,
+        mesh: jax.sharding.Mesh | None,
+        key: jax.Array,
+        trained: Tree | None = None,
+    ) -> Tree:
+        """The features of the normal images, in the order of the source.
+
+        With ``gallery_images``, each image draws a random priority from (key, sample index) and
+        the lowest ones stay: memory of the subset only, and the same subset for any order or
+        batching of the source. Raises DataError without images, with fewer cells than kappa, or
+        with NaN or infinite features.
+        """
+        del mesh  # the whole state on every device
+        nothing_to_train("spade", trained)
+        key, most = rng.named(key, "spade gallery"), self.config.gallery_images
+        kept: list[tuple[Any, np.ndarray]] = []
+        for values, index, _ in cells(source, functools.partial(_embed, self), "spade"):
+            draws = np.asarray(_draws(key, jnp.asarray(index, jnp.uint32)))
+            kept.append((values, np.stack([draws.astype(np.int64), index])))
+            if most and sum(len(v["pooled"]) for v, _ in kept) >= 2 * most:
+                kept = [_lowest(kept, most)]
+        if not kept:
+            raise DataError(
+                "detector spade: expected at least 1 normal image, found 0. Check the train split."
+            )
+        state = _lowest(kept, most or sum(len(v["pooled"]) for v, _ in kept))[0]
+        self._check_cells(state)
+        return jax.tree.map(jnp.asarray, self._padded(state))
+
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
+    ) -> Scores:
+        """Map (b, gh, gw): mean over the layers of the distances; image (b,): mean over K images.
+
+        Distances are Euclidean; maps of deeper layers are brought to the first grid bilinearly.
+        ``mesh`` splits the images over the devices.
+        """
+        grids = [(m.shape[1], m.shape[2]) for m in select(features, self.config.layers)]
+        image, gaps = per_image(self._one, state, self.embed(features), mesh)
+        maps = [
+            resize_maps(gaps[n].reshape(-1, *grid), grids[0])
+            for n, grid in zip(self.config.layers, grids, strict=True)
+        ]
+        return Scores(map=sum(maps[1:], start=maps[0]) / len(maps), image=image)
+
+    def _one(self, state: Tree, image: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Image score () and the distances (cells,) of every layer, of one image."""
+        gaps = state["pooled"] - image["pooled"][None]
+        squares = jnp.sum(gaps * gaps, axis=1)
+        count = min(self.config.neighbours, squares.shape[0])
+        closest, chosen = lax.top_k(-squares, count)
+        found = {}
+        for name, queries in image["gallery"].items():
+            bank = state["gallery"][name][chosen].reshape(-1, queries.shape[1])
+            distances, _ = nearest(queries, bank, self.config.kappa)
+            found[name] = jnp.mean(distances, axis=1)
+        return jnp.mean(jnp.sqrt(-closest)), found
+
+    def _padded(self, state: Any) -> Any:
+        """Images up to a multiple of BUCKET, at most ``gallery_images``; none with n < K."""
+        count = len(state["pooled"])
+        if count < self.config.neighbours:
+            return state  # all images are used: a padded one would be, too
+        wanted = count + -count % BUCKET
+        missing = max(min(wanted, self.config.gallery_images or wanted), count) - count
+
+        def pad(values: np.ndarray, fill: float) -> np.ndarray:
+            return np.concatenate(
+                [values, np.full((missing, *values.shape[1:]), fill, values.dtype)]
+            )
+
+        gallery = {n: pad(v, 0.0) for n, v in state["gallery"].items()}
+        return {"pooled": pad(state["pooled"], np.inf), "gallery": gallery}
+
+    def _check_cells(self, state: Any) -> None:
+        used = min(self.config.neighbours, len(state["pooled"]))
+        for name, gallery in state["gallery"].items():
+            if used * gallery.shape[1] < self.config.kappa:
+                raise DataError(
+                    f"detector spade: expected at least kappa = {self.config.kappa} cells of "
+                    f"{name} in the {used} nearest images, found {used * gallery.shape[1]}. Lower "
+                    "detector.kappa."
+                )
+
+
+def _lowest(kept: list[tuple[Any, np.ndarray]], most: int) -> tuple[Any, np.ndarray]:
+    """The ``most`` images of lowest priority (draw, sample index), in the order they came."""
+    places = np.concatenate([p for _, p in kept], axis=1)
+    chosen = np.sort(np.lexsort((places[1], places[0]))[:most])
+    values = jax.tree.map(lambda *x: np.concatenate(x)[chosen], *[v for v, _ in kept])
+    return values, places[:, chosen]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(detector: Spade, features: FeatureMaps) -> dict[str, Any]:
+    """Compiled once per configuration and shapes, not once per fit."""
+    return detector.embed(features)
+
+
+@jax.jit
+def _draws(key: jax.Array, index: jax.Array) -> jax.Array:
+    """Random priorities (images,), uint32, from key and sample index alone."""
+    return jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(index)
+
+
+def build(cfg: Config) -> Spade:
+    """The detector of a configuration."""
+    return Spade(cfg)
