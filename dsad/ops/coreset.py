@@ -1,308 +1,350 @@
-"""Which rows of a bank to keep: exact greedy k-centre, many picks per pass over the bank.
+"""Which rows of a bank to keep: exact greedy k-centre, random rows, k-means centres.
 
-Greedy k-centre (Gonzalez 1985; PatchCore's coreset) repeats: take the row farthest from all rows
-taken so far. One by one, every pick costs a pass over the bank that is bound by memory. Here a pass
-serves many picks: among the T rows of largest current distance the greedy picks are replayed on
-their T × T distances for as long as the best of them stays above the (T + 1)-th distance. Distances
-only fall, so no row outside can overtake and these picks are the ones that a plain run makes; the
-whole block of picks then enters the distances of all rows with one matrix product.
-
-Products of centred float32 features are off by about 1e-6 of the largest squared norm, more than
-the gap between many consecutive picks. So each row also remembers its nearest pick: whenever rows
-lie within that error of the best, their distances are recomputed from differences, in two float32
-parts of about 40 bits together, and decide. A block ends where the error could hide a row outside.
+Greedy k-centre (Gonzalez 1985; PatchCore, Roth et al. 2022, algorithm 1) repeats: take the row
+farthest from all rows taken so far. The picks here are those of a plain run one by one, made many
+at a time (``_kcentre``).
 """
 
 import functools
-from typing import NamedTuple
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-#: Rows replayed at once; picks folded at once; rows per step of a fold; rows refined at once.
-CANDIDATES, BLOCK, CHUNK, REFINED = 1024, 256, 2048, 16
-#: Error of a squared distance by products, in units of the largest centred squared norm.
-ERROR = 16 * 2.0**-24
+from dsad.core import rng
+from dsad.core.errors import ConfigError, DataError
+from dsad.core.types import Progress
+from dsad.ops import _kcentre
 
-
-class _Bank(NamedTuple):
-    """What a run does not change: rows (L, d) of this device, squared norms (L,), shift (1, d)."""
-
-    rows: jax.Array
-    norms: jax.Array
-    shift: jax.Array
-    error: jax.Array  # of a squared distance, a scalar
+#: Seconds of work between two reports of progress; starting points of the published start rule.
+REPORT_EVERY, STARTS = 0.5, 10
 
 
-class _State(NamedTuple):
-    """``far`` (L,): squared distance to the nearest pick, -inf for picks; ``near`` (L,): that pick.
+def greedy_coreset(
+    bank: Any,
+    size: int,
+    *,
+    start: int | Literal["published"] = 0,
+    projection_dim: int | None = None,
+    key: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+    memory_limit: int | None = None,
+    candidates: int = _kcentre.CANDIDATES,
+    block: int = _kcentre.BLOCK,
+) -> jax.Array:
+    """Rows (size,) int32 of ``bank`` (N, d), in the order in which farthest-first takes them.
 
-    ``picks`` (size + block,) and ``count`` are equal on all devices.
+    The same picks as a plain run, equal distances settled by the lowest row; distances are told
+    apart well below float32 rounding, except between rows closer than about 1e-3 of the largest
+    centred norm. ``start`` is the first row, or "published" for the rule of the public code: the
+    distance starts as the mean over 10 random rows (fewer in a smaller bank), which are not taken
+    themselves, and so caps far rows. ``projection_dim`` compares rows after a random linear map
+    with entries U(-1/√d, 1/√d), skipped if it equals d. Both draw from ``key``.
+
+    ``mesh`` splits the rows over its devices, which exchange candidates only; the picks are the
+    same. ``memory_limit``, in bytes, refuses a run that ``coreset_memory`` puts above it.
+    ``progress`` is called with picks done, picks in all and a text with the time left. Runs on the
+    host's clock, so it cannot be traced. Raises ConfigError, and DataError for NaN or infinity.
     """
-
-    far: jax.Array
-    near: jax.Array
-    picks: jax.Array
-    count: jax.Array
-    passes: jax.Array
-
-
-class _Block(NamedTuple):
-    """Greedy picks among candidates: their values (t,), in-block nearest slot or -1, and picks."""
-
-    values: jax.Array
-    near: jax.Array
-    slots: jax.Array  # (block,)
-    count: jax.Array
-    go: jax.Array
+    rows, depth = _checked(bank, size, start)
+    projected = projection_dim is not None and projection_dim != depth
+    if (projected or start == "published") and key is None:
+        raise ConfigError("greedy_coreset.key: a projection or start='published' needs a key.")
+    _check_memory(rows, depth, size, projection_dim, memory_limit)
+    values = bank
+    if projected:
+        assert key is not None
+        assert projection_dim is not None
+        values = _projected(bank, projection_dim, rng.named(key, "coreset projection"))
+    made, state = _begin(values, size, start, key, mesh, block)
+    state = _finish(made, state, size, (candidates, block), mesh, progress)
+    return _whole(state.picks, mesh)[:size]
 
 
-class _Pool(NamedTuple):
-    """The candidates of a pass, ascending by row: rows (t,), features and those of their pick."""
+def coreset_memory(
+    rows: int, dim: int, size: int, projection_dim: int | None = None, *, copied: bool = True
+) -> int:
+    """Bytes that ``greedy_coreset`` takes beyond the bank (rows, dim), all devices together.
 
-    rows: jax.Array
-    near: jax.Array  # (t,) row of the nearest pick, -1 for none
-    values: jax.Array  # (t,)
-    here: jax.Array  # (t, d)
-    there: jax.Array  # (t, d)
-    bound: jax.Array  # the largest value outside
-    after: jax.Array  # the lowest row outside that has it
-
-
-def _squared(x: jax.Array, y: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Squared distances (n,) of rows (n, d) as high and low part, exact to about 1e-11.
-
-    ``scale`` is a power of two above every distance asked for. The high parts are multiples of
-    scale / 2²², so their sums and differences are exact in any order.
+    ``copied``: the bank is on the host or split over a mesh, so that a float32 copy of the rows is
+    placed on the devices; with a projection only the projected rows are, in any case.
     """
-    gap = x - y
-    back = gap - x
-    rest = (x - (gap - back)) - (y + back)  # x - y is gap + rest, exactly
-    bits = lax.bitcast_convert_type(gap, jnp.int32) & jnp.int32(-4096)
-    head = lax.bitcast_convert_type(bits, jnp.float32)  # 12 bits: its square is exact
-    tail = gap - head
-    square, step = head * head, scale * 2.0**-22
-    high = jnp.round(square / step) * step
-    low = (square - high) + (tail * (head + gap) + 2 * gap * rest)
-    return jnp.sum(high, axis=1), jnp.sum(low, axis=1)
+    width = dim if projection_dim in (None, dim) else projection_dim
+    assert width is not None
+    placed = rows * width * 4 if copied or width != dim else 0
+    per_row = 7 * 4  # norms, distances, nearest picks, old and new
+    many, block, chunk = _kcentre.CANDIDATES, _kcentre.BLOCK, _kcentre.CHUNK
+    work = 4 * (4 * many * many + 4 * many * width + 3 * block * chunk + 2 * chunk * width)
+    mapped = 8 * 8192 * dim if width != dim else 0
+    return placed + rows * per_row + 4 * size + work + mapped
 
 
-def _largest(values: jax.Array, rows: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The ``count`` largest values and their rows; equal values by ascending position."""
-    best, place = lax.top_k(values, count)
-    return best, rows[place]
+def budget_rows(
+    rows: int,
+    dim: int,
+    *,
+    fraction: float | None = None,
+    count: int | None = None,
+    bytes: int | None = None,
+) -> int:
+    """Rows to keep of a bank (rows, dim) for exactly one of three budgets, between 1 and ``rows``.
 
-
-def _scale(value: jax.Array) -> jax.Array:
-    """A power of two of at least twice a positive value."""
-    return jnp.ldexp(jnp.float32(1.0), jnp.frexp(jnp.maximum(value, 1e-30))[1] + 1)
-
-
-def _refine(pool: _Pool, block: _Block, slots: jax.Array, scale: jax.Array):
-    """High and low part of the squared distances of candidates ``slots`` (n,)."""
-    inside = block.near[slots]
-    other = jnp.where(inside[:, None] >= 0, pool.here[inside], pool.there[slots])
-    high, low = _squared(pool.here[slots], other, scale)
-    given = (inside < 0) & (pool.near[slots] < 0)  # the start rule's value: no pick behind it
-    return jnp.where(given, block.values[slots], high), jnp.where(given, 0.0, low)
-
-
-def _best(pool: _Pool, block: _Block, error: jax.Array) -> jax.Array:
-    """Slot of the farthest candidate; equal distances give the lowest."""
-    top = jnp.max(block.values)
-    close = block.values >= top - 2 * error
-    scale = _scale(top + 2 * error)
-
-    def decided(slots: jax.Array) -> jax.Array:
-        high, low = _refine(pool, block, slots, scale)
-        high = jnp.where(close[slots], high, -jnp.inf)
-        return slots[jnp.argmax((high - jnp.max(high)) + low)]
-
-    def few() -> jax.Array:
-        found = lax.top_k(jnp.where(close, block.values, -jnp.inf), min(REFINED, close.size))[1]
-        return decided(jnp.sort(found).astype(jnp.int32))
-
-    count = jnp.sum(close.astype(jnp.int32))
-    return lax.switch(
-        (count > 1).astype(jnp.int32) + (count > REFINED).astype(jnp.int32),
-        (
-            lambda: jnp.argmax(block.values).astype(jnp.int32),
-            few,
-            lambda: decided(jnp.arange(close.size, dtype=jnp.int32)),
-        ),
-    )
-
-
-def _replay(pool: _Pool, bank: _Bank, most: jax.Array, block: int, settled: jax.Array) -> _Block:
-    """Greedy picks among the candidates for as long as no row outside can be farther.
-
-    ``settled``: whether the first pick is allowed in any case, as nothing is left to refine.
+    ``fraction`` keeps floor(fraction · rows), as published; ``count`` that many; ``bytes`` what
+    fits as float32. Raises ConfigError for none, several or a budget below one row.
     """
-    error, centred = bank.error, pool.here - bank.shift
-    norms = jnp.sum(centred * centred, axis=1)
-    products = lax.dot_general(
-        centred, centred, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
-    )
-    between = jnp.maximum(norms[:, None] + norms[None, :] - 2 * products, 0.0)
-
-    def step(state: _Block) -> _Block:
-        slot = _best(pool, state, error)
-        value = state.values[slot]
-        certain = value - 2 * error > pool.bound
-        # Only copies of picks are left: they go in the order of their rows.
-        floor = (value <= 0) & (pool.bound <= 0) & (pool.rows[slot] < pool.after)
-        go = (state.count < most) & (certain | floor | ((state.count == 0) & settled))
-        gaps = between[slot]
-        closer = gaps < state.values
-        taken = jnp.arange(gaps.size, dtype=jnp.int32) == slot
-        moved = _Block(
-            values=jnp.where(taken, -jnp.inf, jnp.minimum(state.values, gaps)),
-            near=jnp.where(closer, slot, state.near),
-            slots=state.slots.at[state.count].set(slot),
-            count=state.count + 1,
-            go=go,
+    given = {"fraction": fraction, "count": count, "bytes": bytes}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ConfigError(
+            f"bank budget: expected one of fraction, count and bytes, found {given or 'none'}."
         )
-        return jax.tree.map(lambda a, b: jnp.where(go, a, b), moved, state._replace(go=go))
-
-    start = _Block(
-        values=pool.values,
-        near=jnp.full(pool.rows.shape, -1, jnp.int32),
-        slots=jnp.zeros((block,), jnp.int32),
-        count=jnp.int32(0),
-        go=jnp.bool_(True),
-    )
-    return lax.while_loop(lambda s: s.go & (s.count < most), step, start)
-
-
-def _take(bank: _Bank, rows: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Features (n, d) of rows by their number in the whole bank; -1 gives any."""
-    if not axes:
-        return bank.rows[jnp.maximum(rows, 0)]
-    local, inside = _local(bank, rows, axes)
-    return lax.psum(jnp.where(inside[:, None], bank.rows[jnp.where(inside, local, 0)], 0.0), axes)
-
-
-def _local(bank: _Bank, rows: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-    """Position of rows on this device, past its end for rows of others, and whether it is here."""
-    length = bank.rows.shape[0]
-    local = rows - (lax.axis_index(axes) * length if axes else 0)
-    inside = (local >= 0) & (local < length)
-    return jnp.where(inside, local, length), inside
-
-
-def _pool(
-    bank: _Bank, state: _State, candidates: int, axes: tuple[str, ...]
-) -> tuple[_Pool, jax.Array]:
-    """The farthest rows with distances from differences, and whether any distance changed."""
-    length = bank.rows.shape[0]
-    values, places = lax.top_k(state.far, min(candidates + 1, length))
-    near = state.near[places]
-    if axes:
-        places = places + lax.axis_index(axes) * length
-        values, places, near = (
-            lax.all_gather(x, axes, tiled=True) for x in (values, places, near)
+    ((name, value),) = given.items()
+    if name == "fraction" and not 0 < value <= 1:
+        raise ConfigError(f"bank budget: expected 0 < fraction <= 1, found {value}.")
+    kept = {
+        "fraction": lambda: math.floor(value * rows + 1e-9),
+        "count": lambda: int(value),
+        "bytes": lambda: int(value) // (4 * dim),
+    }[name]()
+    if kept < 1:
+        raise ConfigError(
+            f"bank budget: {name} = {value} keeps no row of {rows} × {dim} float32 ({4 * dim} "
+            "bytes a row); raise it."
         )
-    many = min(candidates, values.size)
-    values = jnp.append(values, -jnp.inf)  # stands for the rows outside when there are none
-    places = jnp.append(places.astype(jnp.int32), jnp.int32(2**31 - 1))
-    values, order = lax.top_k(values, many + 1)
-    bound, after = values[many], places[order[many]]
-    rows, values, order = lax.sort((places[order[:many]], values[:many], order[:many]), num_keys=1)
-    near = near[order]
-    pool = _Pool(
-        rows, near, values, _take(bank, rows, axes), _take(bank, near, axes), bound, after
-    )
-    high, low = _squared(pool.here, pool.there, _scale(jnp.max(values) + 2 * bank.error))
-    exact = jnp.where((near >= 0) & (values > -jnp.inf), high + low, values)
-    return pool._replace(values=exact), jnp.any(exact != values)
+    return min(kept, rows)
 
 
-def _fold(
-    bank: _Bank, state: _State, pool: _Pool, block: _Block, axes: tuple[str, ...], width: int
-) -> _State:
-    """The first ``width`` picks of the block enter the distances of all rows."""
-    length, depth = bank.rows.shape
-    slots, valid = block.slots[:width], jnp.arange(width) < block.count
-    new = pool.rows[slots]
-    picked = pool.here[slots] - bank.shift
-    halves = jnp.where(valid, 0.5 * jnp.sum(picked * picked, axis=1), jnp.inf)[:, None]
-    number = jnp.arange(width, dtype=jnp.int32)[:, None]
-    chunk = min(CHUNK, length)
+def random_rows(key: jax.Array, rows: int, size: int) -> jax.Array:
+    """``size`` distinct rows of ``rows``, uniformly, ascending: (size,) int32."""
+    if not 1 <= size <= rows:
+        raise ConfigError(f"random_rows: expected 1 <= size <= {rows}, found {size}.")
+    key = rng.named(key, "random bank")
+    return jnp.sort(jax.random.permutation(key, rows)[:size]).astype(jnp.int32)
 
-    def one(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        far, near = carry
-        at = jnp.minimum(step * chunk, length - chunk)  # the last chunks may overlap
-        rows = lax.dynamic_slice(bank.rows, (at, 0), (chunk, depth)) - bank.shift
-        products = lax.dot_general(
-            picked, rows, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
+
+def kmeans_rows(
+    key: jax.Array,
+    bank: Any,
+    size: int,
+    *,
+    steps: int = 20,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> jax.Array:
+    """Centres (size, d) of Lloyd's k-means on ``bank`` (N, d), from random rows.
+
+    At most ``steps`` rounds, fewer if no row changes its centre. A centre that loses all its rows
+    stays where it was. Centres are means, not rows of the bank.
+    """
+    from dsad.ops.neighbors import nearest
+
+    rows, _ = _checked(bank, size, 0)
+    values = jnp.asarray(bank, jnp.float32)
+    centres = values[random_rows(rng.named(key, "k-means start"), rows, size)]
+    before: jax.Array | None = None
+    for step in range(steps):
+        assigned = nearest(values, centres, 1, mesh=mesh)[1][:, 0]
+        if mesh is not None:
+            assigned = jax.device_put(assigned, next(iter(values.devices())))
+        if before is not None and bool(jnp.array_equal(assigned, before)):
+            break
+        before, centres = assigned, _means(values, assigned, centres)
+        if progress:
+            progress(step + 1, steps, "rounds of k-means")
+    return centres
+
+
+@jax.jit
+def _means(values: jax.Array, assigned: jax.Array, centres: jax.Array) -> jax.Array:
+    """Mean of the rows of each centre, as a change from it: accurate far from the origin."""
+    size = centres.shape[0]
+    total = jax.ops.segment_sum(values - centres[assigned], assigned, size)
+    count = jax.ops.segment_sum(jnp.ones_like(assigned, jnp.float32), assigned, size)
+    return centres + total / jnp.maximum(count, 1.0)[:, None]
+
+
+def _checked(bank: Any, size: int, start: Any) -> tuple[int, int]:
+    shape = np.shape(bank)
+    if len(shape) != 2 or 0 in shape:
+        raise ConfigError(f"coreset: expected a non-empty bank (N, d), found {shape}.")
+    if not 1 <= size <= shape[0]:
+        raise ConfigError(f"coreset: expected 1 <= size <= {shape[0]} rows, found {size}.")
+    number = isinstance(start, int | np.integer) and 0 <= start < shape[0]
+    if start != "published" and not number:
+        raise ConfigError(
+            f"coreset.start: expected a row from 0 to {shape[0] - 1} or 'published', "
+            f"found {start!r}."
         )
-        gaps = halves - products
-        lowest = jnp.min(gaps, axis=0)
-        slot = jnp.min(jnp.where(gaps <= lowest[None], number, width), axis=0)
-        squares = jnp.maximum(lax.dynamic_slice(bank.norms, (at,), (chunk,)) + 2 * lowest, 0.0)
-        old = lax.dynamic_slice(far, (at,), (chunk,))
-        closer = squares < old
-        old_near = lax.dynamic_slice(near, (at,), (chunk,))
-        return (
-            lax.dynamic_update_slice(far, jnp.where(closer, squares, old), (at,)),
-            lax.dynamic_update_slice(near, jnp.where(closer, new[slot], old_near), (at,)),
+    return shape[0], shape[1]
+
+
+def _check_memory(
+    rows: int, dim: int, size: int, projection_dim: int | None, limit: int | None
+) -> None:
+    needed = coreset_memory(rows, dim, size, projection_dim)
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"greedy_coreset.memory_limit: {rows} rows × {dim} need {needed / 2**20:.0f} MiB "
+            f"beyond the bank, more than the {limit / 2**20:.0f} MiB allowed. Use projection_dim, keep "
+            "fewer rows, or raise the limit."
         )
 
-    far, near = lax.fori_loop(0, -(-length // chunk), one, (state.far, state.near))
-    local, _ = _local(bank, jnp.where(valid, new, -1), axes)
-    return state._replace(
-        # A pick is at distance 0, and never picked again even where all others are, too.
-        far=far.at[local].set(-jnp.inf, mode="drop"),
-        near=near,
-        picks=lax.dynamic_update_slice(state.picks, new, (state.count,)),
-        count=state.count + block.count,
+
+@functools.partial(jax.jit, static_argnames="dim")
+def _map(key: jax.Array, depth: jax.Array, dim: int) -> jax.Array:
+    """Random linear map (d, dim); ``depth`` is an array of that length."""
+    bound = depth.size**-0.5
+    return jax.random.uniform(key, (depth.size, dim), jnp.float32, -bound, bound)
+
+
+def _projected(bank: Any, dim: int, key: jax.Array) -> np.ndarray:
+    """Projected rows (N, dim), in pieces: the device never holds the whole bank for it."""
+    if dim < 1:
+        raise ConfigError(f"greedy_coreset.projection_dim: expected at least 1, found {dim}.")
+    rows, depth = np.shape(bank)
+    weights = _map(key, jnp.zeros((depth,)), dim)
+    product = jax.jit(lambda x, w: jnp.matmul(x, w, precision="highest"))
+    out, step = np.empty((rows, dim), np.float32), min(8192, rows)
+    for at in range(0, rows, step):
+        at = min(at, rows - step)  # whole pieces, so that one program serves
+        out[at : at + step] = product(jnp.asarray(bank[at : at + step], jnp.float32), weights)
+    return out
+
+
+def _begin(
+    values: Any, size: int, start: Any, key: jax.Array | None, mesh: Mesh | None, block: int
+) -> tuple[_kcentre.Bank, _kcentre.State]:
+    rows = values.shape[0]
+    shift = _shift(np.asarray(values[:: max(1, rows // 4096)], np.float32))
+    if start == "published":
+        assert key is not None
+        draw = jax.random.permutation(rng.named(key, "coreset start"), rows)
+        first = np.asarray(draw[: min(STARTS, rows)])
+    else:
+        first = np.asarray([start])
+    points = jnp.asarray(np.asarray(values[first]), jnp.float32)
+    placed = _placed(values, mesh)
+    norms, far, near = _distances(
+        placed, jnp.asarray(shift), points, jnp.asarray(first, jnp.int32), rows, mesh
     )
-
-
-def _pass(
-    bank: _Bank, state: _State, size: jax.Array, sizes: tuple[int, int], axes: tuple[str, ...]
-) -> _State:
-    candidates, block = sizes
-    pool, changed = _pool(bank, state, candidates, axes)
-    local, _ = _local(bank, pool.rows, axes)
-    state = state._replace(
-        far=state.far.at[local].set(pool.values, mode="drop"), passes=state.passes + 1
+    top = jnp.max(norms)
+    if not bool(jnp.isfinite(top)):
+        raise DataError("coreset: the bank has NaN or infinite values; expected finite ones.")
+    taken = 0 if start == "published" else 1
+    picks = np.full(size + block, first[0], np.int32)
+    made = _kcentre.Bank(placed, norms, _spread(shift, mesh), _spread(_kcentre.ERROR * top, mesh))
+    state = _kcentre.State(
+        far, near, *(_spread(x, mesh) for x in (picks, np.int32(taken), np.int32(0)))
     )
-    most = jnp.minimum(size - state.count, block)
-    made = _replay(pool, bank, most, block, ~changed)
-    widths = [block * i // 4 for i in range(1, 5)] if block % 32 == 0 else [block]
-    folds = [lambda s, w=w: _fold(bank, s, pool, made, axes, w) for w in widths]
-    branch = jnp.where(made.count > 0, 1 + (made.count - 1) * len(widths) // block, 0)
-    return lax.switch(branch, [lambda s: s, *folds], state)
+    return made, state
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "mesh"), donate_argnames=("state",))
-def _slab(
-    bank: _Bank,
-    state: _State,
-    size: jax.Array,
-    limit: jax.Array,
+def _shift(sample: np.ndarray) -> np.ndarray:
+    """A point (1, d) near the mean, on a grid coarse enough that integers stay integers."""
+    mean = np.float64(sample).mean(axis=0, keepdims=True)
+    spread = float(np.sqrt(np.mean((sample - mean) ** 2)))
+    if not np.isfinite(spread) or spread == 0:
+        return np.float32(mean)
+    step = 2.0 ** np.frexp(spread)[1]
+    return np.float32(np.round(mean / step) * step)
+
+
+def _spread(value: Any, mesh: Mesh | None) -> jax.Array:
+    if mesh is None:
+        return jnp.asarray(value)
+    return jax.device_put(value, NamedSharding(mesh, PartitionSpec()))
+
+
+def _whole(value: jax.Array, mesh: Mesh | None) -> jax.Array:
+    return value if mesh is None else jnp.asarray(np.asarray(value))
+
+
+def _placed(values: Any, mesh: Mesh | None) -> jax.Array:
+    """Float32 rows on the device, or split over the mesh with zero rows as padding."""
+    if mesh is None:
+        return jnp.asarray(values, jnp.float32)
+    rows, depth = values.shape
+    padded = rows + -rows % mesh.size
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        low, high, _ = index[0].indices(padded)
+        piece = np.asarray(values[low : min(high, rows)], np.float32)
+        return np.pad(piece, ((0, high - low - len(piece)), (0, 0)))
+
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback((padded, depth), sharding, part)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "mesh"))
+def _distances(
+    rows: jax.Array,
+    shift: jax.Array,
+    points: jax.Array,
+    first: jax.Array,
+    count: int,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Squared norms, first squared distances (the mean distance, squared) and nearest picks."""
+    number = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    norms = jnp.sum(jnp.square(rows - shift), axis=1)
+
+    def squares(point: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(rows - point[None]), axis=1)
+
+    if first.size == 1:
+        far = jnp.where(number == first[0], -jnp.inf, squares(points[0]))
+        near = jnp.full(number.shape, first[0])
+    else:
+        total = lax.fori_loop(
+            0, first.size, lambda i, t: t + jnp.sqrt(squares(points[i])), jnp.zeros_like(norms)
+        )
+        far, near = jnp.square(total / first.size), jnp.full(number.shape, -1, jnp.int32)
+    far = jnp.where(number < count, far, -jnp.inf)
+    norms = jnp.where(number < count, norms, 0.0)
+    if mesh is not None:
+        split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        norms, far, near = (lax.with_sharding_constraint(x, split) for x in (norms, far, near))
+    return norms, far, near
+
+
+def _finish(
+    made: _kcentre.Bank,
+    state: _kcentre.State,
+    size: int,
     sizes: tuple[int, int],
     mesh: Mesh | None,
-) -> _State:
-    """Passes until ``size`` picks are made or ``limit`` passes were done in all."""
+    progress: Progress | None,
+) -> _kcentre.State:
+    run: Callable[..., _kcentre.State] = functools.partial(_kcentre.slab, sizes=sizes, mesh=mesh)
+    target = _spread(np.int32(size), mesh)
+    if progress is None:
+        return run(made, state, target, _spread(np.int32(2**31 - 1), mesh))
+    progress(0, size, "picks, compiling")
+    state = jax.block_until_ready(run(made, state, target, _spread(np.int32(0), mesh)))
+    clock, limit, step, marks = time.monotonic(), 0, 1, [(0.0, int(state.count))]
+    while marks[-1][1] < size:
+        limit += step
+        state = run(made, state, target, _spread(np.int32(limit), mesh))
+        done = int(state.count)  # waits for the passes
+        now = time.monotonic() - clock
+        lasted = now - marks[-1][0]
+        marks.append((now, done))
+        step = max(1, min(2 * step, int(step * REPORT_EVERY / max(lasted, 1e-6))))
+        progress(done, size, f"picks, about {_left(marks, size):.0f} s left")
+    return state
 
-    def run(bank: _Bank, state: _State, size: jax.Array, limit: jax.Array) -> _State:
-        axes = mesh.axis_names if mesh is not None else ()
-        return lax.while_loop(
-            lambda s: (s.count < size) & (s.passes < limit),
-            lambda s: _pass(bank, s, size, sizes, axes),
-            state,
-        )
 
-    if mesh is None:
-        return run(bank, state, size, limit)
-    split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    banks = _Bank(rows=split, norms=split, shift=whole, error=whole)
-    states = _State(far=split, near=split, picks=whole, count=whole, passes=whole)
-    return jax.shard_map(
-        run, mesh=mesh, in_specs=(banks, states, whole, whole), out_specs=states, check_vma=False
-    )(bank, state, size, limit)
+def _left(marks: list[tuple[float, int]], size: int) -> float:
+    """Seconds left, from (seconds, picks) so far: the pace of the later half of the time."""
+    now, done = marks[-1]
+    since = next(m for m in marks if m[0] >= now / 2 or m is marks[-1])
+    if since is marks[-1]:
+        since = marks[-2]
+    return (now - since[0]) / max(done - since[1], 1) * (size - done)
