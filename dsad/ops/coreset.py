@@ -192,8 +192,8 @@ def _check_memory(
     if limit is not None and needed > limit:
         raise ConfigError(
             f"greedy_coreset.memory_limit: {rows} rows × {dim} need {needed / 2**20:.0f} MiB "
-            f"beyond the bank, more than the {limit / 2**20:.0f} MiB allowed. Use projection_dim, keep "
-            "fewer rows, or raise the limit."
+            f"beyond the bank, more than the {limit / 2**20:.0f} MiB allowed. Use projection_dim, "
+            "keep fewer rows, or raise the limit."
         )
 
 

@@ -52,7 +52,9 @@ def embedded(config, maps):
             flat = found.reshape(*maps[name].shape[:3], -1)
             there = squares(np.ones_like(maps[name]), 0.0).reshape(flat.shape)
             level = bins(flat, config["level_dim"])
-            level = level if zeros else level / bins(there, config["level_dim"])
+            share = bins(there, config["level_dim"])
+            # Bins that lie wholly beyond the border are 0.
+            level = level if zeros else np.where(share > 0, level / np.maximum(share, 1e-9), 0)
         else:
             level = found.mean(axis=-1)
         levels.append(level)
