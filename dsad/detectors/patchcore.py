@@ -207,16 +207,17 @@ def adaptive_mean(values: jax.Array, size: int) -> jax.Array:
 
     Bins overlap where ``size`` does not divide n, and repeat values where it is larger.
     """
+    values = jnp.asarray(values, jnp.float32)
     length = values.shape[-1]
     if length == size:
         return values
     number = np.arange(size)
     low, high = number * length // size, -(-(number + 1) * length // size)
-    total = jnp.zeros((*values.shape[:-1], size), values.dtype)
+    total = jnp.zeros((*values.shape[:-1], size), jnp.float32)
     for step in range(int((high - low).max())):
         inside = jnp.asarray(low + step < high)
         part = jnp.take(values, jnp.asarray(np.minimum(low + step, length - 1)), axis=-1)
-        total = total + part * inside.astype(values.dtype).reshape((1,) * (values.ndim - 1) + (-1,))
+        total = total + part * inside.astype(jnp.float32).reshape((1,) * (values.ndim - 1) + (-1,))
     count = jnp.asarray((high - low).astype(np.float32)).reshape((1,) * (values.ndim - 1) + (-1,))
     return total / count
 
@@ -230,7 +231,6 @@ def pooled_neighbourhoods(
     values by adaptive bins. Cells beyond the border are zeros; with ``count_normalised`` they are
     left out of the means (a bin without any other cell is 0).
     """
-    features = jnp.asarray(features, jnp.float32)
     pooled = adaptive_mean(_unfolded(features, size), dim)
     if not count_normalised:
         return pooled

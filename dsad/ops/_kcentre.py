@@ -14,7 +14,7 @@ parts of about 40 bits together, and decide. A block ends where the error could 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -290,8 +290,8 @@ def slab(
     if mesh is None:
         return run(bank, state, size, limit)
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    banks = Bank(rows=split, norms=split, shift=whole, error=whole)
-    states = State(far=split, near=split, picks=whole, count=whole, passes=whole)
+    banks: Any = Bank(split, split, whole, whole)  # type: ignore[arg-type]
+    states: Any = State(split, split, whole, whole, whole)  # type: ignore[arg-type]
     return jax.shard_map(
         run, mesh=mesh, in_specs=(banks, states, whole, whole), out_specs=states, check_vma=False
     )(bank, state, size, limit)

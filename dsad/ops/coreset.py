@@ -251,9 +251,9 @@ def _shift(sample: np.ndarray) -> np.ndarray:
     mean = np.float64(sample).mean(axis=0, keepdims=True)
     spread = float(np.sqrt(np.mean((sample - mean) ** 2)))
     if not np.isfinite(spread) or spread == 0:
-        return np.float32(mean)
+        return mean.astype(np.float32)
     step = 2.0 ** np.frexp(spread)[1]
-    return np.float32(np.round(mean / step) * step)
+    return (np.round(mean / step) * step).astype(np.float32)
 
 
 def _spread(value: Any, mesh: Mesh | None) -> jax.Array:
@@ -273,7 +273,7 @@ def _placed(values: Any, mesh: Mesh | None) -> jax.Array:
     rows, depth = values.shape
     padded = rows + -rows % mesh.size
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         low, high, _ = index[0].indices(padded)
         piece = np.asarray(values[low : min(high, rows)], np.float32)
         return np.pad(piece, ((0, high - low - len(piece)), (0, 0)))

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"dsad bench coreset: unexpected argument {rest[0]!r}.")
     least = {"rows": 20, "dim": 1, "percent": 1, "projection": 0, "rounds": 1, "peer_picks": 0}
     for name, low in least.items():
-        if values[name].value < low:
+        if int(values[name].value or 0) < low:
             raise ConfigError(f"--{name}: expected at least {low}, found {values[name].value}.")
     size = max(2, values.rows * min(values.percent, 100) // 100)
     bank = gaussian(values.rows, values.dim)
@@ -115,7 +115,7 @@ def clustered(rows: int, dim: int) -> np.ndarray:
 
 def bottle_features(root: str, weights: str) -> np.ndarray:
     """PatchCore's rows of the normal training images at 224 or their own side, if smaller."""
-    detector = patchcore.build(patchcore.Config())
+    detector: Any = patchcore.build(patchcore.Config())
     path, _, category = root.rstrip("/").rpartition("/")
     config = data_base.DataConfig(name="mvtec", root=path, categories=(category,))
     out = console.console()
@@ -281,7 +281,7 @@ def alone(case: Case) -> Measured:
     table = Table(title=_title(case), title_justify="left")
     for column in ("s with compilation", "MiB beyond the bank", "stated MiB", "time left at 10 %"):
         table.add_column(column, justify="right")
-    stated = coreset_memory(*case.bank.shape, case.size, case.projection or None)
+    stated = coreset_memory(len(case.bank), case.bank.shape[1], case.size, case.projection or None)
     table.add_row(
         f"{made.seconds:.1f}", f"{made.grown / 2**20:.0f}", f"{stated / 2**20:.0f}",
         f"{made.ratio:.2f} of the real one",
@@ -305,7 +305,8 @@ def _shortfall(case: Case, picks: np.ndarray) -> str:
         return ""
     worst = 0.0
     for count in sorted({1, case.size // 20, case.size // 4} - {0}):
-        gaps = np.asarray(nearest(case.bank, case.bank[picks[:count]])[0])[:, 0]
+        kept = jnp.asarray(case.bank[picks[:count]])
+        gaps = np.asarray(nearest(jnp.asarray(case.bank), kept)[0])[:, 0]
         worst = max(worst, 1 - float(gaps[picks[count]] / gaps.max()))
     return f"Picks 1, 5 % and 25 % are the farthest rows within {worst:.1e}, by dsad's search."
 
