@@ -74,7 +74,8 @@ def coreset_memory(
     """Bytes that ``greedy_coreset`` takes beyond the bank (rows, dim), all devices together.
 
     ``copied``: the bank is on the host or split over a mesh, so that a float32 copy of the rows is
-    placed on the devices; with a projection only the projected rows are, in any case.
+    placed on the devices; with a projection only the projected rows are, in any case. Arrays only:
+    compiling the program takes another 100 MB or so of host memory, once.
     """
     width = dim if projection_dim in (None, dim) else projection_dim
     assert width is not None
