@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsad.core.errors import ConfigError
+from dsad.ops.coreset import greedy_coreset as greedy_coreset
 
 #: Rows per group; query rows per tile; bank rows per chunk; candidates kept beyond k.
 GROUP, TILE, CHUNK, SLACK = 16, 448, 32768, 3

@@ -1,0 +1,268 @@
+"""PatchCore: distance of every cell to the closest of a coreset of normal cells.
+
+Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022. The defaults follow
+the paper, with 3 × 3 means concatenated over the layers and an exact greedy coreset in the full
+feature space; what the published code does differently (pooling over flattened neighbourhoods,
+zeros beyond the borders, a random projection, a mean-distance start, squared scores) are options.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsad.core import rng
+from dsad.core.errors import ConfigError, DataError
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import cells, check_layers, nothing_to_train, select
+from dsad.ops.coreset import budget_rows, greedy_coreset, kmeans_rows, random_rows
+from dsad.ops.neighbors import nearest
+from dsad.ops.resize import match_grid, neighbourhood_mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which features enter the memory, which rows stay in it and how distances become scores.
+
+    ``layers``: feature maps to use, on the grid of the first. ``neighbourhood``: side of the square
+    of cells around each cell (odd). ``pooling``: "concat" joins the means over the square of all
+    layers; "published" flattens each square channel by channel, averages it to ``level_dim`` values
+    and the joined layers to ``pooled_dim``, by adaptive bins. ``zero_borders``: cells beyond the
+    border count as zeros, as published, instead of not at all.
+
+    ``bank``: "coreset" (greedy k-centre), "random", "kmeans" (centres) or "all" rows. Its size is
+    ``bank_fraction`` of the rows, unless ``bank_rows`` or ``bank_bytes`` is above 0.
+    ``projection_dim``: the coreset compares rows after a random projection to that many dimensions
+    (published: 128; 0 compares the rows themselves). ``start``: the coreset begins with a random
+    row, or by the published rule of ten (``greedy_coreset``).
+
+    ``score``: "distance" (paper) or "squared" (published code). ``image_score``: "max" of the map,
+    or "reweighted" by how unusual the nearest row is among its ``neighbours`` (paper, eq. 7).
+    """
+
+    layers: tuple[str, ...] = ("layer2", "layer3")
+    neighbourhood: int = 3
+    pooling: Literal["concat", "published"] = "concat"
+    level_dim: int = 1024
+    pooled_dim: int = 1024
+    zero_borders: bool = False
+    bank: Literal["coreset", "random", "kmeans", "all"] = "coreset"
+    bank_fraction: float = 0.1
+    bank_rows: int = 0
+    bank_bytes: int = 0
+    projection_dim: int = 0
+    start: Literal["random", "published"] = "random"
+    score: Literal["distance", "squared"] = "distance"
+    image_score: Literal["max", "reweighted"] = "max"
+    neighbours: int = 9
+
+    def __post_init__(self):
+        check_layers(self.layers)
+        if self.neighbourhood < 1 or self.neighbourhood % 2 == 0:
+            raise ConfigError(
+                f"detector.neighbourhood: expected an odd number >= 1, found {self.neighbourhood}."
+            )
+        if not 0 < self.bank_fraction <= 1:
+            raise ConfigError(
+                f"detector.bank_fraction: expected above 0 and at most 1, "
+                f"found {self.bank_fraction}."
+            )
+        least = {"level_dim": 1, "pooled_dim": 1, "bank_rows": 0, "bank_bytes": 0}
+        for name, low in {**least, "projection_dim": 0, "neighbours": 2}.items():
+            if getattr(self, name) < low:
+                raise ConfigError(
+                    f"detector.{name}: expected >= {low}, found {getattr(self, name)}."
+                )
+        if self.bank_rows and self.bank_bytes:
+            raise ConfigError(
+                "detector.bank_rows, detector.bank_bytes: two sizes of one bank; set one to 0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchCore:
+    """The detector; its state is {"bank": (M, d) float32}."""
+
+    config: Config
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the feature maps it reads."""
+        return self.config.layers
+
+    def embed(self, features: FeatureMaps) -> jax.Array:
+        """Cell descriptors (b, gh, gw, d), on the grid of the first layer."""
+        cfg = self.config
+        maps = select(features, cfg.layers)
+        if cfg.pooling == "published":
+            means = [
+                pooled_neighbourhoods(m, cfg.neighbourhood, cfg.level_dim, not cfg.zero_borders)
+                for m in maps
+            ]
+        else:
+            means = [neighbourhood_mean(m, cfg.neighbourhood, not cfg.zero_borders) for m in maps]
+        grid = (means[0].shape[1], means[0].shape[2])
+        joined = jnp.concatenate([match_grid(m, grid) for m in means], axis=-1)
+        return adaptive_mean(joined, cfg.pooled_dim) if cfg.pooling == "published" else joined
+
+    def fit(
+        self,
+        source: FeatureSource,
+        *,
+        mesh: jax.sharding.Mesh | None,
+        key: jax.Array,
+        trained: Tree | None = None,
+        progress: Progress | None = None,
+    ) -> Tree:
+        """The bank, chosen from the normal images' rows in the order of their sample indices.
+
+        So neither the order nor the batches of the source matter; all draws come from ``key``. One
+        pass gathers the rows in one host array, without a second copy if the samples come in
+        ascending order. ``mesh`` splits the work of choosing. Raises DataError without rows, with
+        fewer than the image score needs, or with NaN or infinite features.
+        """
+        nothing_to_train("patchcore", trained)
+        rows = self._gathered(source)
+        least = self.config.neighbours if self.config.image_score == "reweighted" else 1
+        bank = self._chosen(rows, mesh, key, progress) if len(rows) else rows
+        if len(bank) < least:
+            raise DataError(
+                f"detector patchcore: expected a bank of at least {least} feature rows of normal "
+                f"images, found {len(bank)} of {len(rows)}. Check the train split and the bank's "
+                "size."
+            )
+        return {"bank": jnp.asarray(bank)}
+
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
+    ) -> Scores:
+        """Map (b, gh, gw): distance, or its square, to the nearest row; image (b,).
+
+        ``mesh`` splits the search over the devices.
+        """
+        embedded, bank = self.embed(features), state["bank"]
+        shape = embedded.shape[:3]
+        queries = embedded.reshape(-1, embedded.shape[-1])
+        distances, indices = nearest(queries, bank, mesh=mesh)
+        distances = distances.reshape(shape[0], -1)
+        values = jnp.square(distances) if self.config.score == "squared" else distances
+        image = jnp.max(values, axis=1)
+        if self.config.image_score == "reweighted":
+            worst = jnp.argmax(distances, axis=1)[:, None]
+            cell = jnp.take_along_axis(
+                queries.reshape(shape[0], -1, queries.shape[1]), worst[..., None], axis=1
+            )[:, 0]
+            row = jnp.take_along_axis(indices.reshape(shape[0], -1), worst, axis=1)[:, 0]
+            image = image * _weight(cell, bank, row, self.config.neighbours)
+        return Scores(map=values.reshape(shape), image=image)
+
+    def _gathered(self, source: FeatureSource) -> np.ndarray:
+        """Every row (N, d), ascending by sample and cell, grown in place."""
+        rows, order = np.zeros((0, 0), np.float32), []
+        for values, index, _ in cells(source, functools.partial(_embed, self), "patchcore"):
+            values = values.reshape(-1, values.shape[-1])
+            at = len(rows)
+            # In place: the allocator moves pages, so rows never exist twice.
+            rows.resize((at + len(values), values.shape[1]), refcheck=False)
+            rows[at:] = values
+            order.append(np.repeat(index, len(values) // len(index)))
+        if not order:
+            return rows
+        order = np.concatenate(order)
+        return rows if (np.diff(order) >= 0).all() else rows[np.argsort(order, kind="stable")]
+
+    def _chosen(
+        self,
+        rows: np.ndarray,
+        mesh: jax.sharding.Mesh | None,
+        key: jax.Array,
+        progress: Progress | None,
+    ) -> np.ndarray | jax.Array:
+        cfg, key = self.config, rng.named(key, "patchcore")
+        if cfg.bank == "all":
+            return rows
+        budget: dict[str, int | float] = {"fraction": cfg.bank_fraction}
+        if cfg.bank_rows or cfg.bank_bytes:
+            budget = {"count": cfg.bank_rows} if cfg.bank_rows else {"bytes": cfg.bank_bytes}
+        size = budget_rows(*rows.shape, **budget)  # type: ignore[arg-type]
+        if cfg.bank == "kmeans":
+            return kmeans_rows(key, rows, size, mesh=mesh, progress=progress)
+        if cfg.bank == "random":
+            return rows[np.asarray(random_rows(key, len(rows), size))]
+        start = "published"
+        if cfg.start == "random":
+            start = int(jax.random.randint(rng.named(key, "start"), (), 0, len(rows)))
+        picks = greedy_coreset(
+            rows, size, start=start, projection_dim=cfg.projection_dim or None, key=key,
+            mesh=mesh, progress=progress,
+        )  # fmt: skip
+        return rows[np.asarray(picks)]
+
+
+def adaptive_mean(values: jax.Array, size: int) -> jax.Array:
+    """Means (..., size) of bins of the last axis: bin i is floor(i·n/size) to ceil((i+1)·n/size).
+
+    Bins overlap where ``size`` does not divide n, and repeat values where it is larger.
+    """
+    values = jnp.asarray(values, jnp.float32)
+    length = values.shape[-1]
+    if length == size:
+        return values
+    number = np.arange(size)
+    low, high = number * length // size, -(-(number + 1) * length // size)
+    total = jnp.zeros((*values.shape[:-1], size), jnp.float32)
+    for step in range(int((high - low).max())):
+        inside = jnp.asarray(low + step < high)
+        part = jnp.take(values, jnp.asarray(np.minimum(low + step, length - 1)), axis=-1)
+        total = total + part * inside.astype(jnp.float32).reshape((1,) * (values.ndim - 1) + (-1,))
+    count = jnp.asarray((high - low).astype(np.float32)).reshape((1,) * (values.ndim - 1) + (-1,))
+    return total / count
+
+
+def pooled_neighbourhoods(
+    features: jax.Array, size: int, dim: int, count_normalised: bool = True
+) -> jax.Array:
+    """The published patch features (b, h, w, dim) of maps (b, h, w, c).
+
+    The size × size cells around each cell, flattened channel by channel and averaged to ``dim``
+    values by adaptive bins. Cells beyond the border are zeros; with ``count_normalised`` they are
+    left out of the means (a bin without any other cell is 0).
+    """
+    pooled = adaptive_mean(_unfolded(features, size), dim)
+    if not count_normalised:
+        return pooled
+    share = adaptive_mean(_unfolded(jnp.ones((1, *features.shape[1:])), size), dim)
+    return jnp.where(share > 0, pooled / jnp.maximum(share, 1e-6), 0.0)
+
+
+def _unfolded(features: jax.Array, size: int) -> jax.Array:
+    """Neighbourhoods (b, h, w, c · size²), channel major, rows before columns, zero-padded."""
+    reach, (height, width) = size // 2, features.shape[1:3]
+    padded = jnp.pad(features, ((0, 0), (reach, reach), (reach, reach), (0, 0)))
+    parts = [padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
+    return jnp.stack(parts, axis=-1).reshape(*features.shape[:3], -1)
+
+
+def _weight(cell: jax.Array, bank: jax.Array, row: jax.Array, neighbours: int) -> jax.Array:
+    """Eq. 7's factor (b,) for worst cells (b, d) with nearest bank rows ``row`` (b,).
+
+    1 - exp(‖m_t - m*‖) / Σ exp(‖m_t - m‖) over the ``neighbours`` rows m nearest to m*, with m*.
+    """
+    _, around = nearest(bank[row], bank, neighbours)
+    gaps = jnp.sqrt(jnp.sum(jnp.square(cell[:, None] - bank[around]), axis=2))
+    own = jnp.sqrt(jnp.sum(jnp.square(cell - bank[row]), axis=1))
+    return 1.0 - 1.0 / jnp.sum(jnp.exp(gaps - own[:, None]), axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(detector: PatchCore, features: FeatureMaps) -> jax.Array:
+    """Compiled once per configuration and shapes, not once per fit."""
+    return detector.embed(features)
+
+
+def build(cfg: Config) -> PatchCore:
+    """The detector of a configuration."""
+    return PatchCore(cfg)
