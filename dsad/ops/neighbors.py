@@ -225,7 +225,7 @@ def _plan(
 
 
 def _spread(values: Any, mesh: Mesh) -> Any:
-    """Split concrete rows over the mesh, padded to its size; arrays on the mesh stay as they are."""
+    """Split concrete rows over the mesh, padded to its size; arrays on the mesh stay there."""
     if isinstance(values, Tracer):
         return values
     if isinstance(values, jax.Array) and values.sharding.device_set == set(mesh.devices.flat):
