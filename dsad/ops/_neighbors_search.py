@@ -15,7 +15,9 @@ queries × bank ever leaves a device.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -97,7 +99,7 @@ def search(
         norms = _norms(shard, low)
 
         def first_pass(tile: jax.Array) -> Found:
-            return _block(tile, low, plan, lambda *parts: _bounded(*parts, norms))
+            return _block(tile, low, plan, functools.partial(_bounded, norms=norms))
 
         found = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[2:]),
@@ -178,7 +180,7 @@ def _grouped(bank: jax.Array, counts: jax.Array, plan: Plan) -> tuple[jax.Array,
     )
 
 
-def _block(tile: jax.Array, shard: Shard, plan: Plan, method) -> Found:
+def _block(tile: jax.Array, shard: Shard, plan: Plan, method: Callable[..., Found]) -> Found:
     """The k best rows of the whole bank for one tile of this device's queries."""
     block = lax.all_gather(tile, plan.axes, tiled=True) if plan.axes else tile
     found = method(block, shard, plan)
@@ -314,7 +316,13 @@ def _bounded(queries: jax.Array, shard: Shard, plan: Plan, norms: Norms) -> Foun
     return Found(squares[:, :kept], where[:, :kept], bound - 2.0 * slip)
 
 
-def _redone(queries: jax.Array, found: Found, done: jax.Array, one_tile, plan: Plan) -> Found:
+def _redone(
+    queries: jax.Array,
+    found: Found,
+    done: jax.Array,
+    one_tile: Callable[[jax.Array], Found],
+    plan: Plan,
+) -> Found:
     """Exact results in place of those not ``done``, a tile at a time, as many as are needed."""
     order = jnp.argsort(done)
     missing = jnp.sum(~done)
