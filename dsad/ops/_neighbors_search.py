@@ -95,8 +95,7 @@ def search(
         return _block(tile, shard, plan, exactly)
 
     if plan.certified:
-        low = shard._replace(chunks=shard.chunks.astype(jnp.bfloat16))
-        norms = _norms(shard, low)
+        low, norms = _lowered(shard)
 
         def first_pass(tile: jax.Array) -> Found:
             return _block(tile, low, plan, functools.partial(_bounded, norms=norms))
@@ -278,9 +277,18 @@ class Norms(NamedTuple):
     lost: jax.Array
 
 
-def _norms(exact: Shard, low: Shard) -> Norms:
-    lost = exact.chunks - low.chunks.astype(jnp.float32)
-    return Norms(*(jnp.sqrt(jnp.max(jnp.sum(x * x, axis=2))) for x in (exact.chunks, lost)))
+def _rounded(values: jax.Array) -> jax.Array:
+    """Values of bfloat16 in float32. XLA may drop a conversion there and back, but never this."""
+    return lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+
+
+def _lowered(shard: Shard) -> tuple[Shard, Norms]:
+    """The shard with chunks in bfloat16, and its norms."""
+    rounded = _rounded(shard.chunks)
+    norms = Norms(
+        *(jnp.sqrt(jnp.max(jnp.sum(x * x, axis=2))) for x in (shard.chunks, shard.chunks - rounded))
+    )
+    return shard._replace(chunks=rounded.astype(jnp.bfloat16)), norms
 
 
 def _bounded(queries: jax.Array, shard: Shard, plan: Plan, norms: Norms) -> Found:
@@ -302,7 +310,7 @@ def _bounded(queries: jax.Array, shard: Shard, plan: Plan, norms: Norms) -> Foun
     centred = queries - shard.shift
     values, found = _candidates(centred, shard, keep, plan)
     squares, where = _reranked(queries, found, shard)
-    rounded = centred.astype(shard.chunks.dtype).astype(jnp.float32)
+    rounded = _rounded(centred)
     own, low, lost = (
         jnp.sqrt(jnp.sum(x * x, axis=1)) for x in (centred, rounded, centred - rounded)
     )
