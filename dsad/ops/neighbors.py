@@ -49,16 +49,17 @@ def nearest(
     where a traced ``valid`` is smaller, what is missing has distance inf and index -1.
 
     ``precision``: "exact" multiplies in float32. "certified" searches in bfloat16 first, at the
-    speed of matrix units, recomputes the candidates in float32, proves by a bound on the rounding
-    which queries cannot have lost a neighbour, and repeats the others exactly: the result is that
-    of "exact". ``recall_target``, in (0, 1), asks for the accelerator's approximate selection
-    instead (``jax.lax.approx_min_k``; CPUs select exactly, at a loss of speed): distances stay
-    exact for the rows found, of which ``recall`` tells how many are the right ones.
+    speed of matrix units (and of CPUs with bfloat16 instructions), recomputes the candidates in
+    float32, proves by a bound on the rounding which queries cannot have lost a neighbour, and
+    repeats the others exactly: the result is that of "exact". ``recall_target``, in (0, 1), asks
+    for the accelerator's approximate selection instead (``jax.lax.approx_min_k``; CPUs have none
+    and select exactly): distances stay exact for the rows found, of which ``recall`` tells how
+    many are the right ones.
 
     ``mesh`` splits queries and bank over all its devices; queries and k candidates per device are
     exchanged, never the bank. The result is the same for every device count, distances up to one
     rounding. ``tile``: queries of a device compared at once (448 on CPUs, 2,048 elsewhere). Beyond
-    inputs and outputs each device holds one copy of its part of the bank (one and a half if
+    inputs and outputs each device holds one copy of its part of the bank (two and a half if
     certified) and at most two float32 arrays of 448 × 32,768 (118 MB).
 
     Usable inside ``jit``; compiled once per combination of shapes. Raises ConfigError.

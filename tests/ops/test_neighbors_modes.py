@@ -264,6 +264,17 @@ def test_approximate_reports_its_recall():
     assert sharded >= 0.9
 
 
+def test_the_accelerators_selection_names_the_right_rows():
+    """On CPUs ``approx_min_k`` is exact, so its rows are those of the exact selection."""
+    rng = np.random.default_rng(0)
+    products = rng.standard_normal((9, 16, 8)).astype(np.float32)
+    halves = rng.standard_normal((16, 8)).astype(np.float32)
+    found = _neighbors_search._approximately(products, halves, 5, 0.9)
+    expected = _neighbors_search._best(products, halves, 5)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[0], expected[0])
+
+
 def test_recall_counts_what_was_missed(monkeypatch):
     """A selection that loses the nearest row of every query: recall (k - 1) / k."""
 
