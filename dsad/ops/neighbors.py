@@ -1,61 +1,166 @@
-"""Exact nearest neighbours on the device, in bounded memory.
-
-Squared distances are compared through |b|²/2 - q·b of centred features, one query tile against
-one bank chunk at a time. The bank is laid out so that column j · C + c of a chunk holds its row
-c · G + j: the minimum over each group of G consecutive rows is then a minimum over a leading axis,
-which vectorises where an arg-min does not. The k best elements lie in the k best groups, so only
-those groups are looked into. A few candidates more than k are kept and their distances recomputed
-from differences of the original features, which settles near ties and distances close to zero.
-"""
+"""Nearest neighbours on one device or a mesh, in bounded memory: exact, certified, approximate."""
 
 import functools
 import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsad.core.errors import ConfigError
+from dsad.ops import _neighbors_search
+from dsad.ops._neighbors_search import GROUP, Plan
 from dsad.ops.coreset import greedy_coreset as greedy_coreset
 
-#: Rows per group; query rows per tile; bank rows per chunk; candidates kept beyond k.
-GROUP, TILE, CHUNK, SLACK = 16, 448, 32768, 3
+#: Queries × bank rows compared at once on a device, at most.
+AREA = 448 * 32768
+#: Queries compared at once by default: what fits a CPU's caches, and what fills an accelerator.
+CPU_TILE, TILE = 448, 2048
+
+Precision = Literal["exact", "certified"]
 
 
 def nearest(
-    queries: jax.Array,
-    bank: jax.Array,
+    queries: Any,
+    bank: Any,
     k: int = 1,
     *,
     mesh: Mesh | None = None,
     tile: int | None = None,
+    valid: Any = None,
+    precision: Precision = "exact",
+    recall_target: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The k nearest rows of ``bank`` (M, d) of each of ``queries`` (Q, d), Euclidean.
 
     Returns distances (Q, k) float32, ascending, and row indices (Q, k) int32; equal distances are
     listed by ascending index. Features (numpy or jax arrays, taken as float32) are compared after
     subtracting the bank's mean; returned distances come from differences of the original features.
-    Of more than k + 3 rows that differ but lie within float32 rounding (about 1e-6 of the centred
-    norm squared) of the k-th distance squared, the listed ones may not be the closest; distances
-    are right within that rounding. A NaN or infinity in the bank makes every distance NaN; in a
-    query, those of that query.
+    Of more than k + 3 + k // 8 rows that differ but lie within float32 rounding (about 1e-6 of the
+    centred norm squared) of the k-th distance squared, the listed ones may not be the closest;
+    distances are right within that rounding. A NaN or infinity in the bank makes every distance
+    NaN; in a query, those of that query.
 
-    ``k`` is 1 to M. ``mesh`` splits the queries over all its devices, with a whole bank on each;
-    the result is the same for every device count, distances up to one rounding. ``tile`` is how
-    many queries are compared at once (448). Beyond inputs and outputs each device holds one copy
-    of the bank and at most two float32 arrays of tile × 32,768 (118 MB).
+    ``valid``: how many leading rows of the bank count (an integer or an int32 scalar array, which
+    may be traced); the others are padding of any content and are never found, so that banks of
+    different sizes share one compiled program (``pad_bank``). ``k`` is 1 to M and to ``valid``;
+    where a traced ``valid`` is smaller, what is missing has distance inf and index -1.
+
+    ``precision``: "exact" multiplies in float32. "certified" searches in bfloat16 first, at the
+    speed of matrix units (and of CPUs with bfloat16 instructions), recomputes the candidates in
+    float32, proves by a bound on the rounding which queries cannot have lost a neighbour, and
+    repeats the others exactly: the result is that of "exact". ``recall_target``, in (0, 1), asks
+    for the accelerator's approximate selection instead (``jax.lax.approx_min_k``; CPUs have none
+    and select exactly): distances stay exact for the rows found, of which ``recall`` tells how
+    many are the right ones.
+
+    ``mesh`` splits queries and bank over all its devices; queries and k candidates per device are
+    exchanged, never the bank. The result is the same for every device count, distances up to one
+    rounding. ``tile``: queries of a device compared at once (448 on CPUs, 2,048 elsewhere). Beyond
+    inputs and outputs each device holds one copy of its part of the bank (two and a half if
+    certified) and at most two float32 arrays of 448 × 32,768 (118 MB).
 
     Usable inside ``jit``; compiled once per combination of shapes. Raises ConfigError.
     """
-    _check(queries, bank, k, tile)
+    distances, indices, _ = _run(
+        queries, bank, k, mesh, tile, valid, precision=precision, recall=recall_target
+    )
+    return distances, indices
+
+
+def certified_share(
+    queries: Any,
+    bank: Any,
+    k: int = 1,
+    *,
+    mesh: Mesh | None = None,
+    tile: int | None = None,
+    valid: Any = None,
+) -> float:
+    """Share of the queries that ``nearest(..., precision="certified")`` need not repeat."""
+    done = _run(queries, bank, k, mesh, tile, valid, precision="certified", recall=None)[2]
+    return float(jnp.mean(done.astype(jnp.float32)))
+
+
+def recall(
+    queries: Any,
+    bank: Any,
+    k: int = 1,
+    *,
+    recall_target: float,
+    sample: int = 1000,
+    mesh: Mesh | None = None,
+    tile: int | None = None,
+    valid: Any = None,
+) -> float:
+    """Share of the exact k nearest rows that the approximate search finds.
+
+    Measured on ``sample`` evenly spaced queries (all, if there are fewer). A row at the k-th exact
+    distance counts as found whichever of equals it is. Raises ConfigError.
+    """
+    rows = jnp.shape(queries)[0]
+    if rows < 1 or sample < 1:
+        raise ConfigError(f"recall: expected queries and sample >= 1, found {rows} and {sample}.")
+    chosen = np.linspace(0, rows - 1, min(sample, rows)).round().astype(np.int32)
+    some = queries[chosen]
+    shared = {"mesh": mesh, "tile": tile, "valid": valid}
+    exact, _ = nearest(some, bank, k, **shared)
+    found, _ = nearest(some, bank, k, recall_target=recall_target, **shared)
+    return float(jnp.mean(found <= exact[:, -1:] * (1 + 2.0**-20)))
+
+
+def bucket(rows: int) -> int:
+    """The smallest size that holds ``rows`` on a ladder of eight steps per doubling.
+
+    Sizes are multiples of 16 and waste less than an eighth of ``rows`` (below 128 rows, less than
+    16 rows). Raises ConfigError for less than one row.
+    """
+    if rows < 1:
+        raise ConfigError(f"bucket: expected at least 1 row, found {rows}.")
+    octave = 2 ** max(math.ceil(math.log2(rows)) - 4, 0)
+    step = max(GROUP, octave)
+    return rows + -rows % step
+
+
+def pad_bank(bank: Any) -> tuple[Any, np.ndarray]:
+    """The bank with zero rows up to its ``bucket``, and how many rows count (int32 scalar array).
+
+    ``nearest(queries, padded, k, valid=rows)`` then compiles once per bucket. Numpy stays numpy.
+    """
+    rows = np.shape(bank)[0]
+    pad = jnp.pad if isinstance(bank, jax.Array) else np.pad
+    return pad(bank, ((0, bucket(rows) - rows), (0, 0))), np.asarray(rows, np.int32)
+
+
+def _run(
+    queries: Any,
+    bank: Any,
+    k: int,
+    mesh: Mesh | None,
+    tile: int | None,
+    valid: Any,
+    *,
+    precision: str,
+    recall: float | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Distances, indices and certificates (Q,), after the checks."""
+    _check(queries, bank, k, tile, precision, recall)
+    rows = jnp.shape(queries)[0]
+    valid = _counted(valid, jnp.shape(bank)[0], k)
+    plan = _plan(rows, k, mesh, tile, precision, recall)
+    if rows == 0:
+        return jnp.zeros((0, k)), jnp.zeros((0, k), jnp.int32), jnp.ones(0, bool)
     if mesh is not None:
-        queries, bank = _on_mesh(queries, mesh), _on_mesh(bank, mesh)
-    return _nearest(queries, bank, k, mesh, tile or TILE)
+        queries, bank = _spread(queries, mesh), _spread(bank, mesh)
+    return _nearest(queries, bank, valid, rows, mesh, plan)
 
 
-def _check(queries: jax.Array, bank: jax.Array, k: int, tile: int | None) -> None:
+def _check(
+    queries: Any, bank: Any, k: int, tile: int | None, precision: str, recall: float | None
+) -> None:
     q, b = jnp.shape(queries), jnp.shape(bank)
     if len(q) != 2 or len(b) != 2 or q[1] != b[1]:
         raise ConfigError(
@@ -68,130 +173,82 @@ def _check(queries: jax.Array, bank: jax.Array, k: int, tile: int | None) -> Non
         )
     if tile is not None and tile < 1:
         raise ConfigError(f"nearest: expected tile >= 1, found {tile}.")
+    if precision not in ("exact", "certified"):
+        raise ConfigError(
+            f"nearest: expected precision 'exact' or 'certified', found {precision!r}."
+        )
+    if recall is not None and not 0 < recall < 1:
+        raise ConfigError(
+            f"nearest: expected recall_target above 0 and below 1, found {recall}. Leave it out "
+            "for the exact search."
+        )
+    if recall is not None and precision == "certified":
+        raise ConfigError(
+            "nearest: precision='certified' promises the exact result and recall_target an "
+            "approximate one; leave one of them out."
+        )
 
 
-def _on_mesh(values: jax.Array, mesh: Mesh) -> jax.Array:
-    """Move a concrete array that lives on other devices; arrays on the mesh stay as they are."""
-    if isinstance(values, Tracer) or not isinstance(values, jax.Array):
-        return values
-    if values.sharding.device_set == set(mesh.devices.flat):
-        return values
-    return jax.device_put(values, NamedSharding(mesh, PartitionSpec()))
+def _counted(valid: Any, rows: int, k: int) -> Any:
+    """``valid`` as an int32 scalar, checked where it is concrete."""
+    if valid is None:
+        return np.int32(rows)
+    if jnp.shape(valid) != () or not jnp.issubdtype(jnp.result_type(valid), jnp.integer):
+        raise ConfigError(
+            f"nearest: expected valid to be one integer, found {jnp.result_type(valid)} of shape "
+            f"{jnp.shape(valid)}."
+        )
+    if isinstance(valid, Tracer):
+        return valid.astype(jnp.int32)
+    if not k <= int(valid) <= rows:
+        raise ConfigError(
+            f"nearest: expected valid from k = {k} to {rows}, the rows of the bank, found "
+            f"{int(valid)}. Lower k or keep more bank rows."
+        )
+    return np.int32(valid)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "mesh", "tile"))
-def _nearest(
-    queries: jax.Array, bank: jax.Array, k: int, mesh: Mesh | None, tile: int
-) -> tuple[jax.Array, jax.Array]:
-    queries, bank = jnp.asarray(queries, jnp.float32), jnp.asarray(bank, jnp.float32)
-    rows = queries.shape[0]
-    if rows == 0:
-        return jnp.zeros((0, k), jnp.float32), jnp.zeros((0, k), jnp.int32)
-    if mesh is None:
-        return _search(queries, bank, k, tile)
-    parts = mesh.size
-    queries = jnp.pad(queries, ((0, -rows % parts), (0, 0)))
-    split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    distances, indices = jax.shard_map(
-        functools.partial(_search, k=k, tile=tile),
-        mesh=mesh,
-        in_specs=(split, whole),
-        out_specs=(split, split),
-    )(queries, bank)
-    return distances[:rows], indices[:rows]
-
-
-def _search(queries: jax.Array, bank: jax.Array, k: int, tile: int) -> tuple[jax.Array, jax.Array]:
-    rows, depth = queries.shape
-    keep = min(k + SLACK, bank.shape[0])
+def _plan(
+    rows: int, k: int, mesh: Mesh | None, tile: int | None, precision: str, recall: float | None
+) -> Plan:
+    """Sizes: a block of one tile per device and a chunk of the bank cover at most ``AREA``."""
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    parts = mesh.size if mesh is not None else 1
+    tile = tile or (CPU_TILE if platform == "cpu" else TILE)
+    own = math.ceil(rows / parts)
     # A multiple of 8 rows: products of partial register blocks are slow and may round differently.
-    tile = min(tile, rows + -rows % 8)
-    shift = _shift(bank)
-    chunks, halves = _grouped(bank - shift, max(CHUNK, keep))
-
-    def one_tile(block: jax.Array) -> tuple[jax.Array, jax.Array]:
-        centred = block - shift
-        if chunks.shape[0] == 1:
-            found = _candidates(centred, chunks[0], halves[0], keep)[1]
-        else:
-            found = _over_chunks(centred, chunks, halves, keep)
-        return _rerank(block, bank, jnp.minimum(found, bank.shape[0] - 1), k)
-
-    padded = jnp.pad(queries, ((0, -rows % tile), (0, 0)))
-    distances, indices = lax.map(one_tile, padded.reshape(-1, tile, depth))
-    # With NaN everywhere the candidates would be arbitrary rows at plausible distances.
-    distances = jnp.where(jnp.all(jnp.isfinite(shift)), distances, jnp.nan)
-    return distances.reshape(-1, k)[:rows], indices.reshape(-1, k)[:rows]
+    tile = max(min(tile, own + -own % 8), 1)
+    chunk = max(AREA // (tile * parts), GROUP * 64)
+    axes = tuple(mesh.axis_names) if mesh is not None else ()
+    return Plan(
+        k=k, tile=tile, chunk=chunk, certified=precision == "certified", recall=recall,
+        axes=axes, parts=parts,
+    )  # fmt: skip
 
 
-def _shift(bank: jax.Array) -> jax.Array:
-    """The bank's mean (1, d), rounded to a power of two near the features' spread.
-
-    Any shift leaves distances unchanged; this one is as good as the mean against cancellation, and
-    subtracting it is exact for features on a grid (integers, say), so that their ties stay ties.
-    """
-    mean = jnp.mean(bank, axis=0, keepdims=True)
-    spread = jnp.sqrt(jnp.mean(jnp.square(bank - mean)))
-    step = jnp.ldexp(jnp.float32(1.0), jnp.frexp(spread)[1])
-    return jnp.where(spread > 0, jnp.round(mean / step) * step, mean)
-
-
-def _grouped(bank: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """The bank as chunks (n, G · C, d) in group order, and |row|²/2 (n, G, C), inf on padding."""
-    rows, depth = bank.shape
-    count = math.ceil(rows / most)
-    groups = math.ceil(rows / (count * GROUP))
-    groups += -groups % 8  # whole vector registers along C
-    missing = count * groups * GROUP - rows
-    halves = jnp.pad(0.5 * jnp.sum(bank * bank, axis=1), (0, missing), constant_values=jnp.inf)
-    chunks = jnp.pad(bank, ((0, missing), (0, 0))).reshape(count, groups, GROUP, depth)
-    return (
-        chunks.swapaxes(1, 2).reshape(count, GROUP * groups, depth),
-        halves.reshape(count, groups, GROUP).swapaxes(1, 2),
-    )
+def _spread(values: Any, mesh: Mesh) -> Any:
+    """Split concrete rows over the mesh, padded to its size; arrays on the mesh stay there."""
+    if isinstance(values, Tracer):
+        return values
+    if isinstance(values, jax.Array) and values.sharding.device_set == set(mesh.devices.flat):
+        return values
+    pad = jnp.pad if isinstance(values, jax.Array) else np.pad
+    values = pad(values, ((0, -len(values) % mesh.size), (0, 0)))
+    return jax.device_put(values, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 
 
-def _candidates(
-    queries: jax.Array, chunk: jax.Array, halves: jax.Array, keep: int
-) -> tuple[jax.Array, jax.Array]:
-    """The ``keep`` smallest |b|²/2 - q·b of a chunk, (T, keep) ascending, and their rows in it."""
-    group, groups = halves.shape
-    products = lax.dot_general(
-        queries, chunk, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
-    ).reshape(-1, group, groups)
-    lowest = jnp.min(halves[None] - products, axis=1)
-    # Groups in row order, so that the stable top_k below lists ties by ascending row.
-    picked = jnp.sort(lax.top_k(-lowest, min(keep, groups))[1], axis=1)
-    inside = jnp.take_along_axis(products, picked[:, None, :], axis=2)
-    values = halves[:, picked].swapaxes(0, 1) - inside
-    values = values.swapaxes(1, 2).reshape(picked.shape[0], -1)
-    best, place = lax.top_k(-values, keep)
-    row = jnp.take_along_axis(picked, place // group, axis=1) * group + place % group
-    return -best, row.astype(jnp.int32)
-
-
-def _over_chunks(queries: jax.Array, chunks: jax.Array, halves: jax.Array, keep: int) -> jax.Array:
-    """Rows (T, keep) of the smallest values over all chunks: chunk by chunk, then a merge."""
-    size = chunks.shape[1]
-
-    def one_chunk(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        chunk, half, number = part
-        values, rows = _candidates(queries, chunk, half, keep)
-        return values, rows + number * size
-
-    numbers = jnp.arange(chunks.shape[0], dtype=jnp.int32)
-    values, rows = lax.map(one_chunk, (chunks, halves, numbers))
-    values = values.swapaxes(0, 1).reshape(queries.shape[0], -1)
-    rows = rows.swapaxes(0, 1).reshape(queries.shape[0], -1)
-    place = lax.top_k(-values, keep)[1]
-    return jnp.take_along_axis(rows, place, axis=1)
-
-
-def _rerank(
-    queries: jax.Array, bank: jax.Array, rows: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
-    """Distances (T, k) of the best of the candidate ``rows`` (T, keep), from differences."""
-    gaps = queries[:, None, :] - bank[rows]
-    squares = jnp.sum(gaps * gaps, axis=2)
-    squares, rows = lax.sort((squares, rows), dimension=1, num_keys=2)
-    return jnp.sqrt(squares[:, :k]), rows[:, :k]
+@functools.partial(jax.jit, static_argnames=("rows", "mesh", "plan"))
+def _nearest(
+    queries: jax.Array, bank: jax.Array, valid: jax.Array, rows: int, mesh: Mesh | None, plan: Plan
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    queries, bank = jnp.asarray(queries, jnp.float32), jnp.asarray(bank, jnp.float32)
+    search = functools.partial(_neighbors_search.search, plan=plan)
+    counted = jnp.int32(rows)
+    if mesh is None:
+        return search(queries, bank, valid, counted)
+    queries, bank = (jnp.pad(x, ((0, -len(x) % plan.parts), (0, 0))) for x in (queries, bank))
+    split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    distances, indices, certified = jax.shard_map(
+        search, mesh=mesh, in_specs=(split, split, whole, whole), out_specs=(split, split, split)
+    )(queries, bank, valid, counted)
+    return distances[:rows], indices[:rows], certified[:rows]

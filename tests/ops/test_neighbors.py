@@ -1,5 +1,7 @@
 """Exact neighbour search against a float64 brute force."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,15 +86,15 @@ def test_ties_go_to_the_lowest_index():
     assert (np.ptp(distances, axis=1) == 0).all()
 
 
-def test_tile_and_chunk_sizes_change_nothing(monkeypatch):
+def test_tile_and_chunk_sizes_change_nothing():
     bank = BANK.copy()
     bank[600:650] = bank[:50]
     expected = nearest(QUERIES, bank, K)
     agree(nearest(QUERIES, bank, K, tile=13), expected)
     # Small chunks reach the merge over several chunks.
-    monkeypatch.setattr(neighbors, "CHUNK", 200)
-    search = jax.jit(neighbors._search, static_argnums=(2, 3))
-    check(search(QUERIES, bank, 250, 64), QUERIES, bank, 250)
+    plan = neighbors._plan(80, 250, None, 64, "exact", None)
+    plan = dataclasses.replace(plan, chunk=200)
+    check(neighbors._nearest(QUERIES, bank, np.int32(700), 80, None, plan)[:2], QUERIES, bank, 250)
 
 
 def test_permuted_bank_gives_the_same_distances():
@@ -125,10 +127,11 @@ def test_compiles_once_per_shape_and_works_inside_jit():
 def test_memory_is_bounded():
     """Beyond the bank's copy: two tile × chunk arrays at most, however long the bank is."""
     shapes = [jax.ShapeDtypeStruct((n, 16), jnp.float32) for n in (20_000, 1_000_000)]
-    compiled = neighbors._nearest.lower(*shapes, 9, None, 448).compile()
+    plan = neighbors._plan(20_000, 9, None, None, "exact", None)
+    compiled = neighbors._nearest.lower(*shapes, np.int32(1_000_000), 20_000, None, plan).compile()
     inputs = 4 * 16 * 1_020_000
     used = compiled.memory_analysis().temp_size_in_bytes
-    assert used < 1.5 * inputs + 2 * 4 * 448 * neighbors.CHUNK
+    assert used < 1.1 * inputs + 2 * 4 * neighbors.AREA
 
 
 def test_not_a_number_is_never_hidden():
