@@ -38,9 +38,9 @@ class Batches:
             yield FeatureBatch(maps, np.arange(self.size) < len(picked), "tiles", index)
 
 
-def joined(maps):
+def joined(maps, neighbourhood=3):
     """Neighbourhood means and half-pixel bilinear resampling by scipy, in float64."""
-    window, grids = (1, 3, 3, 1), []
+    window, grids = (1, neighbourhood, neighbourhood, 1), []
     for name in ("layer2", "layer3"):
         values = np.float64(maps[name])
         mean = ndimage.uniform_filter(values, window, mode="constant")
