@@ -14,10 +14,11 @@ classes (200 components), one for all positions otherwise (500); at most 350 nor
     mvtec_objects   nine objects of MVTec AD, per position
     mvtec_textures  carpet, grid, leather, tile, wood: one Gaussian
     toothbrush      of MVTec AD, 60 images: per position, 50 components
+    mtd             magnetic tiles, random split: one Gaussian, 1,000 images (there are fewer)
     loco_aligned    breakfast_box, juice_bottle, pushpins of MVTec LOCO, per position
     loco_free       screw_bag, splicing_connectors of MVTec LOCO: one Gaussian
     ksdd2           one Gaussian, 1,000 images
-    mtd             one Gaussian, 1,000 images (magnetic tiles have fewer)
+The last three leave config.data.name to you.
 """
 
 from dsad.cli.evaluate import default_config
@@ -27,14 +28,14 @@ OBJECTS = (
     "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "transistor", "zipper",
 )  # fmt: skip
 TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
-#: name: (data set, categories, per position, components, images)
+#: Variant: (data set, categories, per position, components, images)
 VARIANTS = {
     "mvtec_objects": ("mvtec", OBJECTS, True, 200, 350),
     "mvtec_textures": ("mvtec", TEXTURES, False, 500, 350),
     "toothbrush": ("mvtec", ("toothbrush",), True, 50, 350),
-    "loco_aligned": ("loco", ("breakfast_box", "juice_bottle", "pushpins"), True, 200, 350),
-    "loco_free": ("loco", ("screw_bag", "splicing_connectors"), False, 500, 350),
-    "ksdd2": ("ksdd2", (), False, 500, 1000),
+    "loco_aligned": ("", ("breakfast_box", "juice_bottle", "pushpins"), True, 200, 350),
+    "loco_free": ("", ("screw_bag", "splicing_connectors"), False, 500, 350),
+    "ksdd2": ("", (), False, 500, 1000),
     "mtd": ("mtd:random", (), False, 500, 1000),
 }
 
@@ -49,7 +50,7 @@ def get_config(variant: str = ""):
         raise ConfigError(f"configs/gde.py has the variants {sorted(VARIANTS)}, not {variant!r}.")
     if variant:
         name, categories, per_position, components, images = VARIANTS[variant]
-        config.data.name = name
+        config.data.name = name or config.data.name
         config.data.categories = categories
         config.detector.per_position = per_position
         config.detector.components = components

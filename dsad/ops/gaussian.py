@@ -150,8 +150,8 @@ def low_rank(rows: np.ndarray, ridge: float, multiple: int = 1) -> tuple[np.ndar
     """The covariance (divisor n - 1) + ``ridge`` I of ``rows`` (n, p, d), without a d × d matrix.
 
     Returns, float32, mean (p, d), factor Y (p, m, d) with Yᵀ Y the covariance, and the inverse
-    (p, m, m) of Y Yᵀ + ridge I: what ``low_rank_mahalanobis`` takes. ``multiple`` pads m with zero
-    rows, which change nothing, so that few sizes are compiled.
+    (p, m, m) of Y Yᵀ + ridge I on the span of Y: what ``low_rank_mahalanobis`` takes.
+    ``multiple`` pads m with zero rows, which change nothing, so that few sizes are compiled.
     """
     count, positions, depth = rows.shape
     size = count + -count % multiple
@@ -166,7 +166,9 @@ def low_rank(rows: np.ndarray, ridge: float, multiple: int = 1) -> tuple[np.ndar
         centred = np.swapaxes(values - centre, 0, 1) / np.sqrt(count - 1)
         gram = centred @ np.swapaxes(centred, 1, 2) + ridge * np.eye(count)
         mean[part], factor[part, :count] = centre, centred
-        inner[part, :count, :count] = np.linalg.inv(gram)
+        # Centred rows sum to zero: the axis of ones has no part in Y d but its rounding errors,
+        # which the inverse would multiply by 1 / ridge.
+        inner[part, :count, :count] = np.linalg.inv(gram) - 1 / (ridge * count)
     return mean, factor, inner
 
 
