@@ -111,39 +111,42 @@ class Gde:
 
         The image score is taken before the map is smoothed, as published.
         """
-        embedded = self.embed(features)
-        if state["mean"].ndim == 1:
-            rows = embedded.reshape(-1, embedded.shape[-1])
-            scores = _distance(rows, state).reshape(embedded.shape[:3])
-        else:
-            scores = gaussian.per_position(embedded, state, _distance)
+        scores = self.patch_scores(state, features)
         maps = gaussian.patch_heatmap(
             scores, self.config.patch, self.config.stride, normalise=self.config.normalise
         )
         return Scores(map=maps, image=jnp.max(scores, axis=(1, 2)))
 
+    def patch_scores(self, state: Tree, features: FeatureMaps) -> jax.Array:
+        """Mahalanobis distance of every patch, (b, gh, gw)."""
+        embedded = self.embed(features)
+        if state["mean"].ndim == 1:
+            rows = embedded.reshape(-1, embedded.shape[-1])
+            return _distance(rows, state).reshape(embedded.shape[:3])
+        return gaussian.per_position(embedded, state, _distance)
+
     # --- fitting
 
     def _fit_positions(self, blocks: "_Cache", key: jax.Array) -> Tree:
-        kept: Cells | None = None
+        kept: list[tuple[int, np.ndarray]] = []
+        category, grid, most = "", (0, 0), self.config.images
         for block in blocks:
-            if kept is not None:
-                block = Cells(
-                    np.concatenate([kept.values, block.values]),
-                    np.concatenate([kept.index, block.index]),
-                    block.category,
-                )
-            picked = np.sort(_lowest(key, block.index, self.config.images))
-            kept = Cells(block.values[picked], block.index[picked], block.category)
-        images = 0 if kept is None else len(kept.index)
-        if kept is None or images < 2:
-            raise DataError(f"detector gde: expected at least 2 normal images, found {images}.")
-        values = kept.values[np.argsort(kept.index, kind="stable")]
-        count, height, width, depth = values.shape
-        wanted = self._components(count, depth, kept.category)
-        found = gaussian.principal(values.reshape(count, -1, depth), wanted or min(count, depth))
-        state = self._state(found, count, depth)
-        return {n: v.reshape(height, width, *v.shape[1:]) for n, v in state.items()}
+            values, index, category = block
+            grid = values.shape[1:3]
+            # Once images are dropped, a view would hold those beside it.
+            drops = bool(most) and len(kept) + len(index) > most
+            flat = values.reshape(len(values), -1, values.shape[-1])
+            kept += [(int(i), v.copy() if drops else v) for i, v in zip(index, flat, strict=True)]
+            if drops:
+                kept = [kept[i] for i in _lowest(key, np.array([i for i, _ in kept]), most)]
+        if len(kept) < 2:
+            raise DataError(f"detector gde: expected at least 2 normal images, found {len(kept)}.")
+        rows = [v for _, v in sorted(kept, key=lambda pair: pair[0])]
+        depth = rows[0].shape[-1]
+        wanted = self._components(len(rows), depth, category)
+        found = gaussian.principal(rows, wanted or min(len(rows), depth))
+        state = self._state(found, len(rows), depth)
+        return {n: v.reshape(*grid, *v.shape[1:]) for n, v in state.items()}
 
     def _fit_global(self, blocks: "_Cache", key: jax.Array) -> Tree:
         seen: list[np.ndarray] = []

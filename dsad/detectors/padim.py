@@ -164,25 +164,12 @@ class _Fold:
         if smaller or (self.form == "full" and held >= depth):
             self._fold()
 
-    def rows(self) -> np.ndarray:
-        """The held features (n, positions, d), by ascending sample index."""
-        order = np.argsort(np.concatenate([i for _, i in self._blocks]), kind="stable")
-        return np.concatenate([v for v, _ in self._blocks])[order]
-
-    def _fold(self) -> None:
-        rows = self.rows()
-        self._blocks = []
-        count, positions, depth = rows.shape
-        old = self.moments or gaussian.Moments(
-            0, np.zeros((positions, depth)), np.zeros((positions, depth, depth))
-        )
-        for part in _parts(positions, depth):
-            new = gaussian.moments(rows[:, part])
-            new = gaussian.merge(
-                gaussian.Moments(old.count, old.mean[part], old.scatter[part]), new
-            )
-            old.mean[part], old.scatter[part] = new.mean, new.scatter
-        self.moments = gaussian.Moments(old.count + count, old.mean, old.scatter)
+    def rows(self) -> list[np.ndarray]:
+        """The held features of every image, (positions, d), by ascending sample index."""
+        pairs = [
+            (int(i), v) for block, index in self._blocks for i, v in zip(index, block, strict=True)
+        ]
+        return [v for _, v in sorted(pairs, key=lambda pair: pair[0])]
 
     def gaussians(self, ridge: float) -> dict[str, np.ndarray]:
         """{"mean": (positions, d), "factor": (positions, d, d)} float32."""
@@ -191,15 +178,23 @@ class _Fold:
         found = self.moments
         assert found is not None
         factor = np.empty(found.scatter.shape, np.float32)
-        for part in _parts(*found.mean.shape):
-            chunk = gaussian.Moments(found.count, found.mean[part], found.scatter[part])
+        depth = found.mean.shape[1]
+        for part, mean in gaussian.position_chunks([found.mean], 8 * depth * depth):
+            chunk = gaussian.Moments(found.count, mean[0], found.scatter[part])
             factor[part] = gaussian.whitening(gaussian.covariance(chunk), ridge)
         return {"mean": found.mean.astype(np.float32), "factor": factor}
 
-
-def _parts(positions: int, depth: int) -> list[slice]:
-    step = max(1, gaussian.CHUNK_BYTES // (8 * depth * depth))
-    return [slice(at, at + step) for at in range(0, positions, step)]
+    def _fold(self) -> None:
+        rows = self.rows()
+        self._blocks = []
+        positions, depth = rows[0].shape
+        old = self.moments or gaussian.Moments(
+            0, np.zeros((positions, depth)), np.zeros((positions, depth, depth))
+        )
+        for part, values in gaussian.position_chunks(rows, 8 * depth * depth):
+            before = gaussian.Moments(old.count, old.mean[part], old.scatter[part])
+            _, old.mean[part], old.scatter[part] = gaussian.merge(before, gaussian.moments(values))
+        self.moments = gaussian.Moments(old.count + len(rows), old.mean, old.scatter)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ the same code as a global one.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jax import lax
 
 from dsad.core.errors import ConfigError
 
-#: Host bytes of float64 rows handled at once by ``principal`` and ``low_rank``.
+#: Host bytes of float64 rows handled at once, see ``position_chunks``.
 CHUNK_BYTES = 2**26
 
 
@@ -76,23 +76,29 @@ def principal_axes(found: Moments, components: int) -> tuple[np.ndarray, np.ndar
     return vectors, np.maximum(values, 0.0)
 
 
-def principal(rows: np.ndarray, components: int) -> Principal:
-    """Principal axes per position of ``rows`` (n, p, d), from the smaller of n × n and d × d.
+def principal(rows: Sequence[np.ndarray] | np.ndarray, components: int) -> Principal:
+    """Principal axes per position of n ``rows`` (p, d), from the smaller of n × n and d × d.
 
     ``components`` is at most min(n, d). The result is float32, but computed in float64, a few
     positions at a time.
     """
-    count, positions, depth = rows.shape
-    parts = [
-        _principal(np.asarray(rows[:, at : at + step], np.float64), components)
-        for step in [_positions_at_once(count, depth)]
-        for at in range(0, positions, step)
-    ]
+    chunks = position_chunks(rows)
+    parts = [_principal(chunk, components) for _, chunk in chunks]
     return Principal(*(np.concatenate([p[i] for p in parts]) for i in range(4)))
 
 
-def _positions_at_once(count: int, depth: int) -> int:
-    return max(1, CHUNK_BYTES // (8 * count * depth))
+def position_chunks(
+    rows: Sequence[np.ndarray] | np.ndarray, row_bytes: int = 0
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """(positions, their rows (n, positions, d) in float64), of n ``rows`` (p, d), piece by piece.
+
+    A piece takes ``CHUNK_BYTES``, at n · d · 8 or ``row_bytes`` bytes a position if more.
+    """
+    positions, depth = rows[0].shape
+    step = max(1, CHUNK_BYTES // max(row_bytes, 8 * len(rows) * depth))
+    for at in range(0, positions, step):
+        part = slice(at, min(at + step, positions))
+        yield part, np.stack([np.asarray(row[part], np.float64) for row in rows])
 
 
 def _principal(rows: np.ndarray, components: int) -> Principal:
@@ -146,22 +152,21 @@ def whitening(cov: np.ndarray, ridge: float) -> np.ndarray:
     return np.swapaxes(np.linalg.inv(lower), -1, -2).astype(np.float32)
 
 
-def low_rank(rows: np.ndarray, ridge: float, multiple: int = 1) -> tuple[np.ndarray, ...]:
-    """The covariance (divisor n - 1) + ``ridge`` I of ``rows`` (n, p, d), without a d × d matrix.
+def low_rank(
+    rows: Sequence[np.ndarray] | np.ndarray, ridge: float, multiple: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The covariance (divisor n - 1) + ``ridge`` I of n ``rows`` (p, d), without a d × d matrix.
 
     Returns, float32, mean (p, d), factor Y (p, m, d) with Yᵀ Y the covariance, and the inverse
     (p, m, m) of Y Yᵀ + ridge I on the span of Y: what ``low_rank_mahalanobis`` takes.
     ``multiple`` pads m with zero rows, which change nothing, so that few sizes are compiled.
     """
-    count, positions, depth = rows.shape
+    count, (positions, depth) = len(rows), rows[0].shape
     size = count + -count % multiple
     mean = np.empty((positions, depth), np.float32)
     factor = np.zeros((positions, size, depth), np.float32)
     inner = np.zeros((positions, size, size), np.float32)
-    step = _positions_at_once(count, depth)
-    for at in range(0, positions, step):
-        part = slice(at, at + step)
-        values = np.asarray(rows[:, part], np.float64)
+    for part, values in position_chunks(rows):
         centre = values.mean(axis=0)
         centred = np.swapaxes(values - centre, 0, 1) / np.sqrt(count - 1)
         gram = centred @ np.swapaxes(centred, 1, 2) + ridge * np.eye(count)
