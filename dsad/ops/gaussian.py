@@ -6,7 +6,9 @@ products on the device. Every function takes any number of leading axes: a Gauss
 the same code as a global one.
 """
 
+import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -82,9 +84,29 @@ def principal(rows: Sequence[np.ndarray] | np.ndarray, components: int) -> Princ
     ``components`` is at most min(n, d). The result is float32, but computed in float64, a few
     positions at a time.
     """
-    chunks = position_chunks(rows)
-    parts = [_principal(chunk, components) for _, chunk in chunks]
-    return Principal(*(np.concatenate([p[i] for p in parts]) for i in range(4)))
+    positions, depth = rows[0].shape
+    step = min(positions, max(1, CHUNK_BYTES // (8 * len(rows) * depth)))
+    found = Principal(
+        np.empty((positions, depth), np.float32),
+        np.empty((positions, depth, components), np.float32),
+        np.empty((positions, components)),
+        np.empty(positions),
+    )
+    for at in range(0, positions, step):
+        start = min(at, positions - step)  # the last chunk overlaps: one shape to compile
+        chunk = np.stack([np.asarray(row[start : start + step], np.float32) for row in rows])
+        with _float64_on_host():
+            parts = _principal(chunk, components, os.cpu_count() or 1)
+            for whole, part in zip(found, parts, strict=True):
+                whole[start : start + step] = np.asarray(part)
+    return found
+
+
+@contextlib.contextmanager
+def _float64_on_host() -> Iterator[None]:
+    """Compile for the CPU, in float64, whatever the default device."""
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
 
 
 def position_chunks(
@@ -101,27 +123,40 @@ def position_chunks(
         yield part, np.stack([np.asarray(row[part], np.float64) for row in rows])
 
 
-def _principal(rows: np.ndarray, components: int) -> Principal:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _principal(rows: jax.Array, components: int, threads: int) -> Principal:
+    """Axes of rows (n, p, d) float32, computed in float64, the axes rounded at the end."""
     count, _, depth = rows.shape
-    mean = rows.mean(axis=0)
-    centred = np.ascontiguousarray(np.swapaxes(rows - mean, 0, 1))  # (p, n, d)
+    values = jnp.swapaxes(rows, 0, 1).astype(jnp.float64)
+    mean = jnp.mean(values, axis=1)
+    centred = values - mean[:, None, :]
     if count < depth:
-        squares, vectors = np.linalg.eigh(centred @ np.swapaxes(centred, 1, 2))
+        squares, vectors = _eigh(_product(centred, jnp.swapaxes(centred, 1, 2)), threads)
     else:
-        squares, vectors = np.linalg.eigh(np.swapaxes(centred, 1, 2) @ centred)
-    squares = np.maximum(squares[:, ::-1][:, :components], 0.0)
+        squares, vectors = _eigh(_product(jnp.swapaxes(centred, 1, 2), centred), threads)
+    squares = jnp.maximum(squares[:, ::-1][:, :components], 0.0)
     vectors = vectors[:, :, ::-1][:, :, :components]
-    # Below this an eigenvalue of the Gram matrix is rounding, and so is its axis.
-    real = squares > max(count, depth) * np.finfo(np.float64).eps * squares[:, :1]
+    # Below this an eigenvalue is rounding, and so is its axis.
+    real = squares > max(count, depth) * jnp.finfo(jnp.float64).eps * squares[:, :1]
     if count < depth:
-        inverse = np.where(real, 1 / np.sqrt(np.where(real, squares, 1.0)), 0.0)
-        coordinates = vectors * np.sqrt(squares)[:, None, :]
-        basis = np.swapaxes(centred, 1, 2) @ (vectors * inverse[:, None, :])
+        inverse = jnp.where(real, lax.rsqrt(jnp.where(real, squares, 1.0)), 0.0)
+        coordinates = vectors * jnp.sqrt(squares)[:, None, :]
+        # Rounded first: a sum of n terms, no cancellation, at twice the speed.
+        scaled = (vectors * inverse[:, None, :]).astype(jnp.float32)
+        basis = _product(jnp.swapaxes(scaled, 1, 2), centred.astype(jnp.float32))
+        basis = jnp.swapaxes(basis, 1, 2)
     else:
         basis = vectors * real[:, None, :]
-        coordinates = centred @ basis
-    fourth = np.mean(np.sum(coordinates**2, axis=2) ** 2, axis=1)
-    return Principal(mean.astype(np.float32), basis.astype(np.float32), squares / count, fourth)
+        coordinates = _product(centred, basis)
+    fourth = jnp.mean(jnp.sum(coordinates**2, axis=2) ** 2, axis=1)
+    return Principal(mean.astype(jnp.float32), basis.astype(jnp.float32), squares / count, fourth)  # type: ignore[arg-type]
+
+
+def _eigh(matrices: jax.Array, threads: int) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and vectors of (p, m, m); independent calls, because one runs in one thread."""
+    parts = jnp.array_split(matrices, min(threads, matrices.shape[0]))
+    found = [jnp.linalg.eigh(part) for part in parts]
+    return jnp.concatenate([f[0] for f in found]), jnp.concatenate([f[1] for f in found])
 
 
 def ledoit_wolf(

@@ -102,7 +102,7 @@ def _features(sizes: Sizes, seed: int) -> np.ndarray:
     world, own = np.random.default_rng(99), np.random.default_rng(seed)
     shape = (sizes.side, sizes.side, sizes.channels)
     mixing = world.standard_normal((sizes.channels, sizes.channels), dtype=np.float32)
-    mixing *= np.geomspace(1, 0.01, sizes.channels, dtype=np.float32)[:, None]
+    mixing /= (1 + np.arange(sizes.channels, dtype=np.float32))[:, None]
     mean = world.standard_normal(shape, dtype=np.float32)
     made = np.empty((sizes.images, *shape), np.float32)
     for image in made:
