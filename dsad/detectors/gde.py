@@ -36,7 +36,10 @@ class Config:
     shrinkage alone. ``images``: at most that many normal images, a random subset; 0 takes all.
     ``patch`` and ``stride`` in pixels, as in the backbone ``patches:PATCH/STRIDE:...``.
     ``normalise`` divides the map by the coverage of each pixel; False fades towards the borders as
-    the published code does. ``cache_gb``: a global fit passes over the features twice, and keeps
+    the published code does. ``floor``: per position, the smallest mean variance, as a fraction of
+    that of an average position; a position below it (background that is saturated in every image)
+    takes that variance in all directions. 0 is the published rule and refuses such positions.
+    ``cache_gb``: a global fit passes over the features twice, and keeps
     them on the host between the passes where they fit into that many GB.
     """
 
@@ -47,11 +50,12 @@ class Config:
     patch: int = 32
     stride: int = 4
     normalise: bool = True
+    floor: float = 0.01
     cache_gb: float = 2.0
 
     def __post_init__(self):
         check_layers(self.layers)
-        for name in ("components", "images", "cache_gb"):
+        for name in ("components", "images", "floor", "cache_gb"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"detector.{name}: expected >= 0, found {getattr(self, name)}.")
         gaussian.patch_kernel(self.patch)
@@ -185,6 +189,11 @@ class Gde:
         size = found.variances.shape[-1]
         dimensions = size if self.config.components else depth
         shrinkage, mu = gaussian.ledoit_wolf(found.variances, found.fourth, count, dimensions)
+        least = self.config.floor * np.mean(mu)
+        low = mu < least
+        if low.any():  # per position only: a single mean is never below a part of itself
+            shrinkage, mu = np.where(low, 1.0, shrinkage), np.where(low, least, mu)
+            found.basis[low] = _pooled_axes(found, ~low, size) if self.config.components else 0
         floor = shrinkage * mu
         variances = (1 - shrinkage)[..., None] * found.variances + floor[..., None]
         damped = not self.config.components and count <= depth
@@ -192,8 +201,9 @@ class Gde:
         if flat := int(np.sum(smallest <= 0)):
             raise DataError(
                 f"detector gde: the normal patches of {flat} of {smallest.size} positions do not "
-                "vary in every direction that is modelled, so that distances are infinite. Lower "
-                "--config.detector.components, or set --config.detector.per_position=False."
+                "vary in every direction that is modelled, so that distances are infinite. Raise "
+                "--config.detector.floor, lower --config.detector.components, or set "
+                "--config.detector.per_position=False."
             )
         mean = found.mean.astype(np.float32)
         if not damped:
@@ -226,6 +236,15 @@ class _Cache:
             yield block
         if size <= self._budget:
             self._kept = kept
+
+
+def _pooled_axes(found: gaussian.Principal, places: np.ndarray, size: int) -> np.ndarray:
+    """Leading axes (d, size) of the covariance averaged over at most 64 of ``places``."""
+    picked = np.nonzero(places)[0]
+    picked = picked[:: -(-len(picked) // 64)]
+    scaled = found.basis[picked] * np.sqrt(found.variances[picked])[:, None, :]
+    flat = np.moveaxis(scaled, 1, 0).reshape(scaled.shape[1], -1).astype(np.float64)
+    return np.linalg.eigh(flat @ flat.T)[1][:, ::-1][:, :size]
 
 
 def _moments(

@@ -91,9 +91,27 @@ def test_gde_refuses_bad_configurations():
             fit({n: m[:0] for n, m in maps_of(0, 1).items()}, **config)
 
 
-def test_gde_of_constant_patches_is_refused():
-    normal = maps_of(0, 6)
+def test_gde_of_constant_patches():
+    """Saturated background: refused as published, or scored with the floor's variance."""
+    normal, test = maps_of(0, 6), maps_of(1, 8)
     for m in normal.values():
         m[:, :2, :2] = m[:1, :2, :2]
-    with pytest.raises(DataError, match=r"of 4 of 30 positions do not vary"):
-        fit(normal, **{**EACH, "layers": ("layer2",)})
+    one = {**EACH, "layers": ("layer2",)}
+    with pytest.raises(DataError, match=r"of 4 of 30 positions do not vary.*floor"):
+        fit(normal, **{**one, "floor": 0.0})
+    detector = made("gde", **{**one, "components": 0})
+    state = fit(normal, **{**one, "components": 0})
+    scores = np.asarray(detector.patch_scores(state, test))
+    rows = normal["layer2"] / np.linalg.norm(normal["layer2"], axis=3, keepdims=True)
+    mean = rows.mean(axis=0, dtype=np.float64)
+    variance = 0.01 * np.mean(np.sum((rows - mean) ** 2, axis=(0, 3)) / 6 / 7)
+    gap = test["layer2"] / np.linalg.norm(test["layer2"], axis=3, keepdims=True) - mean
+    expected = np.linalg.norm(gap, axis=3) / np.sqrt(variance)
+    np.testing.assert_allclose(scores[:, :2, :2], expected[:, :2, :2], rtol=1e-5)
+    own = fit({n: m[:, 2:] for n, m in normal.items()}, **{**one, "components": 0})
+    rest = {n: m[:, 2:] for n, m in test.items()}
+    np.testing.assert_allclose(scores[:, 2:], detector.patch_scores(own, rest), rtol=1e-5)
+    # With PCA those positions borrow the axes of the others: part of the distance.
+    some = np.asarray(made("gde", **one).patch_scores(fit(normal, **one), test))[:, :2, :2]
+    assert (some > 0).all()
+    assert (some <= expected[:, :2, :2]).all()
