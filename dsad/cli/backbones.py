@@ -12,6 +12,7 @@ from dsad.cli import pretrain, workdir
 from dsad.core import rng
 from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureMaps, RunInfo, Specs
+from dsad.models import wrappers
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 
 
@@ -39,8 +40,12 @@ class RunBackbone:
 def load(spec: str, weights: str, seed: int) -> Any:
     """A backbone from ``ARCH`` (with optional weights file) or ``run:DIR``, ``run:DIR@STEP``.
 
-    Step 0 of a run is its untouched initialisation, drawn again from the run's seed.
+    Step 0 of a run is its untouched initialisation, drawn again from the run's seed. Either may
+    stand in a wrapper, see ``models.wrappers``: ``patches:32/4:run:DIR``.
     """
+    if wrappers.is_wrapper(spec):
+        wrapper, inner = wrappers.split(spec)
+        return wrappers.wrap(wrapper, load(inner, weights, seed))
     if not spec.startswith("run:"):
         return models.backbone(spec, weights or None, seed=seed)
     if weights:
@@ -60,6 +65,13 @@ def of_category(spec: str, category: str, *, step: bool = False) -> str:
     """The directory of a category's run; with ``step`` the ``@STEP`` stays."""
     path = spec.removeprefix("run:").replace("{category}", category)
     return path if step else path.partition("@")[0]
+
+
+def innermost(spec: str) -> str:
+    """The backbone inside all wrappers: ``run:DIR`` of ``patches:32/4:run:DIR``."""
+    while wrappers.is_wrapper(spec):
+        spec = wrappers.split(spec)[1]
+    return spec
 
 
 def run_config(path: str) -> Mapping[str, Any]:

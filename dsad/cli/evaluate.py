@@ -27,7 +27,8 @@ class EvaluateConfig:
     """Everything of an evaluation but its detector, whose keys belong to the method.
 
     ``backbone`` is an architecture (with ``weights``, a file, or random ones by ``seed``) or
-    ``run:DIR[@STEP]``, where "{category}" in DIR names one run per category. ``data.name`` "run"
+    ``run:DIR[@STEP]``, where "{category}" in DIR names one run per category;
+    ``patches:SIZE/STRIDE:`` before either applies it to every patch of an image. ``data.name`` "run"
     takes the data of that run. ``shots`` training images of each category are used (0: all);
     ``seeds`` draw them and the detector's random choices, several give mean and standard deviation.
     ``one_for_all`` fits a single detector on the training images of all categories.
@@ -67,7 +68,8 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
     """The data config to use; with name "run" the run's own, at another root if one is given."""
     if cfg.data.name != SAME:
         return cfg.data
-    if not cfg.backbone.startswith("run:"):
+    inner = backbones.innermost(cfg.backbone)
+    if not inner.startswith("run:"):
         raise ConfigError(
             f"config.data.name: with backbone {cfg.backbone!r} there is no run to take the data "
             "from; name a data set, for example --config.data.name=mvtec --config.data.root=DIR."
@@ -77,7 +79,7 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
             f"config.data.name: with one run per category ({cfg.backbone!r}) no single run has "
             "the data; name the data set, for example --config.data.name=mvtec."
         )
-    path = cfg.backbone.removeprefix("run:").partition("@")[0]
+    path = inner.removeprefix("run:").partition("@")[0]
     found, _, _ = pretrain.parse(backbones.run_config(path))
     return dataclasses.replace(found.data, root=cfg.data.root or found.data.root)
 

@@ -41,7 +41,8 @@ def _training(directories: list[str]) -> str:
     """The first run that a backbone came from and that is still there."""
     for directory in directories:
         spec = workdir.read(directory)["config"].get("backbone", "")
-        path = spec.removeprefix("run:").partition("@")[0]
-        if spec.startswith("run:") and (pathlib.Path(path) / "metrics.jsonl").is_file():
+        _, run, rest = spec.partition("run:")  # also inside a wrapper, patches:32/4:run:DIR
+        path = rest.partition("@")[0]
+        if run and (pathlib.Path(path) / "metrics.jsonl").is_file():
             return path
     return ""

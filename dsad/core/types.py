@@ -128,6 +128,23 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class BackboneWrapper(Protocol):
+    """A backbone around another: its features may depend on a bank made from normal images.
+
+    ``mean``, ``std``, ``arch`` and ``description`` are those of a backbone, and so is the call on
+    images for a wrapper whose bank is empty.
+    """
+
+    def adapt(self, normals: Iterable[jax.Array]) -> Tree:
+        """The bank, from batches of normalised normal images (b, H, W, 3)."""
+        ...
+
+    def features(self, bank: Tree, images: jax.Array) -> FeatureMaps:
+        """Feature maps of normalised images (b, H, W, 3); pure and jittable."""
+        ...
+
+
 class FeatureBatch(NamedTuple):
     """Features of one batch for a detector; rows with ``valid`` False are padding."""
 

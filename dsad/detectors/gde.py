@@ -1,0 +1,303 @@
+"""Gaussian density of patch embeddings: the second stage of DS2, after CutPaste's.
+
+Li et al., "CutPaste" (CVPR 2021) and He et al., "Learning Transferable Representations for Image
+Anomaly Localization Using Dense Pretraining" (WACV 2024): patches are embedded, a PCA and a
+Ledoit-Wolf Gaussian are fitted to those of normal images, the score of a patch is its Mahalanobis
+distance, and a transposed convolution turns patch scores into pixels. In principal coordinates the
+covariance is diagonal, so nothing is inverted: score² = Σ z² / ((1 - s) λ + s μ).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dsad.core import rng
+from dsad.core.errors import ConfigError, DataError
+from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.detectors._features import Cells, cells, check_layers, joined, nothing_to_train
+from dsad.ops import gaussian
+
+#: Rows whose moments are taken at once.
+ROWS = 2**14
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How patches are modelled and how their scores become a map.
+
+    ``layers``: embeddings to concatenate; the result is brought to unit length. ``per_position``:
+    one Gaussian for every patch position (aligned objects) or one for all (textures).
+    ``components`` of the PCA, 0 for none: then directions without variance count as well, by the
+    shrinkage alone. ``images``: at most that many normal images, a random subset; 0 takes all.
+    ``patch`` and ``stride`` in pixels, as in the backbone ``patches:PATCH/STRIDE:...``.
+    ``normalise`` divides the map by the coverage of each pixel; False fades towards the borders as
+    the published code does. ``floor``: per position, the smallest mean variance, as a fraction of
+    that of an average position; a position below it (background that is saturated in every image)
+    takes that variance in all directions. 0 is the published rule and refuses such positions.
+    ``cache_gb``: a global fit passes over the features twice, and keeps
+    them on the host between the passes where they fit into that many GB.
+    """
+
+    layers: tuple[str, ...] = ("layer4",)
+    per_position: bool = True
+    components: int = 200
+    images: int = 350
+    patch: int = 32
+    stride: int = 4
+    normalise: bool = True
+    floor: float = 0.01
+    cache_gb: float = 2.0
+
+    def __post_init__(self):
+        check_layers(self.layers)
+        for name in ("components", "images", "floor", "cache_gb"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"detector.{name}: expected >= 0, found {getattr(self, name)}.")
+        gaussian.patch_kernel(self.patch)
+        if not 1 <= self.stride <= self.patch:
+            raise ConfigError(
+                f"detector.stride: expected 1 to detector.patch = {self.patch}, found "
+                f"{self.stride}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Gde:
+    """The detector; its state is the mean and a factor of the inverse covariance.
+
+    {"mean": (gh, gw, d), "factor": (gh, gw, d, k)}, without the grid for a global model; without
+    PCA and with fewer images than dimensions {"mean", "basis", "scale"} of a damped projection.
+    """
+
+    config: Config
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the feature maps it reads."""
+        return self.config.layers
+
+    def embed(self, features: FeatureMaps) -> jax.Array:
+        """Unit vectors (b, gh, gw, d) of the joined layers."""
+        values = joined(features, self.layers)
+        norm = jnp.sqrt(jnp.sum(jnp.square(values), axis=-1, keepdims=True))
+        return values / jnp.maximum(norm, 1e-12)
+
+    def fit(
+        self,
+        source: FeatureSource,
+        *,
+        mesh: jax.sharding.Mesh | None,
+        key: jax.Array,
+        trained: Tree | None = None,
+    ) -> Tree:
+        """Mean and shrunk covariance of the normal images' patches, on the host in float64.
+
+        Per position the embeddings of all images are held at once (images × gh × gw × d float32);
+        a global model streams, in memory independent of the number of images. The subset of
+        ``images`` images is drawn from (key, sample index) and is the same for any order of the
+        source. Raises DataError for too few images or patches without any variance.
+        """
+        del mesh
+        nothing_to_train("gde", trained)
+        key = rng.named(key, "gde images")
+        blocks = _Cache(lambda: cells(source, functools.partial(_embed, self), "gde"), self.config)
+        fit = self._fit_positions if self.config.per_position else self._fit_global
+        state = jax.tree.map(jnp.asarray, fit(blocks, key))
+        return state
+
+    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+        """Map (b, H, W) in input pixels, see ``patch_heatmap``; image (b,): largest patch score.
+
+        The image score is taken before the map is smoothed, as published.
+        """
+        scores = self.patch_scores(state, features)
+        maps = gaussian.patch_heatmap(
+            scores, self.config.patch, self.config.stride, normalise=self.config.normalise
+        )
+        return Scores(map=maps, image=jnp.max(scores, axis=(1, 2)))
+
+    def patch_scores(self, state: Tree, features: FeatureMaps) -> jax.Array:
+        """Mahalanobis distance of every patch, (b, gh, gw)."""
+        embedded = self.embed(features)
+        if state["mean"].ndim == 1:
+            rows = embedded.reshape(-1, embedded.shape[-1])
+            return _distance(rows, state).reshape(embedded.shape[:3])
+        return gaussian.per_position(embedded, state, _distance)
+
+    # --- fitting
+
+    def _fit_positions(self, blocks: "_Cache", key: jax.Array) -> Tree:
+        kept: list[tuple[int, np.ndarray]] = []
+        category, grid, most = "", (0, 0), self.config.images
+        for block in blocks:
+            values, index, category = block
+            grid = values.shape[1:3]
+            # Once images are dropped, a view would hold those beside it.
+            drops = bool(most) and len(kept) + len(index) > most
+            flat = values.reshape(len(values), -1, values.shape[-1])
+            kept += [(int(i), v.copy() if drops else v) for i, v in zip(index, flat, strict=True)]
+            if drops:
+                kept = [kept[i] for i in _lowest(key, np.array([i for i, _ in kept]), most)]
+        if len(kept) < 2:
+            raise DataError(f"detector gde: expected at least 2 normal images, found {len(kept)}.")
+        rows = [v for _, v in sorted(kept, key=lambda pair: pair[0])]
+        depth = rows[0].shape[-1]
+        wanted = self._components(len(rows), depth, category)
+        found = gaussian.principal(rows, wanted or min(len(rows), depth))
+        state = self._state(found, len(rows), depth)
+        return {n: v.reshape(*grid, *v.shape[1:]) for n, v in state.items()}
+
+    def _fit_global(self, blocks: "_Cache", key: jax.Array) -> Tree:
+        seen: list[np.ndarray] = []
+        total = _moments(blocks, None, seen)
+        index = np.concatenate(seen) if seen else np.zeros(0, np.int64)
+        chosen = index[_lowest(key, index, self.config.images)]
+        if len(chosen) < len(index):
+            total = _moments(blocks, chosen, [])
+        if total is None or total.count < 2:
+            found = 0 if total is None else total.count
+            raise DataError(f"detector gde: expected at least 2 normal patches, found {found}.")
+        depth = len(total.mean)
+        wanted = self._components(total.count, depth, "the source") or min(total.count, depth)
+        basis, variances = gaussian.principal_axes(total, wanted)
+        mean, axes = jnp.asarray(total.mean, jnp.float32), jnp.asarray(basis, jnp.float32)
+        fourth = 0.0
+        for block in blocks:
+            values = block.values[np.isin(block.index, chosen)]
+            if len(values):
+                fourth += float(_fourth(jnp.asarray(values), mean, axes)) * len(values)
+        images = len(chosen)
+        principal = gaussian.Principal(total.mean, basis, variances, np.asarray(fourth / images))
+        return self._state(principal, total.count, depth)
+
+    def _components(self, count: int, depth: int, category: str) -> int:
+        most = min(count - 1, depth)
+        if self.config.components > most:
+            raise DataError(
+                f"detector gde: components = {self.config.components}, but {count} normal rows of "
+                f"{category} with {depth} features span at most {most} dimensions. Set "
+                f"--config.detector.components={most} or lower, or 0 for no PCA."
+            )
+        return self.config.components
+
+    def _state(self, found: gaussian.Principal, count: int, depth: int) -> dict[str, np.ndarray]:
+        size = found.variances.shape[-1]
+        dimensions = size if self.config.components else depth
+        shrinkage, mu = gaussian.ledoit_wolf(found.variances, found.fourth, count, dimensions)
+        least = self.config.floor * np.mean(mu)
+        low = mu < least
+        if low.any():  # per position only: a single mean is never below a part of itself
+            shrinkage, mu = np.where(low, 1.0, shrinkage), np.where(low, least, mu)
+            found.basis[low] = _pooled_axes(found, ~low, size) if self.config.components else 0
+        floor = shrinkage * mu
+        variances = (1 - shrinkage)[..., None] * found.variances + floor[..., None]
+        damped = not self.config.components and count <= depth
+        smallest = floor if damped else variances.min(axis=-1)
+        if flat := int(np.sum(smallest <= 0)):
+            raise DataError(
+                f"detector gde: the normal patches of {flat} of {smallest.size} positions do not "
+                "vary in every direction that is modelled, so that distances are infinite. Raise "
+                "--config.detector.floor, lower --config.detector.components, or set "
+                "--config.detector.per_position=False."
+            )
+        mean = found.mean.astype(np.float32)
+        if not damped:
+            factor = found.basis / np.sqrt(variances)[..., None, :]
+            return {"mean": mean, "factor": factor.astype(np.float32)}
+        gain = np.sqrt(1 - np.sqrt(floor[..., None] / variances))
+        basis = (found.basis * gain[..., None, :]).astype(np.float32)
+        return {"mean": mean, "basis": basis, "scale": (1 / np.sqrt(floor)).astype(np.float32)}
+
+
+class _Cache:
+    """A re-iterable of ``Cells``; later passes come from memory where all of it fits."""
+
+    def __init__(self, make: Callable[[], Iterator[Cells]], config: Config):
+        self._make = make
+        self._budget = 0 if config.per_position else int(config.cache_gb * 1e9)
+        self._kept: list[Cells] | None = None
+
+    def __iter__(self) -> Iterator[Cells]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, size = [], 0
+        for block in self._make():
+            size += block.values.nbytes
+            if size <= self._budget:
+                kept.append(block)
+            else:
+                kept = []
+            yield block
+        if size <= self._budget:
+            self._kept = kept
+
+
+def _pooled_axes(found: gaussian.Principal, places: np.ndarray, size: int) -> np.ndarray:
+    """Leading axes (d, size) of the covariance averaged over at most 64 of ``places``."""
+    picked = np.nonzero(places)[0]
+    picked = picked[:: -(-len(picked) // 64)]
+    scaled = found.basis[picked] * np.sqrt(found.variances[picked])[:, None, :]
+    flat = np.moveaxis(scaled, 1, 0).reshape(scaled.shape[1], -1).astype(np.float64)
+    return np.linalg.eigh(flat @ flat.T)[1][:, ::-1][:, :size]
+
+
+def _moments(
+    blocks: _Cache, chosen: np.ndarray | None, seen: list[np.ndarray]
+) -> gaussian.Moments | None:
+    """Moments of all patches of the ``chosen`` images (None: all); notes the indices met."""
+    total = None
+    for block in blocks:
+        seen.append(block.index)
+        values = block.values if chosen is None else block.values[np.isin(block.index, chosen)]
+        rows = values.reshape(-1, values.shape[-1])
+        for at in range(0, len(rows), ROWS):
+            part = gaussian.moments(rows[at : at + ROWS])
+            total = part if total is None else gaussian.merge(total, part)
+    return total
+
+
+def _lowest(key: jax.Array, index: np.ndarray, most: int) -> np.ndarray:
+    """Places (≤ most) of the images with the lowest random priorities; all when ``most`` is 0."""
+    if not most or len(index) <= most:
+        return np.arange(len(index))
+    bits = np.asarray(_priorities(key, jnp.asarray(index, jnp.uint32)))
+    return np.lexsort((index, bits))[:most]
+
+
+@jax.jit
+def _priorities(key: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(index)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(detector: Gde, features: FeatureMaps) -> jax.Array:
+    """Compiled once per configuration and shapes, not once per fit."""
+    return detector.embed(features)
+
+
+@jax.jit
+def _fourth(values: jax.Array, mean: jax.Array, basis: jax.Array) -> jax.Array:
+    """Mean over all patches of |z|⁴, image by image."""
+
+    def one(rows: jax.Array) -> jax.Array:
+        z = jnp.matmul(rows - mean[None, :], basis, precision=lax.Precision.HIGHEST)
+        return jnp.mean(jnp.square(jnp.sum(jnp.square(z), axis=1)))
+
+    return jnp.mean(lax.map(one, values.reshape(len(values), -1, values.shape[-1])))
+
+
+def _distance(rows: jax.Array, state: Tree) -> jax.Array:
+    if "factor" in state:
+        return gaussian.mahalanobis(rows, state["mean"], state["factor"])
+    return gaussian.damped_mahalanobis(rows, state["mean"], state["basis"], state["scale"])
+
+
+def build(cfg: Config) -> Gde:
+    """The detector of a configuration."""
+    return Gde(cfg)
