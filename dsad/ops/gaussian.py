@@ -8,7 +8,6 @@ the same code as a global one.
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -96,8 +95,12 @@ def principal(rows: Sequence[np.ndarray] | np.ndarray, components: int) -> Princ
         start = min(at, positions - step)  # the last chunk overlaps: one shape to compile
         chunk = np.stack([np.asarray(row[start : start + step], np.float32) for row in rows])
         with _float64_on_host():
-            parts = _principal(chunk, components, os.cpu_count() or 1)
-            for whole, part in zip(found, parts, strict=True):
+            mean, centred, gram = _centred(chunk)
+            # Not by jax: its batched eigh waits inside XLA's thread pool for work it put there,
+            # and two at once, or any pool of one thread, never end (jaxlib 0.10.2 on a CPU).
+            squares, vectors = np.linalg.eigh(np.asarray(gram))
+            parts = _axes(centred, squares, vectors, components)
+            for whole, part in zip(found, (mean, *parts), strict=True):
                 whole[start : start + step] = np.asarray(part)
     return found
 
@@ -123,17 +126,23 @@ def position_chunks(
         yield part, np.stack([np.asarray(row[part], np.float64) for row in rows])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _principal(rows: jax.Array, components: int, threads: int) -> Principal:
-    """Axes of rows (n, p, d) float32, computed in float64, the axes rounded at the end."""
-    count, _, depth = rows.shape
+@jax.jit
+def _centred(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of rows (n, p, d): mean (p, d), centred (p, n, d) and its smaller Gram matrix, float64."""
     values = jnp.swapaxes(rows, 0, 1).astype(jnp.float64)
     mean = jnp.mean(values, axis=1)
     centred = values - mean[:, None, :]
-    if count < depth:
-        squares, vectors = _eigh(_product(centred, jnp.swapaxes(centred, 1, 2)), threads)
-    else:
-        squares, vectors = _eigh(_product(jnp.swapaxes(centred, 1, 2), centred), threads)
+    other = jnp.swapaxes(centred, 1, 2)
+    wide = rows.shape[0] < rows.shape[2]
+    return mean, centred, _product(centred, other) if wide else _product(other, centred)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _axes(
+    centred: jax.Array, squares: jax.Array, vectors: jax.Array, components: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(basis, variances, fourth) of ``Principal`` from the eigenvectors of the Gram matrix."""
+    count, depth = centred.shape[1:]
     squares = jnp.maximum(squares[:, ::-1][:, :components], 0.0)
     vectors = vectors[:, :, ::-1][:, :, :components]
     # Below this an eigenvalue is rounding, and so is its axis.
@@ -141,22 +150,14 @@ def _principal(rows: jax.Array, components: int, threads: int) -> Principal:
     if count < depth:
         inverse = jnp.where(real, lax.rsqrt(jnp.where(real, squares, 1.0)), 0.0)
         coordinates = vectors * jnp.sqrt(squares)[:, None, :]
-        # Rounded first: a sum of n terms, no cancellation, at twice the speed.
-        scaled = (vectors * inverse[:, None, :]).astype(jnp.float32)
-        basis = _product(jnp.swapaxes(scaled, 1, 2), centred.astype(jnp.float32))
-        basis = jnp.swapaxes(basis, 1, 2)
+        # Rounded first: sums of n terms without cancellation, at twice the speed.
+        scaled = jnp.swapaxes(vectors * inverse[:, None, :], 1, 2).astype(jnp.float32)
+        basis = jnp.swapaxes(_product(scaled, centred.astype(jnp.float32)), 1, 2)
     else:
         basis = vectors * real[:, None, :]
         coordinates = _product(centred, basis)
     fourth = jnp.mean(jnp.sum(coordinates**2, axis=2) ** 2, axis=1)
-    return Principal(mean.astype(jnp.float32), basis.astype(jnp.float32), squares / count, fourth)  # type: ignore[arg-type]
-
-
-def _eigh(matrices: jax.Array, threads: int) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues and vectors of (p, m, m); independent calls, because one runs in one thread."""
-    parts = jnp.array_split(matrices, min(threads, matrices.shape[0]))
-    found = [jnp.linalg.eigh(part) for part in parts]
-    return jnp.concatenate([f[0] for f in found]), jnp.concatenate([f[1] for f in found])
+    return basis, squares / count, fourth
 
 
 def ledoit_wolf(
