@@ -28,8 +28,8 @@ class EvaluateConfig:
 
     ``backbone`` is an architecture (with ``weights``, a file, or random ones by ``seed``) or
     ``run:DIR[@STEP]``, where "{category}" in DIR names one run per category;
-    ``patches:SIZE/STRIDE:`` before either applies it to every patch of an image. ``data.name`` "run"
-    takes the data of that run. ``shots`` training images of each category are used (0: all);
+    ``patches:SIZE/STRIDE:`` before either applies it to every patch of an image. ``data.name``
+    "run" takes the data of that run. ``shots`` training images of each category are used (0: all);
     ``seeds`` draw them and the detector's random choices, several give mean and standard deviation.
     ``one_for_all`` fits a single detector on the training images of all categories.
     """

@@ -19,7 +19,7 @@ from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import cells, check_layers, nothing_to_train, select
 from dsad.ops.coreset import budget_rows, greedy_coreset, kmeans_rows, random_rows
-from dsad.ops.neighbors import nearest
+from dsad.ops.neighbors import Precision, nearest, pad_bank
 from dsad.ops.resize import match_grid, neighbourhood_mean
 
 
@@ -41,6 +41,8 @@ class Config:
 
     ``score``: "distance" (paper) or "squared" (published code). ``image_score``: "max" of the map,
     or "reweighted" by how unusual the nearest row is among its ``neighbours`` (paper, eq. 7).
+    ``precision`` of the search: "exact", or "certified", which finds the same rows faster where the
+    hardware multiplies bfloat16 (``ops.neighbors.nearest``).
     """
 
     layers: tuple[str, ...] = ("layer2", "layer3")
@@ -58,6 +60,7 @@ class Config:
     score: Literal["distance", "squared"] = "distance"
     image_score: Literal["max", "reweighted"] = "max"
     neighbours: int = 9
+    precision: Precision = "exact"
 
     def __post_init__(self):
         check_layers(self.layers)
@@ -84,7 +87,10 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class PatchCore:
-    """The detector; its state is {"bank": (M, d) float32}."""
+    """The detector; its state is {"bank": (M, d) float32, "rows": () int32}.
+
+    The bank is padded to a bucket, so that categories share compiled programs; ``rows`` count.
+    """
 
     config: Config
 
@@ -134,7 +140,8 @@ class PatchCore:
                 f"images, found {len(bank)} of {len(rows)}. Check the train split and the bank's "
                 "size."
             )
-        return {"bank": jnp.asarray(bank)}
+        padded, count = pad_bank(bank)
+        return {"bank": jnp.asarray(padded), "rows": jnp.asarray(count)}
 
     def score(
         self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
@@ -146,7 +153,9 @@ class PatchCore:
         embedded, bank = self.embed(features), state["bank"]
         shape = embedded.shape[:3]
         queries = embedded.reshape(-1, embedded.shape[-1])
-        distances, indices = nearest(queries, bank, mesh=mesh)
+        distances, indices = nearest(
+            queries, bank, mesh=mesh, valid=state["rows"], precision=self.config.precision
+        )
         distances = distances.reshape(shape[0], -1)
         values = jnp.square(distances) if self.config.score == "squared" else distances
         image = jnp.max(values, axis=1)
@@ -156,7 +165,7 @@ class PatchCore:
                 queries.reshape(shape[0], -1, queries.shape[1]), worst[..., None], axis=1
             )[:, 0]
             row = jnp.take_along_axis(indices.reshape(shape[0], -1), worst, axis=1)[:, 0]
-            image = image * _weight(cell, bank, row, self.config.neighbours)
+            image = image * _weight(cell, state, row, self.config.neighbours)
         return Scores(map=values.reshape(shape), image=image)
 
     def _gathered(self, source: FeatureSource) -> np.ndarray:
@@ -246,12 +255,13 @@ def _unfolded(features: jax.Array, size: int) -> jax.Array:
     return jnp.stack(parts, axis=-1).reshape(*features.shape[:3], -1)
 
 
-def _weight(cell: jax.Array, bank: jax.Array, row: jax.Array, neighbours: int) -> jax.Array:
+def _weight(cell: jax.Array, state: Tree, row: jax.Array, neighbours: int) -> jax.Array:
     """Eq. 7's factor (b,) for worst cells (b, d) with nearest bank rows ``row`` (b,).
 
     1 - exp(‖m_t - m*‖) / Σ exp(‖m_t - m‖) over the ``neighbours`` rows m nearest to m*, with m*.
     """
-    _, around = nearest(bank[row], bank, neighbours)
+    bank = state["bank"]
+    _, around = nearest(bank[row], bank, neighbours, valid=state["rows"])
     gaps = jnp.sqrt(jnp.sum(jnp.square(cell[:, None] - bank[around]), axis=2))
     own = jnp.sqrt(jnp.sum(jnp.square(cell - bank[row]), axis=1))
     return 1.0 - 1.0 / jnp.sum(jnp.exp(gaps - own[:, None]), axis=1)

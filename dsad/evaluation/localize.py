@@ -1,5 +1,6 @@
 """The localization run: features, detector, anomaly maps on original pixels, metrics."""
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -159,6 +160,15 @@ class _Run:
 
         return advance
 
+    def fitting(self, title: str) -> Progress:
+        """Reports of a detector's own work; images done stay as they are."""
+
+        def show(done: int, total: int, text: str) -> None:
+            if self.progress:
+                self.progress(self.done, self.total, f"{title}: {done}/{total} {text}")
+
+        return show
+
     def writer(self, seed: int) -> maps.MapWriter | None:
         if self.config.save_maps == "none" or self.folder is None:
             return None
@@ -197,7 +207,12 @@ class _Run:
         # Seed 0 keeps the key that a category has without seeds.
         key = named(self.key, title if seed == 0 else f"{title}, seed {seed}")
         trained = self.train(self.detector, features, title) if self.train else None
-        state = self.detector.fit(features, mesh=reader.device.mesh, key=key, trained=trained)
+        # Optional, not part of the seam: a fit that takes long tells how far it is.
+        takes = "progress" in inspect.signature(self.detector.fit).parameters
+        told = {"progress": self.fitting(title)} if takes and self.progress else {}
+        state = self.detector.fit(
+            features, mesh=reader.device.mesh, key=key, trained=trained, **told
+        )
         state = jax.block_until_ready(reader.device.place(state))
         fit = time.perf_counter() - start - features.seconds
         return state, {"features": features.seconds, "fit": fit}

@@ -6,15 +6,15 @@ import pytest
 
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
-from tests.contracts.detectors.common import KEY, Batches, close, made, maps_of
+from tests.contracts.detectors.common import KEY, Batches, close, kept_rows, made, maps_of
 
 
 def test_knn_subset_is_uniform_and_independent_of_the_order():
     normal = maps_of(0, 9)
-    every = np.asarray(made("knn").fit(Batches(normal), mesh=None, key=KEY)["bank"])
+    every = kept_rows(made("knn").fit(Batches(normal), mesh=None, key=KEY))
     assert every.shape == (9 * 30, 11)
-    fit = lambda order, size, key: np.asarray(  # noqa: E731
-        made("knn", bank_rows=50).fit(Batches(normal, order, size), mesh=None, key=key)["bank"]
+    fit = lambda order, size, key: kept_rows(  # noqa: E731
+        made("knn", bank_rows=50).fit(Batches(normal, order, size), mesh=None, key=key)
     )
     subset = fit(None, 4, KEY)
     assert subset.shape == (50, 11)
@@ -29,7 +29,7 @@ def test_knn_subset_is_uniform_and_independent_of_the_order():
     assert hits.max() <= 12
     assert (abs(hits.reshape(9, 30).sum(axis=1) - 1000 / 9) < 5 * 9.5).all()
     np.testing.assert_array_equal(
-        made("knn", bank_rows=1000).fit(Batches(normal), mesh=None, key=KEY)["bank"], every
+        kept_rows(made("knn", bank_rows=1000).fit(Batches(normal), mesh=None, key=KEY)), every
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.detectors import patchcore
-from tests.contracts.detectors.common import KEY, Batches, close, made, maps_of
+from tests.contracts.detectors.common import KEY, Batches, close, kept_rows, made, maps_of
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,11 @@ def test_a_constant_map_dims_at_zero_borders_only():
 def test_reweighting_with_equal_distances():
     # The cell at the origin is at distance 2 of every row: s = s* (1 - 1/b).
     bank = jnp.asarray(np.concatenate([2 * np.eye(5), -2 * np.eye(5)]), jnp.float32)
-    weight = patchcore._weight(jnp.zeros((1, 5)), bank, jnp.array([3]), 9)
+    state = {"bank": bank, "rows": jnp.int32(10)}
+    weight = patchcore._weight(jnp.zeros((1, 5)), state, jnp.array([3]), 9)
     np.testing.assert_allclose(weight, 1 - 1 / 9, rtol=1e-6)
     # Distances too large for a plain exponential.
-    far = patchcore._weight(jnp.full((1, 5), 1e3), bank, jnp.array([3]), 9)
+    far = patchcore._weight(jnp.full((1, 5), 1e3), state, jnp.array([3]), 9)
     assert np.isfinite(far).all()
 
 
@@ -54,7 +55,7 @@ def test_reweighting_with_equal_distances():
 def test_memory_rows_score_zero_and_keep_their_values(bank):
     normal, detector = maps_of(0, 6), made("patchcore", bank=bank, bank_fraction=0.25)
     state = detector.fit(Batches(normal), mesh=None, key=KEY)
-    rows = {r.tobytes() for r in np.asarray(state["bank"])}
+    rows = {r.tobytes() for r in kept_rows(state)}
     assert len(rows) == (180 if bank == "all" else 45)
     eight = {n: np.concatenate([m, m[:2]]) for n, m in normal.items()}
     maps = np.asarray(jax.jit(detector.score)(state, eight).map)[:6]
@@ -64,7 +65,7 @@ def test_memory_rows_score_zero_and_keep_their_values(bank):
 def test_the_bank_depends_on_the_key_and_the_size_on_the_budget():
     normal = maps_of(0, 6)
     fit = lambda key=KEY, **config: np.asarray(  # noqa: E731
-        made("patchcore", **config).fit(Batches(normal), mesh=None, key=key)["bank"]
+        kept_rows(made("patchcore", **config).fit(Batches(normal), mesh=None, key=key))
     )
     assert not np.array_equal(fit(), fit(jax.random.key(1)))
     np.testing.assert_array_equal(fit(bank_rows=18), fit(bank_bytes=18 * 44 + 43))

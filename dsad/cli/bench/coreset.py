@@ -20,7 +20,7 @@ from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base as data_base
 from dsad.detectors import patchcore
 from dsad.evaluation.localize import EvalConfig
-from dsad.evaluation.scoring import Device, Features
+from dsad.evaluation.scoring import Device, EvalConfig, Features, Reader
 from dsad.ops.coreset import coreset_memory, greedy_coreset
 from dsad.ops.neighbors import nearest
 
@@ -132,7 +132,8 @@ def bottle_features(root: str, weights: str) -> np.ndarray:
             done += count
             tell(done, len(source), "images")
 
-        return detector._gathered(Features(device, source, category, EvalConfig(), tick))
+        reader = Reader(device, EvalConfig())
+        return detector._gathered(Features(reader, [(category, source)], tick, keep=False))
 
 
 # --- routes ---------------------------------------------------------------------------------

@@ -67,3 +67,8 @@ def made(name, **config):
 def close(found, expected, rtol=1e-6):
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol)
+
+
+def kept_rows(state):
+    """The rows of a padded bank that count."""
+    return np.asarray(state["bank"])[: int(state["rows"])]
