@@ -6,14 +6,17 @@ products on the device. Every function takes any number of leading axes: a Gauss
 the same code as a global one.
 """
 
+import concurrent.futures
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import threadpoolctl
 from jax import lax
 
 from dsad.core.errors import ConfigError
@@ -96,13 +99,40 @@ def principal(rows: Sequence[np.ndarray] | np.ndarray, components: int) -> Princ
         chunk = np.stack([np.asarray(row[start : start + step], np.float32) for row in rows])
         with _float64_on_host():
             mean, centred, gram = _centred(chunk)
-            # Not by jax: its batched eigh waits inside XLA's thread pool for work it put there,
-            # and two at once, or any pool of one thread, never end (jaxlib 0.10.2 on a CPU).
-            squares, vectors = np.linalg.eigh(np.asarray(gram))
+            squares, vectors = _eigh(np.asarray(gram))
             parts = _axes(centred, squares, vectors, components)
             for whole, part in zip(found, (mean, *parts), strict=True):
                 whole[start : start + step] = np.asarray(part)
     return found
+
+
+def _eigh(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and vectors of (p, m, m), in as many threads as there are cores.
+
+    Not by jax: its batched eigh waits inside XLA's thread pool for work that it put there, and two
+    at once never end (jaxlib 0.10.2 on a CPU).
+    """
+    workers = min(os.cpu_count() or 1, len(matrices))
+    with one_blas_thread(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        parts = list(pool.map(np.linalg.eigh, np.array_split(matrices, workers)))
+    values, vectors = zip(*parts, strict=True)
+    return np.concatenate(values), np.concatenate(vectors)
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Keep numpy's BLAS to one thread, for many small matrices.
+
+    More gain nothing there, and cost a hundredfold where other processes want the cores: the
+    threads of OpenBLAS spin while they wait for each other.
+    """
+    with _blas().limit(limits=1, user_api="blas"):
+        yield
+
+
+@functools.cache
+def _blas() -> threadpoolctl.ThreadpoolController:
+    return threadpoolctl.ThreadpoolController()
 
 
 @contextlib.contextmanager
@@ -184,8 +214,9 @@ def ledoit_wolf(
 
 def whitening(cov: np.ndarray, ridge: float) -> np.ndarray:
     """W (..., d, d) float32 with W Wᵀ = (``cov`` + ``ridge`` I)⁻¹, upper triangular."""
-    lower = np.linalg.cholesky(cov + ridge * np.eye(cov.shape[-1]))
-    return np.swapaxes(np.linalg.inv(lower), -1, -2).astype(np.float32)
+    with one_blas_thread():
+        inverse = np.linalg.inv(np.linalg.cholesky(cov + ridge * np.eye(cov.shape[-1])))
+    return np.swapaxes(inverse, -1, -2).astype(np.float32)
 
 
 def low_rank(
@@ -203,14 +234,21 @@ def low_rank(
     factor = np.zeros((positions, size, depth), np.float32)
     inner = np.zeros((positions, size, size), np.float32)
     for part, values in position_chunks(rows):
-        centre = values.mean(axis=0)
-        centred = np.swapaxes(values - centre, 0, 1) / np.sqrt(count - 1)
-        gram = centred @ np.swapaxes(centred, 1, 2) + ridge * np.eye(count)
-        mean[part], factor[part, :count] = centre, centred
-        # Centred rows sum to zero: the axis of ones has no part in Y d but its rounding errors,
-        # which the inverse would multiply by 1 / ridge.
-        inner[part, :count, :count] = np.linalg.inv(gram) - 1 / (ridge * count)
+        mean[part], factor[part, :count], inner[part, :count, :count] = _ridge(values, ridge)
     return mean, factor, inner
+
+
+def _ridge(values: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, centred rows over √(n - 1), and inverse, of rows (n, p, d) in float64."""
+    count = len(values)
+    centre = values.mean(axis=0)
+    centred = np.swapaxes(values - centre, 0, 1) / np.sqrt(count - 1)
+    with one_blas_thread():
+        gram = centred @ np.swapaxes(centred, 1, 2) + ridge * np.eye(count)
+        inverse = np.linalg.inv(gram)
+    # Centred rows sum to zero: the axis of ones has no part in Y d but its rounding errors, which
+    # the inverse would multiply by 1 / ridge.
+    return centre, centred, inverse - 1 / (ridge * count)
 
 
 # --- distances (device, float32) ------------------------------------------------------------

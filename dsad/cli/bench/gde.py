@@ -18,6 +18,7 @@ from dsad.cli import console, flags
 from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureBatch
 from dsad.detectors import gde
+from dsad.ops import gaussian
 
 #: Images per batch of features; positions between two that are checked in float64.
 BATCH, CHECK = 20, 61
@@ -161,9 +162,7 @@ def _scikit_learn(sizes: Sizes, normal: np.ndarray, test: np.ndarray) -> Callabl
 
 def _one_thread(run: Callable[[], np.ndarray]) -> np.ndarray:
     """Small matrices gain nothing from more BLAS threads, and lose where cores are shared."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1):
+    with gaussian.one_blas_thread():
         return run()
 
 
