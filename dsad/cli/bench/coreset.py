@@ -19,7 +19,6 @@ from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base as data_base
 from dsad.detectors import patchcore
-from dsad.evaluation.localize import EvalConfig
 from dsad.evaluation.scoring import Device, EvalConfig, Features, Reader
 from dsad.ops.coreset import coreset_memory, greedy_coreset
 from dsad.ops.neighbors import nearest
