@@ -21,11 +21,15 @@ def get_config(variant: str = ""):
     train.optim.schedule = "cosine"
     train.optim.warmup_epochs = 2.0
     train.objective.hidden = 512
+    # At 64 px layer1 and layer2 have 16 and 8 cells a side, near the 14 and 7 of the published DS2;
+    # deeper stages have too few, and at 128 px their cells are larger than the defects.
+    train.objective.layers = ("layer1", "layer2")
     for view in (train.objective.view1, train.objective.view2):
         view.side = 64
         view.area = (0.2, 1.0)
     test = evaluate.default_config("knn")
     test.evaluation.image_size = 128
+    test.detector.layers = ("layer1", "layer2")
     if variant == "tiny":
         train.data.synthetic.update(size=48, train=4, good=2, bad=1)
         train.data.canvas = 48
