@@ -216,6 +216,9 @@ def differences(
     left, right = kept(a), kept(b)
     absent = "(absent)"
     names = [*left, *(n for n in right if n not in left)]
+    if left.get("detector.name") != right.get("detector.name"):
+        # The settings of unlike detectors say nothing more.
+        names = [n for n in names if not n.startswith("detector.config.")]
     return [
         f"{n}: {left.get(n, absent)!r} against {right.get(n, absent)!r}"
         for n in names
