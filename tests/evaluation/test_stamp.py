@@ -101,4 +101,4 @@ def test_what_a_model_saw_is_a_change_of_meaning_and_its_size_is_not():
 def test_unlike_detectors_differ_by_name_not_by_every_setting():
     one = {"detector": {"name": "knn", "config": {"k": 1}}, "layers": ["layer2"]}
     other = {"detector": {"name": "padim", "config": {"ridge": 0.01}}, "layers": ["layer2"]}
-    assert differences(one, other) == ["detector.name: 'knn' against 'padim'"]
+    assert stamp.differences(one, other) == ["detector.name: 'knn' against 'padim'"]
