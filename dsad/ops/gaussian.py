@@ -87,36 +87,26 @@ def principal(rows: Sequence[np.ndarray] | np.ndarray, components: int) -> Princ
     positions at a time.
     """
     positions, depth = rows[0].shape
-    step = min(positions, max(1, CHUNK_BYTES // (8 * len(rows) * depth)))
     found = Principal(
         np.empty((positions, depth), np.float32),
         np.empty((positions, depth, components), np.float32),
         np.empty((positions, components)),
         np.empty(positions),
     )
-    for at in range(0, positions, step):
-        start = min(at, positions - step)  # the last chunk overlaps: one shape to compile
-        chunk = np.stack([np.asarray(row[start : start + step], np.float32) for row in rows])
-        with _float64_on_host():
-            mean, centred, gram = _centred(chunk)
-            squares, vectors = _eigh(np.asarray(gram))
-            parts = _axes(centred, squares, vectors, components)
-            for whole, part in zip(found, (mean, *parts), strict=True):
-                whole[start : start + step] = np.asarray(part)
-    return found
 
+    def work(part: slice) -> None:
+        chunk = np.stack([np.asarray(row[part], np.float64) for row in rows])
+        for whole, piece in zip(found, _principal(chunk, components), strict=True):
+            whole[part] = piece
 
-def _eigh(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and vectors of (p, m, m), in as many threads as there are cores.
-
-    Not by jax: its batched eigh waits inside XLA's thread pool for work that it put there, and two
-    at once never end (jaxlib 0.10.2 on a CPU).
-    """
-    workers = min(os.cpu_count() or 1, len(matrices))
+    # Not by jax: its batched eigh waits inside XLA's thread pool for work that it put there, and
+    # two at once never end (jaxlib 0.10.2 on a CPU). numpy releases the interpreter's lock.
+    workers = os.cpu_count() or 1
+    step = max(1, CHUNK_BYTES // (8 * len(rows) * depth * workers))
+    parts = [slice(at, min(at + step, positions)) for at in range(0, positions, step)]
     with one_blas_thread(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(np.linalg.eigh, np.array_split(matrices, workers)))
-    values, vectors = zip(*parts, strict=True)
-    return np.concatenate(values), np.concatenate(vectors)
+        list(pool.map(work, parts))
+    return found
 
 
 @contextlib.contextmanager
@@ -135,13 +125,6 @@ def _blas() -> threadpoolctl.ThreadpoolController:
     return threadpoolctl.ThreadpoolController()
 
 
-@contextlib.contextmanager
-def _float64_on_host() -> Iterator[None]:
-    """Compile for the CPU, in float64, whatever the default device."""
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
-
-
 def position_chunks(
     rows: Sequence[np.ndarray] | np.ndarray, row_bytes: int = 0
 ) -> Iterator[tuple[slice, np.ndarray]]:
@@ -156,38 +139,28 @@ def position_chunks(
         yield part, np.stack([np.asarray(row[part], np.float64) for row in rows])
 
 
-@jax.jit
-def _centred(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of rows (n, p, d): mean (p, d), centred (p, n, d) and its smaller Gram matrix, float64."""
-    values = jnp.swapaxes(rows, 0, 1).astype(jnp.float64)
-    mean = jnp.mean(values, axis=1)
-    centred = values - mean[:, None, :]
-    other = jnp.swapaxes(centred, 1, 2)
-    wide = rows.shape[0] < rows.shape[2]
-    return mean, centred, _product(centred, other) if wide else _product(other, centred)
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _axes(
-    centred: jax.Array, squares: jax.Array, vectors: jax.Array, components: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(basis, variances, fourth) of ``Principal`` from the eigenvectors of the Gram matrix."""
-    count, depth = centred.shape[1:]
-    squares = jnp.maximum(squares[:, ::-1][:, :components], 0.0)
+def _principal(rows: np.ndarray, components: int) -> Principal:
+    """The same for float64 rows (n, p, d), all positions at once."""
+    count, _, depth = rows.shape
+    mean = rows.mean(axis=0)
+    centred = np.ascontiguousarray(np.swapaxes(rows - mean, 0, 1))  # (p, n, d)
+    other = np.swapaxes(centred, 1, 2)
+    squares, vectors = np.linalg.eigh(centred @ other if count < depth else other @ centred)
+    squares = np.maximum(squares[:, ::-1][:, :components], 0.0)
     vectors = vectors[:, :, ::-1][:, :, :components]
     # Below this an eigenvalue is rounding, and so is its axis.
-    real = squares > max(count, depth) * jnp.finfo(jnp.float64).eps * squares[:, :1]
+    real = squares > max(count, depth) * np.finfo(np.float64).eps * squares[:, :1]
     if count < depth:
-        inverse = jnp.where(real, lax.rsqrt(jnp.where(real, squares, 1.0)), 0.0)
-        coordinates = vectors * jnp.sqrt(squares)[:, None, :]
+        inverse = np.where(real, 1 / np.sqrt(np.where(real, squares, 1.0)), 0.0)
+        coordinates = vectors * np.sqrt(squares)[:, None, :]
         # Rounded first: sums of n terms without cancellation, at twice the speed.
-        scaled = jnp.swapaxes(vectors * inverse[:, None, :], 1, 2).astype(jnp.float32)
-        basis = jnp.swapaxes(_product(scaled, centred.astype(jnp.float32)), 1, 2)
+        scaled = np.ascontiguousarray(vectors * inverse[:, None, :], np.float32)
+        basis = np.swapaxes(centred.astype(np.float32), 1, 2) @ scaled
     else:
         basis = vectors * real[:, None, :]
-        coordinates = _product(centred, basis)
-    fourth = jnp.mean(jnp.sum(coordinates**2, axis=2) ** 2, axis=1)
-    return basis, squares / count, fourth
+        coordinates = centred @ basis
+    fourth = np.mean(np.sum(coordinates**2, axis=2) ** 2, axis=1)
+    return Principal(mean, basis, squares / count, fourth)
 
 
 def ledoit_wolf(
