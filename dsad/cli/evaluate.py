@@ -97,6 +97,7 @@ class Evaluation:
 def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evaluation:
     """Load everything that can be refused, before a directory is touched."""
     cfg, detector = parse(config)
+    _check_patches(cfg.backbone, detector)
     dataset = dataset or console.loaded(data_config(cfg), out)
     check_labels(dataset, dataset.categories)
     holdout = cfg.evaluation.holdout if cfg.evaluation.false_alarm_rate > 0 else 0
@@ -110,6 +111,18 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
     else:
         backbone = backbones.load(cfg.backbone, cfg.weights, cfg.seed)
     return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset)
+
+
+def _check_patches(spec: str, detector: Any) -> None:
+    """Refuse a detector of patches on features of others: its map would lie beside the image."""
+    wanted = getattr(detector, "patches", None)
+    if wanted is None or spec.startswith(f"patches:{wanted}:"):
+        return
+    raise ConfigError(
+        f"config.backbone: this detector draws its maps for patches:{wanted}:BACKBONE (its keys "
+        f"patch and stride), found {spec!r}. Set --config.backbone=patches:{wanted}:..., or "
+        "--config.detector.patch and --config.detector.stride to those of the backbone."
+    )
 
 
 def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "") -> Results:

@@ -206,10 +206,7 @@ class Device:
         """Take another backbone; one of the same architecture needs no new program."""
         leaves = jax.tree.leaves(backbone)
         if leaves and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
-            if dataclasses.is_dataclass(backbone) and hasattr(backbone, "description"):
-                # A text about the weights is part of the tree's structure, not of the program.
-                backbone = dataclasses.replace(backbone, description="")  # type: ignore[type-var]
-            network = jax.device_put(backbone, replicated(self.mesh))
+            network = jax.device_put(_untitled(backbone), replicated(self.mesh))
             self._features: Callable[[jax.Array], FeatureMaps] = functools.partial(
                 self._with_tree, network
             )
@@ -250,6 +247,23 @@ class Device:
         """Maps (b, s, s) and image scores (b,) f32."""
         scores = self._finish(self._score(state, maps))
         return np.asarray(scores.map, np.float32), np.asarray(scores.image, np.float32)
+
+
+def _untitled(backbone: Any) -> Any:
+    """The backbone without the text about its weights, also inside wrappers.
+
+    The text is part of the tree's structure, and would make another program of other weights.
+    """
+    if not dataclasses.is_dataclass(backbone) or isinstance(backbone, type):
+        return backbone
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(backbone):
+        value = getattr(backbone, field.name)
+        if field.name == "description":
+            changed[field.name] = ""
+        elif hasattr(value, "description"):
+            changed[field.name] = _untitled(value)
+    return dataclasses.replace(backbone, **changed)
 
 
 class Reader:

@@ -258,3 +258,30 @@ def test_bench_step_names_the_parts(tmp_path):
     assert done.returncode == 0, done.stderr
     for part in ("views", "encoder", "teacher", "losses", "images/s"):
         assert part in done.stdout
+
+
+PATCHES = (
+    "--config.data.categories=('wood',)", "--config.evaluation.batch_size=4",
+    "--config.detector.components=3",
+)  # fmt: skip
+
+
+def test_gde_on_patches(capsys, tmp_path):
+    """The wrapper through the whole command: 3 × 3 patches of 32 pixels on images of 40."""
+    argv = ["--config=gde", *SMALL, *PATCHES, "--config.evaluation.image_size=40"]
+    assert main.main(["evaluate", *argv, f"--workdir={tmp_path}/a"]) == 0
+    found = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert found["stamp"]["backbone"]["arch"] == "patches:32/4:resnet18"
+    shapes = found["stamp"]["detector_state"]["wood"]["0"]["arrays"]
+    assert shapes == {"mean": [3, 3, 64], "factor": [3, 3, 64, 3]}
+    assert 0 < found["categories"]["wood"]["pixel_auroc"] < 1
+
+
+@pytest.mark.parametrize(
+    "spec", ["resnet18", "patches:32/8:resnet18", "patches:32/40:resnet18", "run:x"]
+)
+def test_gde_refuses_features_of_other_patches(capsys, spec):
+    argv = ["--config=gde", *SMALL, *PATCHES, f"--config.backbone={spec}", "--workdir=x"]
+    assert f"for patches:32/4:BACKBONE (its keys patch and stride), found '{spec}'" in fails(
+        capsys, "evaluate", *argv
+    ).replace("\n", " ")
