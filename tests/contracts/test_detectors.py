@@ -134,6 +134,12 @@ def test_normal_scores_lie_below_corrupted_ones(case):
     assert (columns <= 3).all()
 
 
+@pytest.mark.parametrize("name", members("detectors"))
+def test_layers_are_named_once(name):
+    with pytest.raises(ConfigError, match=r"detector\.layers: .*found layer2 more than once"):
+        made(name, layers=("layer2", "layer3", "layer2"))
+
+
 def test_missing_layer_lists_what_exists(case):
     detector = case[0]
     source = Batches({"layer2": maps_of(0, 4)["layer2"]})
