@@ -68,8 +68,7 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
     """The data config to use; with name "run" the run's own, at another root if one is given."""
     if cfg.data.name != SAME:
         return cfg.data
-    inner = backbones.innermost(cfg.backbone)
-    if not inner.startswith("run:"):
+    if not backbones.innermost(cfg.backbone).startswith("run:"):
         raise ConfigError(
             f"config.data.name: with backbone {cfg.backbone!r} there is no run to take the data "
             "from; name a data set, for example --config.data.name=mvtec --config.data.root=DIR."
@@ -79,7 +78,7 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
             f"config.data.name: with one run per category ({cfg.backbone!r}) no single run has "
             "the data; name the data set, for example --config.data.name=mvtec."
         )
-    path = inner.removeprefix("run:").partition("@")[0]
+    path = backbones.run_directory(cfg.backbone)
     found, _, _ = pretrain.parse(backbones.run_config(path))
     return dataclasses.replace(found.data, root=cfg.data.root or found.data.root)
 
@@ -106,7 +105,8 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
         if cfg.one_for_all:
             raise ConfigError("config.one_for_all: one run per category cannot share a detector.")
         for category in dataset.categories:
-            backbones.run_config(backbones.of_category(cfg.backbone, category))
+            spec = backbones.of_category(cfg.backbone, category)
+            backbones.run_config(backbones.run_directory(spec))
         backbone = None
     else:
         backbone = backbones.load(cfg.backbone, cfg.weights, cfg.seed)
@@ -130,7 +130,7 @@ def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "
     cfg = parts.config
 
     def of_category(category: str) -> Any:
-        spec = f"run:{backbones.of_category(cfg.backbone, category, step=True)}"
+        spec = backbones.of_category(cfg.backbone, category)
         return backbones.load(spec, cfg.weights, cfg.seed)
 
     with console.progress(name or "localizing", out) as tell:

@@ -232,6 +232,10 @@ def test_one_model_per_category_and_one_for_all(capsys, tmp_path):
     assert "wood untouched" in weights[1]
     same = f"--config.backbone=run:{runs}/wood@0"
     assert evaluated("wood", same, wood)["images"]["wood"] == each["images"]["wood"]
+    wrapped = evaluated("patches", spec.replace("=run", "=patches:16/16:run"), both)
+    found = wrapped["stamp"]["backbone"]["per_category"]["wood"]
+    assert found["arch"].startswith("patches:16/16:")
+    assert "wood untouched" in found["weights"]
     shared = evaluated("all", same, both, "--config.one_for_all")["stamp"]
     assert shared["model"] == "one for all categories"
     rows = [each["stamp"]["detector_state"][c]["0"]["bank_rows"] for c in ("tiles", "wood")]
