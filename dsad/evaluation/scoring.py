@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 from jax.sharding import Mesh
 
-from dsad.core.config import listed
+from dsad.core.config import check_options, listed
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import batch_sharding, replicated
 from dsad.core.types import Detector, FeatureBatch, FeatureMaps, Sample, Scores, Source, Tree
@@ -53,6 +53,7 @@ class EvalConfig:
     cache_mb: int = 1024
 
     def __post_init__(self) -> None:
+        check_options(self, "evaluation")
         for field in ("image_size", "batch_size", "workers"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"evaluation.{field}: expected ≥ 1, found {getattr(self, field)}")
@@ -69,10 +70,6 @@ class EvalConfig:
             )
         if not 0 < self.fpr_limit <= 1:
             raise ConfigError(f"evaluation.fpr_limit: expected in (0, 1], found {self.fpr_limit}")
-        if self.method not in ("exact", "streaming"):
-            raise ConfigError(
-                f'evaluation.method: expected "exact" or "streaming", found {self.method!r}'
-            )
 
     @property
     def metric_names(self) -> tuple[str, ...]:
