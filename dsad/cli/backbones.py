@@ -57,14 +57,18 @@ def load(spec: str, weights: str, seed: int) -> Any:
 
 
 def per_category(spec: str) -> bool:
-    """Whether a spec names one run per category: ``run:DIR/{category}``, the text itself."""
-    return spec.startswith("run:") and "{category}" in spec
+    """Whether a spec names one run per category, also in wrappers: ``run:DIR/{category}``."""
+    return innermost(spec).startswith("run:") and "{category}" in spec
 
 
-def of_category(spec: str, category: str, *, step: bool = False) -> str:
-    """The directory of a category's run; with ``step`` the ``@STEP`` stays."""
-    path = spec.removeprefix("run:").replace("{category}", category)
-    return path if step else path.partition("@")[0]
+def of_category(spec: str, category: str) -> str:
+    """The spec of one category, wrappers and ``@STEP`` included."""
+    return spec.replace("{category}", category)
+
+
+def run_directory(spec: str) -> str:
+    """The directory in ``run:DIR@STEP``, also in wrappers."""
+    return innermost(spec).removeprefix("run:").partition("@")[0]
 
 
 def innermost(spec: str) -> str:

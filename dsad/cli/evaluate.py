@@ -68,8 +68,7 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
     """The data config to use; with name "run" the run's own, at another root if one is given."""
     if cfg.data.name != SAME:
         return cfg.data
-    inner = backbones.innermost(cfg.backbone)
-    if not inner.startswith("run:"):
+    if not backbones.innermost(cfg.backbone).startswith("run:"):
         raise ConfigError(
             f"config.data.name: with backbone {cfg.backbone!r} there is no run to take the data "
             "from; name a data set, for example --config.data.name=mvtec --config.data.root=DIR."
@@ -79,7 +78,7 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
             f"config.data.name: with one run per category ({cfg.backbone!r}) no single run has "
             "the data; name the data set, for example --config.data.name=mvtec."
         )
-    path = inner.removeprefix("run:").partition("@")[0]
+    path = backbones.run_directory(cfg.backbone)
     found, _, _ = pretrain.parse(backbones.run_config(path))
     return dataclasses.replace(found.data, root=cfg.data.root or found.data.root)
 
@@ -97,6 +96,7 @@ class Evaluation:
 def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evaluation:
     """Load everything that can be refused, before a directory is touched."""
     cfg, detector = parse(config)
+    _check_patches(cfg.backbone, detector)
     dataset = dataset or console.loaded(data_config(cfg), out)
     check_labels(dataset, dataset.categories)
     holdout = cfg.evaluation.holdout if cfg.evaluation.false_alarm_rate > 0 else 0
@@ -105,11 +105,24 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
         if cfg.one_for_all:
             raise ConfigError("config.one_for_all: one run per category cannot share a detector.")
         for category in dataset.categories:
-            backbones.run_config(backbones.of_category(cfg.backbone, category))
+            spec = backbones.of_category(cfg.backbone, category)
+            backbones.run_config(backbones.run_directory(spec))
         backbone = None
     else:
         backbone = backbones.load(cfg.backbone, cfg.weights, cfg.seed)
     return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset)
+
+
+def _check_patches(spec: str, detector: Any) -> None:
+    """Refuse a detector of patches on features of others: its map would lie beside the image."""
+    wanted = getattr(detector, "patches", None)
+    if wanted is None or spec.startswith(f"patches:{wanted}:"):
+        return
+    raise ConfigError(
+        f"config.backbone: this detector draws its maps for patches:{wanted}:BACKBONE (its keys "
+        f"patch and stride), found {spec!r}. Set --config.backbone=patches:{wanted}:..., or "
+        "--config.detector.patch and --config.detector.stride to those of the backbone."
+    )
 
 
 def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "") -> Results:
@@ -117,7 +130,7 @@ def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "
     cfg = parts.config
 
     def of_category(category: str) -> Any:
-        spec = f"run:{backbones.of_category(cfg.backbone, category, step=True)}"
+        spec = backbones.of_category(cfg.backbone, category)
         return backbones.load(spec, cfg.weights, cfg.seed)
 
     with console.progress(name or "localizing", out) as tell:

@@ -52,6 +52,16 @@ def build_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "confi
         raise ConfigError(f"{where}: {error}") from error
 
 
+def check_options(config: Any, where: str) -> None:
+    """Refuse a dataclass one of whose ``Literal`` fields holds none of its options.
+
+    For ``__post_init__``: ``build_dataclass`` checks what comes from files, not what code passes.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is typing.Literal:
+            _convert(getattr(config, name), hint, f"{where}.{name}")
+
+
 def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 

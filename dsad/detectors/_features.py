@@ -25,9 +25,14 @@ class Cells(NamedTuple):
 
 
 def check_layers(layers: Sequence[str]) -> None:
-    """Refuse an empty list of layers."""
+    """Refuse an empty list of layers, and a layer twice (a flag given twice adds up)."""
     if not layers:
         raise ConfigError("detector.layers: expected at least one layer name, found none.")
+    if twice := sorted({n for n in layers if layers.count(n) > 1}):
+        raise ConfigError(
+            f"detector.layers: expected every layer once, found {listed(twice)} more than once in "
+            f"{tuple(layers)}. Is --config.detector.layers given twice?"
+        )
 
 
 def select(features: FeatureMaps, layers: Sequence[str]) -> list[jax.Array]:

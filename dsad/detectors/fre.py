@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
 from dsad.detectors._features import Cells, cells, check_layers, nothing_to_train, select
@@ -50,8 +51,7 @@ class Config:
 
     def __post_init__(self):
         check_layers(self.layers)
-        if self.mode not in ("image", "patch"):
-            raise ConfigError(f"detector.mode: expected 'image' or 'patch', found {self.mode!r}.")
+        check_options(self, "detector")
         if self.pool < 1:
             raise ConfigError(f"detector.pool: expected >= 1, found {self.pool}.")
         if not 0 < self.variance <= 1:

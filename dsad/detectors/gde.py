@@ -81,6 +81,11 @@ class Gde:
         """Names of the feature maps it reads."""
         return self.config.layers
 
+    @property
+    def patches(self) -> str:
+        """SIZE/STRIDE of the patches that its maps are laid out for, as in a backbone's name."""
+        return f"{self.config.patch}/{self.config.stride}"
+
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Unit vectors (b, gh, gw, d) of the joined layers."""
         values = joined(features, self.layers)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
 from dsad.detectors._features import cells, check_layers, joined, nothing_to_train
@@ -50,6 +51,7 @@ class Config:
 
     def __post_init__(self):
         check_layers(self.layers)
+        check_options(self, "detector")
         if self.channels < 0:
             raise ConfigError(f"detector.channels: expected 0 (all) or more, found {self.channels}")
         if self.ridge <= 0:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsad.core import rng
+from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import cells, check_layers, nothing_to_train, select
@@ -64,6 +65,7 @@ class Config:
 
     def __post_init__(self):
         check_layers(self.layers)
+        check_options(self, "detector")
         if self.neighbourhood < 1 or self.neighbourhood % 2 == 0:
             raise ConfigError(
                 f"detector.neighbourhood: expected an odd number >= 1, found {self.neighbourhood}."

@@ -87,8 +87,12 @@ def spro(
 
 
 def aupro_key(fpr_limit: float) -> str:
-    """The result key of an AUPRO: ``aupro_30`` for the limit 0.3, ``aupro_05`` for 0.05."""
-    return f"aupro_{round(100 * fpr_limit):02d}"
+    """The result key of an AUPRO: ``aupro_30`` for the limit 0.3, ``aupro_05`` for 0.05.
+
+    A fraction of a percent follows a point (``aupro_05.1``): no two limits share a key.
+    """
+    whole, point, part = f"{100 * fpr_limit:.10g}".partition(".")
+    return f"aupro_{whole:0>2}{point}{part}"
 
 
 def pixel_metrics(

@@ -132,7 +132,7 @@ def _render(
 def metric_label(name: str) -> str:
     """Readable name of a metric key: ``aupro_30`` is "AUPRO 0.3"."""
     if name.startswith("aupro_"):
-        return f"AUPRO {int(name.removeprefix('aupro_')) / 100:g}"
+        return f"AUPRO {float(name.removeprefix('aupro_')) / 100:g}"
     return _LABELS.get(name, name)
 
 

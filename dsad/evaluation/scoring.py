@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 from jax.sharding import Mesh
 
-from dsad.core.config import listed
+from dsad.core.config import check_options, listed
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import batch_sharding, replicated
 from dsad.core.types import Detector, FeatureBatch, FeatureMaps, Sample, Scores, Source, Tree
@@ -53,6 +53,7 @@ class EvalConfig:
     cache_mb: int = 1024
 
     def __post_init__(self) -> None:
+        check_options(self, "evaluation")
         for field in ("image_size", "batch_size", "workers"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"evaluation.{field}: expected ≥ 1, found {getattr(self, field)}")
@@ -69,10 +70,6 @@ class EvalConfig:
             )
         if not 0 < self.fpr_limit <= 1:
             raise ConfigError(f"evaluation.fpr_limit: expected in (0, 1], found {self.fpr_limit}")
-        if self.method not in ("exact", "streaming"):
-            raise ConfigError(
-                f'evaluation.method: expected "exact" or "streaming", found {self.method!r}'
-            )
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -206,10 +203,7 @@ class Device:
         """Take another backbone; one of the same architecture needs no new program."""
         leaves = jax.tree.leaves(backbone)
         if leaves and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
-            if dataclasses.is_dataclass(backbone) and hasattr(backbone, "description"):
-                # A text about the weights is part of the tree's structure, not of the program.
-                backbone = dataclasses.replace(backbone, description="")  # type: ignore[type-var]
-            network = jax.device_put(backbone, replicated(self.mesh))
+            network = jax.device_put(_untitled(backbone), replicated(self.mesh))
             self._features: Callable[[jax.Array], FeatureMaps] = functools.partial(
                 self._with_tree, network
             )
@@ -250,6 +244,23 @@ class Device:
         """Maps (b, s, s) and image scores (b,) f32."""
         scores = self._finish(self._score(state, maps))
         return np.asarray(scores.map, np.float32), np.asarray(scores.image, np.float32)
+
+
+def _untitled(backbone: Any) -> Any:
+    """The backbone without the text about its weights, also inside wrappers.
+
+    The text is part of the tree's structure, and would make another program of other weights.
+    """
+    if not dataclasses.is_dataclass(backbone) or isinstance(backbone, type):
+        return backbone
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(backbone):
+        value = getattr(backbone, field.name)
+        if field.name == "description":
+            changed[field.name] = ""
+        elif hasattr(value, "description"):
+            changed[field.name] = _untitled(value)
+    return dataclasses.replace(backbone, **changed)
 
 
 class Reader:

@@ -166,7 +166,8 @@ def _shift(bank: jax.Array, counts: jax.Array, valid: jax.Array, plan: Plan) -> 
 def _grouped(bank: jax.Array, counts: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """The bank as chunks (n, G · C, d) in group order, and |row|²/2 (n, G, C), inf on padding."""
     rows, depth = bank.shape
-    count = math.ceil(rows / max(plan.chunk, plan.wide))
+    # Every chunk holds as many rows as candidates are kept.
+    count = min(math.ceil(rows / plan.chunk), max(rows // plan.wide, 1))
     groups = math.ceil(rows / (count * GROUP))
     groups += -groups % 8  # whole vector registers along C
     missing = count * groups * GROUP - rows

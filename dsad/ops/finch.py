@@ -105,5 +105,5 @@ def prototypes(
 def unit(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows (..., d) of unit norm, and where (...) there was a norm to divide by."""
     norms = jnp.linalg.norm(rows, axis=-1, keepdims=True)
-    some = norms > 0
+    some = norms != 0  # NaN is a norm: it must reach the scores
     return rows / jnp.where(some, norms, 1.0), some[..., 0]

@@ -232,6 +232,10 @@ def test_one_model_per_category_and_one_for_all(capsys, tmp_path):
     assert "wood untouched" in weights[1]
     same = f"--config.backbone=run:{runs}/wood@0"
     assert evaluated("wood", same, wood)["images"]["wood"] == each["images"]["wood"]
+    wrapped = evaluated("patches", spec.replace("=run", "=patches:16/16:run"), both)
+    found = wrapped["stamp"]["backbone"]["per_category"]["wood"]
+    assert found["arch"].startswith("patches:16/16:")
+    assert "wood untouched" in found["weights"]
     shared = evaluated("all", same, both, "--config.one_for_all")["stamp"]
     assert shared["model"] == "one for all categories"
     rows = [each["stamp"]["detector_state"][c]["0"]["bank_rows"] for c in ("tiles", "wood")]
@@ -258,3 +262,30 @@ def test_bench_step_names_the_parts(tmp_path):
     assert done.returncode == 0, done.stderr
     for part in ("views", "encoder", "teacher", "losses", "images/s"):
         assert part in done.stdout
+
+
+PATCHES = (
+    "--config.data.categories=('wood',)", "--config.evaluation.batch_size=4",
+    "--config.detector.components=3",
+)  # fmt: skip
+
+
+def test_gde_on_patches(capsys, tmp_path):
+    """The wrapper through the whole command: 3 × 3 patches of 32 pixels on images of 40."""
+    argv = ["--config=gde", *SMALL, *PATCHES, "--config.evaluation.image_size=40"]
+    assert main.main(["evaluate", *argv, f"--workdir={tmp_path}/a"]) == 0
+    found = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert found["stamp"]["backbone"]["arch"] == "patches:32/4:resnet18"
+    shapes = found["stamp"]["detector_state"]["wood"]["0"]["arrays"]
+    assert shapes == {"mean": [3, 3, 64], "factor": [3, 3, 64, 3]}
+    assert 0 < found["categories"]["wood"]["pixel_auroc"] < 1
+
+
+@pytest.mark.parametrize(
+    "spec", ["resnet18", "patches:32/8:resnet18", "patches:32/40:resnet18", "run:x"]
+)
+def test_gde_refuses_features_of_other_patches(capsys, spec):
+    argv = ["--config=gde", *SMALL, *PATCHES, f"--config.backbone={spec}", "--workdir=x"]
+    assert f"for patches:32/4:BACKBONE (its keys patch and stride), found '{spec}'" in fails(
+        capsys, "evaluate", *argv
+    ).replace("\n", " ")

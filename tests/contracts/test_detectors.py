@@ -7,6 +7,7 @@ with ``SYMBOLIC = True`` its score is exported for any batch size instead of a f
 
 import functools
 import importlib
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,26 @@ def test_normal_scores_lie_below_corrupted_ones(case):
     rows, columns = (rows + 0.5) * 6 // height, (columns + 0.5) * 5 // width
     assert ((rows >= 1) & (rows <= 4)).all()
     assert (columns <= 3).all()
+
+
+@pytest.mark.parametrize("name", members("detectors"))
+def test_layers_are_named_once(name):
+    with pytest.raises(ConfigError, match=r"detector\.layers: .*found layer2 more than once"):
+        made(name, layers=("layer2", "layer3", "layer2"))
+
+
+OPTIONS = [
+    (name, field)
+    for name in members("detectors")
+    for field, hint in typing.get_type_hints(made(name).config.__class__).items()
+    if typing.get_origin(hint) is typing.Literal
+]
+
+
+@pytest.mark.parametrize(("name", "field"), OPTIONS)
+def test_options_that_do_not_exist_are_refused(name, field):
+    with pytest.raises(ConfigError, match=rf"detector\.{field}: expected one of .*'typo'"):
+        made(name, **{field: "typo"})
 
 
 def test_missing_layer_lists_what_exists(case):

@@ -113,3 +113,15 @@ def test_refuses_bad_configurations():
             made("protoad", **config)
     with pytest.raises(ConfigError, match="nothing to train"):
         made("protoad").fit(Batches(spread(0, 1)), mesh=None, key=KEY, trained={})
+
+
+def test_broken_features_reach_the_scores():
+    detector = made("protoad", **EVERY)
+    state = detector.fit(Batches(spread(0, 6)), mesh=None, key=KEY)
+    test = spread(1, 8)
+    test["layer2"][0, 0, 0, 1], test["layer2"][1, 2, 2, 1] = np.nan, np.inf
+    scores = jax.jit(detector.score)(state, test)
+    broken = np.zeros((8, 6, 5), bool)
+    broken[0, 0, 0] = broken[1, 2, 2] = True
+    np.testing.assert_array_equal(np.isnan(scores.map), broken)
+    np.testing.assert_array_equal(np.isnan(scores.image), broken.any(axis=(1, 2)))

@@ -8,6 +8,7 @@ from sklearn import metrics as sk
 
 from dsad.core.errors import MetricError
 from dsad.evaluation import metrics
+from dsad.evaluation.report import metric_label
 from dsad.evaluation.spro import Saturation, units
 
 LIMITS = (0.05, 0.3, 1.0)
@@ -337,3 +338,15 @@ def test_unusable_channels_are_errors():
         metrics.spro(maps, [[], [channel]], [[rule]])
     with pytest.raises(MetricError, match="needs defect pixels"):
         metrics.spro(maps, [[], []])
+
+
+def test_every_limit_has_a_key_of_its_own():
+    keys = [metrics.aupro_key(x) for x in (0.3, 0.05, 1.0, 0.051, 0.005)]
+    assert keys == ["aupro_30", "aupro_05", "aupro_100", "aupro_05.1", "aupro_00.5"]
+    assert metric_label("aupro_05.1") == "AUPRO 0.051"
+    assert metric_label("aupro_05") == "AUPRO 0.05"
+    maps, masks = np.random.default_rng(0).random((2, 20, 20)), np.zeros((2, 20, 20), bool)
+    masks[0, 3:9, 3:9] = True
+    both = metrics.pixel_metrics(maps, masks, (0.051, 0.05))
+    for limit in (0.051, 0.05):
+        assert both[metrics.aupro_key(limit)] == metrics.aupro(maps, masks, limit)

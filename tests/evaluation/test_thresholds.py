@@ -92,3 +92,6 @@ def test_off_by_default_and_refused_out_of_range():
         EvalConfig(false_alarm_rate=1.0)
     with pytest.raises(ConfigError, match="holdout"):
         EvalConfig(holdout=1)
+    for field in ("method", "save_maps"):
+        with pytest.raises(ConfigError, match=rf"evaluation\.{field}: expected one of .*'jpg'"):
+            EvalConfig(**{field: "jpg"})

@@ -307,3 +307,13 @@ def test_bad_options():
         bucket(0)
     with pytest.raises(ConfigError, match="sample >= 1"):
         recall(QUERIES, BANK, recall_target=0.9, sample=0)
+
+
+@pytest.mark.parametrize("precision", ["exact", "certified"])
+def test_more_neighbours_than_a_chunk_would_hold(monkeypatch, precision):
+    monkeypatch.setattr(neighbors, "AREA", 1)  # chunks of 1,024 rows, where that suffices
+    rng = np.random.default_rng(0)
+    queries, bank = (rng.standard_normal((n, 5)).astype(np.float32) for n in (8, 1100))
+    found, _ = nearest(queries, bank, 600, precision=precision)
+    gaps = np.linalg.norm(np.float64(queries)[:, None] - bank, axis=2)
+    np.testing.assert_allclose(found, np.sort(gaps, axis=1)[:, :600], rtol=1e-5)
