@@ -211,12 +211,17 @@ class Gde:
                 "--config.detector.per_position=False."
             )
         mean = found.mean.astype(np.float32)
+        if damped:
+            gain = np.sqrt(1 - np.sqrt(floor[..., None] / variances))
+        else:
+            gain = 1 / np.sqrt(variances)
+        # In place: the axes of all positions are the largest array of a fit.
+        factor = found.basis
+        factor *= gain[..., None, :].astype(factor.dtype)
+        factor = factor.astype(np.float32, copy=False)
         if not damped:
-            factor = found.basis / np.sqrt(variances)[..., None, :]
-            return {"mean": mean, "factor": factor.astype(np.float32)}
-        gain = np.sqrt(1 - np.sqrt(floor[..., None] / variances))
-        basis = (found.basis * gain[..., None, :]).astype(np.float32)
-        return {"mean": mean, "basis": basis, "scale": (1 / np.sqrt(floor)).astype(np.float32)}
+            return {"mean": mean, "factor": factor}
+        return {"mean": mean, "basis": factor, "scale": (1 / np.sqrt(floor)).astype(np.float32)}
 
 
 class _Cache:

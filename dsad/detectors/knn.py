@@ -96,7 +96,9 @@ class Knn:
                 f"detector knn: expected at least k = {self.config.k} feature rows of normal "
                 f"images, found {len(bank)}. Check the train split."
             )
+        del rows
         padded, count = pad_bank(bank)
+        del bank
         return {"bank": jnp.asarray(padded), "rows": jnp.asarray(count)}
 
     def score(

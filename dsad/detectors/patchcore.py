@@ -142,7 +142,9 @@ class PatchCore:
                 f"images, found {len(bank)} of {len(rows)}. Check the train split and the bank's "
                 "size."
             )
+        del rows
         padded, count = pad_bank(bank)
+        del bank
         return {"bank": jnp.asarray(padded), "rows": jnp.asarray(count)}
 
     def score(

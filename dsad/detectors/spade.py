@@ -116,8 +116,10 @@ class Spade:
                 "detector spade: expected at least 1 normal image, found 0. Check the train split."
             )
         state = _lowest(kept, most or sum(len(v["pooled"]) for v, _ in kept))[0]
+        del kept, values  # every step below holds two copies, not all that came before
         self._check_cells(state)
-        return jax.tree.map(jnp.asarray, self._padded(state))
+        state = self._padded(state)
+        return jax.tree.map(jnp.asarray, state)
 
     def score(
         self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dsad.core.errors import MetricError
+
 #: Said in the stamp.
 IMAGE_RULE = "conformal quantile of held-out training images"
 PIXEL_RULE = "quantile of the pooled pixels of held-out training images, original pixels"
@@ -60,7 +62,7 @@ def measure(scored: Any, held_out: Any, rate: float) -> dict[str, Any]:
     Returns ``image_false_alarms`` (share of normal test images), ``image_recall`` (of anomalous
     ones), ``recall_by_kind``, ``pixel_false_alarms`` (share of the pixels of normal test images)
     and ``pixel_recall`` (of annotated defect pixels), beside the thresholds, ``image_bound`` and
-    ``held_out``, the number of images that set them.
+    ``held_out``, the number of images that set them. Raises MetricError without defect pixels.
 
     """
     image, bound = image_threshold(held_out.scores, rate)
@@ -75,6 +77,11 @@ def measure(scored: Any, held_out: Any, rate: float) -> dict[str, Any]:
         elif mask is not None:
             defect_above += int((scores[mask] > pixel).sum())
             defect_pixels += int(mask.sum())
+    if not defect_pixels:
+        raise MetricError(
+            "thresholds: expected annotated defect pixels in the test images, found none. Check "
+            "that the masks are loaded, or set evaluation.false_alarm_rate to 0."
+        )
     return {
         "held_out": len(held_out.maps),
         "image": image,

@@ -153,7 +153,7 @@ def test_identical_images_are_their_own_mean():
 def test_refuses_bad_configurations():
     for config, message in [
         ({"layers": ()}, "layers"),
-        ({"mode": "cells"}, "'image' or 'patch'"),
+        ({"mode": "cells"}, "one of 'image', 'patch'"),
         ({"pool": 0}, "pool"),
         ({"variance": 0.0}, "variance"),
         ({"variance": 1.5}, "variance"),

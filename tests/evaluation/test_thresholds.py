@@ -4,7 +4,7 @@ enters."""
 import numpy as np
 import pytest
 
-from dsad.core.errors import ConfigError
+from dsad.core.errors import ConfigError, MetricError
 from dsad.evaluation import thresholds
 from dsad.evaluation.scored import Scored
 from dsad.evaluation.scoring import EvalConfig
@@ -62,6 +62,8 @@ def test_rates_are_counted_on_the_test_images():
     assert found["recall_by_kind"] == {"dent": 0.0, "hole": 1.0}
     assert (found["pixel_false_alarms"], found["pixel_recall"]) == (0.5, 0.5)
     assert found["image_bound"] == 0.5
+    with pytest.raises(MetricError, match="expected annotated defect pixels"):
+        thresholds.measure(scored._replace(masks=[~mask & mask] * 3), normal, 0.5)
 
 
 def test_thresholds_come_from_held_out_training_images_alone():
