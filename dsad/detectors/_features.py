@@ -1,5 +1,6 @@
 """What every detector does with the features it is given: choose layers, join them, check them."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsad.core import rng
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource
+from dsad.core.types import FeatureMaps, FeatureSource, Tree
 from dsad.ops.resize import match_grid, neighbourhood_mean
 
 
@@ -35,6 +37,12 @@ def check_layers(layers: Sequence[str]) -> None:
         )
 
 
+def check_neighbourhood(side: int) -> None:
+    """Refuse a square of cells that has no centre."""
+    if side < 1 or side % 2 == 0:
+        raise ConfigError(f"detector.neighbourhood: expected an odd number >= 1, found {side}.")
+
+
 def select(features: FeatureMaps, layers: Sequence[str]) -> list[jax.Array]:
     """The maps of ``layers``, each (b, h, w, d); a missing one lists what exists."""
     missing = [name for name in layers if name not in features]
@@ -53,6 +61,16 @@ def joined(
     means = [neighbourhood_mean(m, neighbourhood) for m in select(features, layers)]
     grid = (means[0].shape[1], means[0].shape[2])
     return jnp.concatenate([match_grid(m, grid, method) for m in means], axis=-1)  # type: ignore[arg-type]
+
+
+def embedding(detector: Any) -> Callable[[FeatureMaps], Any]:
+    """``detector.embed``, compiled once per configuration and shapes, not once per fit."""
+    return functools.partial(_embedded, detector)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embedded(detector: Any, features: FeatureMaps) -> Any:
+    return detector.embed(features)
 
 
 def cells(source: FeatureSource, embed: Callable[[FeatureMaps], Any], name: str) -> Iterator[Cells]:
@@ -84,3 +102,33 @@ def nothing_to_train(name: str, trained: object) -> None:
     """Refuse trained parameters that a detector has no use for."""
     if trained is not None:
         raise ConfigError(f"detector {name} has nothing to train, but trained parameters came.")
+
+
+class Subset:
+    """At most ``most`` (0: all) of the rows that are added, those of lowest rank.
+
+    Rows are ranked as in ``rng.lowest``; they stay in the order they came. Memory of twice the
+    subset and one addition.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self._kept: list[tuple[Tree, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return sum(places.shape[1] for _, places in self._kept)
+
+    def add(self, values: Tree, places: np.ndarray) -> None:
+        """Take a tree of numpy arrays (n, ...) and the rows' ranks (k, n)."""
+        self._kept.append((values, places))
+        if self.most and len(self) >= 2 * self.most:
+            self._kept = [self.found()]
+
+    def found(self) -> tuple[Tree, np.ndarray]:
+        """The values and ranks that stay; there must have been an addition."""
+        places = np.concatenate([p for _, p in self._kept], axis=1)
+        values = [v for v, _ in self._kept]
+        if not self.most or places.shape[1] <= self.most:
+            return jax.tree.map(lambda *x: np.concatenate(x), *values), places
+        chosen = rng.lowest(places, self.most)
+        return jax.tree.map(lambda *x: np.concatenate(x)[chosen], *values), places[:, chosen]

@@ -6,7 +6,6 @@ squared error e = u - û summed over channels, the image score the sum of the ma
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
@@ -18,7 +17,15 @@ from jax import lax
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import Cells, cells, check_layers, nothing_to_train, select
+from dsad.detectors._features import (
+    Cells,
+    cells,
+    check_layers,
+    embedding,
+    nothing_to_train,
+    select,
+)
+from dsad.ops.neighbors import bucket
 from dsad.ops.resize import resize_maps
 
 #: From all variances, in descending order, to the number of axes kept.
@@ -73,8 +80,8 @@ class Fre:
     """The detector; its state is {layer: {"mean", "axes", "weight"}}, float32.
 
     "mean" is (gh, gw, d) in mode "image" and (d,) in mode "patch"; "axes" has a leading axis of r
-    rows, filled up with zero rows, which change nothing, to a power of two of at least 32: so
-    categories share one compiled program. "weight" is a factor on the squared errors.
+    rows, filled up with zero rows, which change nothing, to a bucket of at least 32: so categories
+    share compiled programs. "weight" is a factor on the squared errors.
     """
 
     config: Config
@@ -105,7 +112,7 @@ class Fre:
         """
         del mesh, key
         nothing_to_train("fre", trained)
-        parts = cells(source, functools.partial(_embed, self), "fre")
+        parts = cells(source, embedding(self), "fre")
         count, found = (self._images if self.config.mode == "image" else self._patches)(parts)
         if count < 2:
             raise DataError(
@@ -276,15 +283,8 @@ def _descending(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bucketed(axes: np.ndarray) -> np.ndarray:
-    """The axes with zero rows up to a power of two of at least 32."""
-    wanted = max(32, 1 << (len(axes) - 1).bit_length()) if len(axes) else 32
-    return np.pad(axes, ((0, wanted - len(axes)), (0, 0)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(detector: Fre, features: FeatureMaps) -> dict[str, jax.Array]:
-    """Compiled once per configuration and shapes, not once per fit."""
-    return detector.embed(features)
+    """The axes with zero rows up to their bucket; at least one row of them."""
+    return np.pad(axes, ((0, bucket(max(len(axes), 1), 32) - len(axes)), (0, 0)))
 
 
 def build(cfg: Config) -> Fre:

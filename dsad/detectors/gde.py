@@ -8,7 +8,6 @@ covariance is diagonal, so nothing is inverted: score² = Σ z² / ((1 - s) λ +
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -19,8 +18,15 @@ from jax import lax
 from dsad.core import rng
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import Cells, cells, check_layers, joined, nothing_to_train
-from dsad.ops import gaussian
+from dsad.detectors._features import (
+    Cells,
+    cells,
+    check_layers,
+    embedding,
+    joined,
+    nothing_to_train,
+)
+from dsad.ops import gaussian, similarity
 
 #: Rows whose moments are taken at once.
 ROWS = 2**14
@@ -88,9 +94,7 @@ class Gde:
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Unit vectors (b, gh, gw, d) of the joined layers."""
-        values = joined(features, self.layers)
-        norm = jnp.sqrt(jnp.sum(jnp.square(values), axis=-1, keepdims=True))
-        return values / jnp.maximum(norm, 1e-12)
+        return similarity.unit(joined(features, self.layers))
 
     def fit(
         self,
@@ -110,7 +114,7 @@ class Gde:
         del mesh
         nothing_to_train("gde", trained)
         key = rng.named(key, "gde images")
-        blocks = _Cache(lambda: cells(source, functools.partial(_embed, self), "gde"), self.config)
+        blocks = _Cache(lambda: cells(source, embedding(self), "gde"), self.config)
         fit = self._fit_positions if self.config.per_position else self._fit_global
         state = jax.tree.map(jnp.asarray, fit(blocks, key))
         return state
@@ -276,19 +280,7 @@ def _lowest(key: jax.Array, index: np.ndarray, most: int) -> np.ndarray:
     """Places (≤ most) of the images with the lowest random priorities; all when ``most`` is 0."""
     if not most or len(index) <= most:
         return np.arange(len(index))
-    bits = np.asarray(_priorities(key, jnp.asarray(index, jnp.uint32)))
-    return np.lexsort((index, bits))[:most]
-
-
-@jax.jit
-def _priorities(key: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(index)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(detector: Gde, features: FeatureMaps) -> jax.Array:
-    """Compiled once per configuration and shapes, not once per fit."""
-    return detector.embed(features)
+    return rng.lowest(np.stack([rng.priorities(key, index), index]), most)
 
 
 @jax.jit

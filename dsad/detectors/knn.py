@@ -6,7 +6,6 @@ with plain instead of squared distances.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 import jax
@@ -17,7 +16,15 @@ from dsad.core import rng
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import cells, check_layers, joined, nothing_to_train
+from dsad.detectors._features import (
+    Subset,
+    cells,
+    check_layers,
+    check_neighbourhood,
+    embedding,
+    joined,
+    nothing_to_train,
+)
 from dsad.ops.neighbors import Precision, nearest, pad_bank
 
 
@@ -41,10 +48,7 @@ class Config:
     def __post_init__(self):
         check_layers(self.layers)
         check_options(self, "detector")
-        if self.neighbourhood < 1 or self.neighbourhood % 2 == 0:
-            raise ConfigError(
-                f"detector.neighbourhood: expected an odd number >= 1, found {self.neighbourhood}."
-            )
+        check_neighbourhood(self.neighbourhood)
         if self.k < 1:
             raise ConfigError(f"detector.k: expected >= 1, found {self.k}.")
         if self.bank_rows < 0 or 0 < self.bank_rows < self.k:
@@ -83,8 +87,8 @@ class Knn:
         """The bank of the normal images' rows, in the order of the source.
 
         With ``bank_rows``, each row draws a random priority from (key, sample index, cell) and the
-        lowest ones stay: one pass, memory of the subset only, and the same subset for any order
-        or batching of the source. Raises DataError without rows or with NaN or infinite features.
+        lowest ones stay: one pass, memory of twice the subset, and the same subset for any order or
+        batching of the source. Raises DataError without rows or with NaN or infinite features.
         """
         del mesh  # one whole bank on every device
         nothing_to_train("knn", trained)
@@ -119,40 +123,22 @@ class Knn:
 
     def _rows(self, source: FeatureSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Per batch the rows (r, d) of its images and their sample indices (images,)."""
-        for values, index, _ in cells(source, functools.partial(_embed, self), "knn"):
+        for values, index, _ in cells(source, embedding(self), "knn"):
             yield values.reshape(-1, values.shape[-1]), index
 
     def _sampled(
         self, blocks: Iterator[tuple[np.ndarray, np.ndarray]], key: jax.Array
     ) -> list[np.ndarray]:
-        key = rng.named(key, "knn bank")
-        kept: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        key, subset = rng.named(key, "knn bank"), Subset(self.config.bank_rows)
         for rows, index in blocks:
             count = len(rows) // len(index)
-            bits = np.asarray(_draws(key, jnp.asarray(index, jnp.uint32), count)).ravel()
-            place = np.stack([np.repeat(index, count), np.tile(np.arange(count), len(index))])
-            if kept is not None:
-                rows, bits = np.concatenate([kept[0], rows]), np.concatenate([kept[1], bits])
-                place = np.concatenate([kept[2], place], axis=1)
-            # Equal draws are settled by the cell's place, never by the order of the source.
-            best = np.lexsort((place[1], place[0], bits))[: self.config.bank_rows]
-            kept = rows[best], bits[best], place[:, best]
-        if kept is None:
+            bits = rng.priorities(key, index, (count,)).ravel()
+            cell = np.tile(np.arange(count), len(index))
+            subset.add(rows, np.stack([bits, np.repeat(index, count), cell]))
+        if not len(subset):
             return []
-        rows, _, place = kept
-        return [rows[np.lexsort((place[1], place[0]))]]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(detector: Knn, features: FeatureMaps) -> jax.Array:
-    """Compiled once per configuration and shapes, not once per fit."""
-    return detector.embed(features)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _draws(key: jax.Array, index: jax.Array, cells: int) -> jax.Array:
-    """Random priorities (images, cells), uint32, from key and sample index alone."""
-    return jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i), (cells,)))(index)
+        rows, (_, image, cell) = subset.found()
+        return [rows[np.lexsort((cell, image))]]
 
 
 def build(cfg: Config) -> Knn:

@@ -7,7 +7,6 @@ zeros beyond the borders, a random projection, a mean-distance start, squared sc
 """
 
 import dataclasses
-import functools
 from typing import Literal
 
 import jax
@@ -18,7 +17,14 @@ from dsad.core import rng
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import cells, check_layers, nothing_to_train, select
+from dsad.detectors._features import (
+    cells,
+    check_layers,
+    check_neighbourhood,
+    embedding,
+    nothing_to_train,
+    select,
+)
 from dsad.ops.coreset import budget_rows, greedy_coreset, kmeans_rows, random_rows
 from dsad.ops.neighbors import Precision, nearest, pad_bank
 from dsad.ops.resize import match_grid, neighbourhood_mean
@@ -66,10 +72,7 @@ class Config:
     def __post_init__(self):
         check_layers(self.layers)
         check_options(self, "detector")
-        if self.neighbourhood < 1 or self.neighbourhood % 2 == 0:
-            raise ConfigError(
-                f"detector.neighbourhood: expected an odd number >= 1, found {self.neighbourhood}."
-            )
+        check_neighbourhood(self.neighbourhood)
         if not 0 < self.bank_fraction <= 1:
             raise ConfigError(
                 f"detector.bank_fraction: expected above 0 and at most 1, "
@@ -175,7 +178,7 @@ class PatchCore:
     def _gathered(self, source: FeatureSource) -> np.ndarray:
         """Every row (N, d), ascending by sample and cell, grown in place."""
         rows, order = np.zeros((0, 0), np.float32), []
-        for values, index, _ in cells(source, functools.partial(_embed, self), "patchcore"):
+        for values, index, _ in cells(source, embedding(self), "patchcore"):
             values = values.reshape(-1, values.shape[-1])
             at = len(rows)
             # In place: the allocator moves pages, so rows never exist twice.
@@ -269,12 +272,6 @@ def _weight(cell: jax.Array, state: Tree, row: jax.Array, neighbours: int) -> ja
     gaps = jnp.sqrt(jnp.sum(jnp.square(cell[:, None] - bank[around]), axis=2))
     own = jnp.sqrt(jnp.sum(jnp.square(cell - bank[row]), axis=1))
     return 1.0 - 1.0 / jnp.sum(jnp.exp(gaps - own[:, None]), axis=1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(detector: PatchCore, features: FeatureMaps) -> jax.Array:
-    """Compiled once per configuration and shapes, not once per fit."""
-    return detector.embed(features)
 
 
 def build(cfg: Config) -> PatchCore:

@@ -7,7 +7,6 @@ keeps its digits where x is close to a prototype.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 import jax
@@ -17,10 +16,18 @@ import numpy as np
 from dsad.core import rng
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import cells, check_layers, joined, nothing_to_train
+from dsad.detectors._features import (
+    Subset,
+    cells,
+    check_layers,
+    check_neighbourhood,
+    embedding,
+    joined,
+    nothing_to_train,
+)
 from dsad.detectors._images import per_image
 from dsad.ops import finch
-from dsad.ops.neighbors import nearest
+from dsad.ops.neighbors import bucket, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +55,7 @@ class Config:
 
     def __post_init__(self):
         check_layers(self.layers)
-        if self.neighbourhood < 1 or self.neighbourhood % 2 == 0:
-            raise ConfigError(
-                f"detector.neighbourhood: expected an odd number >= 1, found {self.neighbourhood}."
-            )
+        check_neighbourhood(self.neighbourhood)
         for name in ("image_levels", "rows", "level", "prototypes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"detector.{name}: expected >= 0, found {getattr(self, name)}.")
@@ -61,8 +65,8 @@ class Config:
 class ProtoAd:
     """The detector; its state is {"prototypes": (K, d) float32}, of unit norm.
 
-    The last prototype is repeated, which changes no score, up to a count with three leading bits,
-    so that categories share compiled programs.
+    The last prototype is repeated, which changes no score, up to a bucket, so that categories share
+    compiled programs.
     """
 
     config: Config
@@ -115,37 +119,23 @@ class ProtoAd:
 
     def _rows(self, source: FeatureSource, key: jax.Array) -> np.ndarray:
         """The unit rows (n, d) that enter the joint clustering, in the order of the source."""
-        waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        subset = Subset(self.config.rows)
         for rows, places in self._per_image(source, key):
-            waiting.append((rows, places))
-            if self.config.rows and sum(len(r) for r, _ in waiting) >= 2 * self.config.rows:
-                waiting = [self._sampled(waiting)]
-        return self._sampled(waiting)[0] if waiting else np.zeros((0, 0), np.float32)
+            subset.add(rows, places)
+        return subset.found()[0] if len(subset) else np.zeros((0, 0), np.float32)
 
     def _per_image(
         self, source: FeatureSource, key: jax.Array
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Unit rows (m, d) of one image, and their draw, sample index and number (3, m)."""
-        for values, index, _ in cells(source, functools.partial(_embed, self), "protoad"):
-            draws = np.asarray(_draws(key, jnp.asarray(index, jnp.uint32), values[0, ..., 0].size))
+        for values, index, _ in cells(source, embedding(self), "protoad"):
+            draws = rng.priorities(key, index, (values[0, ..., 0].size,))
             for image, sample, drawn in zip(values, index, draws, strict=True):
                 rows = finch.normalised(image.reshape(-1, image.shape[-1]))
                 rows = rows[rows.any(axis=1)]
                 rows = finch.prototypes(rows, self.config.image_levels)
                 number = np.arange(len(rows))
                 yield rows, np.stack([drawn[number], np.full(len(rows), sample), number])
-
-    def _sampled(
-        self, waiting: list[tuple[np.ndarray, np.ndarray]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of lowest draw, at most ``rows`` if that is set, in the order they came."""
-        rows = np.concatenate([r for r, _ in waiting])
-        places = np.concatenate([p for _, p in waiting], axis=1)
-        if not self.config.rows:
-            return rows, places
-        # Equal draws are settled by the row's place, never by the order of the source.
-        chosen = np.sort(np.lexsort((places[2], places[1], places[0]))[: self.config.rows])
-        return rows[chosen], places[:, chosen]
 
 
 def _distances(prototypes: jax.Array, image: jax.Array) -> jax.Array:
@@ -157,22 +147,9 @@ def _distances(prototypes: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def _bucketed(prototypes: np.ndarray) -> np.ndarray:
-    """The prototypes with the last one repeated up to a multiple of a quarter of their octave."""
-    count = len(prototypes)
-    step = max(64, 1 << max(count.bit_length() - 3, 0))
-    return np.pad(prototypes, ((0, -count % step), (0, 0)), mode="edge")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(detector: ProtoAd, features: FeatureMaps) -> jax.Array:
-    """Compiled once per configuration and shapes, not once per fit."""
-    return detector.embed(features)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _draws(key: jax.Array, index: jax.Array, rows: int) -> jax.Array:
-    """Random priorities (images, rows), uint32, from key and sample index alone."""
-    return jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i), (rows,)))(index)
+    """The prototypes with the last one repeated up to their bucket."""
+    missing = bucket(len(prototypes), 64) - len(prototypes)
+    return np.pad(prototypes, ((0, missing), (0, 0)), mode="edge")
 
 
 def build(cfg: Config) -> ProtoAd:

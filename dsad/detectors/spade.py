@@ -7,7 +7,6 @@ these K images.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -18,7 +17,14 @@ from jax import lax
 from dsad.core import rng
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import cells, check_layers, nothing_to_train, select
+from dsad.detectors._features import (
+    Subset,
+    cells,
+    check_layers,
+    embedding,
+    nothing_to_train,
+    select,
+)
 from dsad.detectors._images import per_image
 from dsad.ops.neighbors import nearest
 from dsad.ops.resize import resize_maps
@@ -104,19 +110,15 @@ class Spade:
         """
         del mesh  # the whole state on every device
         nothing_to_train("spade", trained)
-        key, most = rng.named(key, "spade gallery"), self.config.gallery_images
-        kept: list[tuple[Any, np.ndarray]] = []
-        for values, index, _ in cells(source, functools.partial(_embed, self), "spade"):
-            draws = np.asarray(_draws(key, jnp.asarray(index, jnp.uint32)))
-            kept.append((values, np.stack([draws.astype(np.int64), index])))
-            if most and sum(len(v["pooled"]) for v, _ in kept) >= 2 * most:
-                kept = [_lowest(kept, most)]
-        if not kept:
+        key, subset = rng.named(key, "spade gallery"), Subset(self.config.gallery_images)
+        for values, index, _ in cells(source, embedding(self), "spade"):
+            subset.add(values, np.stack([rng.priorities(key, index), index]))
+        if not len(subset):
             raise DataError(
                 "detector spade: expected at least 1 normal image, found 0. Check the train split."
             )
-        state = _lowest(kept, most or sum(len(v["pooled"]) for v, _ in kept))[0]
-        del kept, values  # every step below holds two copies, not all that came before
+        state, _ = subset.found()
+        del subset  # every step below holds two copies, not all that came before
         self._check_cells(state)
         state = self._padded(state)
         return jax.tree.map(jnp.asarray, state)
@@ -175,26 +177,6 @@ class Spade:
                     f"{name} in the {used} nearest images, found {used * gallery.shape[1]}. Lower "
                     "detector.kappa."
                 )
-
-
-def _lowest(kept: list[tuple[Any, np.ndarray]], most: int) -> tuple[Any, np.ndarray]:
-    """The ``most`` images of lowest priority (draw, sample index), in the order they came."""
-    places = np.concatenate([p for _, p in kept], axis=1)
-    chosen = np.sort(np.lexsort((places[1], places[0]))[:most])
-    values = jax.tree.map(lambda *x: np.concatenate(x)[chosen], *[v for v, _ in kept])
-    return values, places[:, chosen]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(detector: Spade, features: FeatureMaps) -> dict[str, Any]:
-    """Compiled once per configuration and shapes, not once per fit."""
-    return detector.embed(features)
-
-
-@jax.jit
-def _draws(key: jax.Array, index: jax.Array) -> jax.Array:
-    """Random priorities (images,), uint32, from key and sample index alone."""
-    return jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(index)
 
 
 def build(cfg: Config) -> Spade:

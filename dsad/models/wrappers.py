@@ -12,6 +12,7 @@ from jax import lax
 
 from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureMaps, Tree
+from dsad.ops.similarity import unit
 
 _PATCHES = re.compile(r"(\d+)/(\d+)")
 
@@ -74,7 +75,7 @@ class Patches:
             patches = jnp.moveaxis(jnp.take(band, columns, axis=2), 2, 1)
             maps = self.encoder(patches.reshape(batch * width, self.size, self.size, 3))
             means = {n: jnp.mean(m.astype(jnp.float32), axis=(1, 2)) for n, m in maps.items()}
-            return {n: _unit(m).reshape(batch, width, -1) for n, m in means.items()}
+            return {n: unit(m).reshape(batch, width, -1) for n, m in means.items()}
 
         found = lax.map(row, self.stride * jnp.arange(height))
         return {n: jnp.moveaxis(m, 0, 1) for n, m in found.items()}
@@ -90,11 +91,6 @@ class Patches:
                 f"{side}. Set --config.evaluation.image_size."
             )
         return (side - self.size) // self.stride + 1
-
-
-def _unit(rows: jax.Array) -> jax.Array:
-    norm = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True))
-    return rows / jnp.maximum(norm, 1e-12)
 
 
 def is_wrapper(spec: str) -> bool:

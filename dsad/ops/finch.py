@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from scipy.sparse import csgraph
 
 from dsad.core.errors import ConfigError
-from dsad.ops.neighbors import nearest
+from dsad.ops.neighbors import bucket, nearest
 
 #: Rows that fill up to a shared shape have this norm: unit vectors are at most 2 apart, these
 #: rows at least 3 away.
@@ -81,10 +81,10 @@ def finch(rows: np.ndarray, *, mesh: Mesh | None = None) -> Iterator[Level]:
 
 
 def _filled(rows: np.ndarray) -> np.ndarray:
-    """Rows up to a shared count, at most a quarter more, so that few programs are compiled."""
+    """Rows up to their bucket, so that few programs are compiled."""
     count, depth = rows.shape
-    step = max(64, 1 << max(count.bit_length() - 3, 0))
-    return np.concatenate([rows, np.full((-count % step, depth), FAR / np.sqrt(depth), np.float32)])
+    far = np.full((bucket(count, 64) - count, depth), FAR / np.sqrt(depth), np.float32)
+    return np.concatenate([rows, far])
 
 
 def prototypes(

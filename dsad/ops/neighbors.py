@@ -112,16 +112,16 @@ def recall(
     return float(jnp.mean(found <= exact[:, -1:] * (1 + 2.0**-20)))
 
 
-def bucket(rows: int) -> int:
+def bucket(rows: int, least: int = GROUP) -> int:
     """The smallest size that holds ``rows`` on a ladder of eight steps per doubling.
 
-    Sizes are multiples of 16 and waste less than an eighth of ``rows`` (below 128 rows, less than
-    16 rows). Raises ConfigError for less than one row.
+    Sizes are multiples of ``least``, a power of two, and waste less than an eighth of ``rows``, or
+    fewer than ``least`` rows. Raises ConfigError for less than one row.
     """
     if rows < 1:
         raise ConfigError(f"bucket: expected at least 1 row, found {rows}.")
     octave = 2 ** max(math.ceil(math.log2(rows)) - 4, 0)
-    step = max(GROUP, octave)
+    step = max(least, octave)
     return rows + -rows % step
 
 

@@ -1,5 +1,7 @@
 """The benchmark of the coreset at tiny sizes, in this process."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 
@@ -29,7 +31,7 @@ def made_case(bank):
 
 def test_the_public_pass_without_torch_picks_the_same(monkeypatch):
     case = made_case(coreset.gaussian(300, 16))
-    monkeypatch.setattr(coreset.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     np.testing.assert_array_equal(coreset.by_published(case, 40), coreset.by_numpy(case, 40))
 
 

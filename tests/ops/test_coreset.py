@@ -96,12 +96,12 @@ def test_equal_distances_give_the_lowest_row():
 
 
 def test_gaps_below_float32_rounding_decide():
-    # The last row is the farthest from row 0, by less than half a unit of float32 squares.
-    bank = np.zeros((500, 2), np.float32)
-    bank[1:, 0] = 1.0
-    bank[1:, 1] = np.arange(499, dtype=np.float32) * 2.0**-17
+    # Row 499 is the farthest from row 0, by less than half a unit of float32 squares.
+    bank = np.zeros((ROWS, 24), np.float32)
+    bank[1:500, 0] = 1.0
+    bank[1:500, 1] = np.arange(499, dtype=np.float32) * 2.0**-17
     assert len(np.unique(np.sum(bank * bank, axis=1))) < 400
-    assert greedy_coreset(bank, 2)[1] == 499
+    assert greedy_coreset(bank, SIZE)[1] == 499
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (7, 3), (64, 32), (5000, 300)])
@@ -138,8 +138,9 @@ def test_projection_selects_by_projected_distances():
     for pick in found[1:]:
         assert far[pick] >= far.max() * (1 - 1e-5)
         far = np.minimum(far, np.sum((projected - projected[pick]) ** 2, axis=1))
-    same = greedy_coreset(bank, 60, projection_dim=40, key=KEY)
-    np.testing.assert_array_equal(same, plain(bank, 60))
+    narrow = gaussian(6, ROWS)  # not wider than the projection: compared as it is
+    same = greedy_coreset(narrow, SIZE, projection_dim=24, key=KEY)
+    np.testing.assert_array_equal(same, plain(narrow, SIZE))
 
 
 def test_covering_radius_never_grows():

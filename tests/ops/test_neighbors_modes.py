@@ -112,6 +112,8 @@ def test_buckets_waste_less_than_an_eighth():
     assert len(set(sizes)) <= 8 + 8 * 6  # a ladder, not every size
     assert sizes == sorted(sizes)
     assert bucket(163_856) == 163_856 + -163_856 % 16_384
+    large = [bucket(n, 64) for n in range(1, 5000)]
+    assert all(b % 64 == 0 and n <= b < n + max(64, n / 8) for n, b in enumerate(large, 1))
 
 
 def test_traced_valid_below_k_leaves_gaps():

@@ -1,10 +1,7 @@
 """``dsad bench aupro``: AUPRO by counting and by sorting, with its error and its memory."""
 
-import importlib.util
-import pathlib
-import resource
+import functools
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +13,7 @@ from rich.table import Table
 from scipy import ndimage
 
 from dsad.cli import console, flags
+from dsad.cli.bench import _measure
 from dsad.core.errors import ConfigError
 from dsad.evaluation import ranking, streaming
 
@@ -55,12 +53,8 @@ def main(argv: list[str]) -> int:
     command.integer("peer_maps", 10, "Maps that the slower routes get, 0 for all of them.")
     command.integer("stream", 0, "Instead: count this many maps into one state, showing memory.")
     command.string("limit", "0.3", "False-positive rate to integrate up to.")
-    _, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad bench aupro: unexpected argument {rest[0]!r}.")
-    for name, least in (("maps", 2), ("size", 16), ("rounds", 1), ("peer_maps", 0), ("stream", 0)):
-        if int(values[name].value or 0) < least:
-            raise ConfigError(f"--{name}: expected at least {least}, found {values[name].value}.")
+    least = {"maps": 2, "size": 16, "rounds": 1, "peer_maps": 0, "stream": 0}
+    _, values = _measure.parsed(command, argv, least)
     limit = _limit(values.limit)
     if values.stream:
         stream(values.stream, values.maps, values.size, limit)
@@ -150,6 +144,7 @@ PEERS: tuple[tuple[str, str, Callable[[Problem, float], float]], ...] = (
     ("scikit-learn, weighted ROC", "sklearn", by_sklearn),
     ("torch, global sort", "torch", by_torch),
 )
+_PACKAGES = {"sklearn": "scikit-learn", "torch": "torch"}
 
 
 def _split(given: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -166,159 +161,78 @@ def _split(given: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # --- what is printed ------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
-    """One line of the table: a route at some problem; seconds, CPU seconds and bytes per round."""
-
-    label: str
-    given: Problem
-    seconds: list[float]
-    cpu: list[float]
-    memory: list[float]
-    results: list[Any]
-
-
 def compare(maps: int, size: int, rounds: int, peer_maps: int, limit: float) -> dict[str, Any]:
     """Time all routes in interleaved rounds and print the table; medians and errors by label."""
     out = console.console()
     out.print(f"making {maps} maps of {size}² and labelling their regions (not timed) ...")
     given = problem(maps, size)
-    small = given.part(peer_maps)
-    routes: list[tuple[Row, Callable[[Problem, float], Any]]] = []
+    problems: dict[str, Problem] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+
+    def route(label: str, given: Problem, function: Callable[[Problem, float], Any]) -> None:
+        problems[label], calls[label] = given, functools.partial(function, given, limit)
+
     for label, transform in TRANSFORMS.items():
         made = Problem([transform(m) for m in given.maps], given.truth) if label != "s" else given
-        routes.append((Row(f"dsad counts: {label}", made, [], [], [], []), by_counting))
-    routes.append((Row("dsad sorts: s", given, [], [], [], []), by_sorting))
+        route(f"dsad counts: {label}", made, by_counting)
+    counting = tuple(calls)  # the others compile nothing
+    route("dsad sorts: s", given, by_sorting)
     missing = []
     for label, module, function in PEERS:
-        if importlib.util.find_spec(module) is None:
-            missing.append(f"{label}: not installed (pip install {_PACKAGES[module]})")
+        if _measure.installed(module):
+            route(label, given.part(peer_maps), function)
         else:
-            importlib.import_module(module)  # not to be timed
-            routes.append((Row(label, small, [], [], [], []), function))
-    by_counting(given, limit)  # compiles the first pass
-    for round_ in range(rounds + 1):
-        for row, function in routes:
-            if round_ == 0 and function is not by_counting:
-                continue  # nothing to compile
-            seconds, cpu, memory, result = _timed(function, row.given, limit)
-            if round_:
-                row.seconds.append(seconds)
-                row.cpu.append(cpu)
-                row.memory.append(memory)
-                row.results.append(result)
-    return _print(out, [row for row, _ in routes], missing, rounds, limit)
-
-
-_PACKAGES = {"sklearn": "scikit-learn", "torch": "torch"}
-
-
-def _print(
-    out: Any, rows: Sequence[Row], missing: Sequence[str], rounds: int, limit: float
-) -> dict[str, Any]:
-    table = Table(title=f"AUPRO up to {limit:g}, regions labelled beforehand")
-    table.add_column("route: scores", no_wrap=True)
-    for column in (
-        "maps",
-        "s",
-        "CPU s",
-        "ns/pixel",
-        "passes",
-        "AUPRO",
-        "error",
-        "bound",
-        "MB extra",
-    ):
-        table.add_column(column, justify="right")
-    first = rows[0]
-    base = statistics.median(first.seconds) / first.given.pixels
-    made: dict[str, Any] = {}
-    for row in rows:
-        seconds, result = statistics.median(row.seconds), row.results[0]
-        counted = isinstance(result, streaming.Measured)
-        value, bound = result.found["aupro"][:2] if counted else (result, None)
-        error = abs(value - by_sorting(row.given, limit))
-        each = seconds / row.given.pixels
-        table.add_row(
-            row.label, str(len(row.given.maps)), f"{seconds:.2f}",
-            f"{statistics.median(row.cpu):.2f}",
-            f"{each * 1e9:.1f} ({each / base:.1f}×)", str(result.passes) if counted else "",
-            f"{value:.6f}", f"{error:.1e}", "" if bound is None else f"{bound:.1e}",
-            f"{max(row.memory) / 1e6:.0f}",
-        )  # fmt: skip
-        made[row.label] = {"seconds": seconds, "value": value, "error": error, "bound": bound}
-    out.print(table)
+            missing.append(_measure.missing(label, _PACKAGES[module]))
+    timings = _measure.interleaved(calls, rounds, first=counting, keep=True)
+    made = _print(out, problems, timings, limit)
     for line in missing:
         out.print(line)
-    pixels, passes = first.given.pixels, first.results[0].passes
-    speed, bandwidth = _machine()
-    device = jax.devices()[0].device_kind
-    out.print(
-        f"Floors of the first row, {passes} passes over {pixels / 1e6:.0f} M pixels: bytes "
-        f"{4 * pixels * passes / bandwidth:.3f} s at {bandwidth / 1e9:.1f} GB/s read in a copy, "
-        f"operations {_OPERATIONS * pixels * passes / speed:.3f} s at {speed / 1e9:.0f} GFLOP/s "
-        f"of a plain matmul. Medians of {rounds} interleaved rounds on {device}. "
-        "Error: to the exact route on the same scores; MB extra: growth of the resident memory."
-    )
+    first = next(iter(timings.values()))
+    _print_floors(out, given.pixels, first.result.passes, rounds)
     return made
 
 
-def _timed(
-    function: Callable[[Problem, float], Any], given: Problem, limit: float
-) -> tuple[float, float, float, Any]:
-    with _Peak() as peak:
-        start, busy = time.perf_counter(), time.process_time()
-        result = function(given, limit)
-        seconds, busy = time.perf_counter() - start, time.process_time() - busy
-    return seconds, busy, peak.growth, result
+def _print(
+    out: Any, problems: dict[str, Problem], timings: dict[str, _measure.Timing], limit: float
+) -> dict[str, Any]:
+    table = _measure.table(
+        f"AUPRO up to {limit:g}, regions labelled beforehand",
+        "route: scores", "maps", "s", "CPU s", "ns/pixel", "passes", "AUPRO", "error", "bound",
+        "MB extra",
+    )  # fmt: skip
+    base = None
+    made: dict[str, Any] = {}
+    for label, timing in timings.items():
+        given, seconds, result = problems[label], timing.median, timing.result
+        counted = isinstance(result, streaming.Measured)
+        value, bound = result.found["aupro"][:2] if counted else (result, None)
+        error = abs(value - by_sorting(given, limit))
+        each = seconds / given.pixels
+        base = base or each
+        table.add_row(
+            label, str(len(given.maps)), f"{seconds:.2f}",
+            f"{statistics.median(run.cpu for run in timing.rounds):.2f}",
+            f"{each * 1e9:.1f} ({each / base:.1f}×)", str(result.passes) if counted else "",
+            f"{value:.6f}", f"{error:.1e}", "" if bound is None else f"{bound:.1e}",
+            f"{max(run.growth for run in timing.rounds) / 1e6:.0f}",
+        )  # fmt: skip
+        made[label] = {"seconds": seconds, "value": value, "error": error, "bound": bound}
+    out.print(table)
+    return made
 
 
-class _Peak:
-    """Largest growth of the resident memory within a block, sampled."""
-
-    def __enter__(self) -> "_Peak":
-        self.before = self.top = resident()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.top = max(self.top, resident())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.growth = max(0.0, float(max(self.top, resident()) - self.before))
-
-
-def resident() -> int:
-    """Resident memory of this process in bytes; its peak where the system does not tell."""
-    statm = pathlib.Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _machine() -> tuple[float, float]:
-    """Measured FLOP/s of a matmul and bytes/s read by a copy, best of three."""
-    a = jnp.ones((1024, 1024), jnp.float32)
-    product = jax.jit(lambda a: a @ a)
-    data = np.ones(32_000_000, np.float32)
-    target = np.empty_like(data)
-
-    def best(call: Callable[[], Any]) -> float:
-        call()
-        return min(_elapsed(call) for _ in range(3))
-
-    flops = 2 * 1024**3 / best(lambda: product(a).block_until_ready())
-    return flops, data.nbytes / best(lambda: np.copyto(target, data))
-
-
-def _elapsed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _print_floors(out: Any, pixels: int, passes: int, rounds: int) -> None:
+    machine = _measure.machine()
+    read = machine.bytes / 2  # nothing is written
+    device = jax.devices()[0].device_kind
+    out.print(
+        f"Floors of the first row, {passes} passes over {pixels / 1e6:.0f} M pixels: bytes "
+        f"{4 * pixels * passes / read:.3f} s at {read / 1e9:.1f} GB/s read in a copy, operations "
+        f"{_OPERATIONS * pixels * passes / machine.operations:.3f} s at "
+        f"{machine.operations / 1e9:.0f} GFLOP/s of a plain matmul. Medians of {rounds} "
+        f"interleaved rounds on {device}. "
+        "Error: to the exact route on the same scores; MB extra: growth of the resident memory."
+    )
 
 
 # --- constant memory ------------------------------------------------------------------------
@@ -343,7 +257,7 @@ def stream(total: int, maps: int, size: int, limit: float) -> dict[str, Any]:
         done += len(part.maps)
         if done * 10 // total > len(seen) or done == total:
             found = counts.measure(state, wanted)["aupro"]
-            seen.append(resident())
+            seen.append(_measure.resident())
             table.add_row(
                 str(done), f"{int(state['normal'].sum() + state['defect'].sum()):,}",
                 f"{time.perf_counter() - start:.1f}", f"{seen[-1] / 1e6:.1f}",

@@ -1,9 +1,7 @@
 """``dsad bench coreset``: seconds, memory and picks of the greedy coreset beside plain runs."""
 
-import importlib.util
+import functools
 import re
-import statistics
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ from rich.table import Table
 
 from dsad import models
 from dsad.cli import console, flags
-from dsad.core.errors import ConfigError
+from dsad.cli.bench import _measure
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base as data_base
 from dsad.detectors import patchcore
@@ -68,13 +66,8 @@ def main(argv: list[str]) -> int:
         "bottle", "", "Folder of MVTec's bottle; its features replace the first large bank."
     )
     command.string("weights", "", "Weights of the ResNet-18 for --bottle.")
-    _, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad bench coreset: unexpected argument {rest[0]!r}.")
     least = {"rows": 20, "dim": 1, "percent": 1, "projection": 0, "rounds": 1, "peer_picks": 0}
-    for name, low in least.items():
-        if int(values[name].value or 0) < low:
-            raise ConfigError(f"--{name}: expected at least {low}, found {values[name].value}.")
+    _, values = _measure.parsed(command, argv, least)
     size = max(2, values.rows * min(values.percent, 100) // 100)
     bank = gaussian(values.rows, values.dim)
     compare(
@@ -153,7 +146,7 @@ def by_numpy(case: Case, picks: int) -> np.ndarray:
 
 def by_published(case: Case, picks: int) -> np.ndarray:
     """The public code's pass, in torch, or numpy without it: norms again, a root, a minimum."""
-    if importlib.util.find_spec("torch"):
+    if _measure.installed("torch"):
         return _published_torch(case, picks)
     bank, out = case.bank, [0]
     far = np.full((len(bank), 1), np.inf, np.float32)
@@ -189,44 +182,17 @@ def by_dsad(case: Case, bank: Any = None) -> Measured:
         left = re.search(r"about (\d+) s", note)
         calls.append((time.perf_counter(), done, float(left[1]) if left else np.nan))
 
-    start = time.perf_counter()
-    with Memory() as memory:
-        picks = np.asarray(
-            greedy_coreset(
-                case.bank if bank is None else bank, case.size, key=jax.random.key(0),
-                projection_dim=case.projection or None, progress=progress,
-            )
+    def run() -> Any:
+        return greedy_coreset(
+            case.bank if bank is None else bank, case.size, key=jax.random.key(0),
+            projection_dim=case.projection or None, progress=progress,
         )  # fmt: skip
+
+    made = _measure.timed(run)
     end = time.perf_counter()
     now, _, left = next(c for c in calls if c[1] >= case.size / 10)
-    return Measured(picks, end - start, memory.grown, left / max(end - now, 1e-9))
-
-
-class Memory:
-    """Growth of this process's resident memory while it runs, in bytes; 0 where unknown."""
-
-    def __enter__(self) -> "Memory":
-        self.grown, self._stop = 0, threading.Event()
-        self._first = _resident()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self.grown = max(self.grown, _resident() - self._first)
-
-
-def _resident() -> int:
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-    except OSError:
-        return 0
+    ratio = left / max(end - now, 1e-9)
+    return Measured(np.asarray(made.result), made.seconds, made.growth, ratio)
 
 
 # --- comparison -----------------------------------------------------------------------------
@@ -241,25 +207,22 @@ def compare(case: Case, rounds: int, peer_picks: int) -> dict[str, float]:
             placed, case.size, key=jax.random.key(0), projection_dim=case.projection or None
         )
     )
-    first = time.perf_counter()
-    picks = run()
-    first = time.perf_counter() - first
-    peers: dict[str, Callable[[Case, int], np.ndarray]] = {}
+    calls: dict[str, Callable[[], np.ndarray]] = {"dsad": run}
+    torch = _measure.installed("torch")
     if not case.projection:
-        public = "torch" if importlib.util.find_spec("torch") else "numpy"
-        peers = {"plain numpy": by_numpy, f"public code's pass, {public}": by_published}
-    seconds: dict[str, list[float]] = {name: [] for name in ("dsad", *peers)}
-    found: dict[str, np.ndarray] = {}
-    for _ in range(rounds):
-        for name in seconds:
-            start = time.perf_counter()
-            found[name] = run() if name == "dsad" else peers[name](case, peer_picks)
-            seconds[name].append(time.perf_counter() - start)
-    median = {n: statistics.median(v) for n, v in seconds.items()}
+        public = "torch" if torch else "numpy"
+        calls["plain numpy"] = functools.partial(by_numpy, case, peer_picks)
+        calls[f"public code's pass, {public}"] = functools.partial(by_published, case, peer_picks)
+    timings = _measure.interleaved(calls, rounds, first=("dsad",), keep=True)
+    found = {name: timing.result for name, timing in timings.items()}
+    median = {name: timing.median for name, timing in timings.items()}
+    first = timings["dsad"].first
+    assert first is not None
+    picks = first.result
     pace = {n: v / (case.size if n == "dsad" else peer_picks) for n, v in median.items()}
-    table = Table(title=_title(case), title_justify="left")
-    for column in ("route", "picks", "s", "ms a pick", "times dsad", "picks as dsad"):
-        table.add_column(column, justify="left" if column == "route" else "right")
+    columns = ("route", "picks", "s", "ms a pick", "times dsad", "picks as dsad")
+    table = _measure.table(_title(case), *columns)
+    table.title_justify = "left"
     for name, value in median.items():
         same = np.mean(found[name] == picks[: len(found[name])])
         table.add_row(
@@ -267,9 +230,9 @@ def compare(case: Case, rounds: int, peer_picks: int) -> dict[str, float]:
             f"{pace[name] / pace['dsad']:.1f}", f"{same:.2%}",
         )  # fmt: skip
     out.print(table)
-    if not importlib.util.find_spec("torch"):
-        out.print("torch: not installed: pip install torch; its pass was made in numpy.")
-    out.print(f"first call, with compilation: {first:.2f} s. {_shortfall(case, picks)}")
+    if not torch:
+        out.print(f"{_measure.missing('torch', 'torch')}; its pass was made in numpy.")
+    out.print(f"first call, with compilation: {first.seconds:.2f} s. {_shortfall(case, picks)}")
     out.print(_floors(case))
     return median
 
@@ -314,11 +277,7 @@ def _shortfall(case: Case, picks: np.ndarray) -> str:
 def _floors(case: Case) -> str:
     """Time that the arithmetic and the memory traffic alone would take on this machine."""
     rows, width = len(case.bank), case.width
-    side = 2048
-    square = jnp.ones((side, side))
-    work = 2 * side**3 / _best(jax.jit(lambda x: jnp.matmul(x, x, precision="highest")), square)
-    block = jnp.ones((2**26,))
-    traffic = 2 * block.nbytes / _best(jax.jit(lambda x: x + 1), block)
+    work, traffic = _measure.machine()
     operations = 2 * rows * width * case.size
     read = rows * width * 4 * -(-case.size // 256)
     return (
@@ -326,12 +285,3 @@ def _floors(case: Case) -> str:
         f" s; {read / 1e9:.1f} GB (the bank once per 256 picks) at {traffic / 1e9:.1f} GB/s "
         f"{read / traffic:.2f} s"
     )
-
-
-def _best(call: Callable[[Any], Any], argument: Any) -> float:
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        jax.block_until_ready(call(argument))
-        times.append(time.perf_counter() - start)
-    return min(times[1:])

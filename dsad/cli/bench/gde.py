@@ -1,21 +1,16 @@
 """``dsad bench gde``: a Gaussian per patch position, fitted and scored, beside scikit-learn."""
 
-import contextlib
 import dataclasses
-import importlib.util
 import statistics
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
 from dsad.cli import console, flags
-from dsad.core.errors import ConfigError
+from dsad.cli.bench import _measure
 from dsad.core.types import FeatureBatch
 from dsad.detectors import gde
 from dsad.ops import gaussian
@@ -49,53 +44,32 @@ def main(argv: list[str]) -> int:
     command.integer("channels", 512, "Features per patch.")
     command.integer("components", 50, "Of the PCA.")
     command.integer("rounds", 3, "Timed rounds; each runs every program once, medians are shown.")
-    _, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad bench gde: unexpected argument {rest[0]!r}.")
     names = ("images", "side", "channels", "components", "rounds")
-    for name in names:
-        if getattr(values, name) < 1:
-            raise ConfigError(f"--{name}: expected at least 1, found {getattr(values, name)}.")
+    _, values = _measure.parsed(command, argv, dict.fromkeys(names, 1))
     bench(Sizes(**{n: getattr(values, n) for n in names[:4]}), values.rounds)
     return 0
-
-
-@dataclasses.dataclass
-class Program:
-    """One way to fit and score: its scores, seconds and growth of memory by round."""
-
-    run: Callable[[], np.ndarray]
-    scores: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    grown: list[int] = dataclasses.field(default_factory=list)
 
 
 def bench(sizes: Sizes, rounds: int) -> dict[str, float]:
     """Time all programs in interleaved rounds; prints a table, returns median seconds by name."""
     out = console.console()
     normal, test = _features(sizes, 0), _features(sizes, 1)
-    programs = {"dsad": Program(_dsad(sizes, normal, test))}
-    missing = importlib.util.find_spec("sklearn") is None
+    programs = {"dsad": _dsad(sizes, normal, test)}
+    missing = not _measure.installed("sklearn")
     if not missing:
         peer = _scikit_learn(sizes, normal, test)
-        programs["scikit-learn"] = Program(peer)
-        programs["scikit-learn, 1 thread"] = Program(lambda: _one_thread(peer))
-    start = time.perf_counter()
-    programs["dsad"].run()
-    out.print(f"dsad, first run with compilation: {time.perf_counter() - start:.2f} s")
-    for number in range(rounds):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            with _growth() as grown:
-                program.scores = program.run()
-            program.seconds.append(time.perf_counter() - start)
-            program.grown.append(grown())
-            out.print(f"round {number + 1}: {name} {program.seconds[-1]:.2f} s")
-    median = {n: statistics.median(p.seconds) for n, p in programs.items()}
-    _print(out, sizes, programs, median, _errors(sizes, programs, normal, test), rounds)
+        programs["scikit-learn"] = peer
+        programs["scikit-learn, 1 thread"] = lambda: _one_thread(peer)
+
+    def tell(number: int, name: str, run: _measure.Run) -> None:
+        what = f"round {number}: {name}" if number else f"{name}, first run with compilation:"
+        out.print(f"{what} {run.seconds:.2f} s")
+
+    timings = _measure.interleaved(programs, rounds, first=("dsad",), keep=True, tell=tell)
+    _print(out, sizes, timings, _errors(sizes, timings, normal, test), rounds)
     if missing:
-        out.print("scikit-learn: not installed: pip install scikit-learn")
-    return median
+        out.print(_measure.missing("scikit-learn", "scikit-learn"))
+    return {name: timing.median for name, timing in timings.items()}
 
 
 def _features(sizes: Sizes, seed: int) -> np.ndarray:
@@ -170,15 +144,15 @@ def _one_thread(run: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 def _errors(
-    sizes: Sizes, programs: dict[str, Program], normal: np.ndarray, test: np.ndarray
+    sizes: Sizes, timings: dict[str, _measure.Timing], normal: np.ndarray, test: np.ndarray
 ) -> dict[str, float]:
     """Largest relative error against float64, over every 61st position."""
     fit, others = (v.reshape(sizes.images, sizes.positions, -1) for v in (normal, test))
-    worst = dict.fromkeys(programs, 0.0)
+    worst = dict.fromkeys(timings, 0.0)
     for at in range(0, sizes.positions, CHECK):
         exact = _exact(fit[:, at], others[:, at], sizes.components)
-        for name, program in programs.items():
-            gap = np.max(np.abs(program.scores[:, at] / exact - 1))
+        for name, timing in timings.items():
+            gap = np.max(np.abs(timing.result[:, at] / exact - 1))
             worst[name] = max(worst[name], float(gap))
     return worst
 
@@ -199,53 +173,6 @@ def _exact(fit: np.ndarray, test: np.ndarray, components: int) -> np.ndarray:
     return np.sqrt(np.einsum("nc,cd,nd->n", others, inverse, others))
 
 
-@contextlib.contextmanager
-def _growth() -> Iterator[Callable[[], int]]:
-    """Peak growth of the resident set in bytes, sampled while the block runs; 0 off Linux."""
-    start = peak = _resident()
-    stop = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not stop.wait(0.01):
-            peak = max(peak, _resident())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield lambda: peak - start
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _resident() -> int:
-    try:
-        with open("/proc/self/status", encoding="utf-8") as file:
-            line = next(x for x in file if x.startswith("VmRSS"))
-    except OSError:
-        return 0
-    return 1024 * int(line.split()[1])
-
-
-def _machine() -> tuple[float, float]:
-    """(float32 operations per second of a matrix product, bytes per second of a copy)."""
-    a = jnp.ones((2048, 2048), jnp.float32)
-    product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
-    source = np.ones(2**26, np.float32)
-    target = np.empty_like(source)
-    best = [0.0, 0.0]
-    for _ in range(4):
-        start = time.perf_counter()
-        jax.block_until_ready(product(a))
-        middle = time.perf_counter()
-        np.copyto(target, source)
-        end = time.perf_counter()
-        best[0] = max(best[0], 2 * 2048**3 / (middle - start))
-        best[1] = max(best[1], 2 * source.nbytes / (end - middle))
-    return best[0], best[1]
-
-
 def _floors(sizes: Sizes) -> tuple[float, float]:
     """(operations, bytes) that any such program needs.
 
@@ -259,28 +186,28 @@ def _floors(sizes: Sizes) -> tuple[float, float]:
 
 
 def _print(
-    out: Any, sizes: Sizes, programs: dict[str, Program], median: dict[str, float],
-    errors: dict[str, float], rounds: int,
+    out: Any, sizes: Sizes, timings: dict[str, _measure.Timing], errors: dict[str, float],
+    rounds: int,
 ) -> None:  # fmt: skip
-    table = Table(title=None)
-    for column in ("program", "s", "times dsad", "max. relative error", "memory MB"):
-        table.add_column(column, justify="left" if column == "program" else "right")
-    for name, program in programs.items():
+    table = _measure.table(None, "program", "s", "times dsad", "max. relative error", "memory MB")
+    own = timings["dsad"]
+    for name, timing in timings.items():
+        grown = statistics.median(run.growth for run in timing.rounds)
         table.add_row(
-            name, f"{median[name]:.2f}", f"{median[name] / median['dsad']:.1f}",
-            f"{errors[name]:.1e}", f"{statistics.median(program.grown) / 1e6:.0f}",
+            name, f"{timing.median:.2f}", f"{timing.median / own.median:.1f}",
+            f"{errors[name]:.1e}", f"{grown / 1e6:.0f}",
         )  # fmt: skip
     out.print(table)
     operations, traffic = _floors(sizes)
-    speed, bandwidth = _machine()
+    speed, bandwidth = _measure.machine()
     out.print(
         f"floors: {operations / 1e9:.1f} GFLOP at {speed / 1e9:.0f} GFLOP/s (float32 product) = "
         f"{operations / speed:.2f} s; {traffic / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s (copy) "
         f"= {traffic / bandwidth:.2f} s. dsad fits in float64, at about half that speed."
     )
-    for name, program in programs.items():
+    for name, timing in timings.items():
         if name != "dsad":
-            gap = np.max(np.abs(programs["dsad"].scores / program.scores - 1))
+            gap = np.max(np.abs(own.result / timing.result - 1))
             out.print(f"largest relative difference of all scores, dsad and {name}: {gap:.1e}")
     out.print(
         f"{sizes.positions} Gaussians of {sizes.images} × {sizes.channels} features, "

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
 from dsad.cli import console, flags
 from dsad.cli.bench import _measure
@@ -32,12 +31,8 @@ def main(argv: list[str]) -> int:
     command.integer("depth", 384, "Features per row.")
     command.string("k", "1,9", "Numbers of neighbours, separated by commas.")
     command.integer("rounds", 5, "Timed rounds; each times everything once, medians are shown.")
-    _, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad bench neighbors: unexpected argument {rest[0]!r}.")
-    for name in ("queries", "rows", "depth", "rounds"):
-        if (value := getattr(values, name)) < 1:
-            raise ConfigError(f"--{name}: expected at least 1, found {value}.")
+    least = {"queries": 1, "rows": 1, "depth": 1, "rounds": 1}
+    _, values = _measure.parsed(command, argv, least)
     try:
         numbers = [int(k) for k in values.k.split(",")]
     except ValueError as error:
@@ -53,8 +48,9 @@ def neighbors(
     out = console.console()
     rng = np.random.default_rng(0)
     q, b = (rng.standard_normal((n, depth)).astype(np.float32) for n in (queries, rows))
-    moved = 4.0 * depth * (queries + rows)
-    operations, traffic, rates = _measure.floors(2.0 * queries * rows * depth, moved)
+    machine = _measure.machine()
+    operations = 2.0 * queries * rows * depth / machine.operations
+    traffic = 4.0 * depth * (queries + rows) / machine.bytes
     result = {}
     for k in numbers:
         calls = _calls(q, b, k)
@@ -66,25 +62,18 @@ def neighbors(
         _print(out, f"k = {k}", timed, errors)
         out.print(f"certified without repeating: {share:.1%} of the queries")
     for module, (label, package) in PEERS.items():
-        if not _installed(module):
-            out.print(f"{label}: not installed: pip install {package}")
+        if not _measure.installed(module):
+            out.print(_measure.missing(label, package))
     device = jax.devices()[0]
     out.print(
         f"{queries} queries × {rows} rows × {depth}, {os.cpu_count()} CPUs, {device.device_kind}; "
         f"medians of {rounds} interleaved rounds. Floors: operations {operations * 1e3:.0f} ms, "
-        f"bytes {traffic * 1e3:.1f} ms ({rates}). Error: largest relative difference from float64 "
+        f"bytes {traffic * 1e3:.1f} ms (plain matmul {machine.operations / 1e9:.0f} GFLOP/s, copy "
+        f"{machine.bytes / 1e9:.1f} GB/s). Error: largest relative difference from float64 "
         f"brute force over {min(CHECKED, queries)} queries, features of mean 0 and 30. Memory: "
         "growth of the resident set in the first call, compilation included."
     )
     return result
-
-
-def _installed(module: str) -> bool:
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
 
 
 Search = Callable[[], tuple[Any, Any]]
@@ -95,7 +84,7 @@ def _makers() -> dict[str, Maker]:
     """Everything that can be timed here: name to (queries, bank, k) to a search."""
     peers = {"faiss": _faiss, "sklearn": _sklearn}
     makers: dict[str, Maker] = {
-        label: peers[module] for module, (label, _) in PEERS.items() if _installed(module)
+        label: peers[module] for module, (label, _) in PEERS.items() if _measure.installed(module)
     }
     for label in DSAD:
         makers[label] = functools.partial(_dsad, precision=label.split()[1])
@@ -146,13 +135,15 @@ def _error(make: Maker, queries: np.ndarray, bank: np.ndarray, k: int, mean: flo
 def _print(
     out: Any, title: str, timed: dict[str, _measure.Timing], errors: dict[str, list[float]]
 ) -> None:
-    table = Table(title=title)
-    for column in ("", "ms", "× dsad exact", "first call ms", "memory MB", "error", "at mean 30"):
-        table.add_column(column, justify="right" if column else "left")
+    table = _measure.table(
+        title, "", "ms", "× dsad exact", "first call ms", "memory MB", "error", "at mean 30"
+    )
     for name, timing in timed.items():
+        first = timing.first
+        assert first is not None  # every call was made apart once
         table.add_row(
             name, f"{timing.median * 1e3:.0f}", f"{timing.median / timed[DSAD[0]].median:.2f}",
-            f"{timing.first * 1e3:.0f}", f"{timing.growth / 1e6:.0f}",
+            f"{first.seconds * 1e3:.0f}", f"{first.growth / 1e6:.0f}",
             *(f"{error:.1e}" for error in errors[name]),
         )  # fmt: skip
     out.print(table)

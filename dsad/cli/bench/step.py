@@ -1,16 +1,13 @@
 """``dsad bench step``: images/s of a training step, and where its time goes."""
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from rich.table import Table
 
 from dsad.cli import console, flags, pretrain
+from dsad.cli.bench import _measure
 from dsad.core import rng
-from dsad.core.errors import ConfigError
 from dsad.core.mesh import place_batch
 from dsad.train.state import initial_state
 
@@ -22,11 +19,7 @@ def main(argv: list[str]) -> int:
         config="configs/ds2.py:synthetic",
     )  # fmt: skip
     command.integer("rounds", 5, "Timed rounds; each times every part once, medians are shown.")
-    config, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad bench step: unexpected argument {rest[0]!r}.")
-    if values.rounds < 1:
-        raise ConfigError(f"--rounds: expected at least 1, found {values.rounds}.")
+    config, values = _measure.parsed(command, argv, {"rounds": 1})
     step(config, values.rounds)
     return 0
 
@@ -46,15 +39,8 @@ def step(config: Any, rounds: int) -> dict[str, float]:
         state, scalars = run.step(state, place_batch(next(batches), run.mesh), run.store)
         return scalars
 
-    timed = {**timed, "step": whole}
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for round_ in range(rounds + 1):
-        for name, call in timed.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            if round_ > 0:  # the first round compiles
-                seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    found = _measure.interleaved({**timed, "step": whole}, rounds)
+    median = {name: timing.median for name, timing in found.items()}
     _print(out, median, run, rounds)
     return median
 
@@ -83,9 +69,7 @@ def _parts(run: pretrain.Run, state: Any, inputs: Any) -> dict[str, Callable[[],
 
 def _print(out: Any, median: dict[str, float], run: pretrain.Run, rounds: int) -> None:
     parts = sum(v for name, v in median.items() if name != "step")
-    table = Table(title=None)
-    for column in ("part", "ms", "share of parts"):
-        table.add_column(column, justify="left" if column == "part" else "right")
+    table = _measure.table(None, "part", "ms", "share of parts")
     for name, value in median.items():
         share = "" if name == "step" else f"{value / parts:.1%}"
         if name == "step":
