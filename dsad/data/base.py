@@ -121,13 +121,19 @@ def variant(config: DataConfig, known: tuple[str, ...] = ()) -> str:
 
 
 def chosen(config: DataConfig, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The categories asked for, in sorted order; ConfigError names the unknown ones."""
+    """The categories asked for, in sorted order; ConfigError names unknown and repeated ones."""
     unknown = [c for c in config.categories if c not in known]
     if unknown:
         raise ConfigError(
             f"config.data.categories: {core_config.listed(unknown)} not found."
             f"{core_config.suggestion(unknown[0], known)} "
             f"{config.root or config.name} has: {core_config.listed(known)}."
+        )
+    if twice := {c for c in config.categories if config.categories.count(c) > 1}:
+        raise ConfigError(
+            f"config.data.categories: expected every category once, found "
+            f"{core_config.listed(twice)} more than once in {config.categories}. Is the flag given "
+            "twice?"
         )
     return tuple(sorted(config.categories or known))
 

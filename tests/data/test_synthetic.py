@@ -96,5 +96,7 @@ def test_refused_configs():
         SyntheticConfig(train=0)
     with pytest.raises(ConfigError, match=r"wool not found\. Did you mean 'wood'"):
         load(DataConfig(categories=("wool",)))
+    with pytest.raises(ConfigError, match=r"found wood more than once.*given twice"):
+        load(DataConfig(categories=("wood", "tiles", "wood")))
     with pytest.raises(ConfigError, match=r"no data named 'synthetc'"):
         load(DataConfig(name="synthetc"))
