@@ -16,7 +16,11 @@ import dsad
 from dsad.core.types import Dataset, Record
 
 #: Fields that may differ between comparable numbers: what is compared, and when and by what.
-IGNORED = ("backbone", "code", "date", "detector_state", "jax", "name", "seed")
+IGNORED = (
+    "backbone", "code", "date", "detector_state", "jax", "name", "seed",
+    # Settings of speed and memory that change no number beyond rounding or the printed bound.
+    "detector.config.cache_gb", "detector.config.precision", "pixel_numbers",
+)  # fmt: skip
 
 
 def plain(value: Any) -> Any:

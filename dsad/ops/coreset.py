@@ -205,17 +205,21 @@ def _map(key: jax.Array, depth: jax.Array, dim: int) -> jax.Array:
     return jax.random.uniform(key, (depth.size, dim), jnp.float32, -bound, bound)
 
 
+@jax.jit
+def _mapped(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.matmul(rows, weights, precision="highest")
+
+
 def _projected(bank: Any, dim: int, key: jax.Array) -> np.ndarray:
     """Projected rows (N, dim), in pieces: the device never holds the whole bank for it."""
     if dim < 1:
         raise ConfigError(f"greedy_coreset.projection_dim: expected at least 1, found {dim}.")
     rows, depth = np.shape(bank)
     weights = _map(key, jnp.zeros((depth,)), dim)
-    product = jax.jit(lambda x, w: jnp.matmul(x, w, precision="highest"))
     out, step = np.empty((rows, dim), np.float32), min(8192, rows)
     for at in range(0, rows, step):
         at = min(at, rows - step)  # whole pieces, so that one program serves
-        out[at : at + step] = product(jnp.asarray(bank[at : at + step], jnp.float32), weights)
+        out[at : at + step] = _mapped(jnp.asarray(bank[at : at + step], jnp.float32), weights)
     return out
 
 
@@ -233,13 +237,13 @@ def _begin(
     points = jnp.asarray(np.asarray(values[first]), jnp.float32)
     placed = _placed(values, mesh)
     norms, far, near = _distances(
-        placed, jnp.asarray(shift), points, jnp.asarray(first, jnp.int32), rows, mesh
+        placed, jnp.asarray(shift), points, jnp.asarray(first, jnp.int32), np.int32(rows), mesh
     )
     top = jnp.max(norms)
     if not bool(jnp.isfinite(top)):
         raise DataError("coreset: the bank has NaN or infinite values; expected finite ones.")
     taken = 0 if start == "published" else 1
-    picks = np.full(size + block, first[0], np.int32)
+    picks = np.full(_ladder(size) + block, first[0], np.int32)
     made = _kcentre.Bank(placed, norms, _spread(shift, mesh), _spread(_kcentre.ERROR * top, mesh))
     state = _kcentre.State(
         far, near, *(_spread(x, mesh) for x in (picks, np.int32(taken), np.int32(0)))
@@ -267,12 +271,23 @@ def _whole(value: jax.Array, mesh: Mesh | None) -> jax.Array:
     return value if mesh is None else jnp.asarray(np.asarray(value))
 
 
+def _ladder(rows: int) -> int:
+    """The smallest size that holds ``rows`` on a ladder with 32 steps per doubling.
+
+    Banks of nearly the same size share compiled programs, for at most a 32nd more work.
+    """
+    step = 2 ** max(math.ceil(math.log2(rows)) - 6, 0)
+    return rows + -rows % step
+
+
 def _placed(values: Any, mesh: Mesh | None) -> jax.Array:
-    """Float32 rows on the device, or split over the mesh with zero rows as padding."""
-    if mesh is None:
-        return jnp.asarray(values, jnp.float32)
+    """Float32 rows on the device, or split over the mesh, with zero rows as padding."""
     rows, depth = values.shape
-    padded = rows + -rows % mesh.size
+    padded = _ladder(rows)
+    if mesh is None:
+        pad = jnp.pad if isinstance(values, jax.Array) else np.pad
+        return jnp.asarray(pad(values, ((0, padded - rows), (0, 0))), jnp.float32)
+    padded += -padded % mesh.size
 
     def part(index: Any) -> np.ndarray:
         low, high, _ = index[0].indices(padded)
@@ -283,13 +298,13 @@ def _placed(values: Any, mesh: Mesh | None) -> jax.Array:
     return jax.make_array_from_callback((padded, depth), sharding, part)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "mesh"))
+@functools.partial(jax.jit, static_argnames="mesh")
 def _distances(
     rows: jax.Array,
     shift: jax.Array,
     points: jax.Array,
     first: jax.Array,
-    count: int,
+    count: jax.Array,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Squared norms, first squared distances (the mean distance, squared) and nearest picks."""

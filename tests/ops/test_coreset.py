@@ -8,7 +8,7 @@ import pytest
 from dsad.core import rng
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.ops import coreset
+from dsad.ops import _kcentre, coreset
 from dsad.ops.coreset import (
     budget_rows,
     coreset_memory,
@@ -231,3 +231,14 @@ def test_kmeans_is_a_fixed_point_and_splits_clusters(devices):
     assert len(np.unique(nearest)) == 24
     means = np.stack([np.float64(bank)[nearest == c].mean(axis=0) for c in range(24)])
     np.testing.assert_allclose(centres, means, rtol=1e-6)
+
+
+def test_banks_of_nearly_one_size_share_programs():
+    bank = gaussian(5, 1001)
+    programs = (coreset._distances, _kcentre.slab)
+    for number, (rows, size) in enumerate([(1001, 100), (997, 99)]):
+        before = [f._cache_size() for f in programs]
+        picks = np.asarray(coreset.greedy_coreset(bank[:rows], size))
+        np.testing.assert_array_equal(picks, plain(bank[:rows], size))
+        assert picks.max() < rows  # padding is never taken
+        assert number == 0 or [f._cache_size() for f in programs] == before
