@@ -80,6 +80,7 @@ def coreset_memory(
     width = dim if projection_dim in (None, dim) else projection_dim
     assert width is not None
     placed = rows * width * 4 if copied or width != dim else 0
+    placed *= 1 if _ladder(rows) == rows else 2  # rows are padded on their way to the device
     per_row = 7 * 4  # norms, distances, nearest picks, old and new
     many, block, chunk = _kcentre.CANDIDATES, _kcentre.BLOCK, _kcentre.CHUNK
     work = 4 * (4 * many * many + 4 * many * width + 3 * block * chunk + 2 * chunk * width)
