@@ -83,7 +83,7 @@ def _features(sizes: Sizes, seed: int) -> np.ndarray:
     for image in made:
         draws = own.standard_normal(shape, dtype=np.float32)
         image[:] = np.maximum(mean + 0.1 * (draws @ mixing), 0)
-        image /= np.linalg.norm(image, axis=-1, keepdims=True)
+        image /= np.maximum(np.linalg.norm(image, axis=-1, keepdims=True), 1e-6)
     return made
 
 
