@@ -84,6 +84,15 @@ class EvalConfig:
         return tuple(dict.fromkeys((self.fpr_limit, 0.05)))
 
 
+def check_smoothing(detector: Any, config: EvalConfig) -> None:
+    """Refuse a second Gaussian on the maps of a detector that has one of its own (``smooths``)."""
+    if config.sigma > 0 and getattr(detector, "smooths", False):
+        raise ConfigError(
+            "evaluation.sigma: this detector smooths its maps itself (detector.sigma); expected 0, "
+            f"found {config.sigma:g}. Set --config.evaluation.sigma=0."
+        )
+
+
 # --- geometry -------------------------------------------------------------------------------
 
 
@@ -273,6 +282,7 @@ class Features:
         *,
         keep: bool = True,
     ) -> None:
+        self.categories = tuple(category for category, _ in parts)
         self.seconds = 0.0
         self._passes = 0
         self._parts = (reader, parts, tick, keep)
