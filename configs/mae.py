@@ -10,8 +10,8 @@ configs/mae_imagenet.py.
 Variants, after a colon and joined by commas; any other word is a category of the data set:
     tiny, base, large, huge   size of the encoder; large without
     isstad     ISSTAD's first stage: 305 epochs of 20 images, 6 decoder blocks, peak rate 7.8e-5
-    small      after isstad: ViT-Ti and a narrow decoder from scratch at 128 px: a laptop's size
-    mtd        magnetic tiles, grouped split
+    small      ViT-Ti and a narrow decoder from scratch, 80 epochs of 16: a laptop's size
+    mtd        magnetic tiles, grouped split; after small 28 epochs
     synthetic  the procedural data set, needs no file
     smoke      a few steps on small synthetic images
 """
@@ -61,25 +61,27 @@ def _isstad(config):
 
 def _small(config):
     _size(config, "tiny")
-    config.batch_size = 32
-    config.epochs = 200.0
-    config.optim.lr = 4e-3
-    config.optim.warmup_epochs = 10.0
+    config.batch_size = 16
+    config.epochs = 80.0
+    config.optim.lr = 5e-4
+    config.optim.lr_batch = 0
+    config.optim.warmup_epochs = 5.0
     config.data.canvas = 256
     config.objective.decoder.update(width=192, depth=4, heads=6)
-    config.objective.encoder.patch = 8
-    config.objective.view.side = 128
     config.checkpoint.every = 200
 
 
 def _mtd(config):
     config.data.name = "mtd:grouped"
+    if config.batch_size == 16:  # small: as many steps as for one category of MVTec AD
+        config.epochs, config.optim.warmup_epochs = 28.0, 2.0
 
 
 def _synthetic(config):
     _small(config)
     config.data.name = "synthetic"
     config.data.canvas = 128
+    config.objective.encoder.patch = 8
     config.objective.view.side = 64
 
 

@@ -79,7 +79,7 @@ def training_note(
 
     def on_log(step: int, total: int, row: dict[str, float]) -> None:
         speed = f"{row['images_per_s']:.0f} images/s" if "images_per_s" in row else ""
-        note = f"loss {row['loss']:.3f}  std {row.get('feature_std', float('nan')):.2f}  {speed}"
-        out(step, total, note)
+        spread = f"std {row['feature_std']:.2f}  " if "feature_std" in row else ""
+        out(step, total, f"loss {row['loss']:.3f}  {spread}{speed}")
 
     return on_log

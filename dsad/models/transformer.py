@@ -98,13 +98,27 @@ def linear(p: Tree, x: jax.Array) -> jax.Array:
     return y + p["bias"].astype(x.dtype)[None, None, :]
 
 
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax(q kᵀ / √(head dim)) v of queries, keys and values (b, n, heads, head dim).
+
+    The softmax is in f32. ``jax.nn.dot_product_attention``, except on CPUs, where XLA's product of
+    weights and values runs five times faster (120 against 22 GFLOP/s on two cores) with the heads
+    in front of the tokens.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.nn.dot_product_attention(q, k, v)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * np.float32(q.shape[-1] ** -0.5), axis=-1)
+    return jnp.swapaxes(jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v), 1, 2)
+
+
 def block(p: Tree, x: jax.Array, spec: BlockSpec) -> jax.Array:
     """One block on x (b, n, d): x + Attn(LN(x)), then x + MLP(LN(x))."""
     b, n, d = x.shape
     qkv = linear(p["qkv"], layer_norm(p["norm1"], x, spec.eps))
     qkv = qkv.reshape(b, n, 3, spec.heads, d // spec.heads)
-    # Scores scaled by 1/√(head dim), softmax in f32.
-    mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+    mixed = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
     x = x + _scaled(p, "scale1", linear(p["proj"], mixed.reshape(b, n, d)))
     hidden = linear(p["fc1"], layer_norm(p["norm2"], x, spec.eps))
     if spec.activation == "gelu":

@@ -110,6 +110,18 @@ def test_equals_its_definition_in_float64(name):
     np.testing.assert_allclose(latent, want, atol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_is_the_library_s(dtype):
+    g = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(g.standard_normal((2, 7, 3, 8)), dtype) for _ in range(3))
+    want = np.asarray(jax.nn.dot_product_attention(q, k, v), np.float32)
+    found = transformer.attention(q, k, v)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), want, atol=1e-5 if dtype == "float32" else 0.02
+    )
+
+
 def test_asked_blocks_are_those_of_the_whole_run():
     net, params, extra = perturbed(SMALL)
     images = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
