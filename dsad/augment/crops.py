@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 Convention = Literal["edges", "centres"]
+Filter = Literal["bilinear", "bicubic"]
 
 
 def random_resized_crop_box(
@@ -45,15 +46,17 @@ def random_resized_crop_box(
     return jnp.concatenate([corner, jnp.stack([box_height, box_width])])
 
 
-def _triangle_weights(
-    start: jax.Array, extent: jax.Array, pixels: int, side: int, flip: jax.Array | None = None
-) -> jax.Array:
-    """Antialiased bilinear weights (b, side, pixels) of intervals ``start``, ``extent`` (b,).
+def _weights(
+    start: jax.Array, extent: jax.Array, pixels: int, side: int, flip: jax.Array | None,
+    kernel: Filter,
+) -> jax.Array:  # fmt: skip
+    """Antialiased weights (b, side, pixels) of intervals ``start``, ``extent`` (b,).
 
     The triangle is as wide as an output pixel, at least one input pixel, cut off at the interval's
-    ends and renormalised to sum one. For whole-pixel boxes everything before the division is an
-    integer that float32 holds exactly (pixels * side up to 2^23): the doubled distance between
-    the centres of input i and output o, times ``side``, is (2i + 1) * side - (2o + 1) * extent.
+    ends and renormalised to sum one; so is Keys' cubic with a = -0.5, twice as wide. For
+    whole-pixel boxes everything before the divisions is an integer that float32 holds exactly
+    (pixels * side up to 2^23): the doubled distance between the centres of input i and output o,
+    times ``side``, is (2i + 1) * side - (2o + 1) * extent.
     """
     start, extent = start[:, None, None], extent[:, None, None]
     output = jnp.arange(side, dtype=jnp.float32)[None, :, None]
@@ -62,26 +65,39 @@ def _triangle_weights(
     centre = 2 * (jnp.arange(pixels, dtype=jnp.float32)[None, None, :] - start) + 1
     distance = jnp.abs(centre * side - (2 * output + 1) * extent)
     inside = (centre > 0) & (centre < 2 * extent)
-    weights = jnp.where(inside, jnp.maximum(2 * jnp.maximum(extent, side) - distance, 0), 0)
+    unit = 2 * jnp.maximum(extent, side)
+    values = jnp.maximum(unit - distance, 0) if kernel == "bilinear" else _cubic(distance / unit)
+    weights = jnp.where(inside, values, 0)
     return weights / jnp.sum(weights, axis=2, keepdims=True)
 
 
+def _cubic(t: jax.Array) -> jax.Array:
+    near = (1.5 * t - 2.5) * t * t + 1
+    far = -0.5 * (((t - 5) * t + 8) * t - 4)
+    return jnp.where(t <= 1, near, jnp.where(t < 2, far, 0))
+
+
 def resized_crop(
-    images: jax.Array, boxes: jax.Array, side: int, flip: jax.Array | None = None
+    images: jax.Array,
+    boxes: jax.Array,
+    side: int,
+    flip: jax.Array | None = None,
+    kernel: Filter = "bilinear",
 ) -> jax.Array:
     """Cut ``boxes`` (b, 4) out of ``images`` (b, H, W, c) and resize them to (b, side, side, c).
 
-    Equals Pillow's crop followed by a bilinear resize (antialiased when shrinking), before rounding
-    to integers: pixels outside the box, padding of the canvas included, have weight zero. Values
-    keep the scale of the input (uint8 gives 0 to 255); the result is float32. Where ``flip``
-    (b,) bool is True the result is mirrored left to right. A single (H, W, c) image with a (4,)
-    box and scalar flip gives (side, side, c).
+    Equals Pillow's crop followed by a bilinear or bicubic resize (antialiased when shrinking),
+    before rounding to integers and, for bicubic, clipping to 0 and 255: pixels outside the
+    box, padding of the canvas included, have weight zero. Values keep the scale of the input
+    (uint8 gives 0 to 255); the result is float32. Where ``flip`` (b,) bool is True the result is
+    mirrored left to right. A single (H, W, c) image with a (4,) box and scalar flip gives
+    (side, side, c).
     """
     if images.ndim == 3:
         single = None if flip is None else flip[None]
-        return resized_crop(images[None], boxes[None], side, single)[0]
-    rows = _triangle_weights(boxes[:, 0], boxes[:, 2], images.shape[1], side)
-    columns = _triangle_weights(boxes[:, 1], boxes[:, 3], images.shape[2], side, flip)
+        return resized_crop(images[None], boxes[None], side, single, kernel)[0]
+    rows = _weights(boxes[:, 0], boxes[:, 2], images.shape[1], side, None, kernel)
+    columns = _weights(boxes[:, 1], boxes[:, 3], images.shape[2], side, flip, kernel)
     # With the channels between rows and columns both contractions are plain matrix products
     # without a transpose between them, and colour operations that follow run over whole rows.
     lines = jnp.swapaxes(images, 2, 3).astype(jnp.float32)

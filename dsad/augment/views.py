@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from dsad.augment.blur import random_blur
 from dsad.augment.color import chosen, color_jitter, normalize, solarize, to_grey
-from dsad.augment.crops import box_coordinates, random_resized_crop_box, resized_crop
+from dsad.augment.crops import Filter, box_coordinates, random_resized_crop_box, resized_crop
+from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.rng import named, sample_keys
 from dsad.core.types import Batch
@@ -27,7 +28,8 @@ class ViewConfig:
     over height of the crop. ``flip``: probability of mirroring left to right. ``jitter``:
     brightness, contrast, saturation (relative) and hue (turns, at most 0.5). ``blur_sigma``: pixels
     of the view. ``coordinates``: what the box means, see ``crops.box_coordinates``; "centres" is
-    the published rule of DS2 and PixPro. A probability of 0 removes the operation from the program.
+    the published rule of DS2 and PixPro. ``filter``: of the crop's resizing. A probability of
+    0 removes the operation from the program.
     """
 
     side: int = 224
@@ -44,6 +46,7 @@ class ViewConfig:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     coordinates: Literal["edges", "centres"] = "edges"
+    filter: Filter = "bilinear"
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning; raises ConfigError naming the key."""
@@ -62,10 +65,7 @@ class ViewConfig:
         self._check_range("mean", self.mean, -math.inf, math.inf)
         if not all(0 < s < math.inf for s in self.std):
             raise ConfigError(f"view.std: expected positive numbers, found {self.std}.")
-        if self.coordinates not in ("edges", "centres"):
-            raise ConfigError(
-                f"view.coordinates: expected 'edges' or 'centres', found {self.coordinates!r}."
-            )
+        check_options(self, "view")
 
     def _check_interval(self, name: str, *, above: float, at_most: float = math.inf) -> None:
         value = getattr(self, name)
@@ -129,7 +129,10 @@ def make_view(batch: Batch, key: jax.Array, config: ViewConfig) -> dict[str, Any
 
     boxes, flips = draw_crops(batch, key, config)
     box = box_coordinates(boxes, batch["size"], flips, convention=config.coordinates)
-    images = resized_crop(canvases, boxes, config.side, flips if config.flip else None) / 255
+    turned = flips if config.flip else None
+    images = resized_crop(canvases, boxes, config.side, turned, config.filter) / 255
+    if config.filter == "bicubic":
+        images = jnp.clip(images, 0.0, 1.0)  # the cubic overshoots at edges
     if config.jitter_probability and any(config.jitter):
         brightness, contrast, saturation, hue = config.jitter
         images = color_jitter(

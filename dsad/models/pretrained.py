@@ -1,60 +1,145 @@
-"""Published weights to dsad's trees, strictly: every tensor is used or the import fails.
+"""Published weights, from files, repositories and dsad's own runs, with what belongs to them."""
 
-ResNet weights come under torchvision's names, either complete (with batch-norm tensors) or
-*folded*, where each batch norm has been multiplied into its convolution, which then has a bias. A
-folded network is imported as norm mean 0, variance 1 − eps, scale 1 and shift = bias, so that the
-same network computes it exactly.
-"""
-
+import dataclasses
+import importlib.metadata
+import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsad.core.config import listed
 from dsad.core.errors import ConfigError
-from dsad.models import _names_resnet, names, resnet
+from dsad.models import _configs, _files, _hub, _names_resnet
+
+#: What ``read`` takes.
+Spec = str | os.PathLike[str] | Mapping[str, Any]
+
+#: Entry points of this group read what stands behind their name and a colon: ``run:DIR``.
+GROUP = "dsad.weights"
+_SCHEME = re.compile(r"([a-z][a-z0-9_]+):(.*)", re.S)
 
 
-def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Tensors by name from an ``.npz`` file; nothing is ever unpickled."""
-    path = pathlib.Path(path)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Weights(Mapping[str, np.ndarray]):
+    """Tensors by published name; a read-only mapping.
+
+    The attributes are None where the source does not say.
+
+    Attributes:
+      tensors: arrays in their published layout and type.
+      mean: of RGB pixels in [0, 1], which the images were normalised with; likewise ``std``.
+      input_size: side in pixels of the square images the weights were trained on.
+      interpolation: name of the resampling filter.
+      architecture: timm's name of the network.
+      quick_gelu: whether the network's activation is x · sigmoid(1.702 x), which no shape tells.
+      source: where the weights are from, for people.
+
+    """
+
+    tensors: Mapping[str, np.ndarray]
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    input_size: int | None = None
+    interpolation: str | None = None
+    architecture: str | None = None
+    quick_gelu: bool | None = None
+    source: str = "given arrays"
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def read(spec: Spec) -> Weights:
+    """Weights from a specification; nothing is ever unpickled freely.
+
+    Args:
+      spec: one of
+
+        - a ``.safetensors`` or ``.npz`` file, or a ``.pth``, ``.pt`` or ``.bin`` file (through
+          torch's weights-only loader; ``FILE#KEY`` chooses one of several state dicts in it). A
+          ``config.json`` of timm or ``dsad export``, or an ``open_clip_config.json``, beside the
+          file tells mean, std, size and interpolation;
+        - a directory with such files;
+        - ``hf:owner/name[@revision][/file]``, through huggingface_hub and its cache;
+        - ``run:DIR[@STEP]``, the encoder of a dsad run, or another scheme that an installed package
+          offers as an entry point of the group ``dsad.weights``;
+        - a mapping of arrays, whose ``mean``, ``std``, ... are kept if it is a ``Weights``.
+
+    Raises:
+      ConfigError: what cannot be found or read, and what to do.
+
+    """
+    if isinstance(spec, Weights):
+        return spec
+    if isinstance(spec, Mapping):
+        return Weights(tensors={n: _files.as_array(v, n, "given") for n, v in spec.items()})
+    text = os.fspath(spec)
+    scheme = _SCHEME.fullmatch(text)
+    if scheme and not pathlib.Path(text).exists():
+        return _from_hub(text) if scheme[1] == "hf" else _from_entry_point(text, scheme[1])
+    return _from_path(text)
+
+
+def _from_path(text: str) -> Weights:
+    path, key = pathlib.Path(text).expanduser(), ""
+    if not path.exists() and "#" in path.name:
+        stem, _, key = path.name.rpartition("#")
+        path = path.with_name(stem)
+    if path.is_dir():
+        path = _files.choose(path)
     if not path.is_file():
         raise ConfigError(f"weights {path}: no such file.")
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"weights {path}: not a readable npz of plain arrays: {error}."
-            ) from error
-    raise ConfigError(f"weights {path}: expected a .npz file, found {path.suffix or 'no suffix'}.")
+    tensors = _files.tensors(path, key)
+
+    def find(name: str) -> pathlib.Path | None:
+        other = path.with_name(name)
+        return other if other.is_file() else None
+
+    source = path.name + (f"#{key}" if key else "")
+    return Weights(tensors=tensors, source=source, **_configs.beside(path.name, find))
+
+
+def _from_hub(spec: str) -> Weights:
+    found = _hub.fetch(spec)
+    return Weights(
+        tensors=_files.tensors(found.path),
+        source=found.source,
+        **_configs.beside(found.path.name, found.repository.get),
+    )
+
+
+def _from_entry_point(spec: str, scheme: str) -> Weights:
+    points = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    if scheme not in points:
+        raise ConfigError(
+            f"weights {spec}: no such file, and no installed package reads "
+            f"{scheme}:... (known: {listed(['hf', *points])})."
+        )
+    return points[scheme].load()(spec)
 
 
 def resnet_stages(state: Mapping[str, Any]) -> int:
     """How many stages (1 to 4) the tensors cover, from their names."""
-    stages = {int(m[1]) for name in state if (m := re.match(r"layer(\d)\.", name))}
-    if not stages or stages != set(range(1, max(stages) + 1)) or "conv1.weight" not in state:
-        raise ConfigError(
-            "weights: expected torchvision ResNet names (conv1.weight, layer1.0.conv1.weight, ..); "
-            f"found {', '.join(sorted(state)[:4])}, ... ({len(state)} tensors)."
-        )
-    return max(stages)
+    return _names_resnet.stages(state)
 
 
 def resnet_trees(name: str, state: Mapping[str, Any]) -> tuple[Any, Any, int]:
     """(params, extra, stages) of the ResNet ``name`` from a state dict under torchvision's names.
 
+    Weights are complete (with batch-norm tensors) or *folded*, see ``_names_resnet.entries``.
     Raises ConfigError with a table of all tensors that are missing, unused or misshapen.
     """
-    stages = resnet_stages(state)
-    shapes = resnet.resnet(name, stages=stages).shapes()
-    params, extra = names.to_trees(
-        _names_resnet.entries(shapes, folded="bn1.weight" not in state), state, shapes,
-        ignored=_names_resnet.IGNORED, what=name,
-    )  # fmt: skip
-    return *jax.tree.map(jnp.asarray, (params, extra)), stages
+    loaded = _names_resnet.ResNets().load(name, state)
+    params, extra = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
+    return params, extra, loaded.options["stages"]

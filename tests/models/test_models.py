@@ -158,9 +158,9 @@ def test_other_files_are_refused(tmp_path):
         backbone("resnet18", {"blocks.0.attn.qkv.weight": np.zeros(3)})
     with pytest.raises(ConfigError, match="Did you mean 'resnet18'"):
         backbone("resnet8")
-    (tmp_path / "w.pth").write_bytes(b"x")
+    (tmp_path / "w.h5").write_bytes(b"x")
     with pytest.raises(ConfigError, match=re.escape(".npz")):
-        pretrained.read(tmp_path / "w.pth")
+        pretrained.read(tmp_path / "w.h5")
 
 
 def test_a_backbone_is_a_pytree_and_random_weights_follow_the_seed():

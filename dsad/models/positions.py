@@ -1,0 +1,70 @@
+"""Position tables of vision transformers: fixed sine-cosine ones, and other grids for any."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+#: How a table is brought to another grid, all bicubic. "antialias": Keys' kernel with a = -0.5,
+#: widened when shrinking (timm, open_clip, DINOv2 with registers). "plain": a = -0.75, never
+#: widened (DeiT, MAE). "offset": like plain, but the step between samples comes from
+#: (cells + 0.1) / cells of the table, as DINOv2 without registers was trained and is published.
+Rule = Literal["antialias", "plain", "offset"]
+OFFSET = 0.1
+
+
+def sincos_table(width: int, grid: tuple[int, int], prefix: int = 1) -> np.ndarray:
+    """Fixed 2-D positions (prefix + height · width of the grid, width) f32 (He et al. 2022).
+
+    The row of cell (y, x) is [sin(x w), cos(x w), sin(y w), cos(y w)] with w_k = 10000^(-4k/width):
+    the first half tells the column. Cells come row by row after ``prefix`` rows of zeros.
+    """
+    quarter = width // 4
+    omega = 1.0 / 10000.0 ** (np.arange(quarter, dtype=np.float64) / quarter)
+    y, x = (c.reshape(-1) for c in np.meshgrid(*(np.arange(n) for n in grid), indexing="ij"))
+    parts = [f(np.outer(c, omega)) for c in (x, y) for f in (np.sin, np.cos)]
+    table = np.concatenate(parts, axis=1)
+    return np.concatenate([np.zeros((prefix, width)), table]).astype(np.float32)
+
+
+def _cubic(t: np.ndarray, a: float) -> np.ndarray:
+    t = np.abs(t)
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = a * (((t - 5) * t + 8) * t - 4)
+    return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
+
+
+@functools.lru_cache(maxsize=64)
+def cubic_weights(source: int, target: int, rule: Rule) -> np.ndarray:
+    """Weights (target, source) f32 of bicubic resampling along one axis, see ``Rule``."""
+    scale = (target + OFFSET) / source if rule == "offset" else target / source
+    centre = (np.arange(target) + 0.5) / scale
+    if rule == "antialias":
+        wide = max(1.0, 1.0 / scale)
+        gaps = (np.arange(source)[None, :] + 0.5 - centre[:, None]) / wide
+        weights = _cubic(gaps, -0.5)
+        return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    at = centre - 0.5
+    low = np.floor(at).astype(np.int64)
+    weights = np.zeros((target, source))
+    for tap in range(-1, 3):
+        place = np.clip(low + tap, 0, source - 1)  # cells beyond the ends repeat the outermost
+        np.add.at(weights, (np.arange(target), place), _cubic(at - low - tap, -0.75))
+    return weights.astype(np.float32)
+
+
+def resample_table(
+    table: jax.Array, source: tuple[int, int], target: tuple[int, int], prefix: int, rule: Rule
+) -> jax.Array:
+    """A table (prefix + cells of ``source``, d) for the grid ``target``; prefix rows stay."""
+    if source == target:
+        return table
+    rows = jnp.asarray(cubic_weights(source[0], target[0], rule))
+    columns = jnp.asarray(cubic_weights(source[1], target[1], rule))
+    cells = table[prefix:].reshape(*source, -1)
+    exact = jax.lax.Precision.HIGHEST
+    cells = jnp.einsum("th,hwd->twd", rows, cells, precision=exact)
+    cells = jnp.einsum("sw,twd->tsd", columns, cells, precision=exact)
+    return jnp.concatenate([table[:prefix], cells.reshape(-1, table.shape[1])])

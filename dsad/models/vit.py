@@ -1,0 +1,303 @@
+"""Vision transformers (Dosovitskiy et al. 2021) and their published variants in one class.
+
+ViT and DeiT (with and without the distillation token), DINOv2 (LayerScale, registers), the image
+towers of CLIP (norm before the blocks, QuickGELU, no bias at the patches) and masked autoencoders
+(fixed positions). Names are timm's where timm has the model; ``mae_vit_*`` are MAE's.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsad.core.config import listed, suggestion
+from dsad.core.errors import ConfigError
+from dsad.core.rng import named
+from dsad.core.types import FeatureMaps
+from dsad.models import positions, transformer
+from dsad.models.positions import Rule
+from dsad.models.transformer import Activation, BlockSpec, Remat
+
+_BLOCK = re.compile(r"block(\d+)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arch:
+    """What tells one vision transformer from another.
+
+    Attributes:
+      width: channels of a token; ``depth`` blocks, ``heads`` attention heads.
+      patch: side of a patch in pixels.
+      image: side in pixels of the image that the position table is made for.
+      cls: whether a class token precedes the patches; ``distilled``: and a distillation token.
+      registers: further learned tokens, which have no position (Darcet et al. 2024).
+      pos: whether positions are learned or the fixed sine-cosine table.
+      pos_prefix: whether the table begins with rows for the class and distillation tokens.
+      pre_norm: a norm before the blocks (CLIP).
+      patch_bias: whether the patch embedding has a bias.
+      rule: how positions are resampled to another grid.
+
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch: int = 16
+    image: int = 224
+    cls: bool = True
+    distilled: bool = False
+    registers: int = 0
+    pos: str = "learned"
+    pos_prefix: bool = True
+    pre_norm: bool = False
+    patch_bias: bool = True
+    layer_scale: bool = False
+    activation: Activation = "gelu"
+    eps: float = 1e-6
+    rule: Rule = "antialias"
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % 4:
+            raise ConfigError(
+                f"vision transformer: expected a width that its {self.heads} heads and 4 divide, "
+                f"found {self.width}."
+            )
+        if self.image % self.patch or self.image < self.patch:
+            raise ConfigError(
+                f"vision transformer: expected an image side that is a multiple of the patch's "
+                f"{self.patch} pixels, found {self.image}."
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches a side of the image that the position table is made for."""
+        return self.image // self.patch
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: class, distillation, registers."""
+        return int(self.cls) + int(self.distilled) + self.registers
+
+    @property
+    def table_prefix(self) -> int:
+        """Rows of the position table before those of the patches."""
+        return int(self.cls) + int(self.distilled) if self.pos_prefix else 0
+
+    @property
+    def blocks(self) -> BlockSpec:
+        """The shape of the stacked blocks."""
+        return BlockSpec(
+            width=self.width, depth=self.depth, heads=self.heads, activation=self.activation,
+            layer_scale=self.layer_scale, eps=self.eps,
+        )  # fmt: skip
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"width": 192, "depth": 12, "heads": 3},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+    "huge": {"width": 1280, "depth": 32, "heads": 16},
+}
+
+
+def _archs() -> dict[str, Arch]:
+    made = {}
+    for size, patch in (("tiny", 16), ("small", 16), ("base", 16), ("large", 16), ("huge", 14)):
+        made[f"vit_{size}_patch{patch}_224"] = Arch(**_SIZES[size], patch=patch)
+        made[f"mae_vit_{size}_patch{patch}"] = Arch(
+            **_SIZES[size], patch=patch, pos="sincos", rule="plain"
+        )
+    made["vit_base_patch32_224"] = Arch(**_SIZES["base"], patch=32)
+    made["vit_small_patch32_224"] = Arch(**_SIZES["small"], patch=32)
+    for size in ("tiny", "small", "base"):
+        deit = Arch(**_SIZES[size], rule="plain")
+        made[f"deit_{size}_patch16_224"] = deit
+        made[f"deit_{size}_distilled_patch16_224"] = dataclasses.replace(deit, distilled=True)
+    for size in ("small", "base", "large"):
+        dino = Arch(**_SIZES[size], patch=14, image=518, layer_scale=True, rule="offset")
+        made[f"vit_{size}_patch14_dinov2"] = dino
+        made[f"vit_{size}_patch14_reg4_dinov2"] = dataclasses.replace(
+            dino, registers=4, rule="antialias"
+        )
+    for size, patch, side in (
+        ("base", 32, 224), ("base", 16, 224), ("large", 14, 224), ("large", 14, 336),
+        ("huge", 14, 224),
+    ):  # fmt: skip
+        clip = Arch(
+            **_SIZES[size], patch=patch, image=side, pre_norm=True, patch_bias=False, eps=1e-5
+        )
+        made[f"vit_{size}_patch{patch}_clip_{side}"] = clip
+        made[f"vit_{size}_patch{patch}_clip_quickgelu_{side}"] = dataclasses.replace(
+            clip, activation="quick_gelu"
+        )
+    return made
+
+
+ARCHS = _archs()
+
+
+def arch(name: str) -> Arch:
+    """The architecture called ``name``; an unknown name lists what exists."""
+    if name not in ARCHS:
+        raise ConfigError(
+            f"no vision transformer named {name!r}.{suggestion(name, ARCHS)} Known: "
+            f"{listed(ARCHS)}."
+        )
+    return ARCHS[name]
+
+
+def layer_names(spec: Arch) -> tuple[str, ...]:
+    """The feature maps of an architecture, first block first."""
+    return tuple(f"block{i}" for i in range(spec.depth))
+
+
+class ViT:
+    """A vision transformer as pure functions: ``init``, ``shapes``, ``apply``.
+
+    ``dtype`` is the compute type; parameters, norms and softmax stay f32. ``remat``: see
+    ``transformer.POLICIES``.
+    """
+
+    def __init__(self, spec: Arch, *, dtype: Any = jnp.float32, remat: Remat = "none") -> None:
+        self.spec, self.dtype = spec, jnp.dtype(dtype)
+        self.remat: Remat = remat
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Fresh (params, extra) by MAE's rules; extra holds a fixed position table."""
+        s, d = self.spec, self.spec.width
+        pixels = 3 * s.patch**2
+        normal = lambda name, *shape: 0.02 * jax.random.normal(named(key, name), shape, jnp.float32)  # noqa: E731
+        kernel = transformer.xavier(named(key, "patch"), (s.patch, s.patch, 3, d), pixels, d)
+        params: dict[str, Any] = {
+            "patch": {"kernel": kernel},
+            "blocks": transformer.init_blocks(named(key, "blocks"), s.blocks),
+            "norm": transformer.norm_params(d),
+        }
+        if s.patch_bias:
+            bound = float(1 / np.sqrt(pixels))
+            bias = jax.random.uniform(named(key, "patch bias"), (d,), jnp.float32, -bound, bound)
+            params["patch"]["bias"] = bias
+        if s.cls:
+            params["cls"] = normal("cls", d)
+        if s.distilled:
+            params["dist"] = normal("dist", d)
+        if s.registers:
+            params["registers"] = normal("registers", s.registers, d)
+        if s.pre_norm:
+            params["pre_norm"] = transformer.norm_params(d)
+        if s.pos == "learned":
+            params["pos"] = normal("pos", s.table_prefix + s.grid**2, d)
+            return params, {}
+        return params, {"pos": jnp.asarray(_fixed(s))}
+
+    @functools.cache  # noqa: B019 - networks are few and live as long as the program
+    def shapes(self) -> tuple[Any, Any]:
+        """(params, extra) as nested dicts of ``ShapeDtypeStruct``."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def grid(self, images: jax.Array) -> tuple[int, int]:
+        """Patches (rows, columns) of images (b, H, W, 3); ConfigError if they do not fit."""
+        height, width = images.shape[1:3]
+        patch = self.spec.patch
+        if height % patch or width % patch or not height or not width:
+            raise ConfigError(
+                f"images of {height} × {width} pixels: expected sides that are multiples of the "
+                f"vision transformer's patches of {patch}. Set --config.evaluation.image_size "
+                f"(or the view's side) to {max(1, round(height / patch)) * patch}."
+            )
+        return height // patch, width // patch
+
+    def embed(self, params: Any, extra: Any, images: jax.Array) -> jax.Array:
+        """Patch tokens (b, rows · columns, d) with their positions, row by row."""
+        rows, columns = self.grid(images)
+        p, d = self.spec.patch, self.spec.width
+        b = images.shape[0]
+        # Patches do not overlap, so the convolution is a product of matrices.
+        x = images.astype(self.dtype).reshape(b, rows, p, columns, p, 3)
+        x = jnp.swapaxes(x, 2, 3).reshape(b, rows * columns, p * p * 3)
+        x = jnp.einsum("bnk,kd->bnd", x, params["patch"]["kernel"].reshape(-1, d).astype(x.dtype))
+        if "bias" in params["patch"]:
+            x = x + params["patch"]["bias"].astype(x.dtype)[None, None, :]
+        table = self.table(params, extra, (rows, columns))
+        return x + table[self.spec.table_prefix :].astype(x.dtype)[None]
+
+    def table(self, params: Any, extra: Any, grid: tuple[int, int]) -> jax.Array:
+        """The position table (prefix + cells, d) for a grid."""
+        s = self.spec
+        own = params["pos"] if s.pos == "learned" else extra["pos"]
+        return positions.resample_table(own, (s.grid, s.grid), grid, s.table_prefix, s.rule)
+
+    def with_prefix(self, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
+        """Class, distillation and register tokens in front of patch tokens (b, n, d)."""
+        s = self.spec
+        own = params["pos"] if s.pos == "learned" else extra["pos"]
+        rows = [params[name][None] for name in ("cls", "dist") if name in params]
+        if rows:
+            first = jnp.concatenate(rows)
+            first = first + own[: len(rows)] if s.table_prefix else first
+            rows = [first]
+        if s.registers:
+            rows.append(params["registers"])
+        if not rows:
+            return tokens
+        front = jnp.concatenate(rows).astype(tokens.dtype)[None]
+        front = jnp.broadcast_to(front, (tokens.shape[0], *front.shape[1:]))
+        return jnp.concatenate([front, tokens], axis=1)
+
+    def encode(self, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
+        """Patch tokens (b, n, d), any subset in any order, to (b, prefix + n, d) after the norm."""
+        x = self._start(params, extra, tokens)
+        x, _ = transformer.scan_blocks(params["blocks"], x, self.spec.blocks, remat=self.remat)
+        return transformer.layer_norm(params["norm"], x, self.spec.eps)
+
+    def apply(
+        self,
+        params: Any,
+        extra: Any,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        layers: Sequence[str] | None = None,
+    ) -> tuple[FeatureMaps, Any]:
+        """Patch tokens after the blocks ``layers`` (None: all) as maps (b, rows, columns, d).
+
+        ``block0`` is the output of the first block; no final norm, prefix tokens removed. Names
+        that no block has are left out, as a backbone tells its caller what exists.
+        """
+        del train  # nothing differs
+        b, (rows, columns) = images.shape[0], self.grid(images)
+        x = self._start(params, extra, self.embed(params, extra, images))
+        taps = None if layers is None else _numbers(layers, self.spec.depth)
+        found = transformer.tap_blocks(params["blocks"], x, self.spec.blocks, taps, self.remat)
+        skip = self.spec.prefix
+        maps = {f"block{i}": y[:, skip:].reshape(b, rows, columns, -1) for i, y in found.items()}
+        return maps, extra
+
+    def _start(self, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
+        x = self.with_prefix(params, extra, tokens)
+        return (
+            transformer.layer_norm(params["pre_norm"], x, self.spec.eps)
+            if self.spec.pre_norm
+            else x
+        )
+
+
+def _numbers(layers: Sequence[str], depth: int) -> tuple[int, ...]:
+    found = (_BLOCK.fullmatch(name) for name in layers)
+    return tuple(n for m in found if m and (n := int(m[1])) < depth)
+
+
+def _fixed(spec: Arch) -> np.ndarray:
+    return positions.sincos_table(spec.width, (spec.grid, spec.grid), spec.table_prefix)
+
+
+@functools.cache
+def vit(name: str, dtype: str = "float32", remat: Remat = "none") -> ViT:
+    """The network of a published architecture."""
+    return ViT(arch(name), dtype=dtype, remat=remat)

@@ -1,0 +1,280 @@
+"""MAE: a masked autoencoder on the normal images.
+
+He, Chen, Xie, Li, Dollár and Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR
+2022. The encoder sees the patches that are kept and nothing else; a narrow decoder puts a learned
+token at every hidden place and predicts its pixels.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from dsad.augment.views import ViewConfig, make_view
+from dsad.core import rng, tree
+from dsad.core.config import check_options
+from dsad.core.errors import ConfigError
+from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
+from dsad.models import vit
+from dsad.models.decoder import Decoder, DecoderConfig, patchify
+from dsad.models.transformer import Remat
+
+#: Random crop and flip: MAE needs no other augmentation, and colour changes harm it.
+CROP = ViewConfig(area=(0.2, 1.0), jitter_probability=0.0, blur_probability=0.0, filter="bicubic")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A vision transformer with fixed positions.
+
+    ``arch`` is one of ``models.vit.ARCHS`` named ``mae_vit_*``; ``width``, ``depth``, ``heads``
+    and ``patch`` replace its own where they are not 0.
+    """
+
+    arch: str = "mae_vit_base_patch16"
+    width: int = 0
+    depth: int = 0
+    heads: int = 0
+    patch: int = 0
+
+    def spec(self, side: int) -> vit.Arch:
+        """The architecture for square images of ``side`` pixels."""
+        changed = {k: v for k, v in dataclasses.asdict(self).items() if k != "arch" and v}
+        found = vit.arch(self.arch)
+        if not found.cls or found.prefix != 1:
+            raise ConfigError(
+                f"objective.encoder.arch: expected a transformer with a class token and no other "
+                f"extra tokens, found {self.arch}."
+            )
+        return dataclasses.replace(found, image=side, **changed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of MAE; the defaults are the paper's.
+
+    Attributes:
+      mask_ratio: share of the patches that is hidden.
+      norm_pix: predict each patch normalised by its own mean and deviation; better features, but
+        absolute brightness is lost, so detectors that use the reconstruction want it off.
+      adopt_decoder: of ``init_from``: "strict" wants the same number of blocks, "leading" takes
+        the first ones where the other has more (ISSTAD: 6 of 8), "none" starts a fresh decoder.
+      remat: what blocks keep for the backward pass, see ``models.transformer.POLICIES``.
+      dtype: compute type of the networks; parameters, norms, softmax and the loss stay f32.
+
+    """
+
+    encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    mask_ratio: float = 0.75
+    norm_pix: bool = False
+    adopt_decoder: Literal["strict", "leading", "none"] = "strict"
+    remat: Remat = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    view: ViewConfig = CROP
+
+    def __post_init__(self) -> None:
+        check_options(self, "objective")
+        if not 0.0 <= self.mask_ratio < 1.0:
+            raise ConfigError(f"mask_ratio: expected a share in [0, 1), found {self.mask_ratio}.")
+        cells = self.encoder.spec(self.view.side).grid ** 2
+        if not 0 < kept_count(cells, self.mask_ratio) < cells and self.mask_ratio:
+            raise ConfigError(
+                f"mask_ratio: {self.mask_ratio} of {cells} patches leaves none to see or to hide."
+            )
+
+    @property
+    def arch(self) -> str:
+        """Name of the encoder's architecture."""
+        return self.encoder.arch
+
+
+def kept_count(cells: int, ratio: float) -> int:
+    """Patches that stay visible: floor(cells · (1 − ratio)), safe from rounding."""
+    return int(cells * (1.0 - ratio) + 1e-9)
+
+
+def random_masking(noise: jax.Array, keep: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Who is kept, and the way back, from noise (b, n).
+
+    Returns ``kept`` (b, keep), the patches of smallest noise in ascending order; ``restore`` (b, n)
+    with restore[order[i]] = i; ``mask`` (b, n) f32, 1 on hidden patches in natural order.
+    """
+    order = jnp.argsort(noise, axis=1)
+    restore = jnp.argsort(order, axis=1)
+    return order[:, :keep], restore, (restore >= keep).astype(jnp.float32)
+
+
+def patch_targets(images: jax.Array, patch: int, norm_pix: bool) -> jax.Array:
+    """What is predicted: patches (b, n, patch² · 3) f32 of normalised images.
+
+    With ``norm_pix`` each patch is brought to mean 0 and variance 1, as published with the
+    unbiased variance plus 1e-6.
+    """
+    target = patchify(images.astype(jnp.float32), patch)
+    if not norm_pix:
+        return target
+    mean = jnp.mean(target, axis=-1, keepdims=True)
+    var = jnp.var(target, axis=-1, keepdims=True, ddof=1)
+    return (target - mean) * jax.lax.rsqrt(var + 1e-6)
+
+
+def masked_loss(pred: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean squared error per patch, averaged over the hidden patches of the batch."""
+    each = jnp.mean(jnp.square(pred.astype(jnp.float32) - target), axis=-1)
+    return jnp.sum(each * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+class MAE:
+    """The objective; see ``core.types.Objective`` for the contract of each method."""
+
+    def __init__(self, cfg: Config, run: RunInfo):
+        del run
+        self.cfg = cfg
+        self.mean, self.std = cfg.view.mean, cfg.view.std
+        spec = cfg.encoder.spec(cfg.view.side)
+        self.keep = kept_count(spec.grid**2, cfg.mask_ratio)
+        self.encoder = vit.ViT(spec, dtype=cfg.dtype, remat=cfg.remat)
+        self.decoder = Decoder(
+            cfg.decoder, source=spec.width, patch=spec.patch, grid=spec.grid, dtype=cfg.dtype,
+            remat=cfg.remat,
+        )  # fmt: skip
+
+    def init(self, key: jax.Array, specs: Specs) -> tuple[Any, Any]:
+        """``encoder`` and ``decoder``; extra: their fixed position tables."""
+        del specs
+        encoder, table = self.encoder.init(rng.named(key, "encoder"))
+        decoder, decoder_table = self.decoder.init(rng.named(key, "decoder"))
+        return (
+            {"encoder": encoder, "decoder": decoder},
+            {"encoder": table, "decoder": decoder_table},
+        )
+
+    def views(self, batch: Batch, key: jax.Array) -> Any:
+        """``image`` (b, S, S, 3) f32 and ``noise`` (b, n), whose smallest values are kept."""
+        made = make_view(batch, rng.named(key, "view"), self.cfg.view)
+        keys = rng.sample_keys(rng.named(key, "mask"), batch["epoch"], batch["index"])
+        cells = self.encoder.spec.grid**2
+        noise = jax.vmap(lambda k: jax.random.uniform(k, (cells,), jnp.float32))(keys)
+        return {"image": made["image"], "noise": noise}
+
+    def encode(self, params: Any, extra: Any, views: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Latent (b, 1 + kept, D) of the kept patches, ``restore`` and ``mask`` (b, n)."""
+        tokens = self.encoder.embed(params["encoder"], extra["encoder"], views["image"])
+        kept, restore, mask = random_masking(views["noise"], self.keep)
+        tokens = jnp.take_along_axis(tokens, kept[:, :, None], axis=1)
+        return self.encoder.encode(params["encoder"], extra["encoder"], tokens), restore, mask
+
+    def decode(self, params: Any, extra: Any, latent: jax.Array, restore: jax.Array) -> jax.Array:
+        """Predicted patches (b, n, patch² · 3) in natural order."""
+        p, side = params["decoder"], self.encoder.spec.grid
+        x = self.decoder.embed(p, latent)
+        b, n = restore.shape
+        hidden = p["mask_token"].astype(x.dtype)[None, None, :]
+        hidden = jnp.broadcast_to(hidden, (b, n - self.keep, x.shape[2]))
+        shuffled = jnp.concatenate([x[:, 1:], hidden], axis=1)
+        natural = jnp.take_along_axis(shuffled, restore[:, :, None], axis=1)
+        x = jnp.concatenate([x[:, :1], natural], axis=1)
+        x, _ = self.decoder.run(p, self.decoder.placed(extra["decoder"], x, (side, side)))
+        return self.decoder.pixels(p, x)
+
+    def loss(
+        self, params: Any, extra: Any, views: Any, *, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Scalars]]:
+        """Mean squared error of the hidden patches, in units of the normalised pixels."""
+        del key, step  # everything random is in the views
+        latent, restore, mask = self.encode(params, extra, views)
+        pred = self.decode(params, extra, latent, restore)
+        target = patch_targets(views["image"], self.encoder.spec.patch, self.cfg.norm_pix)
+        loss = masked_loss(pred, target, mask)
+        # The error of predicting each batch's mean: below 1, more than that has been learnt.
+        spread = masked_loss(jnp.zeros_like(pred) + jnp.mean(target), target, mask)
+        scalars = {"unexplained": loss / jnp.maximum(spread, 1e-12)}
+        return loss, (extra, jax.lax.stop_gradient(scalars))
+
+    def after_update(self, params: Any, extra: Any, step: jax.Array) -> Any:
+        """Nothing follows the parameters."""
+        del params, step
+        return extra
+
+    def parts(self, params: Any, extra: Any, views: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Pieces of the loss by name, each (function, arguments), for ``dsad bench step``.
+
+        ``encoder`` and ``decoder`` include their backward passes.
+        """
+
+        def encode(encoder: Any) -> jax.Array:
+            latent = self.encode({"encoder": encoder}, extra, views)[0]
+            return jnp.sum(jnp.square(latent.astype(jnp.float32)))
+
+        def decode(decoder: Any, latent: jax.Array, restore: jax.Array, mask: jax.Array) -> Any:
+            pred = self.decode({"decoder": decoder}, extra, latent, restore)
+            target = patch_targets(views["image"], self.encoder.spec.patch, self.cfg.norm_pix)
+            return masked_loss(pred, target, mask)
+
+        inputs = jax.jit(self.encode)(params, extra, views)
+        return {
+            "encoder": (jax.value_and_grad(encode), (params["encoder"],)),
+            "decoder": (jax.value_and_grad(decode, argnums=(0, 1)), (params["decoder"], *inputs)),
+        }
+
+    def adopt(self, source: Any, params: Any, extra: Any) -> tuple[Any, Any, str]:
+        """Take the encoder, and the decoder where there is one, of another MAE."""
+        encoder, report = adopt_encoder(source, params["encoder"], self.cfg.arch)
+        params = {**params, "encoder": encoder}
+        found = source["params"].get("decoder")
+        if found is None or self.cfg.adopt_decoder == "none":
+            return params, extra, f"{report}; the decoder starts anew"
+        depth = self.cfg.decoder.depth
+        others = jax.tree.leaves(found["blocks"])[0].shape[0]
+        if self.cfg.adopt_decoder == "leading" and others > depth:
+            found = {**found, "blocks": jax.tree.map(lambda x: x[:depth], found["blocks"])}
+            report += f"; the first {depth} of {others} decoder blocks"
+        if lines := tree.diff(params["decoder"], found):
+            raise ConfigError(
+                "init_from: the decoder found does not fit (objective.adopt_decoder='leading' takes"
+                " the first blocks of a deeper one, 'none' starts anew):\n  " + "\n  ".join(lines)
+            )
+        report += f"; decoder: {len(jax.tree.leaves(found))} tensors"
+        return {**params, "decoder": found}, extra, report
+
+    def prepare(self, params: Any, extra: Any, batches: Iterable[Batch]) -> Any:
+        """MAE needs no pass over the data."""
+        del params, batches
+        return extra
+
+    def features(
+        self,
+        params: Any,
+        extra: Any,
+        images: jax.Array,
+        layers: tuple[str, ...] | None = None,
+    ) -> FeatureMaps:
+        """Maps ``block0`` ... of whole images; only ``layers`` where these are given."""
+        maps, _ = self.encoder.apply(params["encoder"], extra["encoder"], images, layers=layers)
+        return {n: m.astype(jnp.float32) for n, m in maps.items()}
+
+
+def adopt_encoder(source: Mapping[str, Any], own: Any, arch: str) -> tuple[Any, str]:
+    """The encoder's weights in another run or file, if they fit, and what was taken.
+
+    Fixed position tables stay one's own: they are made for one's own image size.
+    """
+    found = source["params"].get("encoder", source.get("extra", {}).get("encoder"))
+    if found is None:
+        raise ConfigError(
+            f"init_from: expected a run or weights with an encoder, found "
+            f"{', '.join(source['params'])}."
+        )
+    if lines := tree.diff(own, found):
+        raise ConfigError(
+            f"init_from: the encoder found is not this {arch}:\n  " + "\n  ".join(lines)
+        )
+    return found, f"encoder: {len(jax.tree.leaves(found))} tensors"
+
+
+def build(cfg: Config, run: RunInfo) -> MAE:
+    """The objective for a run."""
+    return MAE(cfg, run)
