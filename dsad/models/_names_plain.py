@@ -3,30 +3,102 @@
 Layers are called as in the tree, with dots: ``block0.dw.weight``, ``fire2.squeeze1x1.bias``.
 """
 
-from collections.abc import Mapping
+import abc
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from dsad.core.errors import ConfigError
 from dsad.core.tree import flatten
-from dsad.models import names
+from dsad.core.types import FeatureMaps
+from dsad.models import mobilenet, names, squeezenet
+from dsad.models.family import Family, Loaded, Preprocessing
+from dsad.models.functional import Functional
 
 #: What a complete SqueezeNet holds besides.
-SQUEEZENET_IGNORED = {r"conv10\.": "classifier"}
+_SQUEEZENET_IGNORED = {r"conv10\.": "classifier"}
 
 
-def mobilenet(shapes: tuple[Any, Any]) -> list[names.Entry]:
-    """The mapping of ``mobilenet.mobilenet_v2().shapes()``; for int8 files see ``dequantised``."""
-    return [_entry(path) for path in flatten(shapes[0])]
+class _Plain(Family):
+    """One architecture without options, whose trees hold kernels and biases in ``params`` only."""
+
+    @abc.abstractmethod
+    def entries(self) -> list[names.Entry]:
+        """The mapping of the network's shapes."""
+
+    def maps(
+        self, network: Any, params: Any, extra: Any, images: Any, layers: tuple[str, ...] | None
+    ) -> FeatureMaps:
+        found, _ = network.apply(params, extra, images)
+        return found if layers is None else {name: found[name] for name in layers}
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return ("plain",)  # the names described above, in f32
+
+    def save(
+        self, arch: str, params: Any, extra: Any, form: str, **options: Any
+    ) -> dict[str, np.ndarray]:
+        return names.to_state(self.entries(), params, extra)
 
 
-def squeezenet(shapes: tuple[Any, Any]) -> list[names.Entry]:
-    """The mapping of ``squeezenet.squeezenet1_1().shapes()``.
+class MobileNet(_Plain):
+    """``mobilenet_v2`` with its classifier; files are int8 with scales, or f32."""
 
-    Caffe's images are BGR and dsad's RGB: the same network, once the first kernel is turned.
+    @property
+    def archs(self) -> Collection[str]:
+        return ("mobilenet_v2",)
+
+    def network(self, arch: str, **options: Any) -> Functional:
+        return mobilenet.mobilenet_v2()
+
+    def strides(self, arch: str, **options: Any) -> dict[str, int]:
+        return dict(mobilenet.STRIDES)
+
+    def preprocessing(self, arch: str) -> Preprocessing:
+        return Preprocessing(mean=mobilenet.MEAN, std=mobilenet.STD)
+
+    def entries(self) -> list[names.Entry]:
+        return [_entry(path) for path in flatten(mobilenet.mobilenet_v2().shapes()[0])]
+
+    def load(self, arch: str, state: Mapping[str, Any]) -> Loaded:
+        shapes = self.network(arch).shapes()
+        state = dequantised(state, arch)
+        return Loaded(*names.to_trees(self.entries(), state, shapes, ignored={}, what=arch), {}, {})
+
+
+class SqueezeNet(_Plain):
+    """``squeezenet1_1`` under Caffe's names, whose input is BGR.
+
+    dsad's images are RGB: the same network, once the first kernel is turned.
     """
-    return [_entry(p, turned=p == "conv1/kernel") for p in flatten(shapes[0])]
+
+    @property
+    def archs(self) -> Collection[str]:
+        return ("squeezenet1_1",)
+
+    def network(self, arch: str, **options: Any) -> Functional:
+        return squeezenet.squeezenet1_1()
+
+    def strides(self, arch: str, **options: Any) -> dict[str, int]:
+        return dict(squeezenet.STRIDES)
+
+    def preprocessing(self, arch: str) -> Preprocessing:
+        return Preprocessing(
+            mean=squeezenet.MEAN, std=squeezenet.STD, image_size=227, crop=227 / 256
+        )
+
+    def entries(self) -> list[names.Entry]:
+        paths = flatten(squeezenet.squeezenet1_1().shapes()[0])
+        return [_entry(path, turned=path == "conv1/kernel") for path in paths]
+
+    def load(self, arch: str, state: Mapping[str, Any]) -> Loaded:
+        shapes = self.network(arch).shapes()
+        trees = names.to_trees(
+            self.entries(), state, shapes, ignored=_SQUEEZENET_IGNORED, what=arch
+        )
+        return Loaded(*trees, {}, names.left_out(state, _SQUEEZENET_IGNORED))
 
 
 def _entry(path: str, *, turned: bool = False) -> names.Entry:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count, flatten
-from dsad.models import _names_plain, conv, mobilenet, names
+from dsad.models import backbone, conv, mobilenet
+from dsad.models._names_plain import MobileNet
 from tests.helpers import real_data
 
 #: Input channels, expanded channels, output channels and stride of each block, written out.
@@ -52,10 +53,8 @@ def int8_state(seed=0):
 
 def read(state):
     """(params, extra) of a file's tensors."""
-    shapes = mobilenet.mobilenet_v2().shapes()
-    state = _names_plain.dequantised(state, "mobilenet_v2")
-    entries = _names_plain.mobilenet(shapes)
-    return names.to_trees(entries, state, shapes, ignored={}, what="mobilenet_v2")
+    loaded = MobileNet().load("mobilenet_v2", state)
+    return loaded.params, loaded.extra
 
 
 def images(height, width, seed=3):
@@ -171,8 +170,7 @@ def test_depthwise_equals_the_grouped_convolution_with_its_gradients(side, strid
 def check_round_trip(state):
     """Int8 to trees to f32 names to trees: the same bits, and the product of the file's numbers."""
     first = read(state)
-    entries = _names_plain.mobilenet(mobilenet.mobilenet_v2().shapes())
-    written = names.to_state(entries, *first)
+    written = MobileNet().save("mobilenet_v2", *first, "plain")
     for name, tensor in written.items():
         layer, leaf = name.rsplit(".", 1)
         want = state[f"{layer}.bias"]
@@ -223,6 +221,18 @@ def test_faults_of_layers_name_the_layer():
         "classifier.weight (1001, 1280, 1, 1) (1000, 1280, 1, 1)",
         "head.bias (1280,) missing",
     ]
+
+
+def test_a_backbone_reads_the_file(tmp_path):
+    state, x = int8_state(), images(33, 33)
+    np.savez(tmp_path / "w.npz", **state)
+    network = backbone("mobilenet_v2", tmp_path / "w.npz")
+    assert network.strides == {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
+    assert network.mean == network.std == (0.5, 0.5, 0.5)
+    maps = jax.jit(lambda b, x: b(x))(network.only(("layer2",)), x)
+    assert set(maps) == {"layer2"}
+    want, _ = numpy_network(state, x)
+    np.testing.assert_allclose(maps["layer2"], want["layer2"], atol=1e-3)
 
 
 # --- real weights

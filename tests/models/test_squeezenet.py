@@ -7,7 +7,8 @@ import pytest
 
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count, flatten
-from dsad.models import _names_plain, names, squeezenet
+from dsad.models import backbone, squeezenet
+from dsad.models._names_plain import SqueezeNet
 from tests.helpers import real_data
 
 #: Input channels, squeezed channels and channels of each expansion, written out.
@@ -34,11 +35,9 @@ def caffe_state(seed=0):
 
 
 def read(state):
-    shapes = squeezenet.squeezenet1_1().shapes()
-    return names.to_trees(
-        _names_plain.squeezenet(shapes), state, shapes,
-        ignored=_names_plain.SQUEEZENET_IGNORED, what="squeezenet1_1",
-    )  # fmt: skip
+    """(params, extra) of a file's tensors."""
+    loaded = SqueezeNet().load("squeezenet1_1", state)
+    return loaded.params, loaded.extra
 
 
 def caffe_network(state, rgb):
@@ -124,7 +123,7 @@ def test_bfloat16_computes_the_same_network():
 
 def check_round_trip(state):
     first = read(state)
-    written = names.to_state(_names_plain.squeezenet(squeezenet.squeezenet1_1().shapes()), *first)
+    written = SqueezeNet().save("squeezenet1_1", *first, "plain")
     assert set(written) == set(state)
     for name, tensor in written.items():
         assert tensor.tobytes() == np.ascontiguousarray(state[name]).tobytes(), name
@@ -147,7 +146,10 @@ def test_the_real_file_keeps_every_bit():
 
 def test_faults_are_listed_and_the_classifier_is_left_out():
     state = {**caffe_state(), "conv10.weight": np.zeros((1000, 512, 1, 1), "f4")}
-    read(state)
+    network = backbone("squeezenet1_1", state)
+    assert network.left_out == (("classifier", ("conv10.weight",)),)
+    assert network.strides == {"layer1": 4, "layer2": 8, "layer3": 16}
+    assert (network.mean, network.std) == (squeezenet.MEAN, squeezenet.STD)
     del state["fire9.expand3x3.bias"]
     state["fire2.squeeze1x1.weight"] = state["fire2.squeeze1x1.weight"].transpose(2, 3, 1, 0)
     state["fire10.squeeze1x1.bias"] = np.zeros(3, "f4")
