@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +20,15 @@ from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "extra"],
-    meta_fields=["objective", "mean", "std", "arch", "description"],
+    meta_fields=["objective", "mean", "std", "arch", "description", "layers"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunBackbone:
-    """The encoder of a run as its objective's ``features``; a pytree."""
+    """The encoder of a run as its objective's ``features``; a pytree.
+
+    ``layers``, unless None, are the only maps it computes, which takes an objective whose
+    ``features`` has an argument of that name.
+    """
 
     params: Any
     extra: Any
@@ -32,9 +37,17 @@ class RunBackbone:
     std: tuple[float, float, float]
     arch: str
     description: str
+    layers: tuple[str, ...] | None = None
+
+    def only(self, layers: Sequence[str]) -> "RunBackbone":
+        """One that computes just these maps, if the objective can leave others out."""
+        if "layers" not in inspect.signature(self.objective.features).parameters:
+            return self
+        return dataclasses.replace(self, layers=tuple(layers))
 
     def __call__(self, images: jax.Array) -> FeatureMaps:
-        return self.objective.features(self.params, self.extra, images)
+        chosen = {} if self.layers is None else {"layers": self.layers}
+        return self.objective.features(self.params, self.extra, images, **chosen)
 
 
 def load(spec: str, weights: str, seed: int) -> Any:

@@ -16,7 +16,14 @@ from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Dataset
 from dsad.data import base as data_base
 from dsad.evaluation import support, thresholds
-from dsad.evaluation.localize import EvalConfig, Results, check_labels, localize, write_results
+from dsad.evaluation.localize import (
+    EvalConfig,
+    Results,
+    check_labels,
+    check_smoothing,
+    localize,
+    write_results,
+)
 
 #: As data name: the data of the run that the backbone comes from.
 SAME = "run"
@@ -97,6 +104,7 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
     """Load everything that can be refused, before a directory is touched."""
     cfg, detector = parse(config)
     _check_patches(cfg.backbone, detector)
+    check_smoothing(detector, cfg.evaluation)
     dataset = dataset or console.loaded(data_config(cfg), out)
     check_labels(dataset, dataset.categories)
     holdout = cfg.evaluation.holdout if cfg.evaluation.false_alarm_rate > 0 else 0

@@ -155,7 +155,12 @@ class FeatureBatch(NamedTuple):
 
 
 class FeatureSource(Protocol):
-    """Re-iterable feature batches: every ``iter`` starts a new pass in the same order."""
+    """Re-iterable feature batches: every ``iter`` starts a new pass in the same order.
+
+    ``categories`` are those of its images, known without a pass.
+    """
+
+    categories: tuple[str, ...]
 
     def __iter__(self) -> Iterator[FeatureBatch]: ...
 

@@ -18,10 +18,13 @@ from dsad.evaluation import gallery, maps, metrics, stamp, support, thresholds
 from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.results import Results, read_results, write_results
 from dsad.evaluation.scored import Scored, score
-from dsad.evaluation.scoring import Device, EvalConfig, Features, Reader
+from dsad.evaluation.scoring import Device, EvalConfig, Features, Reader, check_smoothing
 from dsad.evaluation.support import check_labels
 
-__all__ = ["EvalConfig", "Results", "check_labels", "localize", "read_results", "write_results"]
+__all__ = [
+    "EvalConfig", "Results", "check_labels", "check_smoothing", "localize", "read_results",
+    "write_results",
+]  # fmt: skip
 
 
 def localize(
@@ -68,7 +71,7 @@ def localize(
 
     Raises:
       ConfigError: an unknown category, a layer the backbone does not have, support sets that
-        cannot be drawn.
+        cannot be drawn, a Gaussian for a detector with its own.
       MetricError: labels of a category that leave a metric undefined, before any compute.
 
     """
@@ -84,6 +87,7 @@ def localize(
     if config.save_maps != "none" and folder is None:
         raise ConfigError("evaluation.save_maps: a folder is needed to save anomaly maps in.")
     check_labels(dataset, chosen)
+    check_smoothing(detector, config)
     holdout = config.holdout if config.false_alarm_rate > 0 else 0
     sets = support.choose(dataset, chosen, shots=shots, seeds=seeds, holdout=holdout)
     protocol = {

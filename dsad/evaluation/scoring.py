@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from jax.sharding import Mesh
 
-from dsad.core.config import check_options, listed
+from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.mesh import batch_sharding, replicated
+from dsad.core.mesh import replicated
 from dsad.core.types import Detector, FeatureBatch, FeatureMaps, Sample, Scores, Source, Tree
 from dsad.evaluation import metrics
+from dsad.evaluation.extract import Extractor, fetched
 from dsad.ops import resize
 
 
@@ -82,6 +82,15 @@ class EvalConfig:
     def fpr_limits(self) -> tuple[float, ...]:
         """The chosen limit, and the strict one of newer data sets."""
         return tuple(dict.fromkeys((self.fpr_limit, 0.05)))
+
+
+def check_smoothing(detector: Any, config: EvalConfig) -> None:
+    """Refuse a second Gaussian on the maps of a detector that has one of its own (``smooths``)."""
+    if config.sigma > 0 and getattr(detector, "smooths", False):
+        raise ConfigError(
+            "evaluation.sigma: this detector smooths its maps itself (detector.sigma); expected 0, "
+            f"found {config.sigma:g}. Set --config.evaluation.sigma=0."
+        )
 
 
 # --- geometry -------------------------------------------------------------------------------
@@ -179,56 +188,30 @@ class Device:
         self.mesh = mesh
         self.batch = -(-config.batch_size // mesh.size) * mesh.size
         self.layers = tuple(detector.layers)
-        whole = replicated(mesh)
+        side = (config.image_size, config.image_size)
 
         def finish(cells: jax.Array) -> jax.Array:
-            side = (config.image_size, config.image_size)
             maps = resize.resize_maps(cells, side, align_corners=config.align_corners)
             return resize.gaussian_smooth(maps, config.sigma) if config.sigma > 0 else maps
 
         score: Callable[..., Scores] = detector.score
         if mesh.size > 1 and "mesh" in inspect.signature(score).parameters:
             score = functools.partial(score, mesh=mesh)
-        # Every process needs all the scores; a single one fetches the shards as they lie.
-        out = whole if jax.process_count() > 1 else batch_sharding(mesh)
-        # A pytree of arrays is an argument, so its weights are not constants of the program.
-        self._with_tree = jax.jit(self._forward, out_shardings=batch_sharding(mesh))
         self._score = jax.jit(score)
         self._finish = jax.jit(
-            lambda scores: Scores(map=finish(scores.map), image=scores.image), out_shardings=out
+            lambda scores: Scores(map=finish(scores.map), image=scores.image),
+            out_shardings=fetched(mesh),
         )
+        self._features = Extractor(self.layers, config.image_size, mesh)
         self.use(backbone)
 
     def use(self, backbone: Any) -> None:
         """Take another backbone; one of the same architecture needs no new program."""
-        leaves = jax.tree.leaves(backbone)
-        if leaves and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
-            network = jax.device_put(_untitled(backbone), replicated(self.mesh))
-            self._features: Callable[[jax.Array], FeatureMaps] = functools.partial(
-                self._with_tree, network
-            )
-        else:
-            self._features = jax.jit(
-                functools.partial(self._forward, backbone), out_shardings=batch_sharding(self.mesh)
-            )
-
-    def _forward(self, network: Any, images: jax.Array) -> FeatureMaps:
-        mean = jnp.asarray(network.mean, jnp.float32)[None, None, None, :]
-        std = jnp.asarray(network.std, jnp.float32)[None, None, None, :]
-        maps = network((images.astype(jnp.float32) / 255.0 - mean) / std)
-        missing = [n for n in self.layers if n not in maps]
-        if missing:
-            raise ConfigError(
-                f"detector.layers: the backbone has no feature map {listed(missing)}; "
-                f"it has: {listed(maps)}."
-            )
-        return {n: maps[n].astype(jnp.float32) for n in self.layers}
+        self._features.use(backbone)
 
     def features(self, images: np.ndarray) -> FeatureMaps:
         """Feature maps of uint8 images, ready."""
-        sharding = batch_sharding(self.mesh)
-        placed = jax.make_array_from_callback(images.shape, sharding, lambda at: images[at])
-        return jax.block_until_ready(self._features(placed))
+        return self._features(images)
 
     def place(self, state: Tree) -> Tree:
         """The detector's state on the mesh: what is not there yet is replicated."""
@@ -244,23 +227,6 @@ class Device:
         """Maps (b, s, s) and image scores (b,) f32."""
         scores = self._finish(self._score(state, maps))
         return np.asarray(scores.map, np.float32), np.asarray(scores.image, np.float32)
-
-
-def _untitled(backbone: Any) -> Any:
-    """The backbone without the text about its weights, also inside wrappers.
-
-    The text is part of the tree's structure, and would make another program of other weights.
-    """
-    if not dataclasses.is_dataclass(backbone) or isinstance(backbone, type):
-        return backbone
-    changed: dict[str, Any] = {}
-    for field in dataclasses.fields(backbone):
-        value = getattr(backbone, field.name)
-        if field.name == "description":
-            changed[field.name] = ""
-        elif hasattr(value, "description"):
-            changed[field.name] = _untitled(value)
-    return dataclasses.replace(backbone, **changed)
 
 
 class Reader:
@@ -316,6 +282,7 @@ class Features:
         *,
         keep: bool = True,
     ) -> None:
+        self.categories = tuple(category for category, _ in parts)
         self.seconds = 0.0
         self._passes = 0
         self._parts = (reader, parts, tick, keep)

@@ -104,6 +104,11 @@ class ResNets(Family):
     def save(
         self, arch: str, params: Any, extra: Any, form: str, *, stages: int = 4
     ) -> dict[str, np.ndarray]:
+        if stages < 4:
+            raise ConfigError(
+                f"{arch}: these weights end after layer{stages}; {form} has no such network. "
+                "Export weights with layer1 to layer4."
+            )
         return names.to_state(entries(self.network(arch, stages=stages).shapes()), params, extra)
 
 

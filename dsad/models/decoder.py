@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from dsad.core.errors import ConfigError
-from dsad.core.rng import named
 from dsad.models import positions, transformer
+from dsad.models.draws import Draws, normal, uniform_draws
 from dsad.models.transformer import BlockSpec, Remat
 
 
@@ -77,17 +77,20 @@ class Decoder:
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Fresh (params, extra) by MAE's rules."""
+        table = positions.sincos_table(self.cfg.width, (self.grid, self.grid))
+        return uniform_draws(key, self._fresh), {"pos": jnp.asarray(table)}
+
+    def _fresh(self, draws: Draws) -> Any:
         d = self.cfg.width
         params = {
-            "embed": transformer.linear_params(named(key, "embed"), self.source, d),
-            "blocks": transformer.init_blocks(named(key, "blocks"), self.blocks),
+            "embed": transformer.linear_params(draws, self.source, d),
+            "blocks": transformer.init_blocks(draws, self.blocks),
             "norm": transformer.norm_params(d),
-            "head": transformer.linear_params(named(key, "head"), d, 3 * self.patch**2),
+            "head": transformer.linear_params(draws, d, 3 * self.patch**2),
         }
         if self.masked:
-            token = 0.02 * jax.random.normal(named(key, "mask_token"), (d,), jnp.float32)
-            params["mask_token"] = token
-        return params, {"pos": jnp.asarray(positions.sincos_table(d, (self.grid, self.grid)))}
+            params["mask_token"] = 0.02 * normal(draws.take((d,)))
+        return params
 
     @functools.cache  # noqa: B019 - networks are few and live as long as the program
     def shapes(self) -> tuple[Any, Any]:

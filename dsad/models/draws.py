@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import erfinv
 
 
 class Draws:
@@ -35,3 +36,15 @@ def size_of(build: Callable[[Draws], Any]) -> int:
     draws = Draws(None)
     jax.eval_shape(lambda: build(draws) and None)
     return draws.used
+
+
+def uniform_draws(key: jax.Array, build: Callable[[Draws], Any]) -> Any:
+    """``build`` with as many numbers from U(-1, 1) as it takes."""
+    # Not quite from -1, which would be minus infinity as a normal number.
+    low = np.nextafter(np.float32(-1.0), np.float32(0.0))
+    return build(Draws(jax.random.uniform(key, (size_of(build),), jnp.float32, low, 1.0)))
+
+
+def normal(uniform: jax.Array) -> jax.Array:
+    """Numbers from U(-1, 1) as standard normal ones."""
+    return np.float32(np.sqrt(2.0)) * erfinv(uniform)

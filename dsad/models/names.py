@@ -71,6 +71,15 @@ def constant(path: str, value: float, shape: Sequence[int]) -> Entry:
     return Entry(path, (), lambda _: np.full(shape, value, np.float32), lambda _: ())
 
 
+def under(entries: Iterable[Entry], name: str) -> list[Entry]:
+    """The same entries for a network that is the part ``name`` of larger trees."""
+    moved = []
+    for entry in entries:
+        kind, _, rest = entry.path.partition("/")
+        moved.append(dataclasses.replace(entry, path=f"{kind}/{name}/{rest}"))
+    return moved
+
+
 def to_trees(
     entries: Sequence[Entry],
     state: Mapping[str, Any],
@@ -97,6 +106,7 @@ def to_trees(
     """
     leaves, faults = {}, []
     wanted = _checked(entries, shapes)
+    _check_any(entries, state, what)
     for entry in entries:
         tensors, wrong = _tensors(entry, wanted[entry.path], state)
         faults += wrong
@@ -163,6 +173,19 @@ def _checked(entries: Sequence[Entry], shapes: tuple[Any, Any]) -> dict[str, tup
     if sorted(paths) != sorted(wanted):
         raise ValueError(f"entries {set(paths) ^ set(wanted)} do not cover the leaves, once each")
     return {path: tuple(leaf.shape) for path, leaf in wanted.items()}
+
+
+def _check_any(entries: Sequence[Entry], state: Mapping[str, Any], what: str) -> None:
+    """A file of another kind would fill a table with all its tensors and all that are missing."""
+    known = [name for entry in entries for name in entry.names]
+    if known and not any(name in state for name in known):
+        some = dict.fromkeys(known[i * (len(known) - 1) // 2] for i in range(3))
+        raise ConfigError(
+            f"weights do not fit {what}: expected names such as {', '.join(some)} "
+            f"({len(known)} tensors); found {', '.join(list(state)[:3]) or 'nothing'} "
+            f"({len(state)} tensors). These are weights of another network, or in names that dsad "
+            "does not read."
+        )
 
 
 def _tensors(

@@ -14,7 +14,8 @@ import numpy as np
 
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError
-from dsad.models import _configs, _files, _hub, _names_resnet
+from dsad.models import _configs, _family_vit, _files, _hub, _names_resnet, names, vit
+from dsad.models.decoder import DecoderConfig
 
 #: What ``read`` takes.
 Spec = str | os.PathLike[str] | Mapping[str, Any]
@@ -36,6 +37,7 @@ class Weights(Mapping[str, np.ndarray]):
       input_size: side in pixels of the square images the weights were trained on.
       interpolation: name of the resampling filter.
       architecture: timm's name of the network.
+      options: what differs from that architecture, see ``Family.network``.
       quick_gelu: whether the network's activation is x · sigmoid(1.702 x), which no shape tells.
       source: where the weights are from, for people.
 
@@ -47,6 +49,7 @@ class Weights(Mapping[str, np.ndarray]):
     input_size: int | None = None
     interpolation: str | None = None
     architecture: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     quick_gelu: bool | None = None
     source: str = "given arrays"
 
@@ -143,3 +146,46 @@ def resnet_trees(name: str, state: Mapping[str, Any]) -> tuple[Any, Any, int]:
     loaded = _names_resnet.ResNets().load(name, state)
     params, extra = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
     return params, extra, loaded.options["stages"]
+
+
+def mae_trees(
+    arch: str | vit.Arch, state: Mapping[str, Any], decoder: DecoderConfig | None = None
+) -> tuple[Any, Any]:
+    """Trees of a masked autoencoder from the names of its published checkpoints.
+
+    Args:
+      arch: a name of ``vit.ARCHS`` or a specification; the table's size comes from the tensors.
+      state: tensors of a pretraining checkpoint (encoder alone) or a visualisation checkpoint
+        (with the decoder).
+      decoder: the decoder that must be there; None takes what the tensors have.
+
+    Returns:
+      (params, extra), each {"encoder": .., "decoder": ..} without a decoder that is not there;
+      extra holds the fixed tables of positions.
+
+    Raises:
+      ConfigError: a table of all tensors that are missing, left over or misshapen.
+
+    """
+    spec = vit.arch(arch) if isinstance(arch, str) else arch
+    networks = _family_vit.mae_networks(spec, state, decoder)
+    entries, shapes = _family_vit.mae_entries(*networks)
+    what = f"the masked autoencoder {arch}" if isinstance(arch, str) else "the masked autoencoder"
+    ignored = _family_vit.MAE_IGNORED
+    params, extra = names.to_trees(entries, state, shapes, ignored=ignored, what=what)
+    return jax.tree.map(jnp.asarray, (params, extra))
+
+
+def mae_state(arch: str | vit.Arch, params: Any, extra: Any) -> dict[str, np.ndarray]:
+    """The tensors of a visualisation checkpoint from the trees of ``mae_trees`` or of a run."""
+    spec = vit.arch(arch) if isinstance(arch, str) else arch
+    grid = int((extra["encoder"]["pos"].shape[0] - spec.table_prefix) ** 0.5)
+    encoder = vit.ViT(dataclasses.replace(spec, image=grid * spec.patch))
+    decoder = None
+    if "decoder" in params:
+        depth, width = params["decoder"]["blocks"]["norm1"]["scale"].shape
+        decoder = _family_vit.decoder_for(
+            encoder.spec, DecoderConfig(width=width, depth=depth, heads=1)
+        )
+    entries, _ = _family_vit.mae_entries(encoder, decoder)
+    return names.to_state(entries, params, extra)

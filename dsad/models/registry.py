@@ -2,11 +2,12 @@
 
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
-from dsad.models import _names_plain, _names_resnet
+from dsad.models import _family_vit, _names_plain, _names_resnet
 from dsad.models.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     _names_resnet.ResNets(),
+    _family_vit.ViTs(),
     _names_plain.MobileNet(),
     _names_plain.SqueezeNet(),
 )

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsad.core.rng import named
 from dsad.core.types import Tree
+from dsad.models.draws import Draws
 
 Remat = Literal["none", "dots", "full"]
 Activation = Literal["gelu", "quick_gelu"]
@@ -40,17 +40,16 @@ class BlockSpec:
     eps: float = 1e-6
 
 
-def xavier(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
+def xavier(draws: Draws, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
     """Uniform in ±√(6 / (fan_in + fan_out))."""
-    bound = float(np.sqrt(6.0 / (fan_in + fan_out)))
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    return np.float32(np.sqrt(6.0 / (fan_in + fan_out))) * draws.take(shape)
 
 
-def linear_params(key: jax.Array, cin: int, cout: int, depth: int = 0) -> Tree:
+def linear_params(draws: Draws, cin: int, cout: int, depth: int = 0) -> Tree:
     """``kernel`` ([depth,] cin, cout), Xavier-uniform as one matrix, and ``bias``, zero."""
     lead = (depth,) if depth else ()
     return {
-        "kernel": xavier(key, (*lead, cin, cout), cin, cout),
+        "kernel": xavier(draws, (*lead, cin, cout), cin, cout),
         "bias": jnp.zeros((*lead, cout), jnp.float32),
     }
 
@@ -61,8 +60,8 @@ def norm_params(width: int, depth: int = 0) -> Tree:
     return {"scale": jnp.ones(shape, jnp.float32), "bias": jnp.zeros(shape, jnp.float32)}
 
 
-def init_blocks(key: jax.Array, spec: BlockSpec) -> Tree:
-    """Fresh parameters of all blocks, stacked.
+def init_blocks(draws: Draws, spec: BlockSpec) -> Tree:
+    """Fresh parameters of all blocks, stacked, from draws of U(−1, 1).
 
     Queries, keys and values are one matrix (width, 3 · width) and are drawn as one (MAE's rule):
     the bound is √(6 / 4 width), that of three separate matrices would be √(6 / 2 width).
@@ -70,11 +69,11 @@ def init_blocks(key: jax.Array, spec: BlockSpec) -> Tree:
     d, n, hidden = spec.width, spec.depth, spec.mlp * spec.width
     made: dict[str, Any] = {
         "norm1": norm_params(d, n),
-        "qkv": linear_params(named(key, "qkv"), d, 3 * d, n),
-        "proj": linear_params(named(key, "proj"), d, d, n),
+        "qkv": linear_params(draws, d, 3 * d, n),
+        "proj": linear_params(draws, d, d, n),
         "norm2": norm_params(d, n),
-        "fc1": linear_params(named(key, "fc1"), d, hidden, n),
-        "fc2": linear_params(named(key, "fc2"), hidden, d, n),
+        "fc1": linear_params(draws, d, hidden, n),
+        "fc2": linear_params(draws, hidden, d, n),
     }
     if spec.layer_scale:
         # DINOv2 starts its branches at 1e-5.

@@ -17,9 +17,9 @@ import numpy as np
 
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
-from dsad.core.rng import named
 from dsad.core.types import FeatureMaps
 from dsad.models import positions, transformer
+from dsad.models.draws import Draws, normal, uniform_draws
 from dsad.models.positions import Rule
 from dsad.models.transformer import Activation, BlockSpec, Remat
 
@@ -170,31 +170,36 @@ class ViT:
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Fresh (params, extra) by MAE's rules; extra holds a fixed position table."""
+        params = uniform_draws(key, self._fresh)
+        fixed = self.spec.pos == "sincos"
+        return params, {"pos": jnp.asarray(_fixed(self.spec))} if fixed else {}
+
+    def _fresh(self, draws: Draws) -> Any:
         s, d = self.spec, self.spec.width
         pixels = 3 * s.patch**2
-        normal = lambda name, *shape: 0.02 * jax.random.normal(named(key, name), shape, jnp.float32)  # noqa: E731
-        kernel = transformer.xavier(named(key, "patch"), (s.patch, s.patch, 3, d), pixels, d)
+
+        def small(*shape: int) -> jax.Array:
+            return 0.02 * normal(draws.take(shape))
+
+        kernel = transformer.xavier(draws, (s.patch, s.patch, 3, d), pixels, d)
         params: dict[str, Any] = {
             "patch": {"kernel": kernel},
-            "blocks": transformer.init_blocks(named(key, "blocks"), s.blocks),
+            "blocks": transformer.init_blocks(draws, s.blocks),
             "norm": transformer.norm_params(d),
         }
         if s.patch_bias:
-            bound = float(1 / np.sqrt(pixels))
-            bias = jax.random.uniform(named(key, "patch bias"), (d,), jnp.float32, -bound, bound)
-            params["patch"]["bias"] = bias
+            params["patch"]["bias"] = np.float32(1 / np.sqrt(pixels)) * draws.take((d,))
         if s.cls:
-            params["cls"] = normal("cls", d)
+            params["cls"] = small(d)
         if s.distilled:
-            params["dist"] = normal("dist", d)
+            params["dist"] = small(d)
         if s.registers:
-            params["registers"] = normal("registers", s.registers, d)
+            params["registers"] = small(s.registers, d)
         if s.pre_norm:
             params["pre_norm"] = transformer.norm_params(d)
         if s.pos == "learned":
-            params["pos"] = normal("pos", s.table_prefix + s.grid**2, d)
-            return params, {}
-        return params, {"pos": jnp.asarray(_fixed(s))}
+            params["pos"] = small(s.table_prefix + s.grid**2, d)
+        return params
 
     @functools.cache  # noqa: B019 - networks are few and live as long as the program
     def shapes(self) -> tuple[Any, Any]:

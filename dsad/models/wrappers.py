@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,11 @@ class Patches:
     def description(self) -> str:
         """The encoder's weights."""
         return self.encoder.description
+
+    def only(self, layers: Sequence[str]) -> "Patches":
+        """The same patches by an encoder that computes just these maps, where it offers that."""
+        narrow = getattr(self.encoder, "only", None)
+        return dataclasses.replace(self, encoder=narrow(layers)) if narrow else self
 
     def adapt(self, normals: Iterable[jax.Array]) -> Tree:
         """Nothing is learnt from normal images: an empty bank."""

@@ -2,7 +2,9 @@
 
 A member ``dsad/detectors/NAME.py`` needs ``tests/contracts/detectors/NAME.py`` with ``CONFIGS``,
 the configurations to run, and ``oracle(config, normal, test) -> (maps, image)`` in float64;
-with ``SYMBOLIC = True`` its score is exported for any batch size instead of a fixed one.
+with ``SYMBOLIC = True`` its score is exported for any batch size instead of a fixed one. A detector
+of other maps than those of ``common.maps_of`` brings its own, ``maps_of(seed, count)``, and
+``corrupted(maps)``; ``READS_SOURCE = False`` says that its fit looks at no image.
 """
 
 import functools
@@ -20,10 +22,15 @@ from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
 from dsad.core.types import Detector, Scores
 from dsad.ops import neighbors
-from tests.contracts.detectors.common import KEY, Batches, close, made, maps_of
+from tests.contracts.detectors import common
+from tests.contracts.detectors.common import KEY, Batches, close, made
 
 CASES = {n: importlib.import_module(f"tests.contracts.detectors.{n}") for n in members("detectors")}
 PARAMS = [(name, config) for name, case in CASES.items() for config in case.CONFIGS]
+
+
+def maps_of(name, seed, count):
+    return getattr(CASES[name], "maps_of", common.maps_of)(seed, count)
 
 
 @functools.lru_cache
@@ -35,14 +42,23 @@ def jitted(detector):
 @pytest.fixture(params=members("detectors"))
 def case(request):
     detector = made(request.param, **CASES[request.param].CONFIGS[0])
-    return detector, jitted(detector)
+    return detector, jitted(detector), functools.partial(maps_of, request.param)
+
+
+@pytest.fixture
+def reader(case, request):
+    """A case whose fit reads the images."""
+    name = request.node.callspec.params["case"]
+    if not getattr(CASES[name], "READS_SOURCE", True):
+        pytest.skip(f"{name} learns nothing from images: its fit does not read them")
+    return case
 
 
 @pytest.mark.parametrize(("name", "config"), PARAMS)
 def test_equals_its_oracle(name, config):
     detector = made(name, **config)
     assert isinstance(detector, Detector)
-    normal, test = maps_of(0, 6), maps_of(1, 8)
+    normal, test = maps_of(name, 0, 6), maps_of(name, 1, 8)
     state = detector.fit(Batches(normal), mesh=None, key=KEY)
     scores = jitted(detector)(state, test)
     assert isinstance(scores, Scores)
@@ -53,8 +69,8 @@ def test_equals_its_oracle(name, config):
 
 
 def test_order_padding_and_batch_size_change_nothing(case):
-    detector, score = case
-    normal, test = maps_of(0, 6), maps_of(1, 8)
+    detector, score, maps = case
+    normal, test = maps(0, 6), maps(1, 8)
     expected = score(detector.fit(Batches(normal), mesh=None, key=KEY), test)
     # Batches of 4 leave two rows of padding; batches of 3 leave none.
     other = Batches(normal, order=np.random.default_rng(0).permutation(6), size=3)
@@ -70,8 +86,8 @@ def devices(request):
 
 
 def test_same_on_one_two_and_eight_devices(case, devices):
-    detector, score = case
-    normal, test = maps_of(0, 6), maps_of(1, 8)
+    detector, score, maps = case
+    normal, test = maps(0, 6), maps(1, 8)
     expected = score(detector.fit(Batches(normal), mesh=None, key=KEY), test)
     mesh = make_mesh(MeshConfig(), devices)
     state = detector.fit(Batches(normal), mesh=mesh, key=KEY)
@@ -80,9 +96,9 @@ def test_same_on_one_two_and_eight_devices(case, devices):
 
 
 def test_state_is_arrays_that_survive_a_file(case, tmp_path):
-    detector, score = case
-    test = maps_of(1, 8)
-    state = detector.fit(Batches(maps_of(0, 6)), mesh=None, key=KEY)
+    detector, score, maps = case
+    test = maps(1, 8)
+    state = detector.fit(Batches(maps(0, 6)), mesh=None, key=KEY)
     leaves, structure = jax.tree.flatten(state)
     assert all(isinstance(x, jax.Array) and not x.weak_type for x in leaves)
     np.savez(tmp_path / "state.npz", *leaves)
@@ -93,9 +109,9 @@ def test_state_is_arrays_that_survive_a_file(case, tmp_path):
 
 
 def test_same_for_any_tile_of_the_search(case, monkeypatch):
-    detector, score = case
-    test = maps_of(1, 8)
-    state = detector.fit(Batches(maps_of(0, 6)), mesh=None, key=KEY)
+    detector, score, maps = case
+    test = maps(1, 8)
+    state = detector.fit(Batches(maps(0, 6)), mesh=None, key=KEY)
     expected = score(state, test)
     for name in [n for n in vars(neighbors) if n.endswith("TILE")]:
         monkeypatch.setattr(neighbors, name, 8)
@@ -103,9 +119,9 @@ def test_same_for_any_tile_of_the_search(case, monkeypatch):
 
 
 def test_exported_program_equals_the_live_one(case, request):
-    detector, score = case
-    test = maps_of(1, 8)
-    state = detector.fit(Batches(maps_of(0, 6)), mesh=None, key=KEY)
+    detector, score, maps = case
+    test = maps(1, 8)
+    state = detector.fit(Batches(maps(0, 6)), mesh=None, key=KEY)
     symbolic = getattr(CASES[request.node.callspec.params["case"]], "SYMBOLIC", False)
     batch = export.symbolic_shape("b")[0] if symbolic else 8
     spec = lambda x, *lead: jax.ShapeDtypeStruct((*lead, *x.shape[len(lead) :]), x.dtype)  # noqa: E731
@@ -118,13 +134,12 @@ def test_exported_program_equals_the_live_one(case, request):
         close(jax.jit(read.call)(state, three), jax.tree.map(lambda x: x[:3], score(state, test)))
 
 
-def test_normal_scores_lie_below_corrupted_ones(case):
-    detector, score = case
-    state = detector.fit(Batches(maps_of(0, 6)), mesh=None, key=KEY)
-    test = maps_of(1, 8)
-    corrupt = {n: m.copy() for n, m in test.items()}
-    # Alternating, so that directions change as well as distances.
-    corrupt["layer2"][:, 2:4, 1:3] += np.resize(np.float32([4, -4]), 7)
+def test_normal_scores_lie_below_corrupted_ones(case, request):
+    detector, score, maps = case
+    state = detector.fit(Batches(maps(0, 6)), mesh=None, key=KEY)
+    test = maps(1, 8)
+    corrupt = getattr(CASES[request.node.callspec.params["case"]], "corrupted", common.corrupted)
+    corrupt = corrupt({n: m.copy() for n, m in test.items()})
     normal, broken = score(state, test), score(state, corrupt)
     assert normal.image.max() < broken.image.min()
     peak = np.asarray(broken.map).reshape(8, -1).argmax(axis=1)
@@ -155,19 +170,19 @@ def test_options_that_do_not_exist_are_refused(name, field):
         made(name, **{field: "typo"})
 
 
-def test_missing_layer_lists_what_exists(case):
-    detector = case[0]
-    source = Batches({"layer2": maps_of(0, 4)["layer2"]})
+def test_missing_layer_lists_what_exists(reader):
+    detector, _, maps = reader
+    source = Batches({"layer2": maps(0, 4)["layer2"]})
     with pytest.raises(ConfigError, match=r"no feature map named layer3.*gives: layer2"):
         detector.fit(source, mesh=None, key=KEY)
 
 
-def test_empty_and_broken_sources_are_errors(case):
-    detector = case[0]
-    empty = {n: m[:0] for n, m in maps_of(0, 1).items()}
+def test_empty_and_broken_sources_are_errors(reader):
+    detector, _, maps = reader
+    empty = {n: m[:0] for n, m in maps(0, 1).items()}
     with pytest.raises(DataError, match="found 0"):
         detector.fit(Batches(empty), mesh=None, key=KEY)
-    normal = maps_of(0, 6)
+    normal = maps(0, 6)
     normal["layer3"][4, 1, 1, 2] = np.nan
     with pytest.raises(DataError, match=r"NaN or infinite features of tiles samples \[4\]"):
         detector.fit(Batches(normal), mesh=None, key=KEY)

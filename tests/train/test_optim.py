@@ -1,5 +1,8 @@
-"""LARS and the schedules against the numbers of the published recipe."""
+"""LARS, AdamW and the schedules against the numbers of the published recipes."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -37,6 +40,72 @@ def test_cosine_schedule_ends_at_its_minimum():
     assert float(schedule(jnp.int32(5600))) == pytest.approx(1e-6, abs=1e-6)
 
 
+#: MAE's schedule, and that of ISSTAD's first stage: warm-up from exactly 0, then to exactly 0.
+MAE = OptimConfig(
+    name="adamw",
+    lr=1.5e-4,
+    schedule="cosine",
+    warmup_epochs=40.0,
+    warmup_multiplier=0.0,
+    min_lr=0.0,
+)
+STAGE_1 = dataclasses.replace(MAE, lr=1e-3)
+#: ISSTAD's second stage: a rate that no batch scales, up and down without a warm-up.
+STAGE_2 = dataclasses.replace(
+    MAE, lr=1e-3, lr_batch=0, schedule="periodic", warmup_epochs=0.0, min_lr=1e-6
+)
+
+
+def rates(cfg, *, batch_size, per_epoch, epochs):
+    """The rate of every update of a run, and of the one after its last."""
+    total = round(epochs * per_epoch)
+    schedule = make_schedule(
+        cfg, batch_size=batch_size, steps_per_epoch=per_epoch, total_steps=total
+    )
+    return np.float64(jax.vmap(schedule)(jnp.arange(total + 1)))
+
+
+def test_mae_schedule():
+    found = rates(MAE, batch_size=4096, per_epoch=8.0, epochs=800)
+    assert found[0] == found[6400] == 0
+    assert found[8 * 40] == found.max() == pytest.approx(2.4e-3, rel=1e-6)
+    assert found[8 * 20] == pytest.approx(1.2e-3, rel=1e-6)
+    epochs = np.arange(6401) / 8
+    falling = 2.4e-3 * (1 + np.cos(np.pi * (epochs - 40) / 760)) / 2
+    expected = np.where(epochs < 40, 2.4e-3 * epochs / 40, falling)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-12)
+
+
+def test_isstad_stage_1_schedule():
+    found = rates(STAGE_1, batch_size=20, per_epoch=6.0, epochs=305)
+    for epoch, rate in [(40, 7.8125e-5), (172.5, 3.90625e-5), (300, 6.8604e-8)]:
+        assert found[round(6 * epoch)] == pytest.approx(rate, rel=1e-5)
+    means = found[:-1].reshape(305, 6).mean(axis=1)
+    for epoch, rate in [(0, 8.138021e-7), (1, 2.766927e-6), (304, 1.156437e-9)]:
+        assert means[epoch] == pytest.approx(rate, rel=1e-6)
+
+
+@pytest.mark.parametrize("per_epoch", [6.0, 10.45, 209 / 16, 0.4])
+def test_isstad_stage_2_schedule(per_epoch):
+    found = rates(STAGE_2, batch_size=16, per_epoch=per_epoch, epochs=200)
+    first = lambda e: int(np.ceil(e * per_epoch - 1e-9))  # noqa: E731
+    published = [(0, 1e-3), (15, 5.005e-4), (30, 1e-6), (60, 1e-3), (199, 2.97335e-4)]
+    for epoch, rate in published if per_epoch > 1 else published[:1]:
+        assert found[first(epoch)] == pytest.approx(rate, rel=1e-5)
+    epochs = np.floor(np.arange(len(found)) / per_epoch + 1e-9)
+    expected = 1e-6 + (1e-3 - 1e-6) * (1 + np.cos(np.pi * epochs / 30)) / 2
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_periodic_schedule_can_warm_up():
+    cfg = dataclasses.replace(STAGE_2, warmup_epochs=2.0)
+    found = rates(cfg, batch_size=16, per_epoch=5.0, epochs=60)
+    np.testing.assert_allclose(found[:10], 1e-3 * np.arange(10) / 10, rtol=1e-6)
+    np.testing.assert_array_equal(
+        found[10:], rates(STAGE_2, batch_size=16, per_epoch=5.0, epochs=60)[10:]
+    )
+
+
 def test_the_rate_scales_with_the_batch():
     schedule = make_schedule(OptimConfig(schedule="constant", warmup_epochs=0.0),
                              batch_size=64, steps_per_epoch=1, total_steps=10)  # fmt: skip
@@ -69,7 +138,48 @@ def test_zero_norms_leave_the_trust_ratio_at_one():
     np.testing.assert_allclose(descend(cfg, params, grads, 1)["kernel"], [0.0, -2.0], atol=1e-6)
 
 
-@pytest.mark.parametrize("values", [{"lr": 0.0}, {"milestones": (160.0, 120.0)}])
+def test_adamw_decays_as_torch_does():
+    """Decoupled decay times the rate, in float64, on every leaf but norm scales and biases."""
+    shapes = {
+        "cls": (3,), "mask_token": (3,), "registers": (2, 3), "pos": (4, 3),
+        "blocks": {
+            "norm1": {"scale": (2, 3), "bias": (2, 3)}, "scale1": {"gamma": (2, 3)},
+            "qkv": {"kernel": (2, 3, 9), "bias": (2, 9)},
+        },
+        "norm": {"scale": (3,), "bias": (3,)},
+    }  # fmt: skip
+    exempt = {"scale", "bias", "gamma"}
+    rng = np.random.default_rng(0)
+    draw = lambda: jax.tree.map(rng.standard_normal, shapes, is_leaf=lambda x: isinstance(x, tuple))  # noqa: E731
+    params, grads, lr = draw(), [draw() for _ in range(5)], [0.1, 0.02, 0.3, 0.0, 0.05]
+    cfg = dataclasses.replace(MAE, b2=0.95, weight_decay=0.05)
+    tx = make_optimizer(cfg, lambda step: jnp.asarray(lr, jnp.float32)[step])
+    found = jax.tree.map(jnp.float32, params)
+    state = tx.init(found)
+    for grad in grads:
+        updates, state = tx.update(jax.tree.map(jnp.float32, grad), state, found)
+        found = optax.apply_updates(found, updates)
+
+    def by_hand(path, value, *gradients):
+        decay = 0.0 if path[-1].key in exempt else 0.05
+        first, second = np.zeros_like(value), np.zeros_like(value)
+        for t, (gradient, rate) in enumerate(zip(gradients, lr, strict=True), start=1):
+            value = value * (1 - rate * decay)
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.95 * second + 0.05 * gradient**2
+            step = (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.95**t)) + 1e-8)
+            value = value - rate * step
+        return value
+
+    expected = jax.tree.map_with_path(by_hand, params, *grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, expected)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"lr": 0.0}, {"milestones": (160.0, 120.0)}, {"warmup_multiplier": -1.0}, {"min_lr": -1.0},
+     {"period_epochs": 0.0}],
+)  # fmt: skip
 def test_unusable_settings_name_their_key(values):
     with pytest.raises(ConfigError, match=f"optim.{next(iter(values))}"):
         OptimConfig(**values)

@@ -93,6 +93,8 @@ def _features(sizes: Sizes, seed: int) -> np.ndarray:
 class _Source:
     """Batches of given features."""
 
+    categories: tuple[str, ...] = ("bench",)
+
     def __init__(self, values: np.ndarray):
         self.values = values
 

@@ -19,12 +19,21 @@ def maps_of(seed, count, shift=0.0):
     return {"layer2": make(6, 5, 7), "layer3": make(3, 3, 4), "unused": make(2, 2, 3)}
 
 
+def corrupted(maps):
+    """``maps`` with a defect in the cells of rows 2 and 3, columns 1 and 2, of the first layer."""
+    # Alternating, so that directions change as well as distances.
+    maps["layer2"][:, 2:4, 1:3] += np.resize(np.float32([4, -4]), 7)
+    return maps
+
+
 class Batches:
     """A re-iterable feature source over ``maps``, in ``order``, the last batch padded."""
 
+    categories = ("tiles",)
+
     def __init__(self, maps, order=None, size=4):
         self.maps, self.size = maps, size
-        self.order = np.arange(len(maps["layer2"])) if order is None else order
+        self.order = np.arange(len(next(iter(maps.values())))) if order is None else order
 
     def __iter__(self):
         for at in range(0, len(self.order), self.size):

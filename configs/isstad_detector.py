@@ -1,0 +1,62 @@
+"""The scores of ISSTAD on the maps of its trained network; the run comes from configs/isstad.py.
+
+    dsad evaluate --config=configs/isstad_detector.py --config.backbone=run:runs/isstad \
+        --workdir=runs/isstad-scores
+    dsad evaluate --config=configs/isstad_detector.py:visa --config.data.name=mvtec \
+        --config.data.root=VISA --config.backbone=run:runs/isstad/{category} --workdir=runs/visa-w
+
+As published: 224 pixels, Pixel_Ham and Image_Ham, smoothed by the detector itself. The newest
+checkpoint of the run is scored; the published numbers are the best of all epochs on the test set.
+
+Variants, after a colon:
+    alpha      Pixel_alpha and Image_alpha
+    max        Pixel_MAX and Image_Ham
+    weighted   Pixel_Ham and Image_W, with q = 0.1 and a = b = 1
+    mvtec, visa, mpdd
+               like weighted, with the published q, a and b of each category of the data set. No
+               validation set chose them: they were tuned on the test images.
+The first code multiplies the map by 255, which changes no number: --config.detector.scale=255.
+"""
+
+import json
+import pathlib
+
+from dsad.cli.evaluate import default_config
+from dsad.core.errors import ConfigError
+
+#: Variant: (pixel map, image score)
+SCORES = {
+    "": ("product", "product"),
+    "alpha": ("alpha", "alpha"),
+    "max": ("max", "product"),
+    "weighted": ("product", "weighted"),
+}
+DATASETS = ("mpdd", "mvtec", "visa")
+KEYS = ("q", "a", "b")
+
+
+def get_config(variant: str = ""):
+    if variant not in (*SCORES, *DATASETS):
+        known = sorted((*filter(None, SCORES), *DATASETS))
+        raise ConfigError(f"configs/isstad_detector.py has the variants {known}, not {variant!r}.")
+    config = default_config("isstad")
+    config.evaluation.image_size = 224
+    config.evaluation.sigma = 0.0
+    pixel, image = SCORES.get(variant, SCORES["weighted"])
+    config.detector.pixel, config.detector.image = pixel, image
+    if variant in DATASETS:
+        own, rows = table(variant)
+        config.detector.update(own)
+        config.detector.exponents = rows
+    return config
+
+
+def table(dataset: str):
+    """q, a and b of a data set, and a row (category, q, a, b) for every category with others."""
+    path = pathlib.Path(__file__).with_name("isstad_tables.json")
+    found = dict(json.loads(path.read_text(encoding="utf-8"))[dataset])
+    default = found.pop("default")
+    shared = tuple(float(default[k]) for k in KEYS)
+    rows = {c: tuple(float(own.get(k, default[k])) for k in KEYS) for c, own in found.items()}
+    differing = ((c, *row) for c, row in sorted(rows.items()) if row != shared)
+    return dict(zip(KEYS, shared, strict=True)), tuple(differing)

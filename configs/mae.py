@@ -1,0 +1,108 @@
+"""MAE (He et al., CVPR 2022) on the normal images of a data set; the first stage of ISSTAD.
+
+    dsad pretrain --config=configs/mae.py:isstad,bottle --config.data.root=MVTEC \
+        --config.init_from=WEIGHTS --workdir=runs/mae-bottle
+
+WEIGHTS is a published checkpoint of encoder and decoder, as a file or hf:owner/name, or a run.
+ISSTAD's stage is meant for one GPU; on a CPU take the variant small. For ImageNet see
+configs/mae_imagenet.py.
+
+Variants, after a colon and joined by commas; any other word is a category of the data set:
+    tiny, base, large, huge   size of the encoder; large without
+    isstad     ISSTAD's first stage: 305 epochs of 20 images, 6 decoder blocks, peak rate 7.8e-5
+    small      after isstad: ViT-Ti and a narrow decoder from scratch at 128 px: a laptop's size
+    mtd        magnetic tiles, grouped split
+    synthetic  the procedural data set, needs no file
+    smoke      a few steps on small synthetic images
+"""
+
+from dsad.cli.pretrain import default_config
+
+
+def get_config(variants: str = ""):
+    config = default_config("mae")
+    config.data.name = "mvtec"
+    config.data.canvas = 512
+    config.optim.name = "adamw"
+    config.optim.momentum, config.optim.b2 = 0.9, 0.95
+    config.optim.weight_decay = 0.05
+    config.optim.lr = 1.5e-4
+    config.optim.lr_batch = 256
+    config.optim.schedule = "cosine"
+    config.optim.min_lr = 0.0
+    config.optim.warmup_epochs = 40.0
+    config.optim.warmup_multiplier = 0.0
+    config.epochs = 800.0
+    _size(config, "large")
+    categories = []
+    for name in filter(None, (variants or "").split(",")):
+        if name in VARIANTS:
+            VARIANTS[name](config)
+        else:
+            categories.append(name)
+    config.data.categories = tuple(categories)
+    return config
+
+
+def _size(config, name):
+    patch = 14 if name == "huge" else 16
+    config.objective.encoder.arch = f"mae_vit_{name}_patch{patch}"
+
+
+def _isstad(config):
+    # The rate rule is that of the published code's defaults, 1e-3 for 256 images.
+    config.batch_size = 20
+    config.epochs = 305.0
+    config.optim.lr = 1e-3
+    config.objective.decoder.depth = 6
+    # The published checkpoints have 8 decoder blocks; the last two are left out.
+    config.objective.adopt_decoder = "leading"
+
+
+def _small(config):
+    _size(config, "tiny")
+    config.batch_size = 32
+    config.epochs = 200.0
+    config.optim.lr = 4e-3
+    config.optim.warmup_epochs = 10.0
+    config.data.canvas = 256
+    config.objective.decoder.update(width=192, depth=4, heads=6)
+    config.objective.encoder.patch = 8
+    config.objective.view.side = 128
+    config.checkpoint.every = 200
+
+
+def _mtd(config):
+    config.data.name = "mtd:grouped"
+
+
+def _synthetic(config):
+    _small(config)
+    config.data.name = "synthetic"
+    config.data.canvas = 128
+    config.objective.view.side = 64
+
+
+def _smoke(config):
+    _synthetic(config)
+    config.data.synthetic.update(size=64, train=8)
+    config.data.canvas = 64
+    config.batch_size = 8
+    config.steps = 4
+    config.log_every = 1
+    config.objective.encoder.update(width=48, depth=2, heads=4)
+    config.objective.decoder.update(width=32, depth=2, heads=4)
+    config.objective.view.side = 32
+
+
+VARIANTS = {
+    "tiny": lambda config: _size(config, "tiny"),
+    "base": lambda config: _size(config, "base"),
+    "large": lambda config: _size(config, "large"),
+    "huge": lambda config: _size(config, "huge"),
+    "isstad": _isstad,
+    "small": _small,
+    "mtd": _mtd,
+    "synthetic": _synthetic,
+    "smoke": _smoke,
+}

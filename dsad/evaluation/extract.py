@@ -1,0 +1,100 @@
+"""The network of a run, compiled: feature maps of uint8 images, and what is made of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from dsad.core.config import listed
+from dsad.core.errors import ConfigError
+from dsad.core.mesh import batch_sharding, replicated
+from dsad.core.types import FeatureMaps
+
+
+def fetched(mesh: Mesh) -> NamedSharding:
+    """The sharding of results that the host reads.
+
+    Every process needs all of them; a single one fetches the shards as they lie.
+    """
+    return replicated(mesh) if jax.process_count() > 1 else batch_sharding(mesh)
+
+
+class Extractor:
+    """The feature maps ``layers`` of uint8 images of a side, as one program.
+
+    A backbone that offers ``only(layers)`` is asked for one that computes nothing else. A backbone
+    that is a pytree of arrays is an argument of the program, so its weights are no constants of
+    it. ``then`` turns the maps into something else within the program, for the host to read.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        side: int,
+        mesh: Mesh,
+        then: Callable[[FeatureMaps], Any] | None = None,
+    ) -> None:
+        self.layers, self.side, self.mesh, self.then = tuple(layers), side, mesh, then
+        self._out = fetched(mesh) if then else batch_sharding(mesh)
+        self._with_tree = jax.jit(self._forward, out_shardings=self._out)
+
+    def use(self, backbone: Any) -> None:
+        """Take another backbone; one of the same architecture needs no new program.
+
+        Raises ConfigError for a layer that it does not have, here or when it first runs.
+        """
+        if hasattr(backbone, "only"):
+            images = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.float32)
+            self._check(jax.eval_shape(backbone, images))
+            backbone = backbone.only(self.layers)
+        leaves = jax.tree.leaves(backbone)
+        if leaves and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
+            network = jax.device_put(_untitled(backbone), replicated(self.mesh))
+            self._run: Callable[[jax.Array], Any] = functools.partial(self._with_tree, network)
+        else:
+            forward = functools.partial(self._forward, backbone)
+            self._run = jax.jit(forward, out_shardings=self._out)
+
+    def __call__(self, images: np.ndarray) -> Any:
+        """The maps {layer: (b, h, w, channels)}, or what ``then`` made of them, ready."""
+        sharding = batch_sharding(self.mesh)
+        placed = jax.make_array_from_callback(images.shape, sharding, lambda at: images[at])
+        return jax.block_until_ready(self._run(placed))
+
+    def _forward(self, network: Any, images: jax.Array) -> Any:
+        mean = jnp.asarray(network.mean, jnp.float32)[None, None, None, :]
+        std = jnp.asarray(network.std, jnp.float32)[None, None, None, :]
+        maps = network((images.astype(jnp.float32) / 255.0 - mean) / std)
+        self._check(maps)
+        found = {n: maps[n].astype(jnp.float32) for n in self.layers}
+        return self.then(found) if self.then else found
+
+    def _check(self, maps: Any) -> None:
+        missing = [n for n in self.layers if n not in maps]
+        if missing:
+            raise ConfigError(
+                f"detector.layers: the backbone has no feature map {listed(missing)}; "
+                f"it has: {listed(maps)}."
+            )
+
+
+def _untitled(backbone: Any) -> Any:
+    """The backbone without the text about its weights, also inside wrappers.
+
+    The text is part of the tree's structure, and would make another program of other weights.
+    """
+    if not dataclasses.is_dataclass(backbone) or isinstance(backbone, type):
+        return backbone
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(backbone):
+        value = getattr(backbone, field.name)
+        if field.name == "description":
+            changed[field.name] = ""
+        elif hasattr(value, "description"):
+            changed[field.name] = _untitled(value)
+    return dataclasses.replace(backbone, **changed)
