@@ -2,84 +2,116 @@
 
 import dataclasses
 import functools
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dsad.core.config import listed, suggestion
+from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureMaps
-from dsad.models import pretrained, resnet
-from dsad.models.functional import Functional
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from dsad.models import pretrained, registry
+from dsad.models.family import IMAGENET_MEAN, IMAGENET_STD
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "extra"],
-    meta_fields=["arch", "stages", "mean", "std", "description"],
-)
+    meta_fields=[
+        "arch", "options", "layers", "mean", "std", "image_size", "interpolation", "left_out",
+        "description",
+    ],
+)  # fmt: skip
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backbone:
     """Frozen network in inference mode; a pytree, so it can be an argument of a jitted function.
 
     Call it with normalised RGB images (b, H, W, 3), that is ``(pixels / 255 - mean) / std``; it
-    returns ``layer1`` to ``layer4``, each (b, h, w, channels). ``description`` names the weights.
+    returns maps (b, h, w, channels): ``layer1`` to ``layer4`` of a residual network, ``block0`` and
+    so on of a vision transformer, whose image sides must be multiples of its patch.
+
+    Attributes:
+      options: what the weights decide about the network, such as (("stages", 3),).
+      layers: the maps that are returned, None for all.
+      image_size: side in pixels of the images the weights were trained on.
+      interpolation: resampling filter of those images, such as "bilinear".
+      left_out: tensors of the weights that are knowingly not used, by what they are.
+      description: names the weights.
+
     """
 
     params: Any
     extra: Any
     arch: str
-    stages: int = 4
+    options: tuple[tuple[str, Any], ...] = ()
+    layers: tuple[str, ...] | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    image_size: int = 224
+    interpolation: str = "bilinear"
+    left_out: tuple[tuple[str, tuple[str, ...]], ...] = ()
     description: str = ""
 
     @property
     def strides(self) -> dict[str, int]:
         """Input pixels per cell of each feature map."""
-        return {f"layer{s}": resnet.STRIDES[f"layer{s}"] for s in range(1, self.stages + 1)}
+        found = registry.family_of(self.arch).strides(self.arch, **dict(self.options))
+        return {n: s for n, s in found.items() if self.layers is None or n in self.layers}
+
+    def only(self, layers: Sequence[str]) -> "Backbone":
+        """The backbone that computes just these maps, which saves memory."""
+        have = self.strides
+        for name in layers:
+            if name not in have:
+                raise ConfigError(
+                    f"{self.arch} ({self.description}): no feature map {name!r}."
+                    f"{suggestion(name, have)} It has: {listed(have)}."
+                )
+        return dataclasses.replace(self, layers=tuple(layers))
 
     def __call__(self, images: jax.Array) -> FeatureMaps:
-        network = _network(self.arch, self.stages)
-        maps, _ = network.apply(self.params, self.extra, jnp.asarray(images), train=False)
-        return maps
+        family = registry.family_of(self.arch)
+        network = family.network(self.arch, **dict(self.options))
+        return family.maps(network, self.params, self.extra, jnp.asarray(images), self.layers)
 
 
-@functools.cache
-def _network(arch: str, stages: int) -> Functional:
-    return resnet.resnet(arch, stages=stages)
-
-
-def backbone(
-    arch: str,
-    weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-    *,
-    seed: int = 0,
-) -> Backbone:
+def backbone(arch: str, weights: pretrained.Spec | None = None, *, seed: int = 0) -> Backbone:
     """A backbone with random or published weights.
 
     Args:
-      arch: ``resnet18``, ``resnet34``, ``resnet50`` or ``wide_resnet50_2``.
-      weights: None for random weights (He et al.'s fan-out normal, norm scales 1), a ``.npz`` file
-        or a mapping of arrays under torchvision's names. Folded files are recognised. Stages that
-        the weights lack do not exist in the result, so asking for their maps is refused.
+      arch: a name of ``registry.archs()``: ``resnet18``, ``vit_base_patch16_224``, ...
+      weights: None for random weights, anything that ``pretrained.read`` takes (a file, a
+        directory, ``hf:owner/name``, a mapping of arrays under published names), or what it
+        returned. What the weights lack does not exist in the result, so asking for the maps of a
+        missing stage is refused. Pixel statistics, image size and interpolation come from the
+        weights' config, else they are the architecture's published ones.
       seed: of the random weights.
 
     Raises:
       ConfigError: unknown architecture, or tensors that are missing, left over or misshapen.
 
     """
-    resnet.arch(arch)
+    family = registry.family_of(arch)
+    known = family.preprocessing(arch)
     if weights is None:
-        params, extra = jax.jit(_network(arch, 4).init)(jax.random.key(seed))
-        return Backbone(params=params, extra=extra, arch=arch, description=f"random, seed {seed}")
-    if isinstance(weights, Mapping):
-        state, name = weights, "given arrays"
-    else:
-        state, name = pretrained.read(os.fspath(weights)), os.path.basename(os.fspath(weights))
-    params, extra, stages = pretrained.resnet_trees(arch, state)
-    return Backbone(params=params, extra=extra, arch=arch, stages=stages, description=name)
+        params, extra = jax.jit(family.network(arch).init)(jax.random.key(seed))
+        return Backbone(
+            params=params, extra=extra, arch=arch, mean=known.mean, std=known.std,
+            image_size=known.image_size, interpolation=known.interpolation,
+            description=f"random, seed {seed}",
+        )  # fmt: skip
+    state = pretrained.read(weights)
+    loaded = family.load(arch, state)
+    params, extra = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
+    return Backbone(
+        params=params, extra=extra, arch=arch, options=tuple(sorted(loaded.options.items())),
+        mean=state.mean or known.mean, std=state.std or known.std,
+        image_size=state.input_size or loaded.options.get("image", known.image_size),
+        interpolation=state.interpolation or known.interpolation,
+        left_out=_hashable(loaded.left_out), description=state.source,
+    )  # fmt: skip
+
+
+def _hashable(groups: Mapping[str, Sequence[str]]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return tuple((word, tuple(found)) for word, found in groups.items())

@@ -29,14 +29,16 @@ class Functional:
         """(params, extra) as nested dicts of ``ShapeDtypeStruct``."""
         return nnx.to_pure_dict(self._params), nnx.to_pure_dict(self._extra)
 
-    def apply(self, params: Any, extra: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Call the module; returns (output, new extra)."""
+    def apply(
+        self, params: Any, extra: Any, *args: Any, method: str = "__call__", **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Call the module, or another ``method`` of it; returns (output, new extra)."""
         param_state, extra_state = _copy(self._params), _copy(self._extra)
         nnx.replace_by_pure_dict(param_state, params)
         nnx.replace_by_pure_dict(extra_state, extra)
         # Without a copy, batch norm writes into variables of an outer trace under grad.
         module = nnx.merge(self._graphdef, param_state, extra_state, copy=True)
-        out = module(*args, **kwargs)  # type: ignore[operator]
+        out = getattr(module, method)(*args, **kwargs)
         _, _, new_extra = nnx.split(module, nnx.Param, ...)
         return out, nnx.to_pure_dict(new_extra)
 

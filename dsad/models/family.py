@@ -1,0 +1,98 @@
+"""What the architectures of one kind have in common: their network, weights and preprocessing."""
+
+import abc
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dsad.core.errors import ConfigError
+from dsad.core.types import FeatureMaps
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How the images of published weights were prepared.
+
+    ``mean`` and ``std`` are those of RGB pixels in [0, 1]; ``image_size`` is the side in pixels the
+    network saw; ``interpolation`` the name of the resampling filter; ``crop`` the share of a
+    resized image's side that its centre crop keeps.
+    """
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    image_size: int = 224
+    interpolation: str = "bilinear"
+    crop: float = 0.875
+
+
+class Network(Protocol):
+    """A network as pure functions, such as ``Functional`` or ``ViT``."""
+
+    def init(self, key: Any, /) -> tuple[Any, Any]:
+        """Fresh (params, extra)."""
+        ...
+
+    def shapes(self) -> tuple[Any, Any]:
+        """(params, extra) as nested dicts of ``ShapeDtypeStruct``."""
+        ...
+
+
+class Loaded(NamedTuple):
+    """Weights as trees of f32 numpy arrays.
+
+    ``options`` go to ``Family.network``: what the tensors decide, such as the number of stages.
+    ``left_out`` names the tensors that are knowingly not used, by what they are.
+    """
+
+    params: Any
+    extra: Any
+    options: Mapping[str, Any]
+    left_out: Mapping[str, Sequence[str]]
+
+
+class Family(abc.ABC):
+    """Architectures that share their network's code and their mapping to published names."""
+
+    @property
+    @abc.abstractmethod
+    def archs(self) -> Collection[str]:
+        """Names of the architectures."""
+
+    @abc.abstractmethod
+    def network(self, arch: str, **options: Any) -> Network:
+        """The network; equal arguments give the same object, so that its programs are reused."""
+
+    @abc.abstractmethod
+    def maps(
+        self, network: Any, params: Any, extra: Any, images: Any, layers: tuple[str, ...] | None
+    ) -> FeatureMaps:
+        """Feature maps in inference mode, only ``layers`` where these are given."""
+
+    @abc.abstractmethod
+    def strides(self, arch: str, **options: Any) -> dict[str, int]:
+        """Input pixels per cell of every feature map that there is."""
+
+    @abc.abstractmethod
+    def preprocessing(self, arch: str) -> Preprocessing:
+        """That of the architecture's first published weights, for files that do not say."""
+
+    @abc.abstractmethod
+    def load(self, arch: str, state: Mapping[str, Any]) -> Loaded:
+        """Trees from tensors under published names; ConfigError with a table of all faults."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Layouts of names that ``save`` knows; none: the family cannot be exported."""
+        return ()
+
+    def save(
+        self, arch: str, params: Any, extra: Any, form: str, **options: Any
+    ) -> dict[str, np.ndarray]:
+        """Tensors under published names; loading them gives the same network."""
+        del params, extra, options
+        raise ConfigError(f"{arch}: cannot be written under published names ({form}).")

@@ -1,0 +1,28 @@
+"""All architectures that ``models.backbone`` knows, by family."""
+
+from dsad.core.config import listed, suggestion
+from dsad.core.errors import ConfigError
+from dsad.models import _family_vit, _names_plain, _names_resnet
+from dsad.models.family import Family
+
+FAMILIES: tuple[Family, ...] = (
+    _names_resnet.ResNets(),
+    _family_vit.ViTs(),
+    _names_plain.MobileNet(),
+    _names_plain.SqueezeNet(),
+)
+
+
+def archs() -> tuple[str, ...]:
+    """Names of all architectures."""
+    return tuple(name for family in FAMILIES for name in family.archs)
+
+
+def family_of(arch: str) -> Family:
+    """The family of an architecture; an unknown name lists what exists."""
+    for family in FAMILIES:
+        if arch in family.archs:
+            return family
+    raise ConfigError(
+        f"no backbone named {arch!r}.{suggestion(arch, archs())} Known: {listed(archs())}."
+    )
