@@ -50,6 +50,9 @@ class ViTs(Family):
         spec = spec_of(arch, options)
         return {name: spec.patch for name in vit.layer_names(spec)}
 
+    def channels(self, arch: str, **options: Any) -> int:
+        return spec_of(arch, options).width
+
     def preprocessing(self, arch: str) -> Preprocessing:
         side = vit.arch(arch).image
         known = functools.partial(Preprocessing, image_size=side, interpolation="bicubic")

@@ -68,12 +68,10 @@ def write(
 
 def formats() -> str:
     """Which formats suit which architectures, for people."""
-    groups = {
-        ", ".join(family.formats): _short(tuple(family.archs))
-        for family in registry.FAMILIES
-        if family.formats
-    }
-    return "; ".join(f"{form} for {which}" for form, which in groups.items())
+    groups: dict[str, list[str]] = {}
+    for family in registry.FAMILIES:
+        groups.setdefault(", ".join(family.formats), []).extend(family.archs)
+    return "; ".join(f"{form} for {_short(tuple(which))}" for form, which in groups.items() if form)
 
 
 def _short(archs: tuple[str, ...]) -> str:
