@@ -13,7 +13,8 @@ from dsad.cli import pretrain, workdir
 from dsad.core import rng
 from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureMaps, RunInfo, Specs
-from dsad.models import wrappers
+from dsad.models import export, wrappers
+from dsad.models.pretrained import Weights
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 
 
@@ -63,10 +64,7 @@ def load(spec: str, weights: str, seed: int) -> Any:
         return models.backbone(spec, weights or None, seed=seed)
     if weights:
         raise ConfigError("config.weights: a run brings its own weights; leave it empty.")
-    path, _, step = spec.removeprefix("run:").partition("@")
-    if step and not step.isdigit():
-        raise ConfigError(f"config.backbone={spec!r}: expected run:DIR or run:DIR@STEP.")
-    return from_run(path, int(step) if step else None)
+    return from_run(*_parsed(spec))
 
 
 def per_category(spec: str) -> bool:
@@ -127,6 +125,55 @@ def from_run(path: str, step: int | None = None) -> RunBackbone:
         arch=getattr(method, "arch", type(objective).__name__),
         description=f"{path} {origin}, seed {config.seed}",
     )  # fmt: skip
+
+
+def encoder(spec: str, weights: str) -> models.Backbone:
+    """A backbone as a network of ``models``, to export it: ``ARCH`` with weights, or a run."""
+    if wrappers.is_wrapper(spec):
+        raise ConfigError(f"--backbone={spec}: a wrapper has no weights; name what is inside.")
+    if spec.startswith("run:"):
+        if weights:
+            raise ConfigError("--weights: a run brings its own weights; leave it empty.")
+        return encoder_of_run(from_run(*_parsed(spec)))
+    if not weights:
+        raise ConfigError(
+            f"--backbone={spec}: name its weights with --weights=SPEC (a file, a directory or "
+            "hf:owner/name), or export a run with --backbone=run:DIR."
+        )
+    return models.backbone(spec, weights)
+
+
+def encoder_of_run(run: RunBackbone) -> models.Backbone:
+    """The network that a run trains, without its heads."""
+    taken = getattr(run.objective, "encoder_weights", None)
+    if taken is None:
+        raise ConfigError(
+            f"{run.description}: {type(run.objective).__name__} has no encoder that could be used "
+            "elsewhere."
+        )
+    found = taken(run.params, run.extra)
+    known = found.preprocessing
+    return models.Backbone(
+        params=found.params, extra=found.extra, arch=found.arch,
+        options=tuple(sorted(found.options.items())), mean=known.mean, std=known.std,
+        image_size=known.image_size, interpolation=known.interpolation,
+        description=run.description,
+    )  # fmt: skip
+
+
+def read_run(spec: str) -> Weights:
+    """The encoder of ``run:DIR`` or ``run:DIR@STEP`` under published names.
+
+    An entry point of the group ``dsad.weights``, so that ``models`` can read runs.
+    """
+    return export.as_weights(encoder_of_run(from_run(*_parsed(spec))))
+
+
+def _parsed(spec: str) -> tuple[str, int | None]:
+    path, _, step = spec.removeprefix("run:").partition("@")
+    if step and not step.isdigit():
+        raise ConfigError(f"config.backbone={spec!r}: expected run:DIR or run:DIR@STEP.")
+    return path, int(step) if step else None
 
 
 def key_for(seed: int) -> jax.Array:

@@ -13,6 +13,7 @@ COMMANDS = {
     "check-data": "check a data set and print every fault at once",
     "pretrain": "train an encoder on normal images",
     "evaluate": "measure how well a backbone localizes defects",
+    "export": "write an encoder under published names, for timm and torchvision",
     "report": "write report.html from one or more evaluations",
     "bench": "measure speed and memory, side by side with the peers that are installed",
 }

@@ -95,6 +95,9 @@ class Objective(Protocol):
 
     All methods are pure and jittable. ``extra`` holds everything that has no gradient: batch
     statistics, teacher, queue, frozen backbone. Its structure and dtypes never change.
+
+    An objective whose encoder can be used elsewhere also has ``encoder_weights(params, extra)``,
+    which returns a ``models.family.Encoder``: ``dsad export`` and ``run:DIR`` as weights need it.
     """
 
     def init(self, key: jax.Array, specs: Specs) -> tuple[Tree, Tree]:

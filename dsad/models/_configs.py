@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsad.core.errors import ConfigError
+from dsad.models._family_vit import TIMM_ARGUMENTS
 
 
 def beside(file: str, find: Callable[[str], pathlib.Path | None]) -> dict[str, Any]:
@@ -44,12 +45,24 @@ def _fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
     if isinstance(size, list) and len(size) == 3:  # channels, height, width
         size = size[1:]
     name = config.get("architecture")
+    arguments = config.get("model_args", {})
     return {
         "mean": _triple(own, "mean", path), "std": _triple(own, "std", path, positive=True),
         "input_size": _side(size, path), "interpolation": _text(own, "interpolation", path),
         "architecture": name if isinstance(name, str) else None,
-        "quick_gelu": "quickgelu" in name if isinstance(name, str) and "clip" in name else None,
+        "options": {
+            ours: arguments[theirs]
+            for ours, theirs in TIMM_ARGUMENTS.items()
+            if isinstance(arguments, Mapping) and isinstance(arguments.get(theirs), int)
+        },
+        "quick_gelu": _quick_gelu(name, arguments),
     }  # fmt: skip
+
+
+def _quick_gelu(name: Any, arguments: Any) -> bool | None:
+    if isinstance(arguments, Mapping) and "act_layer" in arguments:
+        return arguments["act_layer"] == "quick_gelu"
+    return "quickgelu" in name if isinstance(name, str) and "clip" in name else None
 
 
 def _open_clip(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:

@@ -50,6 +50,9 @@ class ViTs(Family):
         spec = spec_of(arch, options)
         return {name: spec.patch for name in vit.layer_names(spec)}
 
+    def channels(self, arch: str, **options: Any) -> int:
+        return spec_of(arch, options).width
+
     def preprocessing(self, arch: str) -> Preprocessing:
         side = vit.arch(arch).image
         known = functools.partial(Preprocessing, image_size=side, interpolation="bicubic")
@@ -77,6 +80,13 @@ class ViTs(Family):
             what=arch,
         )  # fmt: skip
         return Loaded(*trees, options, names.left_out(state, ignored))
+
+    def published(self, arch: str, **options: Any) -> tuple[str, dict[str, Any]]:
+        # In timm, a masked autoencoder's encoder is an ordinary transformer.
+        name = f"{arch.removeprefix('mae_')}_224" if arch.startswith("mae_") else arch
+        base, own = vit.arch(name), spec_of(arch, options)
+        values = {ours: (getattr(base, ours), getattr(own, ours)) for ours in TIMM_ARGUMENTS}
+        return name, {TIMM_ARGUMENTS[n]: new for n, (old, new) in values.items() if old != new}
 
     @property
     def formats(self) -> tuple[str, ...]:

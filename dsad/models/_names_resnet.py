@@ -97,6 +97,13 @@ class ResNets(Family):
         )
         return Loaded(*trees, options, names.left_out(state, IGNORED))
 
+    def check_complete(self, arch: str, *, stages: int = 4) -> None:
+        if stages < 4:
+            raise ConfigError(
+                f"{arch}: these weights end after layer{stages}, so no other library can load "
+                "them. Export weights with layer1 to layer4."
+            )
+
     @property
     def formats(self) -> tuple[str, ...]:
         return ("timm", "torchvision")  # the same names
@@ -104,11 +111,6 @@ class ResNets(Family):
     def save(
         self, arch: str, params: Any, extra: Any, form: str, *, stages: int = 4
     ) -> dict[str, np.ndarray]:
-        if stages < 4:
-            raise ConfigError(
-                f"{arch}: these weights end after layer{stages}; {form} has no such network. "
-                "Export weights with layer1 to layer4."
-            )
         return names.to_state(entries(self.network(arch, stages=stages).shapes()), params, extra)
 
 

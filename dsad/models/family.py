@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from dsad.core.errors import ConfigError
@@ -40,6 +41,16 @@ class Network(Protocol):
     def shapes(self) -> tuple[Any, Any]:
         """(params, extra) as nested dicts of ``ShapeDtypeStruct``."""
         ...
+
+
+class Encoder(NamedTuple):
+    """The encoder that an objective trains, as ``models.backbone`` would hold it."""
+
+    arch: str
+    options: Mapping[str, Any]
+    params: Any
+    extra: Any
+    preprocessing: Preprocessing
 
 
 class Loaded(NamedTuple):
@@ -84,6 +95,26 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def load(self, arch: str, state: Mapping[str, Any]) -> Loaded:
         """Trees from tensors under published names; ConfigError with a table of all faults."""
+
+    def channels(self, arch: str, **options: Any) -> int:
+        """Channels of the deepest feature map."""
+        network = self.network(arch, **options)
+        *_, last = self.strides(arch, **options)
+        side = self.preprocessing(arch).image_size
+        image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+        maps = jax.eval_shape(
+            lambda p, e, x: self.maps(network, p, e, x, (last,)), *network.shapes(), image
+        )
+        return maps[last].shape[-1]
+
+    def published(self, arch: str, **options: Any) -> tuple[str, dict[str, Any]]:
+        """Name of a network in timm, and the arguments in which it differs from that name's."""
+        del options
+        return arch, {}
+
+    def check_complete(self, arch: str, **options: Any) -> None:
+        """Refuse weights that end early, which no other library's network can load."""
+        del arch, options
 
     @property
     def formats(self) -> tuple[str, ...]:

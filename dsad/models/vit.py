@@ -152,6 +152,13 @@ def arch(name: str) -> Arch:
     return ARCHS[name]
 
 
+def changes(name: str, spec: Arch) -> dict[str, Any]:
+    """The fields in which ``spec`` differs from the architecture called ``name``."""
+    base = arch(name)
+    fields = (f.name for f in dataclasses.fields(Arch))
+    return {f: getattr(spec, f) for f in fields if getattr(spec, f) != getattr(base, f)}
+
+
 def layer_names(spec: Arch) -> tuple[str, ...]:
     """The feature maps of an architecture, first block first."""
     return tuple(f"block{i}" for i in range(spec.depth))

@@ -18,6 +18,7 @@ from dsad.core import rng, tree
 from dsad.core.errors import ConfigError
 from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
 from dsad.models import heads, resnet
+from dsad.models.family import Encoder, Preprocessing
 from dsad.ops.geometry import spatial_positives
 from dsad.ops.similarity import effective_rank, feature_std, self_attention, unit
 
@@ -388,6 +389,16 @@ class DS2:
             params["encoder"], extra["stats"]["encoder"], images, train=False
         )
         return {n: m.astype(jnp.float32) for n, m in maps.items()}
+
+    def encoder_weights(self, params: Any, extra: Any) -> Encoder:
+        """The online encoder; stages behind the last layer with a loss do not exist."""
+        view = self.cfg.view1
+        known = Preprocessing(
+            mean=view.mean, std=view.std, image_size=view.side, interpolation=view.filter, crop=1.0
+        )
+        options = {"stages": max(int(name[-1]) for name in self.cfg.layers)}
+        trees = params["encoder"], extra["stats"]["encoder"]
+        return Encoder(self.cfg.arch, options, *trees, known)
 
 
 def build(cfg: Config, run: RunInfo) -> DS2:

@@ -19,6 +19,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
 from dsad.models import vit
 from dsad.models.decoder import Decoder, DecoderConfig, patchify
+from dsad.models.family import Encoder, Preprocessing
 from dsad.models.transformer import Remat
 
 #: Random crop and flip: MAE needs no other augmentation, and colour changes harm it.
@@ -255,6 +256,15 @@ class MAE:
         """Maps ``block0`` ... of whole images; only ``layers`` where these are given."""
         maps, _ = self.encoder.apply(params["encoder"], extra["encoder"], images, layers=layers)
         return {n: m.astype(jnp.float32) for n, m in maps.items()}
+
+    def encoder_weights(self, params: Any, extra: Any) -> Encoder:
+        """The encoder, for whole images."""
+        view = self.cfg.view
+        known = Preprocessing(
+            mean=view.mean, std=view.std, image_size=view.side, interpolation=view.filter, crop=1.0
+        )
+        options = vit.changes(self.cfg.arch, self.encoder.spec)
+        return Encoder(self.cfg.arch, options, params["encoder"], extra["encoder"], known)
 
 
 def adopt_encoder(source: Mapping[str, Any], own: Any, arch: str) -> tuple[Any, str]:

@@ -1,0 +1,44 @@
+"""``dsad export``: an encoder as files that timm, torchvision and anomalib load."""
+
+from dsad.cli import backbones, flags
+from dsad.core.errors import ConfigError
+from dsad.core.tree import count
+from dsad.evaluation import stamp
+from dsad.models import export, registry
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    command = flags.Command(
+        "export", "write an encoder as model.safetensors and config.json under published names."
+    )
+    command.string("backbone", "", "run:DIR, run:DIR@STEP, or an architecture with --weights.")
+    command.string("weights", "", "File, directory, hf:owner/name[@revision][/file] or run:DIR.")
+    command.string("format", "", f"Names to write, default the first: {export.formats()}.")
+    command.string("out", "", "Directory to write into.")
+    command.switch("overwrite", "Replace an earlier export there.")
+    _, values, rest = command.parse(argv)
+    if rest or not values.backbone or not values.out:
+        raise ConfigError(
+            "dsad export: expected --backbone=SPEC and --out=DIR, for example --backbone=run:runs/a"
+            f" --out=exported{'; found ' + ' '.join(rest) if rest else ''}."
+        )
+    found = backbones.encoder(values.backbone, values.weights)
+    formats = registry.family_of(found.arch).formats
+    form = values.format or (formats[0] if formats else "")
+    written = export.write(
+        found, values.out, form=form, about={"code": stamp.code_version()},
+        overwrite=values.overwrite,
+    )  # fmt: skip
+    print(f"{found.arch} ({found.description}): {count(found.params):,} parameters")
+    for what, names in found.left_out:
+        print(f"left out, {what}: {_some(names)}")
+    for path in written.values():
+        print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def _some(names: tuple[str, ...]) -> str:
+    if len(names) <= 4:
+        return ", ".join(names)
+    return f"{names[0]}, {names[1]}, .. ({len(names)} tensors)"
