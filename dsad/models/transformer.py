@@ -173,3 +173,10 @@ def tap_blocks(
         x, _ = scan_blocks(part, x, spec, remat=remat)
         found[tap], start = x, tap + 1
     return found
+
+
+def forward_flops(spec: BlockSpec, tokens: int) -> int:
+    """Floating-point operations of the matrix products of all blocks for one sequence."""
+    d, n = spec.width, tokens
+    per_block = (4 + 2 * spec.mlp) * n * d * d + 2 * n * n * d  # multiply-adds
+    return 2 * spec.depth * per_block

@@ -17,7 +17,7 @@ from dsad.core import rng, tree
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError
 from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
-from dsad.models import vit
+from dsad.models import transformer, vit
 from dsad.models.decoder import Decoder, DecoderConfig, patchify
 from dsad.models.family import Encoder, Preprocessing
 from dsad.models.transformer import Remat
@@ -142,6 +142,16 @@ class MAE:
             cfg.decoder, source=spec.width, patch=spec.patch, grid=spec.grid, dtype=cfg.dtype,
             remat=cfg.remat,
         )  # fmt: skip
+
+    @property
+    def flops_per_image(self) -> int:
+        """Of the matrix products of a training step; the backward pass costs twice the forward."""
+        spec, cells = self.encoder.spec, self.encoder.spec.grid**2
+        pixels, width = 3 * spec.patch**2, self.cfg.decoder.width
+        linear = cells * pixels * spec.width + (self.keep + 1) * spec.width * width
+        linear += cells * width * pixels
+        blocks = transformer.forward_flops(spec.blocks, self.keep + 1)
+        return 3 * (2 * linear + blocks + transformer.forward_flops(self.decoder.blocks, cells + 1))
 
     def init(self, key: jax.Array, specs: Specs) -> tuple[Any, Any]:
         """``encoder`` and ``decoder``; extra: their fixed position tables."""
