@@ -50,7 +50,7 @@ def _parts(run: pretrain.Run, state: Any, inputs: Any) -> dict[str, Callable[[],
     batch = place_batch(inputs, run.mesh)
     if run.store is not None:
         batch = {
-            **{k: v[batch["index"]] for k, v in run.store.items()},
+            **jax.tree.map(lambda v: v[batch["index"]], run.store),
             "index": batch["index"], "epoch": batch["epoch"],
         }  # fmt: skip
     params, extra = jax.tree.map(lambda x: x.copy(), (state.params, state.extra))
