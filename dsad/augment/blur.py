@@ -7,12 +7,15 @@ import jax.numpy as jnp
 
 #: The kernel ends at this many of the largest standard deviations: 6e-5 of the mass lies beyond.
 TRUNCATE = 4.0
+#: A standard deviation, in pixels, so small that all weights but the middle one round to 0.
+NO_BLUR = 1e-3
 
 
-def _band(sigma: jax.Array, pixels: int, radius: int) -> jax.Array:
+def blur_matrix(sigma: jax.Array, pixels: int, radius: int) -> jax.Array:
     """Blur matrices (b, pixels, pixels): row o holds the weights of the inputs of output o.
 
     Pixels beyond the ends count as copies of the outermost ones: those collect the kernel's tails.
+    A ``sigma`` of NO_BLUR pixels gives the identity.
     """
     offsets = jnp.arange(radius + 1, dtype=jnp.float32)[None, :]
     half = jnp.exp(-0.5 * jnp.square(offsets / sigma[:, None]))  # taps 0 .. radius
@@ -30,12 +33,19 @@ def _band(sigma: jax.Array, pixels: int, radius: int) -> jax.Array:
 def gaussian_blur(images: jax.Array, sigma: jax.Array, *, radius: int) -> jax.Array:
     """Blur (b, h, w, c) images, h and w at least 2, with standard deviations ``sigma`` (b,) pixels.
 
+    ``sigma`` (b, 2) gives one along the height and one along the width.
     The sampled Gaussian, cut off at ``radius`` pixels and renormalised; edge pixels are repeated
     (scipy's mode "nearest"; Pillow, whose blur approximates the Gaussian by boxes, does the same).
     """
     height, width = images.shape[1:3]
-    rows = _band(sigma, height, radius)
-    columns = rows if height == width else _band(sigma, width, radius)
+    along = (sigma, sigma) if sigma.ndim == 1 else (sigma[:, 0], sigma[:, 1])
+    rows = blur_matrix(along[0], height, radius)
+    same = sigma.ndim == 1 and height == width
+    return along_both(images, rows, rows if same else blur_matrix(along[1], width, radius))
+
+
+def along_both(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """``rows`` (b, s, h) and ``columns`` (b, t, w) times images (b, h, w, c): (b, s, t, c)."""
     lines = jnp.swapaxes(images, 2, 3)  # as in crops.resized_crop: no transposes in between
     exact = jax.lax.Precision.HIGHEST
     lines = jnp.einsum("bsh,bhcw->bscw", rows, lines, precision=exact)

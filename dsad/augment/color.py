@@ -52,9 +52,10 @@ def _grey(lines: jax.Array) -> jax.Array:
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
-def _exact_mean(grey: jax.Array) -> jax.Array:
+def _exact_mean(grey: jax.Array, inside: jax.Array | None = None) -> jax.Array:
     """Mean (b,) of (b, h, 1, w) values in [0, 1], within 5e-7, as a sum of integers.
 
+    ``inside`` (b, h, w) bool restricts it to the pixels that are True, at least one per sample.
     A float sum depends on how the compiler groups it, which differs with the size of a device's
     share of the batch; an integer sum does not. Adding 2^(23 - bits) leaves the value's first
     ``bits`` binary places as the low bits of the float, several times faster than a conversion.
@@ -65,9 +66,14 @@ def _exact_mean(grey: jax.Array) -> jax.Array:
     shift = max(0, bits + width_bits + height_bits - 30)  # both sums stay below 2^31
     base = np.float32(2.0 ** (23 - bits))
     fixed = jax.lax.bitcast_convert_type(grey + base, jnp.int32) - base.view(np.int32)
+    if inside is not None:
+        fixed = jnp.where(inside[:, :, None, :], fixed, 0)
     rows = jnp.sum(fixed, axis=(2, 3))
-    total = jnp.sum((rows + (1 << shift >> 1)) >> shift, axis=1)
-    return total.astype(jnp.float32) * np.float32(2.0 ** (shift - bits) / (height * width))
+    total = jnp.sum((rows + (1 << shift >> 1)) >> shift, axis=1).astype(jnp.float32)
+    if inside is None:
+        return total * np.float32(2.0 ** (shift - bits) / (height * width))
+    count = jnp.sum(inside, axis=(1, 2), dtype=jnp.int32).astype(jnp.float32)
+    return total * np.float32(2.0 ** (shift - bits)) / count
 
 
 def _blend_grey(lines: jax.Array, factor: jax.Array, share: jax.Array) -> jax.Array:
@@ -76,9 +82,9 @@ def _blend_grey(lines: jax.Array, factor: jax.Array, share: jax.Array) -> jax.Ar
     return jnp.clip(blended, 0, 1)
 
 
-def _blend_mean(lines: jax.Array, factor: jax.Array) -> jax.Array:
+def _blend_mean(lines: jax.Array, factor: jax.Array, inside: jax.Array | None = None) -> jax.Array:
     """clip(factor * x + (1 - factor) * mean(grey(x))), factor (b,): contrast."""
-    added = (1 - factor) * _exact_mean(_grey(lines))
+    added = (1 - factor) * _exact_mean(_grey(lines), inside)
     return jnp.clip(_per_sample(factor) * lines + _per_sample(added), 0, 1)
 
 
@@ -153,13 +159,16 @@ def draw_jitter(
     return jax.vmap(draw)(keys)
 
 
-def apply_jitter(images: jax.Array, draws: JitterDraws, *, hue: bool = True) -> jax.Array:
+def apply_jitter(
+    images: jax.Array, draws: JitterDraws, *, hue: bool = True, inside: jax.Array | None = None
+) -> jax.Array:
     """Brightness, contrast, saturation and hue of ``images`` changed in each sample's own order.
 
     The order differs between samples, so the contrast is done both before and after the hue, and
     brightness and saturation in every gap, each neutral in the samples where it is not its turn.
     Only the contrast needs a mean over the image; everything between two means is one pass.
-    ``hue=False`` leaves the hue out, and with it what would follow it.
+    ``hue=False`` leaves the hue out, and with it what would follow it. ``inside`` (b, h, w) bool,
+    at least one True per sample, says which pixels the contrast takes its mean of; default all.
     """
     lines = original = _lines(images)
     turn = jnp.argsort(draws.order, axis=1)  # (b, 4): when each operation has its turn
@@ -179,7 +188,7 @@ def apply_jitter(images: jax.Array, draws: JitterDraws, *, hue: bool = True) -> 
     for after in range(2 if hue else 1):
         lines = pixel_operations(lines, 2 * after)
         mine = late[:, CONTRAST] == bool(after)
-        lines = _blend_mean(lines, jnp.where(mine, draws.factors[:, CONTRAST], 1))
+        lines = _blend_mean(lines, jnp.where(mine, draws.factors[:, CONTRAST], 1), inside)
         lines = pixel_operations(lines, 2 * after + 1)
         if hue and not after:
             lines = _shift_hue(lines, draws.shift)

@@ -117,16 +117,6 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
             f"found {cfg.batch_size}."
         )
     source = (dataset or data_base.load(cfg.data)).source("train")
-    pipeline = make_pipeline(
-        source,
-        canvas=cfg.data.canvas,
-        cache=cfg.data.cache,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        progress=progress,
-    )
     per_epoch, total = lengths(cfg, len(source))
     info = RunInfo(
         total_steps=total,
@@ -135,6 +125,17 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
         classes=len({r.category for r in source.records}),
     )
     objective = module.build(method, info)
+    pipeline = make_pipeline(
+        source,
+        canvas=cfg.data.canvas,
+        cache=cfg.data.cache,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        facts=getattr(objective, "facts", ()),  # optional: what it wants to know of each image
+        progress=progress,
+    )
     schedule = make_schedule(
         cfg.optim,
         batch_size=cfg.batch_size,

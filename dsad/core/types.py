@@ -13,7 +13,8 @@ FeatureMaps = dict[str, jax.Array]
 Tree = Any
 #: A batch on the device: ``image`` uint8 (b, H, W, 3) canvases, ``size`` int32 (b, 2) valid height
 #: and width of each canvas (the image fills the top left corner), ``index`` int32 (b,) sample
-#: index, ``epoch`` int32 (b,), ``category`` int32 (b,) and ``facts``, host-computed arrays.
+#: index, ``epoch`` int32 (b,), ``category`` int32 (b,) and ``facts``, a dict of host-computed
+#: arrays (b, ...): what the objective names in an optional ``facts``, see dsad.data.facts.
 Batch = Mapping[str, Any]
 Scalars = dict[str, jax.Array]
 

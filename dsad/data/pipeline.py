@@ -7,7 +7,7 @@ that knows grain, imported when a pipeline is made because that takes seconds.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from dsad.core.errors import ConfigError
 from dsad.core.types import Progress, Source
+from dsad.data import facts as image_facts
 
 CacheMode = Literal["device", "host", "none"]
 _THREADS = max(2, min(16, os.cpu_count() or 2))
@@ -44,20 +45,25 @@ def _category_ids(source: Source) -> np.ndarray:
 
 
 def canvases(
-    source: Source, side: int, *, progress: Progress | None = None
-) -> dict[str, np.ndarray]:
+    source: Source, side: int, *, facts: Sequence[str] = (), progress: Progress | None = None
+) -> dict[str, Any]:
     """All samples of a source as arrays, decoded by threads.
 
     ``image`` (N, side, side, 3) uint8, ``size`` (N, 2) int32 valid height and width, ``category``
-    (N,) int32 position in the sorted names of the source's categories. Raises DataError naming
-    the first file that cannot be read.
+    (N,) int32 position in the sorted names of the source's categories, ``facts``: a dict of arrays
+    (N, ...), those of ``dsad.data.facts`` that are asked for, of the images before they are
+    scaled. Raises DataError naming the first file that cannot be read.
     """
     total = len(source)
     image = np.zeros((total, side, side, 3), np.uint8)
     size = np.zeros((total, 2), np.int32)
+    found = image_facts.empty(facts, total)
 
     def place(i: int) -> int:
-        image[i], size[i] = canvas(source[i].image, side)
+        original = source[i].image
+        image[i], size[i] = canvas(original, side)
+        for name, value in image_facts.find(facts, original).items():
+            found[name][i] = value
         return i
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -68,28 +74,46 @@ def canvases(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {"image": image, "size": size, "category": _category_ids(source)}
+    return {"image": image, "size": size, "category": _category_ids(source), "facts": found}
 
 
-def _streamed(source: Source, side: int, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    placed = [canvas(source[int(i)].image, side) for i in batch["index"]]
-    return {
-        "image": np.stack([image for image, _ in placed]),
-        "size": np.asarray([size for _, size in placed], np.int32),
-    }
+class _Stream:
+    """Samples decoded when they are asked for; the facts of an image are found the first time."""
+
+    def __init__(self, source: Source, side: int, facts: Sequence[str]):
+        self.source, self.side, self.facts = source, side, facts
+        self.known: dict[int, dict[str, np.ndarray]] = {}
+
+    def sample(self, index: int) -> tuple[np.ndarray, tuple[int, int], dict[str, np.ndarray]]:
+        original = self.source[index].image
+        if index not in self.known:  # two threads may both find them, and find the same
+            self.known[index] = image_facts.find(self.facts, original)
+        return *canvas(original, self.side), self.known[index]
+
+    def batch(self, index: np.ndarray) -> dict[str, Any]:
+        samples = [self.sample(int(i)) for i in index]
+        facts = image_facts.empty(self.facts, len(samples))
+        for i, (_, _, found) in enumerate(samples):
+            for name, value in found.items():
+                facts[name][i] = value
+        return {
+            "image": np.stack([image for image, _, _ in samples]),
+            "size": np.asarray([size for _, size, _ in samples], np.int32),
+            "facts": facts,
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """Batches in a fixed order; ``store`` holds the cached arrays of :func:`canvases`, or None."""
 
-    store: dict[str, np.ndarray] | None
+    store: dict[str, Any] | None
     samples: int
     batch_size: int
     _dataset: Any
     _read_options: Any
 
-    def iterator(self) -> Iterator[dict[str, np.ndarray]]:
+    def iterator(self) -> Iterator[dict[str, Any]]:
         """A fresh grain DatasetIterator over this process's batches, without end.
 
         It has ``get_state`` and ``set_state`` (the next batch's number) and can be checkpointed
@@ -119,33 +143,38 @@ def make_pipeline(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    facts: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Pipeline:
     """The endless pipeline of this process's part (B = batch_size / process_count) of each batch.
 
     Every batch has ``index`` and ``epoch`` (B,) int32. With cache "host" and "none" also ``image``
-    (B, canvas, canvas, 3) uint8, ``size`` (B, 2) and ``category`` (B,) int32; with "device" the
-    caller gathers from ``store`` by index. Batches run across the ends of epochs, nothing is
-    dropped. Process p of P takes the elements p, p + P, ... of the global order.
+    (B, canvas, canvas, 3) uint8, ``size`` (B, 2) and ``category`` (B,) int32, and ``facts``, a dict
+    of arrays (B, ...) with the named facts of ``dsad.data.facts``, found once per image; with
+    "device" the caller gathers from ``store`` by index. Batches run across the ends of epochs,
+    nothing is dropped. Process p of P takes the elements p, p + P, ... of the global order.
     """
     import grain
 
-    samples, side = len(source), canvas
+    samples, side, facts = len(source), canvas, image_facts.check(facts)
     _refuse(samples, batch_size, process_index, process_count)
     if cache not in ("device", "host", "none"):
         raise ConfigError(f"config.data.cache: expected device, host or none; found {cache!r}.")
-    store = None if cache == "none" else canvases(source, side, progress=progress)
+    store, stream = None, _Stream(source, side, facts)
+    if cache != "none":
+        store = canvases(source, side, facts=facts, progress=progress)
     category = _category_ids(source)
 
     def number(position: int, index: int) -> dict[str, np.integer]:
         return {"index": np.int32(index), "epoch": np.int32(position // samples)}
 
-    def with_images(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def with_images(batch: dict[str, Any]) -> dict[str, Any]:
         index = batch["index"]
         if store is None:
-            arrays = _streamed(source, side, batch)
+            arrays = stream.batch(index)
         else:
             arrays = {name: store[name][index] for name in ("image", "size")}
+            arrays["facts"] = {name: rows[index] for name, rows in store["facts"].items()}
         return {**batch, **arrays, "category": category[index]}
 
     order = grain.MapDataset.range(samples).seed(seed).shuffle().repeat().map_with_index(number)

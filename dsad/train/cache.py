@@ -16,20 +16,21 @@ REPLICATE_BELOW = 2**30
 
 
 def device_store(
-    host: dict[str, np.ndarray], mesh: Mesh, *, replicate_below: int = REPLICATE_BELOW
+    host: dict[str, Any], mesh: Mesh, *, replicate_below: int = REPLICATE_BELOW
 ) -> tuple[Any, Fetch]:
-    """Put arrays (N, ...) on the mesh; returns (store, fetch).
+    """Put arrays (N, ...), in nested dicts, on the mesh; returns (store, fetch).
 
     ``fetch(store, {"index", "epoch"})`` gives the batch with the rows of ``index`` (b,), split
     over the mesh. Whole copies are gathered locally. Split sets exchange only the batch: every
     device contributes the rows it owns and a reduce-scatter in the arrays' own type (uint8 for
     images) adds them up, exactly because all but one contribution are zero.
     """
-    if sum(a.nbytes for a in host.values()) <= replicate_below or mesh.size == 1:
+    arrays = jax.tree.leaves(host)
+    if sum(a.nbytes for a in arrays) <= replicate_below or mesh.size == 1:
         store = jax.device_put(host, replicated(mesh))
         return store, lambda store, inputs: _with_inputs(_take(store, inputs["index"]), inputs)
-    rows = -(-len(next(iter(host.values()))) // mesh.size) * mesh.size
-    padded = {k: np.pad(a, [(0, rows - len(a))] + [(0, 0)] * (a.ndim - 1)) for k, a in host.items()}
+    rows = -(-len(arrays[0]) // mesh.size) * mesh.size
+    padded = jax.tree.map(lambda a: np.pad(a, [(0, rows - len(a))] + [(0, 0)] * (a.ndim - 1)), host)
     store = jax.device_put(padded, batch_sharding(mesh))
     gather = jax.shard_map(
         _owned_rows, mesh=mesh, in_specs=(BATCH_SPEC, PartitionSpec()), out_specs=BATCH_SPEC
@@ -38,7 +39,7 @@ def device_store(
 
 
 def _take(store: Any, index: jax.Array) -> Any:
-    return {k: jnp.take(a, index, axis=0) for k, a in store.items()}
+    return jax.tree.map(lambda a: jnp.take(a, index, axis=0), store)
 
 
 def _owned_rows(store: Any, index: jax.Array) -> Any:
@@ -57,4 +58,4 @@ def _owned_rows(store: Any, index: jax.Array) -> Any:
 
 
 def _with_inputs(rows: Any, inputs: Any) -> Batch:
-    return {**rows, "index": inputs["index"], "epoch": inputs["epoch"], "facts": {}}
+    return {"facts": {}, **rows, "index": inputs["index"], "epoch": inputs["epoch"]}

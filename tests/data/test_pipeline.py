@@ -1,16 +1,21 @@
 """The input pipeline: canvases, one order in every cache mode, resume, process shards."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from dsad.core.errors import ConfigError, DataError
+from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.types import Record, Sample
+from dsad.data import facts
 from dsad.data.base import load
 from dsad.data.pipeline import canvas, canvases, make_pipeline
+from dsad.train.cache import device_store
 from tests.data import trees
 
 SIDE = 20
+FACTS = ("original_size", "foreground_box")
 
 
 class Source:
@@ -41,12 +46,20 @@ def take(iterator, count):
     return [next(iterator) for _ in range(count)]
 
 
+def leaves(batch):
+    """The arrays of a batch, those of its facts by their path."""
+    facts = batch.get("facts", {})
+    return {k: v for k, v in batch.items() if k != "facts"} | {
+        f"facts/{name}": rows for name, rows in facts.items()
+    }
+
+
 def flat(batches, name="index"):
     return np.concatenate([b[name] for b in batches]).tolist()
 
 
 def equal(left, right):
-    for a, b in zip(left, right, strict=True):
+    for a, b in zip(map(leaves, left), map(leaves, right), strict=True):
         assert a.keys() == b.keys()
         for name in a:
             assert a[name].dtype == b[name].dtype
@@ -79,6 +92,7 @@ def test_canvas_never_loses_a_dimension():
 def test_canvases():
     calls = []
     store = canvases(Source(), SIDE, progress=lambda *args: calls.append(args))
+    assert store.pop("facts") == {}
     assert {k: (v.shape, v.dtype.name) for k, v in store.items()} == {
         "image": ((11, 20, 20, 3), "uint8"),
         "size": ((11, 2), "int32"),
@@ -122,13 +136,72 @@ def test_cache_modes_agree():
     assert flat(device) == flat(host)
     assert flat(device, "epoch") == flat(host, "epoch")
     assert set(device[0]) == {"index", "epoch"}
-    assert set(host[0]) == {"index", "epoch", "image", "size", "category"}
+    assert set(host[0]) == {"index", "epoch", "image", "size", "category", "facts"}
     batch = host[5]
     assert batch["image"][:, 0, 0, 0].tolist() == (10 * batch["index"] + 1).tolist()
     assert batch["category"].tolist() == (batch["index"] % 2).tolist()
     assert batch["size"].tolist() == [[6 + i, 17 - i] for i in batch["index"]]
     assert pipeline("none").store is None
-    assert set(pipeline("host").store) == {"image", "size", "category"}
+    assert set(pipeline("host").store) == {"image", "size", "category", "facts"}
+
+
+class Objects(Source):
+    """The same, with one bright object in each, and a count of the images read."""
+
+    def __init__(self, count=11):
+        super().__init__(count)
+        self.read = []
+
+    def __getitem__(self, index, /):
+        self.read.append(index)
+        sample = super().__getitem__(index)
+        sample.image[2:5, 3 : 4 + index % 3] = 255
+        return sample
+
+
+def test_facts_are_those_of_the_original_in_all_cache_modes():
+    """Side 8 scales every image down; facts of the canvas would differ."""
+    mesh = make_mesh(MeshConfig())
+    found = {}
+    for cache in ("device", "host", "none"):
+        made = make_pipeline(Objects(), canvas=8, cache=cache, batch_size=8, seed=0, facts=FACTS)
+        batches = take(made.iterator(), 6)
+        if cache == "device":
+            assert set(made.store["facts"]) == set(FACTS)
+            for limit in (0, 2**30):
+                store, fetch = device_store(made.store, mesh, replicate_below=limit)
+                gathered = [jax.jit(fetch)(store, place_batch(b, mesh)) for b in batches]
+                found[limit] = jax.device_get(gathered)
+        else:
+            found[cache] = batches
+    for other in ("none", 0, 2**30):
+        equal(found["host"], found[other])
+    for batch in found["host"]:
+        index = batch["index"]
+        assert batch["facts"]["original_size"].tolist() == [[6 + i, 17 - i] for i in index]
+        assert batch["facts"]["original_size"].dtype == np.int32
+        expected = [facts.foreground_box(Objects()[int(i)].image).tolist() for i in index]
+        assert batch["facts"]["foreground_box"].tolist() == expected
+        assert batch["facts"]["foreground_box"].dtype == np.int32
+
+
+def test_a_stream_finds_the_facts_of_an_image_once(monkeypatch):
+    source, calls = Objects(), []
+
+    def counted(image):
+        calls.append(image.shape[:2])
+        return facts.original_size(image)
+
+    fact = facts.FACTS["original_size"]._replace(function=counted)
+    monkeypatch.setattr(facts, "FACTS", {"original_size": fact})
+    monkeypatch.setattr("dsad.data.pipeline._THREADS", 1)
+    stream = pipeline("none", batch_size=11, source=source, facts=("original_size",)).iterator()
+    batches = take(stream, 3)
+    assert sorted(calls) == sorted((6 + i, 17 - i) for i in range(11))
+    assert len(source.read) >= 33  # the images themselves are read in every epoch
+    for batch in batches:
+        sizes = [[6 + i, 17 - i] for i in batch["index"]]
+        assert batch["facts"]["original_size"].tolist() == sizes
 
 
 def test_batch_larger_than_the_set():
@@ -176,17 +249,19 @@ def test_checkpoint_through_orbax(tmp_path):
 @pytest.mark.parametrize("cache", ["device", "none"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_interleave_to_the_one_stream(cache, count):
-    whole = take(pipeline(cache, batch_size=8).iterator(), 6)
+    whole = take(pipeline(cache, batch_size=8, facts=FACTS).iterator(), 6)
     parts = [
         take(
-            pipeline(cache, batch_size=8, process_index=p, process_count=count).iterator(),
+            pipeline(
+                cache, batch_size=8, process_index=p, process_count=count, facts=FACTS
+            ).iterator(),
             6,
         )
         for p in range(count)
     ]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(map(leaves, whole)):
         for name in batch:
-            pieces = np.stack([part[step][name] for part in parts], 1)
+            pieces = np.stack([leaves(part[step])[name] for part in parts], 1)
             np.testing.assert_array_equal(pieces.reshape(batch[name].shape), batch[name])
 
 
@@ -199,3 +274,5 @@ def test_refused_settings():
         pipeline(process_index=2, process_count=2)
     with pytest.raises(ConfigError, match=r"found 'disk'"):
         pipeline("disk")
+    with pytest.raises(ConfigError, match=r"'foreground_bax'. Did you mean 'foreground_box'"):
+        pipeline(facts=("foreground_bax",))

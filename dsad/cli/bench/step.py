@@ -77,7 +77,7 @@ def _parts(
     batch = place_batch(inputs, run.mesh)
     if run.store is not None:
         batch = {
-            **{k: v[batch["index"]] for k, v in run.store.items()},
+            **jax.tree.map(lambda v: v[batch["index"]], run.store),
             "index": batch["index"], "epoch": batch["epoch"],
         }  # fmt: skip
     key = rng.named(jax.random.key(run.config.seed), "views")
