@@ -1,6 +1,7 @@
 """ISSTAD (Jin et al., 2023), second stage: one model per category, after a first stage of MAE.
 
-    dsad pretrain --config=configs/mae.py:isstad,bottle --config.data.root=MVTEC --workdir=runs/mae-bottle
+    dsad pretrain --config=configs/mae.py:isstad,bottle --config.data.root=MVTEC \
+        --workdir=runs/mae-bottle
     dsad pretrain --config=configs/isstad.py:mvtec,bottle --config.data.root=MVTEC \
         --config.init_from=runs/mae-bottle --workdir=runs/isstad-bottle
     dsad evaluate --config=configs/isstad_detector.py --config.backbone=run:runs/isstad-bottle \
@@ -100,6 +101,8 @@ def _small(config):
 
 def _mtd(config):
     config.data.name = "mtd:grouped"
+    # Tiles are cut to a few hundred pixels; the method's lengths are those of whole photographs.
+    config.objective.corruption.original_side = 1024.0
     if config.objective.encoder.arch == "mae_vit_tiny_patch16":
         config.epochs, config.optim.warmup_epochs = 28.0, 1.0
 

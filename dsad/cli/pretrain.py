@@ -19,6 +19,7 @@ from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.types import Dataset, Objective, RunInfo, Specs
 from dsad.data import base as data_base
 from dsad.data.pipeline import Pipeline, make_pipeline
+from dsad.models import pretrained
 from dsad.train.cache import device_store
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.loop import Loop, train
@@ -200,15 +201,54 @@ def _first_state(run: Run, out: Console) -> Any:
     state = initial_state(run.objective, run.tx, run.specs, run.abstract, run.config.seed)
     params, extra = state.params, state.extra
     if run.config.init_from:
-        earlier = Checkpointer(run.config.init_from, CheckpointConfig(), read_only=True)
-        source_params, source_extra, step = earlier.weights()
-        earlier.close()
-        source = {"params": source_params, "extra": source_extra}
+        source, origin = _source(run.objective, run.config.init_from)
         params, extra, report = run.objective.adopt(source, params, extra)
-        out.print(f"from {run.config.init_from} step {step}: {report}")
+        out.print(f"from {origin}: {report}")
     extra = run.objective.prepare(params, extra, _one_epoch(run))
     state = dataclasses.replace(state, params=params, extra=extra)
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, run.abstract))
+
+
+def _source(objective: Objective, spec: str) -> tuple[Any, str]:
+    """The weights of ``init_from`` for the objective's ``adopt``, and what they are.
+
+    A run's directory, or published weights as ``models.pretrained.read`` takes them.
+    """
+    if _is_run(spec):
+        earlier = Checkpointer(spec, CheckpointConfig(), read_only=True)
+        params, extra, step = earlier.weights()
+        earlier.close()
+        return {"params": params, "extra": extra}, f"{spec} step {step}"
+    imported = getattr(objective, "imported", None)  # optional: not part of the seam
+    if imported is None:
+        raise ConfigError(
+            f"config.init_from={spec!r}: expected the directory of a pretraining run; this "
+            "objective takes no published weights."
+        )
+    weights = pretrained.read(spec)
+    return imported(weights), weights.source
+
+
+def _is_run(spec: str) -> bool:
+    return (epath.Path(os.path.expanduser(spec)) / "checkpoints").is_dir()
+
+
+def _check_source(cfg: PretrainConfig, module: Any) -> None:
+    """Refuse a start that cannot be read, before anything is claimed or computed."""
+    needed = getattr(module, "NEEDS_SOURCE", "")
+    if needed and not cfg.init_from:
+        raise ConfigError(
+            f"config.init_from: this objective starts from {needed}; name it with "
+            "--config.init_from=DIR."
+        )
+    if cfg.init_from and not _is_run(cfg.init_from):
+        try:
+            pretrained.read(cfg.init_from)
+        except ConfigError as error:
+            raise ConfigError(
+                f"config.init_from={cfg.init_from!r}: neither a pretraining run (no checkpoints "
+                f"there) nor weights: {error}"
+            ) from error
 
 
 def _one_epoch(run: Run) -> Iterator[Any]:
@@ -241,10 +281,9 @@ def main(argv: list[str]) -> int:
     if rest:
         raise ConfigError(f"dsad pretrain: unexpected argument {rest[0]!r}.")
     out = console.console()
-    cfg, _, _ = parse(config)
+    cfg, module, _ = parse(config)
+    _check_source(cfg, module)
     dataset = console.loaded(cfg.data, out)
-    if cfg.init_from:
-        Checkpointer(cfg.init_from, CheckpointConfig(), read_only=True).close()
     run = prepare(config, out, dataset)
     path = workdir.claim(
         values.workdir, "pretrain", config.to_dict(), resume=values.resume,

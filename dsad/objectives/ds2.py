@@ -7,7 +7,7 @@ features are most similar. There are no negatives; the keys come from a momentum
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -19,6 +19,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
 from dsad.models import heads, resnet
 from dsad.models.family import Encoder, Preprocessing
+from dsad.models.pretrained import resnet_trees
 from dsad.ops.geometry import spatial_positives
 from dsad.ops.similarity import effective_rank, feature_std, self_attention, unit
 
@@ -377,6 +378,20 @@ class DS2:
         extra = {**extra, "stats": {**extra["stats"], "encoder": stats}}
         report = f"encoder: {len(jax.tree.leaves(encoder))} tensors; heads start anew"
         return params, self._with_teacher(params, extra), report
+
+    def imported(self, weights: Mapping[str, Any]) -> Any:
+        """Published tensors of the encoder as a source for ``adopt``; later stages are left out."""
+        params, stats, found = resnet_trees(self.cfg.arch, weights)
+        deepest = max(int(name[-1]) for name in self.cfg.layers)
+        later = tuple(f"layer{s}_" for s in range(deepest + 1, found + 1))
+
+        def kept(trees: Any) -> Any:
+            return {k: v for k, v in trees.items() if not k.startswith(later)} if later else trees
+
+        return {
+            "params": {"encoder": kept(params)},
+            "extra": {"stats": {"encoder": kept(stats)}},
+        }
 
     def prepare(self, params: Any, extra: Any, batches: Iterable[Batch]) -> Any:
         """DS2 needs no pass over the data."""

@@ -8,7 +8,7 @@ as normal or corrupted while the last one also paints the image.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -25,10 +25,13 @@ from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
 from dsad.models import transformer, vit
 from dsad.models.decoder import Decoder, DecoderConfig, patchify, unpatchify
 from dsad.models.draws import uniform_draws
+from dsad.models.pretrained import mae_trees
 from dsad.models.transformer import Remat
 from dsad.objectives.mae import EncoderConfig, adopt_encoder
 from dsad.ops.ssim import ssim
 
+#: What ``init_from`` has to name: the frozen encoder comes from somewhere.
+NEEDS_SOURCE = "a run of the objective mae on the same images, or weights of a published MAE"
 #: Maps that the second stage adds to those of its encoder.
 PIXEL_MAPS = ("probability", "error", "reconstruction")
 
@@ -107,9 +110,6 @@ class ISSTAD:
 
     #: The weighted mean over the pixels of a batch is not the mean of its parts' means.
     couples_batch = True
-    #: The frozen encoder has to come from somewhere.
-    needs_source = "a run of the objective mae on the same images, or weights of a published MAE"
-
     def __init__(self, cfg: Config, run: RunInfo):
         del run
         self.cfg = cfg
@@ -281,6 +281,11 @@ class ISSTAD:
         params = {**params, "decoder": {**found, "blocks": grown}}
         report += f", frozen; decoder: {others} blocks taken over, {depth - others} new"
         return params, extra, report
+
+    def imported(self, weights: Mapping[str, Any]) -> Any:
+        """Published tensors of a masked autoencoder as a source for ``adopt``."""
+        params, extra = mae_trees(self.encoder.spec, weights)
+        return {"params": params, "extra": extra}
 
     def prepare(self, params: Any, extra: Any, batches: Iterable[Batch]) -> Any:
         """ISSTAD needs no pass over the data."""

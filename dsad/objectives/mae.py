@@ -20,6 +20,7 @@ from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
 from dsad.models import transformer, vit
 from dsad.models.decoder import Decoder, DecoderConfig, patchify
 from dsad.models.family import Encoder, Preprocessing
+from dsad.models.pretrained import mae_trees
 from dsad.models.transformer import Remat
 
 #: Random crop and flip: MAE needs no other augmentation, and colour changes harm it.
@@ -250,6 +251,14 @@ class MAE:
             )
         report += f"; decoder: {len(jax.tree.leaves(found))} tensors"
         return {**params, "decoder": found}, extra, report
+
+    def imported(self, weights: Mapping[str, Any]) -> Any:
+        """Published tensors of a masked autoencoder as a source for ``adopt``.
+
+        Raises ConfigError with a table of what does not fit.
+        """
+        params, extra = mae_trees(self.encoder.spec, weights)
+        return {"params": params, "extra": extra}
 
     def prepare(self, params: Any, extra: Any, batches: Iterable[Batch]) -> Any:
         """MAE needs no pass over the data."""

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from dsad.augment.corrupt import CorruptionConfig
 
+from dsad.augment.corrupt import CorruptionConfig
 from dsad.augment.views import ViewConfig
 from dsad.core import config as core_config
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
