@@ -188,11 +188,11 @@ def apply_change(images: jax.Array, change: Change, size: jax.Array) -> jax.Arra
     images = adjust_saturation(images, jnp.where(change.grey, jnp.float32(0), jnp.float32(1)))
     sigma = change.sigma[:, None] * side / size.astype(jnp.float32)
     sigma = jnp.where(change.blur[:, None], sigma, NO_BLUR)
-    # A mirrored image comes from the blur's matrices with their rows in reverse order.
+    blurs = (blur_matrix(sigma[:, i], side, side - 1) for i in range(2))
+    # With the rows of its matrix in reverse order the blur also mirrors.
     rows, columns = (
-        jnp.where(change.mirror[:, i, None, None], jnp.flip(m, 1), m)
-        for i in range(2)
-        for m in (blur_matrix(sigma[:, i], side, side - 1),)
+        jnp.where(change.mirror[:, i, None, None], jnp.flip(matrix, 1), matrix)
+        for i, matrix in enumerate(blurs)
     )
     images = jnp.clip(along_both(images, rows, columns), 0, 1)  # sums may round above 1
     mixed = 0.5 * images + (0.5 / 255) * _noise(change.noise_key, images.shape)

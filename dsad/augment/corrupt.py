@@ -80,10 +80,9 @@ def corrupt(
     """Corrupted images (b, S, S, 3) float32 in [0, 1] and labels (b, S, S) bool.
 
     Pure and jittable with a static ``config``. Sample i depends on its own rows alone, not on its
-    place in the batch or the devices. Where the label is False the image is exactly as it came,
-    except under ``label="mask"``, whose labels cover every shape. After ISSTAD (arXiv 2303.17354,
-    its second stage). The corruption acts at the working size: lengths and draws are those of the
-    original, but noise is drawn for working pixels, and nothing is rounded to bytes.
+    place in the batch or the devices. Where the label is False the image is exactly as it came.
+    After the second stage of ISSTAD (arXiv 2303.17354), at the working size: lengths and draws are
+    those of the original, but noise is drawn for working pixels, and nothing is rounded to bytes.
 
     Args:
       images: (b, S, S, 3) float32 in [0, 1], whole images resized to the working size without

@@ -186,8 +186,7 @@ def test_one_device_equals_eight(config):
     np.testing.assert_allclose(split, found, rtol=0, atol=1e-6)
 
 
-def test_patches_cost_the_same_in_any_image():
-    """The work is done in windows that grow with an eighth of the side."""
+def test_the_window_of_a_patch_is_little_more_than_an_eighth_of_the_side():
     assert _patches.window(224) == 36
     assert _patches.window(448) == 64
 
