@@ -6,6 +6,15 @@ from dsad.core.tree import count
 from dsad.evaluation import stamp
 from dsad.models import export, registry
 
+#: How the other library loads what was written.
+_USE = {
+    "timm": 'timm.create_model("local-dir:{folder}", pretrained=True)',
+    "torchvision": (
+        "net = torchvision.models.{arch}(); net.fc = torch.nn.Identity(); net.load_state_dict("
+        'safetensors.torch.load_file("{folder}/model.safetensors"))'
+    ),
+}
+
 
 def main(argv: list[str]) -> int:
     """The command."""
@@ -35,6 +44,8 @@ def main(argv: list[str]) -> int:
         print(f"left out, {what}: {_some(names)}")
     for path in written.values():
         print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    if form in _USE:
+        print(f"use: {_USE[form].format(folder=values.out, arch=found.arch)}")
     return 0
 
 

@@ -65,6 +65,7 @@ class ViTs(Family):
         return known(mean=_HALF, std=_HALF, crop=0.9)
 
     def load(self, arch: str, state: Mapping[str, Any]) -> Loaded:
+        _check_names(arch, state)
         _check_activation(arch, state)
         style, prefix = _names_vit.style_of(state)
         options = dict(getattr(state, "options", {}))
@@ -117,6 +118,18 @@ def spec_of(arch: str, options: Mapping[str, Any]) -> vit.Arch:
 @functools.cache
 def _network(arch: str, options: tuple[tuple[str, Any], ...]) -> vit.ViT:
     return vit.ViT(spec_of(arch, dict(options)))
+
+
+def _check_names(arch: str, state: Mapping[str, Any]) -> None:
+    if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in state) or any(
+        ".self_attn.q_proj." in name for name in state
+    ):
+        raise ConfigError(
+            f"weights do not fit {arch}: these are the names of the library transformers, which "
+            "dsad does not read. The same weights are published in timm's names, such as "
+            "hf:timm/vit_small_patch14_dinov2.lvd142m, hf:timm/vit_base_patch16_224.mae and "
+            "hf:timm/vit_base_patch16_clip_224.openai."
+        )
 
 
 def _check_activation(arch: str, state: Mapping[str, Any]) -> None:

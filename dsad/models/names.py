@@ -210,8 +210,10 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 def _leaf(entry: Entry, tensors: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    # A copy in C order: the file's memory is not kept, and later views are cheap.
-    leaf = np.array(entry.read([t.astype(np.float32) for t in tensors]), np.float32, order="C")
+    wide = [t.astype(np.float32, copy=False) for t in tensors]
+    leaf = np.asarray(entry.read(wide), np.float32, order="C")
+    if any(np.may_share_memory(leaf, t) for t in tensors):
+        leaf = leaf.copy()  # the file's memory is not kept, nor can it be written into
     if leaf.shape != shape:
         raise ValueError(f"{entry.path}: read gives {leaf.shape}, the tree holds {shape}")
     return leaf

@@ -99,7 +99,8 @@ def _from_path(text: str) -> Weights:
     if not path.exists() and "#" in path.name:
         stem, _, key = path.name.rpartition("#")
         path = path.with_name(stem)
-    if path.is_dir():
+    inside = path.is_dir()
+    if inside:
         path = _files.choose(path)
     if not path.is_file():
         raise ConfigError(f"weights {path}: no such file.")
@@ -109,7 +110,8 @@ def _from_path(text: str) -> Weights:
         other = path.with_name(name)
         return other if other.is_file() else None
 
-    source = path.name + (f"#{key}" if key else "")
+    source = f"{path.parent.name}/{path.name}" if inside else path.name
+    source += f"#{key}" if key else ""
     return Weights(tensors=tensors, source=source, **_configs.beside(path.name, find))
 
 

@@ -50,6 +50,7 @@ def test_names_shapes_config_and_the_way_back(resnet_file, tmp_path, capsys):
     assert "left out, classifier: fc.weight, fc.bias" in text
     assert f"written: {out / 'model.safetensors'} (44." in text
     assert "11,176,512 parameters" in text
+    assert "net.fc = torch.nn.Identity()" in text
     tensors = safetensors.numpy.load_file(out / "model.safetensors")
     want = {n: tuple(s) for n, s in published.resnet(classes=0).items()}
     assert {n: t.shape for n, t in tensors.items()} == want
@@ -217,6 +218,21 @@ def test_torch_networks_load_strictly_and_compute_the_same(resnet_file, tmp_path
         assert all(t.is_contiguous() for t in state.values())
         theirs.load_state_dict(state, strict=True)
         same_features(theirs, ours, side)
+
+
+def test_torchvision_loads_strictly_and_computes_the_same(resnet_file, tmp_path):
+    torch = _torch()
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    found = backbone("resnet18", resnet_file)
+    written = export.write(found, tmp_path, form="torchvision")
+    tensors = safetensors.numpy.load_file(written["model.safetensors"])
+    network = torchvision.models.resnet18().eval()
+    network.fc = torch.nn.Identity()
+    network.load_state_dict({n: torch.from_numpy(t) for n, t in tensors.items()}, strict=True)
+    with torch.no_grad():
+        pooled = network(torch.from_numpy(images(64).transpose(0, 3, 1, 2).copy())).numpy()
+    ours = np.asarray(found(images(64))["layer4"]).mean((1, 2))
+    np.testing.assert_allclose(ours, pooled, rtol=1e-3, atol=1e-4 * np.abs(pooled).max())
 
 
 TIMM = {

@@ -317,6 +317,9 @@ def test_weights_of_another_kind_get_one_line_instead_of_a_table():
         backbone("vit_tiny_patch16_224", published.by_rule({"conv1.weight": (4, 3, 2, 2)}))
     with pytest.raises(ConfigError, match="torchvision ResNet names"):
         backbone("resnet18", weights("vit"))
+    other = {"vit.embeddings.patch_embeddings.projection.weight": np.zeros(1)}
+    with pytest.raises(ConfigError, match="library transformers.*hf:timm/"):
+        backbone("vit_base_patch16_224", other)
     with pytest.raises(ConfigError, match="CLIP's names do not fit"):
         backbone("vit_base_patch16_224", weights("clip"))
 
