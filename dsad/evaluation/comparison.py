@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from dsad.evaluation import figures, gallery, thresholds
+from dsad.evaluation import figures, gallery, panels, thresholds
 from dsad.evaluation.results import Results
 
 #: Pictures per section of what one of two runs does better.
@@ -241,4 +241,18 @@ def _case(found: Sequence[_Images], category: str, path: str, side: int) -> dict
             pictures.append(("overlay", figures.data_uri(figures.overlay(image, units))))
         facts.append({"run": images.run, **images.entries[path]})
     entry = next(f.entries[path] for f in found if path in f.entries)
-    return {"entry": entry, "facts": facts, "pictures": pictures}
+    further = [row for images in found if (row := _panels(images, category, path, size, several))]
+    return {"entry": entry, "facts": facts, "pictures": pictures, "panels": further}
+
+
+def _panels(
+    images: _Images, category: str, path: str, size: tuple[int, int], several: bool
+) -> list[tuple[str, str]]:
+    """Labels and pictures of what a run's own detector shows of an image, if it was a case."""
+    row = []
+    for name in panels.names(images.run.results.gallery):
+        values = images.array(f"panel/{name}", category, path)
+        if values is not None:
+            whose = f"{images.run.name}: " if several else ""
+            row.append((f"{whose}{name}", figures.data_uri(figures.scaled(values, size))))
+    return row

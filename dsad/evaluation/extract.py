@@ -48,13 +48,13 @@ class Extractor:
 
         Raises ConfigError for a layer that it does not have, here or when it first runs.
         """
-        if hasattr(backbone, "only"):
+        if self.then or hasattr(backbone, "only"):
             images = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.float32)
             self._check(jax.eval_shape(backbone, images))
+        if hasattr(backbone, "only"):
             backbone = backbone.only(self.layers)
-        leaves = jax.tree.leaves(backbone)
-        if leaves and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
-            network = jax.device_put(_untitled(backbone), replicated(self.mesh))
+        if _is_arrays(backbone):
+            network = placed(_untitled(backbone), self.mesh)
             self._run: Callable[[jax.Array], Any] = functools.partial(self._with_tree, network)
         else:
             forward = functools.partial(self._forward, backbone)
@@ -81,6 +81,16 @@ class Extractor:
                 f"detector.layers: the backbone has no feature map {listed(missing)}; "
                 f"it has: {listed(maps)}."
             )
+
+
+def placed(backbone: Any, mesh: Mesh) -> Any:
+    """The backbone with its arrays on every device; one that is no pytree of arrays as it is."""
+    return jax.device_put(backbone, replicated(mesh)) if _is_arrays(backbone) else backbone
+
+
+def _is_arrays(backbone: Any) -> bool:
+    leaves = jax.tree.leaves(backbone)
+    return bool(leaves) and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves)
 
 
 def _untitled(backbone: Any) -> Any:

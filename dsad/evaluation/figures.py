@@ -182,6 +182,12 @@ def overlay(image: np.ndarray, units: np.ndarray) -> np.ndarray:
     return np.round(mixed).astype(np.uint8)
 
 
+def scaled(levels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Levels (h, w) uint8 as colours, or pixels (h, w, 3) as they are, of ``size``."""
+    picture = np.asarray(PIL.Image.fromarray(levels).resize(size, PIL.Image.Resampling.BICUBIC))
+    return _colours(picture / 255) if picture.ndim == 2 else picture
+
+
 def _level(units: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     picture = PIL.Image.fromarray(np.asarray(units, np.float32))
     wide = np.asarray(picture.resize(size, PIL.Image.Resampling.BICUBIC))

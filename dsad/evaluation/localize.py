@@ -14,7 +14,7 @@ from dsad.core.config import listed
 from dsad.core.errors import ConfigError, MetricError
 from dsad.core.rng import named
 from dsad.core.types import Dataset, Detector, Progress, Source, Tree
-from dsad.evaluation import gallery, maps, metrics, stamp, support, thresholds
+from dsad.evaluation import gallery, maps, metrics, panels, stamp, support, thresholds
 from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.results import Results, read_results, write_results
 from dsad.evaluation.scored import Scored, score
@@ -273,7 +273,12 @@ class _Run:
         made.cases[category] = gallery.choose_cases(made.images[category], self.config.gallery)
         cases = made.cases[category]
         made.gallery.update(gallery.pictures(category, test, scored.maps, scale, cases))
-        made.scales[category] = scale
+        assert self.device is not None
+        further, tops = panels.pictures(
+            self.device, self.detector, self.config, category, test, cases
+        )
+        made.gallery.update(further)
+        made.scales[category] = {**scale, **tops}
         made.curves.update({f"{category}/{k}": v for k, v in curves.items()})
 
 

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 
 from dsad.core.errors import ConfigError, WorkdirError
-from dsad.evaluation import comparison, figures, stamp, thresholds
+from dsad.evaluation import comparison, figures, panels, stamp, thresholds
 from dsad.evaluation.comparison import Run
 from dsad.evaluation.results import read_results
 
@@ -172,6 +172,12 @@ def _category(
         "seconds": [(run, run.results.categories.get(category, {}).get("seconds")) for run in runs],
         "charts": charts,
         "scales": scales,
+        "panels": [
+            {"run": run, "names": shown, "legend": panels.legend(tops)}
+            for run in runs
+            if (tops := run.results.scales.get(category, {}))
+            and (shown := panels.names(run.results.gallery))
+        ],
         "sections": comparison.sections(runs, category, rows, side),
     }
 

@@ -23,9 +23,9 @@ class Results:
     ``categories[c]`` has the numbers, ``counts`` and ``seconds``; ``mean`` the numbers;
     ``kinds[c][kind]`` the numbers of normal images and that kind, with ``images``; ``images[c]``
     one entry per test image in source order; ``scales[c]`` the median and the 99.9th percentile
-    of the map on normal images; ``cases[c]`` the image numbers shown as best, median, worst and
-    false_alarms. ``gallery`` and ``curves`` are arrays by name, see ``gallery.pictures`` and
-    ``localize.measure``.
+    of the map on normal images, and the scales of panels; ``cases[c]`` the image numbers shown as
+    best, median, worst and false_alarms. ``gallery`` and ``curves`` are arrays by name, see
+    ``gallery.pictures``, ``panels.pictures`` and ``localize.measure``.
 
     With several seeds the numbers of ``categories``, ``kinds`` and ``mean`` are means over them;
     images, scales, cases, gallery and curves are those of the first. ``seeds[s]`` holds the

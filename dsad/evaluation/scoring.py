@@ -19,7 +19,7 @@ from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import replicated
 from dsad.core.types import Detector, FeatureBatch, FeatureMaps, Sample, Scores, Source, Tree
 from dsad.evaluation import metrics
-from dsad.evaluation.extract import Extractor, fetched
+from dsad.evaluation.extract import Extractor, fetched, placed
 from dsad.ops import resize
 
 
@@ -203,15 +203,27 @@ class Device:
             out_shardings=fetched(mesh),
         )
         self._features = Extractor(self.layers, config.image_size, mesh)
+        self._panels: Extractor | None = None
+        more: Any = detector  # optional, not part of the seam: see ``evaluation.panels``
+        if config.gallery > 0 and hasattr(more, "panels"):
+            self._panels = Extractor(more.panel_layers, config.image_size, mesh, more.panels)
         self.use(backbone)
 
     def use(self, backbone: Any) -> None:
         """Take another backbone; one of the same architecture needs no new program."""
+        backbone = placed(backbone, self.mesh)  # once for both
         self._features.use(backbone)
+        if self._panels:
+            self._panels.use(backbone)
 
     def features(self, images: np.ndarray) -> FeatureMaps:
         """Feature maps of uint8 images, ready."""
         return self._features(images)
+
+    def panels(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """What the detector shows of uint8 images beside its map; nothing for most detectors."""
+        found = self._panels(images) if self._panels else {}
+        return {n: np.asarray(x, np.float32) for n, x in found.items()}
 
     def place(self, state: Tree) -> Tree:
         """The detector's state on the mesh: what is not there yet is replicated."""
