@@ -461,3 +461,23 @@ def test_golden_masked_autoencoder():
         np.testing.assert_allclose(pred, want["pred"], rtol=2e-3, atol=2e-4)
         loss, _ = objective.loss(params, extra, views, key=jax.random.key(0), step=jnp.int32(0))
         assert float(loss) == pytest.approx(float(want[f"loss/norm_pix={norm_pix}"]), rel=1e-5)
+
+
+def test_golden_residual_features():
+    shapes = json.loads(golden("backbones_shapes.json").read_text())["resnet18"]
+    x = np.random.default_rng(7).standard_normal((2, 3, 224, 224), dtype=np.float32)
+    want = np.load(golden("backbones.npz"))
+    found = backbone("resnet18", published.by_rule(shapes))(x.transpose(0, 2, 3, 1))
+    for name, values in found.items():
+        maps = np.asarray(values).transpose(0, 3, 1, 2)
+        single = want[f"resnet18/{name}"]
+        _, c, h, w = maps.shape
+        np.testing.assert_allclose(
+            maps[:, :: c // 16, :: h // 7, :: w // 7],
+            single,
+            rtol=2e-3,
+            atol=2e-3 * np.abs(single).max(),
+        )
+        np.testing.assert_allclose(
+            [maps.mean(), maps.std()], want[f"resnet18/{name}/meanstd"], rtol=1e-5
+        )

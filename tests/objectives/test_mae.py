@@ -1,8 +1,6 @@
 """MAE against the published definition's properties and numbers."""
 
 import dataclasses
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,6 @@ from dsad.objectives import mae
 RUN = RunInfo(total_steps=1, batch_size=2, samples=2, classes=1)
 ENCODER = mae.EncoderConfig(arch="mae_vit_tiny_patch16", width=48, depth=2, heads=4, patch=8)
 DECODER = DecoderConfig(width=32, depth=2, heads=4)
-GOLDEN = pathlib.Path(os.environ.get("DSAD_GOLDEN", "../shared/golden"))
 
 
 def config(**changes):
