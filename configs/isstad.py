@@ -17,8 +17,8 @@ Variants, after a colon and joined by commas:
     like_CATEGORY   the table's row alone, for data whose category has another name
     published  the quirks of the published code: tokens in random order, corrupted input as target,
                another normalisation than the first stage's, unchanged regions labelled
-    small      after configs/mae.py:small: ViT-Ti, 8 narrow decoder blocks, 80 epochs
-    mtd        magnetic tiles, grouped split; after small 28 epochs
+    small      after configs/mae.py:small: ViT-Ti, 8 narrow decoder blocks, 40 epochs
+    mtd        magnetic tiles, grouped split; after small 14 epochs
     synthetic  the procedural data set, needs no file, after configs/mae.py:synthetic
     smoke      a few steps on small synthetic images, after configs/mae.py:smoke
 """
@@ -93,7 +93,7 @@ def _small(config):
     config.objective.encoder.arch = "mae_vit_tiny_patch16"
     config.objective.decoder.update(width=192, depth=8, heads=6)
     config.data.canvas = 256
-    config.epochs = 80.0
+    config.epochs = 40.0
     # One descent: at this length the rate would end on its way up.
     config.optim.update(schedule="cosine", warmup_epochs=2.0, warmup_multiplier=0.0)
     config.checkpoint.every = 200
@@ -104,7 +104,7 @@ def _mtd(config):
     # Tiles are cut to a few hundred pixels; the method's lengths are those of whole photographs.
     config.objective.corruption.original_side = 1024.0
     if config.objective.encoder.arch == "mae_vit_tiny_patch16":
-        config.epochs, config.optim.warmup_epochs = 28.0, 1.0
+        config.epochs, config.optim.warmup_epochs = 14.0, 1.0
 
 
 def _synthetic(config):
