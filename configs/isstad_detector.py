@@ -52,10 +52,13 @@ def get_config(variant: str = ""):
 
 
 def table(dataset: str):
-    """q, a and b of a data set, and a row (category, q, a, b) for every category with others."""
+    """q, a and b of a data set, and a row (category, q, a, b) for every category with others.
+
+    Those of the second code, "ext": the first has no weighted score.
+    """
     path = pathlib.Path(__file__).with_name("isstad_tables.json")
-    found = dict(json.loads(path.read_text(encoding="utf-8"))[dataset])
-    default = found.pop("default")
+    tables = json.loads(path.read_text(encoding="utf-8"))
+    found, default = tables[dataset]["ext"], tables["default"]
     shared = tuple(float(default[k]) for k in KEYS)
     rows = {c: tuple(float(own.get(k, default[k])) for k in KEYS) for c, own in found.items()}
     differing = ((c, *row) for c, row in sorted(rows.items()) if row != shared)

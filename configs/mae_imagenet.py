@@ -3,6 +3,7 @@
     dsad pretrain --config=configs/mae_imagenet.py:large --config.data.root=IMAGENET/train \
         --workdir=gs://BUCKET/mae-large
 
+IMAGENET/train holds a folder for each class; any other folder of images will do as well.
 1.28 million images, 4096 a step, 800 epochs (1600 for the published final models), 40 of warm-up,
 AdamW (0.9, 0.95), weight decay 0.05, peak rate 1.5e-4 · 4096 / 256 = 2.4e-3, random resized crop
 and flip. Published cost of ViT-L: 15.4 hours on 128 TPU v3 cores. Not measured with dsad.
@@ -20,6 +21,8 @@ def get_config(variants: str = ""):
     config.data.name = "folder"
     config.data.cache = "none"
     config.data.canvas = 512
+    # A handful of ImageNet's files are CMYK, and a mislabelled one may have transparency.
+    config.data.lossy = ("CMYK", "RGBA")
     config.batch_size = 4096
     config.epochs = 800.0
     config.log_every = 50

@@ -93,6 +93,16 @@ def missing_root(root: pathlib.Path) -> Fault:
     return error("K0", str(root), f"{what}; set config.data.root to the data set's folder.")
 
 
+def licence(root: pathlib.Path) -> str:
+    """What the data folder says of its licence: the name of a file, or that there is none."""
+    found: list[str] = []
+    if root.is_dir():
+        with os.scandir(root) as entries:
+            named = [e for e in entries if e.name.lower().startswith(("license", "licence"))]
+            found = sorted(e.name for e in named if e.is_file())
+    return f"see {found[0]} in the data folder" if found else "not stated in the data folder"
+
+
 def missing_mask(path: str, expected: str, allowed: bool) -> Fault:
     """The K1 fault of an anomalous image without mask: a warning where that is allowed."""
     if allowed:

@@ -164,11 +164,7 @@ def _folders(root: pathlib.Path, scan: _Scan) -> dict[str, pathlib.Path]:
 
 
 def _licence(root: pathlib.Path, official: bool) -> str:
-    if official:
-        return "CC BY-NC-SA 4.0 (MVTec AD)"
-    names = sorted(p.name for p in root.iterdir() if p.is_file()) if root.is_dir() else []
-    found = [n for n in names if n.lower().startswith(("license", "licence"))]
-    return f"see {found[0]} in the data folder" if found else "not stated in the data folder"
+    return "CC BY-NC-SA 4.0 (MVTec AD)" if official else files.licence(root)
 
 
 def scan(config: DataConfig) -> files.FileDataset:

@@ -41,7 +41,8 @@ def canvas(image: np.ndarray, side: int) -> tuple[np.ndarray, tuple[int, int]]:
 
 def _category_ids(source: Source) -> np.ndarray:
     names = sorted({record.category for record in source.records})
-    return np.asarray([names.index(record.category) for record in source.records], np.int32)
+    number = {name: i for i, name in enumerate(names)}
+    return np.asarray([number[record.category] for record in source.records], np.int32)
 
 
 def canvases(
@@ -86,6 +87,8 @@ class _Stream:
 
     def sample(self, index: int) -> tuple[np.ndarray, tuple[int, int], dict[str, np.ndarray]]:
         original = self.source[index].image
+        if not self.facts:
+            return *canvas(original, self.side), {}
         if index not in self.known:  # two threads may both find them, and find the same
             self.known[index] = image_facts.find(self.facts, original)
         return *canvas(original, self.side), self.known[index]

@@ -133,6 +133,11 @@ def listing(chosen: Mapping[str, Mapping[int, Support]], *, shots: int) -> dict[
 
 def check_labels(dataset: Dataset, categories: Sequence[str]) -> None:
     """Refuse categories whose test labels leave a metric undefined, all of them at once."""
+    if not len(dataset.source("test")):
+        raise MetricError(
+            f"{dataset.name}: no test image in any category; this data set can be pretrained on, "
+            "but not evaluated. Name another one with config.data.name and config.data.root."
+        )
     faults = []
     for category in categories:
         if not len(dataset.source("train", category)):

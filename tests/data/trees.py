@@ -56,6 +56,13 @@ def mvtec(root: pathlib.Path, *, order: int | None = None, **kwargs) -> DataConf
     return DataConfig(name="mvtec", root=str(root), **kwargs)
 
 
+def folder(root: pathlib.Path, **kwargs) -> DataConfig:
+    """Write two categories, one of them with folders inside; the config."""
+    for i, path in enumerate(("ant/1.png", "ant/old/1.png", "ant/old/raw/2.JPEG", "bee/1.jpg")):
+        save(root / path, pixels(i))
+    return DataConfig(name="folder", root=str(root), **kwargs)
+
+
 def mtd(root: pathlib.Path, paths: list[str]) -> None:
     """Grey images and anti-aliased masks beside them for paths such as MT_Fray/Imgs/x.jpg."""
     for i, path in enumerate(paths):

@@ -178,8 +178,9 @@ def test_the_configs_are_the_published_scores(variant, pixel, image):
 def test_tables_give_categories_their_exponents(tmp_path):
     own = shutil.copy(ROOT / "configs" / "isstad_detector.py", tmp_path)
     default = {"q": 0.1, "a": 1, "b": 1, "k": 2}
-    rows = {"default": default, "candle": {"b": 0.01}, "fryum": {"k": 5}, "macaroni1": {"q": 0.5}}
-    (tmp_path / "isstad_tables.json").write_text(json.dumps({"visa": rows}))
+    rows = {"candle": {"b": 0.01}, "fryum": {"k": 5}, "macaroni1": {"q": 0.5}}
+    tables = {"default": default, "visa": {"main": {"pcb1": {"a": 7}}, "ext": rows}}
+    (tmp_path / "isstad_tables.json").write_text(json.dumps(tables))
     _, detector = parsed(f"{own}:visa", "--config.detector.alpha=0.25")
     assert detector.config.image == "weighted"
     assert detector.config.exponents == (("candle", 0.1, 1.0, 0.01), ("macaroni1", 0.5, 1.0, 1.0))

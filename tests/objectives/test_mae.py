@@ -10,7 +10,8 @@ import pytest
 from dsad.core import tree
 from dsad.core.errors import ConfigError
 from dsad.core.types import RunInfo
-from dsad.models.decoder import DecoderConfig
+from dsad.models import transformer, vit
+from dsad.models.decoder import Decoder, DecoderConfig
 from dsad.objectives import mae
 
 RUN = RunInfo(total_steps=1, batch_size=2, samples=2, classes=1)
@@ -170,6 +171,43 @@ def test_published_parameter_counts():
         assert tree.count(params) == expected
         if depth == 6:
             assert tree.count(extra) == 302_592
+
+
+def test_multiply_adds_are_the_published_ones():
+    """Giga multiply-adds of a forward pass per image at 224 px, to the digits of the fact sheet."""
+
+    def giga(name, tokens):
+        return transformer.forward_flops(vit.arch(f"mae_vit_{name}_patch16").blocks, tokens) / 2e9
+
+    kept = mae.kept_count(196, 0.75) + 1
+    assert kept == 50
+    for name, tokens, expected in (
+        ("large", kept, 15.2), ("large", 197, 61.4), ("base", kept, 4.3), ("base", 197, 17.4),
+    ):  # fmt: skip
+        assert giga(name, tokens) == pytest.approx(expected, abs=0.05)
+    decoder = {}
+    for depth, expected in ((6, 4.0), (8, 5.3), (12, 7.9)):
+        blocks = Decoder(DecoderConfig(depth=depth), source=1024, patch=16, grid=14).blocks
+        decoder[depth] = transformer.forward_flops(blocks, 197) / 2e9
+        assert decoder[depth] == pytest.approx(expected, abs=0.05)
+    patches = 196 * 768 * 1024 / 1e9
+    assert patches == pytest.approx(0.15, abs=0.005)
+    whole, masked = (patches + giga("large", n) + decoder[8] for n in (197, kept))
+    assert whole / masked == pytest.approx(3.24, abs=0.01)
+
+
+@pytest.mark.parametrize(("arch", "depth", "blocks"), [("large", 8, 20.5), ("base", 6, 8.3)])
+def test_a_step_costs_three_forward_passes(arch, depth, blocks):
+    """Forward, and twice that backward; beside the blocks are embedding, bridge and head."""
+    cfg = mae.Config(
+        encoder=mae.EncoderConfig(arch=f"mae_vit_{arch}_patch16"),
+        decoder=DecoderConfig(depth=depth),
+    )
+    objective = mae.build(cfg, RUN)
+    width = objective.encoder.spec.width
+    ends = 196 * 768 * width + 50 * width * 512 + 196 * 512 * 768
+    each = objective.flops_per_image / 3 / 2e9
+    assert each == pytest.approx(blocks + ends / 1e9, abs=0.1)
 
 
 class TestAdopt:

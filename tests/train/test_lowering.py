@@ -1,0 +1,169 @@
+"""The large networks' steps on a mesh of 8, without computing them; a tiny one for real."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from dsad.cli import flags, pretrain
+from dsad.core.mesh import BATCH_SPEC, MeshConfig, make_mesh, place_batch
+from dsad.core.tree import count, flatten
+from dsad.core.types import RunInfo, Specs
+from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
+from dsad.train.state import abstract_state, initial_state
+from dsad.train.step import make_step
+
+MIN_SIZE = MeshConfig().min_fsdp_size
+#: Parameters of an encoder of ViT-L size; its optimiser has two moments for each.
+LARGE = 303_000_000
+
+
+def parts(spec, mesh, batch_size, min_size=MIN_SIZE, optim=None):
+    """Abstract state, step and batch shapes of a shipped config."""
+    config, _, _ = flags.Command("x", "", config=spec).parse([])
+    run, module, method = pretrain.parse(config)
+    info = RunInfo(total_steps=100, batch_size=batch_size, samples=batch_size, classes=1)
+    objective = module.build(method, info)
+    schedule = make_schedule(
+        optim or run.optim, batch_size=batch_size, steps_per_epoch=1, total_steps=100
+    )
+    tx = make_optimizer(optim or run.optim, schedule)
+    specs = Specs(batch_size=batch_size, canvas=run.data.canvas)
+    abstract = abstract_state(objective, tx, specs, mesh, min_size)
+    step = make_step(objective, tx, schedule, abstract, mesh=mesh, seed=0)
+    return objective, tx, specs, abstract, step
+
+
+def shapes(objective, mesh, b, canvas):
+    """A batch as shapes, split over the mesh."""
+    kinds = {"original_size": (2,), "foreground_box": (4,)}
+
+    def of(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH_SPEC))
+
+    return {
+        "image": of(b, canvas, canvas, 3, dtype=jnp.uint8),
+        "size": of(b, 2), "index": of(b), "epoch": of(b), "category": of(b),
+        "facts": {n: of(b, *kinds[n]) for n in getattr(objective, "facts", ())},
+    }  # fmt: skip
+
+
+def axis(leaf):
+    """The axis that is split over "fsdp", or None."""
+    spec = tuple(leaf.sharding.spec)
+    assert set(spec) <= {None, "fsdp"}
+    return spec.index("fsdp") if "fsdp" in spec else None
+
+
+def check_stacked(tree, depths):
+    """Kernels of stacked blocks are split, never along the layers; returns how many."""
+    found = 0
+    for path, leaf in flatten(tree).items():
+        if "/blocks/" not in f"/{path}" or not path.endswith("kernel"):
+            continue
+        assert leaf.shape[0] in depths, path
+        assert axis(leaf) in (1, 2), path
+        found += 1
+    return found
+
+
+@pytest.mark.parametrize(
+    ("spec", "batch", "canvas", "depths", "dots"),
+    [
+        ("mae_imagenet:large", 4096, 512, (24, 8), {"bfloat16", "f32"}),
+        ("isstad", 16, 1024, (24, 12), {"f32"}),
+    ],
+    ids=["mae", "isstad"],
+)
+def test_large_steps_lower_on_a_mesh_of_eight(spec, batch, canvas, depths, dots):
+    start, before = time.perf_counter(), {id(a) for a in jax.live_arrays()}
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    objective, _, _, abstract, step = parts(spec, mesh, batch)
+
+    # Where the 303 million weights of the encoder are, and the two moments of what is trained.
+    frozen = spec == "isstad"
+    home = abstract.extra if frozen else abstract.params
+    assert count(home["encoder"]) > LARGE
+    trained = count(abstract.params)
+    assert (trained < LARGE) if frozen else (trained > LARGE)
+    moments = [x for x in jax.tree.leaves(abstract.opt_state) if x.shape]
+    assert sum(math.prod(x.shape) for x in moments) == 2 * trained
+    assert check_stacked(home["encoder"], depths[:1]) == 4
+    assert check_stacked(abstract.params, depths) == (4 if frozen else 8)
+    assert check_stacked(abstract.opt_state, depths) == 2 * (4 if frozen else 8)
+    of_params = {p: x.sharding for p, x in flatten(abstract.params).items()}
+    for path, leaf in flatten(abstract.opt_state).items():
+        for name in ("mu", "nu"):
+            if f"/{name}/" in path:
+                assert leaf.sharding == of_params[path.partition(f"/{name}/")[2]], path
+    # What is left whole on every device is small.
+    whole = [x for x in jax.tree.leaves(abstract) if axis(x) is None]
+    assert max(math.prod(x.shape) for x in whole) < MIN_SIZE
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(abstract))
+    assert held < 1.1 * count(abstract) / 8
+
+    lowered = step.lower(abstract, shapes(objective, mesh, batch, canvas), None)
+    text = lowered.as_text()
+    assert "mhlo.num_partitions = 8" in text
+    # One block of each stack is in the program, not its 24 copies.
+    assert text.count("stablehlo.dot_general") < 200
+    for kind in dots:
+        assert f"x{'bf16' if kind == 'bfloat16' else kind}>" in text
+    out, scalars = lowered.out_info
+    for path, leaf in flatten(out).items():
+        want = flatten(abstract)[path]
+        assert (leaf.shape, leaf.dtype) == (want.shape, want.dtype), path
+    assert scalars["loss"].shape == ()
+    made = [a for a in jax.live_arrays() if id(a) not in before]
+    assert sum(a.nbytes for a in made) < 2**20  # keys and constants, but no weights
+    assert time.perf_counter() - start < 60  # a few seconds on a quiet machine
+
+
+@pytest.mark.slow
+def test_large_mae_compiles_with_gathered_blocks():
+    """XLA gathers one block's weights inside the loop; the program would fit 8 small devices."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    objective, _, _, abstract, step = parts("mae_imagenet:large", mesh, 8)
+    compiled = step.lower(abstract, shapes(objective, mesh, 8, 256), None).compile()
+    text = compiled.as_text()
+    assert "all-gather" in text
+    used = compiled.memory_analysis()
+    assert used.argument_size_in_bytes < 1.2 * 16 * count(abstract.params) / 8
+
+
+def test_tiny_mae_on_eight_shards_trains_as_on_one_device():
+    optim = OptimConfig(
+        name="adamw", lr=1e-3, lr_batch=0, schedule="constant", warmup_epochs=0, weight_decay=0.05
+    )
+    g = np.random.default_rng(0)
+    host = {
+        "image": g.integers(0, 256, (8, 64, 64, 3)).astype(np.uint8),
+        "size": np.full((8, 2), 64, np.int32), "index": np.arange(8, dtype=np.int32),
+        "epoch": np.zeros(8, np.int32), "category": np.zeros(8, np.int32), "facts": {},
+    }  # fmt: skip
+    losses, ends = [], []
+    for shape, devices in (((1, 1), jax.devices()[:1]), ((1, 8), jax.devices())):
+        mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1]), devices)
+        objective, tx, specs, abstract, step = parts("mae:smoke", mesh, 8, 2048, optim)
+        if mesh.size == 8:
+            assert check_stacked(abstract.params, (2,)) == 8
+            assert check_stacked(abstract.opt_state, (2,)) == 16
+        state = initial_state(objective, tx, specs, abstract, seed=0)
+        batch, found = place_batch(host, mesh), []
+        for _ in range(5):
+            state, scalars = step(state, batch, None)
+            found.append(float(scalars["loss"]))
+        for path, leaf in flatten(state.params).items():
+            spec = flatten(abstract.params)[path].sharding.spec
+            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim), path
+        losses.append(found)
+        ends.append(jax.device_get(state.params))
+    assert losses[0][-1] < losses[0][0] - 0.01
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
+    for a, b in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(ends[1]), strict=True):
+        # Adam turns rounding of gradients near zero into steps of the size of the rate.
+        assert np.abs(a - b).mean() < 1e-5
