@@ -19,12 +19,24 @@ SETUP = {"pip install -e . && dsad demo", 'pip install -e ".[test]" && pytest'}
 SHORT = {
     "demo": ["--config=configs/demo.py:tiny"],
     "pretrain": [
-        "--config.steps=2", "--config.batch_size=4", "--config.objective.hidden=8",
-        "--config.objective.out=4", "--config.objective.view1.side=32",
-        "--config.objective.view2.side=32", "--config.data.canvas=32", "--config.log_every=1",
+        "--config.steps=2", "--config.batch_size=4", "--config.data.canvas=32",
+        "--config.log_every=1",
+    ],
+    "pretrain --config=configs/ds2.py": [
+        "--config.objective.hidden=8", "--config.objective.out=4",
+        "--config.objective.view1.side=32", "--config.objective.view2.side=32",
+    ],
+    "pretrain --config=configs/mae.py": [
+        "--config.objective.encoder.width=24", "--config.objective.encoder.patch=8",
+        "--config.objective.decoder.width=24", "--config.objective.view.side=32",
+    ],
+    "pretrain --config=configs/isstad.py": [
+        "--config.objective.encoder.width=24", "--config.objective.encoder.patch=8",
+        "--config.objective.decoder.width=24", "--config.objective.side=32",
     ],
     "evaluate": ["--config.evaluation.image_size=32", "--config.evaluation.batch_size=4"],
-    "bench step": ["--rounds=1", "--config.batch_size=4", "--config.objective.hidden=8"],
+    "bench step": ["--rounds=1", "--config.batch_size=4"],
+    "bench step --config=configs/ds2.py": ["--config.objective.hidden=8"],
     "bench neighbors": ["--rounds=1", "--queries=64", "--rows=99", "--depth=8", "--k=1"],
     "bench coreset": ["--rounds=1", "--rows=200", "--dim=8"],
     "bench aupro": ["--rounds=1", "--maps=4", "--size=32"],
@@ -40,7 +52,9 @@ BASE = "--workdir=runs/ds2"
 
 def shortened(words: list[str]) -> list[str]:
     """What to append to a command so that it takes seconds."""
-    keys = [words[0], " ".join(words[:2]), *words]
+    file = next((w.partition(":")[0] for w in words if w.startswith("--config=")), "")
+    topic = " ".join(words[:2]) if words[0] == "bench" else words[0]
+    keys = [words[0], topic, f"{topic} {file}", file, *words]
     return [flag for key in dict.fromkeys(keys) for flag in SHORT.get(key, [])]
 
 
@@ -76,7 +90,7 @@ RUNNABLE = [block for block in BLOCKS if not set(commands(block)) <= SETUP]
 
 def case(block: str):
     """The long blocks, all results and the benchmarks, are left to the slow run."""
-    long = ("runs/ds2-mtd", "bottle-patchcore", "config.shots", "dsad bench")
+    long = ("runs/ds2-mtd", "bottle-patchcore", "runs/mae-bottle", "config.shots", "dsad bench")
     marks = [pytest.mark.slow] if any(part in block for part in long) else []
     return pytest.param(block, marks=marks, id=commands(block)[0][:60])
 
@@ -95,7 +109,7 @@ def test_block(block, folder):
         done = dsad(name, *rest, *shortened(words[1:]), cwd=folder)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         for flag in rest:
-            if flag.startswith("--workdir="):
+            if flag.startswith(("--workdir=", "--out=")):
                 assert any((folder / flag.partition("=")[2]).iterdir())
 
 
