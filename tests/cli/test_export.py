@@ -132,6 +132,18 @@ def test_a_transformer_of_another_size_carries_its_arguments(tmp_path):
             np.testing.assert_array_equal(back(images())[name], values)
 
 
+@pytest.mark.parametrize("arch", ["mobilenet_v2", "squeezenet1_1"])
+def test_small_networks_are_written_under_their_own_names(arch, tmp_path):
+    found = backbone(arch, seed=3)
+    export.write(found, tmp_path, form="plain")
+    back = backbone(arch, tmp_path)
+    for (path, a), b in zip(flatten(found).items(), flatten(back).values(), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+    assert (back.mean, back.std, back.image_size) == (found.mean, found.std, found.image_size)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["num_features"] == {"mobilenet_v2": 320, "squeezenet1_1": 512}[arch]
+
+
 # --- dsad's own runs
 
 
