@@ -48,7 +48,7 @@ def test_names_shapes_config_and_the_way_back(resnet_file, tmp_path, capsys):
     assert main.main([*argv, f"--out={out}"]) == 0
     text = capsys.readouterr().out
     assert "left out, classifier: fc.weight, fc.bias" in text
-    assert f"written: {out / 'model.safetensors'} (44." in text
+    assert f"written: {out / 'model.safetensors'} (44," in text
     assert "11,176,512 parameters" in text
     assert "net.fc = torch.nn.Identity()" in text
     tensors = safetensors.numpy.load_file(out / "model.safetensors")
