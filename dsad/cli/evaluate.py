@@ -33,12 +33,13 @@ SAME = "run"
 class EvaluateConfig:
     """Everything of an evaluation but its detector, whose keys belong to the method.
 
-    ``backbone`` is an architecture (with ``weights``, a file, or random ones by ``seed``) or
-    ``run:DIR[@STEP]``, where "{category}" in DIR names one run per category;
-    ``patches:SIZE/STRIDE:`` before either applies it to every patch of an image. ``data.name``
-    "run" takes the data of that run. ``shots`` training images of each category are used (0: all);
-    ``seeds`` draw them and the detector's random choices, several give mean and standard deviation.
-    ``one_for_all`` fits a single detector on the training images of all categories.
+    ``backbone`` is an architecture (with ``weights``, anything that ``models.pretrained.read``
+    takes, or random ones by ``seed``) or ``run:DIR[@STEP]``, where "{category}" in DIR names one
+    run per category; ``patches:SIZE/STRIDE:`` before either applies it to every patch of an image.
+    ``data.name`` "run" takes the data of that run. ``shots`` training images of each category are
+    used (0: all); ``seeds`` draw them and the detector's random choices, several give mean and
+    standard deviation. ``one_for_all`` fits a single detector on the training images of all
+    categories.
     """
 
     backbone: str = "resnet18"

@@ -48,7 +48,7 @@ def test_names_shapes_config_and_the_way_back(resnet_file, tmp_path, capsys):
     assert main.main([*argv, f"--out={out}"]) == 0
     text = capsys.readouterr().out
     assert "left out, classifier: fc.weight, fc.bias" in text
-    assert f"written: {out / 'model.safetensors'} (44." in text
+    assert f"written: {out / 'model.safetensors'} (44," in text
     assert "11,176,512 parameters" in text
     assert "net.fc = torch.nn.Identity()" in text
     tensors = safetensors.numpy.load_file(out / "model.safetensors")
@@ -130,6 +130,18 @@ def test_a_transformer_of_another_size_carries_its_arguments(tmp_path):
         assert (back.mean, back.image_size) == ((0.1, 0.2, 0.3), 32)
         for name, values in found(images()).items():
             np.testing.assert_array_equal(back(images())[name], values)
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v2", "squeezenet1_1"])
+def test_small_networks_are_written_under_their_own_names(arch, tmp_path):
+    found = backbone(arch, seed=3)
+    export.write(found, tmp_path, form="plain")
+    back = backbone(arch, tmp_path)
+    for (path, a), b in zip(flatten(found).items(), flatten(back).values(), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+    assert (back.mean, back.std, back.image_size) == (found.mean, found.std, found.image_size)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["num_features"] == {"mobilenet_v2": 320, "squeezenet1_1": 512}[arch]
 
 
 # --- dsad's own runs
