@@ -110,6 +110,7 @@ class ISSTAD:
 
     #: The weighted mean over the pixels of a batch is not the mean of its parts' means.
     couples_batch = True
+
     def __init__(self, cfg: Config, run: RunInfo):
         del run
         self.cfg = cfg
