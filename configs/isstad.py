@@ -45,15 +45,14 @@ def get_config(variants: str = ""):
     )  # fmt: skip
     config.objective.encoder.arch = "mae_vit_large_patch16"
     words = [w for w in (variants or "").split(",") if w]
-    for name in words:
-        if name in VARIANTS:
-            VARIANTS[name](config)
     known = {*VARIANTS, *SETS, "ext"}
     categories = [w for w in words if w not in known]
     for name in categories:
         _category(config, name, words)
-    named = tuple(n for n in categories if not n.startswith("like_"))
-    config.data.categories = config.data.categories + named
+    for name in VARIANTS:  # in their own order, whatever that of the words
+        if name in words:
+            VARIANTS[name](config)
+    config.data.categories = tuple(n for n in categories if not n.startswith("like_"))
     return config
 
 
@@ -77,8 +76,7 @@ def _category(config, name, words):
     row = {**tables["default"], **rows[key]}
     for field in ("kind", "most_draw", "n_max", "limit_box", "remove_background"):
         config.objective.corruption[field] = row[field]
-    if "small" not in words:
-        config.epochs = float(row["epochs"])
+    config.epochs = float(row["epochs"])
 
 
 def _published(config):

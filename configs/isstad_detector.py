@@ -40,7 +40,7 @@ def get_config(variant: str = ""):
         known = sorted((*filter(None, SCORES), *DATASETS))
         raise ConfigError(f"configs/isstad_detector.py has the variants {known}, not {variant!r}.")
     config = default_config("isstad")
-    config.evaluation.image_size = 224
+    config.evaluation.image_size = 0  # that of the run: 224 as published
     config.evaluation.sigma = 0.0
     pixel, image = SCORES.get(variant, SCORES["weighted"])
     config.detector.pixel, config.detector.image = pixel, image

@@ -34,13 +34,11 @@ def get_config(variants: str = ""):
     config.optim.warmup_multiplier = 0.0
     config.epochs = 800.0
     _size(config, "large")
-    categories = []
-    for name in filter(None, (variants or "").split(",")):
-        if name in VARIANTS:
+    words = [w for w in (variants or "").split(",") if w]
+    for name in VARIANTS:  # in their own order, whatever that of the words
+        if name in words:
             VARIANTS[name](config)
-        else:
-            categories.append(name)
-    config.data.categories = tuple(categories)
+    config.data.categories = tuple(w for w in words if w not in VARIANTS)
     return config
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dsad import models
 from dsad.cli import pretrain, workdir
@@ -45,6 +46,11 @@ class RunBackbone:
         if "layers" not in inspect.signature(self.objective.features).parameters:
             return self
         return dataclasses.replace(self, layers=tuple(layers))
+
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the images it was trained on, where the objective tells."""
+        return getattr(self.objective, "stage_facts", {}).get("side")
 
     def __call__(self, images: jax.Array) -> FeatureMaps:
         chosen = {} if self.layers is None else {"layers": self.layers}
@@ -101,12 +107,16 @@ def run_config(path: str) -> Mapping[str, Any]:
     return found["config"]
 
 
+def image_size(spec: str) -> int | None:
+    """Side in pixels of the images that the run of a spec was trained on, where it tells."""
+    config, module, method = pretrain.parse(run_config(run_directory(spec)))
+    return getattr(_built(module, method, config.batch_size), "stage_facts", {}).get("side")
+
+
 def from_run(path: str, step: int | None = None) -> RunBackbone:
     """The encoder of a run at a step, None for the newest checkpoint."""
     config, module, method = pretrain.parse(run_config(path))
-    # The length of the run only shapes schedules, which feature maps do not depend on.
-    info = RunInfo(total_steps=1, batch_size=config.batch_size, samples=1, classes=1)
-    objective = module.build(method, info)
+    objective = _built(module, method, config.batch_size)
     if step == 0 and config.init_from:
         raise ConfigError(
             f"config.backbone=run:{path}@0: that run began with the weights of {config.init_from}; "
@@ -118,6 +128,7 @@ def from_run(path: str, step: int | None = None) -> RunBackbone:
     else:
         checkpointer = Checkpointer(path, CheckpointConfig(), read_only=True)
         params, extra, step = checkpointer.weights(step)
+        params, extra = jax.tree.map(jnp.asarray, (params, extra))
         checkpointer.close()
     origin = "untouched initialisation" if step == 0 else f"step {step}"
     return RunBackbone(
@@ -125,6 +136,13 @@ def from_run(path: str, step: int | None = None) -> RunBackbone:
         arch=getattr(method, "arch", type(objective).__name__),
         description=f"{path} {origin}, seed {config.seed}",
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def _built(module: Any, method: Any, batch_size: int) -> Any:
+    """One objective for all runs of one config, so that they share compiled programs."""
+    # The length of a run only shapes schedules, which feature maps do not depend on.
+    return module.build(method, RunInfo(total_steps=1, batch_size=batch_size, samples=1, classes=1))
 
 
 def encoder(spec: str, weights: str) -> models.Backbone:

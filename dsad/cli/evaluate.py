@@ -116,9 +116,20 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
         for category in dataset.categories:
             spec = backbones.of_category(cfg.backbone, category)
             backbones.run_config(backbones.run_directory(spec))
+        first = backbones.of_category(cfg.backbone, dataset.categories[0])
+        side = backbones.image_size(first) if not cfg.evaluation.image_size else None
         backbone = None
     else:
         backbone = backbones.load(cfg.backbone, cfg.weights, cfg.seed)
+        side = getattr(backbone, "image_size", None)
+    if not cfg.evaluation.image_size:
+        if not side:
+            raise ConfigError(
+                f"config.evaluation.image_size: {cfg.backbone} does not tell the size of its "
+                "images; set it."
+            )
+        own = dataclasses.replace(cfg.evaluation, image_size=side)
+        cfg = dataclasses.replace(cfg, evaluation=own)
     return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset)
 
 

@@ -167,8 +167,13 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Run:
     return run
 
 
-def pretrain(run: Run, path: epath.Path, out: Console, *, resume: bool = False) -> bool:
-    """Train or continue in a claimed directory; True when complete, False when asked to stop."""
+def pretrain(
+    run: Run, path: epath.Path, out: Console, *, resume: bool = False, source: Any = None
+) -> bool:
+    """Train or continue in a claimed directory; True when complete, False when asked to stop.
+
+    ``source`` is what ``read_source`` found, if that was asked already.
+    """
     checkpointer = Checkpointer(path, run.config.checkpoint)
     batches: Any = run.pipeline.iterator()
     if resume and checkpointer.latest() is not None:
@@ -178,7 +183,7 @@ def pretrain(run: Run, path: epath.Path, out: Console, *, resume: bool = False) 
     else:
         if resume:
             out.print("no complete checkpoint yet: starting at step 0")
-        state = _first_state(run, out)
+        state = _first_state(run, source or read_source(run), out)
     writer = MetricWriter(path, resume_step=int(state.step))
     try:
         with console.progress("pretraining", out) as tell:
@@ -197,58 +202,78 @@ def pretrain(run: Run, path: epath.Path, out: Console, *, resume: bool = False) 
     return complete
 
 
-def _first_state(run: Run, out: Console) -> Any:
+def _first_state(run: Run, source: Any, out: Console) -> Any:
     state = initial_state(run.objective, run.tx, run.specs, run.abstract, run.config.seed)
     params, extra = state.params, state.extra
-    if run.config.init_from:
-        source, origin = _source(run.objective, run.config.init_from)
+    if source is not None:
         params, extra, report = run.objective.adopt(source, params, extra)
-        out.print(f"from {origin}: {report}")
+        out.print(f"from {source['origin']}: {report}")
     extra = run.objective.prepare(params, extra, _one_epoch(run))
     state = dataclasses.replace(state, params=params, extra=extra)
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, run.abstract))
 
 
-def _source(objective: Objective, spec: str) -> tuple[Any, str]:
-    """The weights of ``init_from`` for the objective's ``adopt``, and what they are.
+def read_source(run: Run) -> Any:
+    """The weights that ``init_from`` names, checked against the run; None without any.
 
-    A run's directory, or published weights as ``models.pretrained.read`` takes them.
+    A source for the objective's ``adopt``: ``params``, ``extra``, ``facts``, and ``origin``, text.
+    Raises ConfigError for what does not fit, before anything is claimed.
     """
-    if _is_run(spec):
-        earlier = Checkpointer(spec, CheckpointConfig(), read_only=True)
-        params, extra, step = earlier.weights()
-        earlier.close()
-        return {"params": params, "extra": extra}, f"{spec} step {step}"
+    spec = run.config.init_from
+    if not spec:
+        return None
+    source = _of_run(spec) if _is_run(spec) else _published(run.objective, spec)
+    jax.eval_shape(
+        lambda params, extra: run.objective.adopt(source, params, extra)[:2],
+        run.abstract.params, run.abstract.extra,
+    )  # fmt: skip
+    return source
+
+
+def _of_run(spec: str) -> dict[str, Any]:
+    path, step = _run_spec(spec)
+    cfg, module, method = parse(workdir.read(path)["config"])
+    info = RunInfo(total_steps=1, batch_size=cfg.batch_size, samples=1, classes=1)
+    earlier = Checkpointer(path, CheckpointConfig(), read_only=True)
+    params, extra, step = earlier.weights(step)
+    earlier.close()
+    return {
+        "params": params,
+        "extra": extra,
+        "facts": getattr(module.build(method, info), "stage_facts", {}),
+        "origin": f"{path} step {step}",
+    }
+
+
+def _published(objective: Objective, spec: str) -> dict[str, Any]:
     imported = getattr(objective, "imported", None)  # optional: not part of the seam
     if imported is None:
         raise ConfigError(
             f"config.init_from={spec!r}: expected the directory of a pretraining run; this "
             "objective takes no published weights."
         )
-    weights = pretrained.read(spec)
-    return imported(weights), weights.source
+    try:
+        weights = pretrained.read(spec)
+    except ConfigError as error:
+        raise ConfigError(
+            f"config.init_from={spec!r}: neither a pretraining run (no checkpoints there) nor "
+            f"weights: {error}"
+        ) from error
+    facts = {"mean": weights.mean, "std": weights.std, "side": weights.input_size}
+    facts = {k: v for k, v in facts.items() if v is not None}
+    return {**imported(weights), "facts": facts, "origin": weights.source}
+
+
+def _run_spec(spec: str) -> tuple[str, int | None]:
+    """Directory and step of ``[run:]DIR[@STEP]``."""
+    path = spec.removeprefix("run:")
+    directory, at, step = path.rpartition("@")
+    return (directory, int(step)) if at and step.isdigit() else (path, None)
 
 
 def _is_run(spec: str) -> bool:
-    return (epath.Path(os.path.expanduser(spec)) / "checkpoints").is_dir()
-
-
-def _check_source(cfg: PretrainConfig, module: Any) -> None:
-    """Refuse a start that cannot be read, before anything is claimed or computed."""
-    needed = getattr(module, "NEEDS_SOURCE", "")
-    if needed and not cfg.init_from:
-        raise ConfigError(
-            f"config.init_from: this objective starts from {needed}; name it with "
-            "--config.init_from=DIR."
-        )
-    if cfg.init_from and not _is_run(cfg.init_from):
-        try:
-            pretrained.read(cfg.init_from)
-        except ConfigError as error:
-            raise ConfigError(
-                f"config.init_from={cfg.init_from!r}: neither a pretraining run (no checkpoints "
-                f"there) nor weights: {error}"
-            ) from error
+    path = os.path.expanduser(_run_spec(spec)[0])
+    return spec.startswith("run:") or (epath.Path(path) / "checkpoints").is_dir()
 
 
 def _one_epoch(run: Run) -> Iterator[Any]:
@@ -282,14 +307,21 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"dsad pretrain: unexpected argument {rest[0]!r}.")
     out = console.console()
     cfg, module, _ = parse(config)
-    _check_source(cfg, module)
+    if (needed := getattr(module, "NEEDS_SOURCE", "")) and not cfg.init_from:
+        raise ConfigError(
+            f"config.init_from: this objective starts from {needed}; name it with "
+            "--config.init_from=DIR."
+        )
     dataset = console.loaded(cfg.data, out)
     run = prepare(config, out, dataset)
+    # A run that goes on has its weights already; the earlier stage may be gone.
+    continued = values.resume and _is_run(values.workdir)
+    source = None if continued else read_source(run)
     path = workdir.claim(
         values.workdir, "pretrain", config.to_dict(), resume=values.resume,
         overwrite=values.overwrite,
     )  # fmt: skip
-    complete = pretrain(run, path, out, resume=values.resume)
+    complete = pretrain(run, path, out, resume=values.resume, source=source)
     if complete:
         out.print(f"done; evaluate it with: dsad evaluate --config.backbone=run:{path}")
     else:

@@ -82,6 +82,10 @@ def localize(
             f"config.data.categories: {listed(unknown)} not in {dataset.name}, "
             f"which has: {listed(dataset.categories)}."
         )
+    if config.image_size < 1:
+        raise ConfigError(
+            "evaluation.image_size: expected the side of the network's input, found 0."
+        )
     if pooled and backbone_of:
         raise ConfigError("one model for all categories needs one backbone, found one for each.")
     if config.save_maps != "none" and folder is None:

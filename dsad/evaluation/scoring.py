@@ -27,7 +27,7 @@ from dsad.ops import resize
 class EvalConfig:
     """How numbers are measured; everything here that changes their meaning is in the stamp."""
 
-    #: Side in pixels of the square network input.
+    #: Side in pixels of the square network input; `dsad evaluate` takes 0 for the backbone's own.
     image_size: int = 224
     #: Images per device step over the whole mesh; rounded up to a multiple of its devices.
     batch_size: int = 32
@@ -54,10 +54,10 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "evaluation")
-        for field in ("image_size", "batch_size", "workers"):
+        for field in ("batch_size", "workers"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"evaluation.{field}: expected ≥ 1, found {getattr(self, field)}")
-        for field in ("sigma", "gallery", "cache_mb"):
+        for field in ("image_size", "sigma", "gallery", "cache_mb"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"evaluation.{field}: expected ≥ 0, found {getattr(self, field)}")
         if not 0 <= self.false_alarm_rate < 1:

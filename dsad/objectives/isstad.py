@@ -8,6 +8,7 @@ as normal or corrupted while the last one also paints the image.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -25,9 +26,10 @@ from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
 from dsad.models import transformer, vit
 from dsad.models.decoder import Decoder, DecoderConfig, patchify, unpatchify
 from dsad.models.draws import uniform_draws
+from dsad.models.family import Encoder, Preprocessing
 from dsad.models.pretrained import mae_trees
 from dsad.models.transformer import Remat
-from dsad.objectives.mae import EncoderConfig, adopt_encoder
+from dsad.objectives.mae import EncoderConfig, adopt_encoder, check_facts
 from dsad.ops.ssim import ssim
 
 #: What ``init_from`` has to name: the frozen encoder comes from somewhere.
@@ -56,6 +58,8 @@ class Config:
       class_weights: of normal and of corrupted pixels in the cross-entropy.
       reconstruction, similarity: weights of these terms beside the cross-entropy's 1.
       mean, std: the first stage's normalisation of pixels in [0, 1].
+      adopt_check: "strict" refuses a first stage with another number of heads, side, normalisation
+        or kind of target than these settings; "shapes" lets it pass.
       remat, dtype: as in ``mae``.
 
     """
@@ -74,12 +78,20 @@ class Config:
     similarity: float = 0.1
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    adopt_check: Literal["strict", "shapes"] = "strict"
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         check_options(self, "objective")
         self.encoder.spec(self.side)
+        if not 16 <= self.side <= 2048:
+            raise ConfigError(f"side: expected 16 to 2048 pixels, found {self.side}.")
+        if not all(0 < s < math.inf for s in self.std) or not all(map(math.isfinite, self.mean)):
+            raise ConfigError(
+                f"mean, std: expected finite means and positive deviations, found {self.mean}, "
+                f"{self.std}."
+            )
         if self.permutations < 1:
             raise ConfigError(f"permutations: expected at least 1, found {self.permutations}.")
         if min(self.class_weights) <= 0 or min(self.reconstruction, self.similarity) < 0:
@@ -255,10 +267,30 @@ class ISSTAD:
         """Pieces of the loss by name for ``dsad bench step``; all but the encoder are the rest."""
         return {"encoder": (self.encode, (extra, views["image"]))}
 
+    @property
+    def stage_facts(self) -> dict[str, Any]:
+        """What the first stage has to share with this one, and no tensor's shape tells."""
+        cfg = self.cfg
+        return {
+            "encoder.heads": self.encoder.spec.heads,
+            "decoder.heads": cfg.decoder.heads,
+            "side": cfg.side,
+            "mean": cfg.mean,
+            "std": cfg.std,
+            "norm_pix": False,
+        }
+
     def adopt(self, source: Any, params: Any, extra: Any) -> tuple[Any, Any, str]:
         """The encoder, frozen, and the decoder of a masked autoencoder; further blocks are new."""
+        if "classes" in source["params"]:
+            raise ConfigError(
+                "init_from: found a second stage; continue it with --resume in its own directory, "
+                f"or name its first stage: {NEEDS_SOURCE}."
+            )
         encoder, report = adopt_encoder(source, extra["encoder"], self.cfg.arch)
         extra = {**extra, "encoder": encoder}
+        if self.cfg.adopt_check == "strict":
+            check_facts(source, self.stage_facts, self.stage_facts)
         found = source["params"].get("decoder")
         if found is None:
             raise ConfigError(
@@ -276,7 +308,8 @@ class ISSTAD:
         if lines := tree.diff(first, found):
             raise ConfigError("init_from: the decoder found does not fit:\n  " + "\n  ".join(lines))
         grown = jax.tree.map(
-            lambda old, new: jnp.concatenate([jnp.asarray(old), new[others:]]),
+            # What was read lies on the host: arrays of one device do not mix with those of a mesh.
+            lambda old, new: jnp.concatenate([old, new[others:]]),
             found["blocks"], own["blocks"],
         )  # fmt: skip
         params = {**params, "decoder": {**found, "blocks": grown}}
@@ -292,6 +325,16 @@ class ISSTAD:
         """ISSTAD needs no pass over the data."""
         del params, batches
         return extra
+
+    def encoder_weights(self, params: Any, extra: Any) -> Encoder:
+        """The frozen encoder, for whole images."""
+        del params
+        known = Preprocessing(
+            mean=self.mean, std=self.std, image_size=self.cfg.side, interpolation="bilinear",
+            crop=1.0,
+        )  # fmt: skip
+        options = vit.changes(self.cfg.arch, self.encoder.spec)
+        return Encoder(self.cfg.arch, options, extra["encoder"], extra["encoder_table"], known)
 
     def features(
         self,

@@ -45,10 +45,11 @@ class EncoderConfig:
         """The architecture for square images of ``side`` pixels."""
         changed = {k: v for k, v in dataclasses.asdict(self).items() if k != "arch" and v}
         found = vit.arch(self.arch)
-        if not found.cls or found.prefix != 1:
+        if found.pos != "sincos" or not found.cls or found.prefix != 1:
+            fitting = (n for n, a in vit.ARCHS.items() if a.pos == "sincos")
             raise ConfigError(
-                f"objective.encoder.arch: expected a transformer with a class token and no other "
-                f"extra tokens, found {self.arch}."
+                "objective.encoder.arch: expected a transformer with fixed positions and a class "
+                f"token alone ({', '.join(fitting)}), found {self.arch}."
             )
         return dataclasses.replace(found, image=side, **changed)
 
@@ -63,8 +64,11 @@ class Config:
         absolute brightness is lost, so detectors that use the reconstruction want it off.
       adopt_decoder: of ``init_from``: "strict" wants the same number of blocks, "leading" takes
         the first ones where the other has more (ISSTAD: 6 of 8), "none" starts a fresh decoder.
+      adopt_check: "strict" refuses an earlier stage whose tensors fit but were trained to mean
+        something else (other heads, normalisation, kind of target); "shapes" lets it pass.
       remat: what blocks keep for the backward pass, see ``models.transformer.POLICIES``.
-      dtype: compute type of the networks; parameters, norms, softmax and the loss stay f32.
+      dtype: compute type of the networks, also of what runs between their blocks; parameters,
+        norms, softmax and the loss stay f32.
 
     """
 
@@ -73,6 +77,7 @@ class Config:
     mask_ratio: float = 0.75
     norm_pix: bool = False
     adopt_decoder: Literal["strict", "leading", "none"] = "strict"
+    adopt_check: Literal["strict", "shapes"] = "strict"
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
     view: ViewConfig = CROP
@@ -232,12 +237,35 @@ class MAE:
             "decoder": (jax.value_and_grad(decode, argnums=(0, 1)), (params["decoder"], *inputs)),
         }
 
+    @property
+    def stage_facts(self) -> dict[str, Any]:
+        """What a later stage has to share with this one, and no tensor's shape tells."""
+        view = self.cfg.view
+        return {
+            "encoder.heads": self.encoder.spec.heads,
+            "decoder.heads": self.cfg.decoder.heads,
+            "side": view.side,
+            "mean": view.mean,
+            "std": view.std,
+            "norm_pix": self.cfg.norm_pix,
+        }
+
     def adopt(self, source: Any, params: Any, extra: Any) -> tuple[Any, Any, str]:
         """Take the encoder, and the decoder where there is one, of another MAE."""
         encoder, report = adopt_encoder(source, params["encoder"], self.cfg.arch)
         params = {**params, "encoder": encoder}
         found = source["params"].get("decoder")
-        if found is None or self.cfg.adopt_decoder == "none":
+        fresh = found is None or self.cfg.adopt_decoder == "none"
+        if self.cfg.adopt_check == "strict":
+            # Another side is no fault: the positions are computed, and everything trains on.
+            shared = [
+                "encoder.heads",
+                "mean",
+                "std",
+                *([] if fresh else ["decoder.heads", "norm_pix"]),
+            ]
+            check_facts(source, self.stage_facts, shared)
+        if fresh:
             return params, extra, f"{report}; the decoder starts anew"
         depth = self.cfg.decoder.depth
         others = jax.tree.leaves(found["blocks"])[0].shape[0]
@@ -302,6 +330,23 @@ def adopt_encoder(source: Mapping[str, Any], own: Any, arch: str) -> tuple[Any, 
             f"init_from: the encoder found is not this {arch}:\n  " + "\n  ".join(lines)
         )
     return found, f"encoder: {len(jax.tree.leaves(found))} tensors"
+
+
+def check_facts(source: Mapping[str, Any], own: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Refuse an earlier stage whose tensors fit but mean something else.
+
+    ``source["facts"]`` holds the ``stage_facts`` of a run, or what published weights say.
+    """
+    found = source.get("facts", {})
+    lines = [
+        f"{k}: {found[k]} there, {own[k]} here" for k in keys if k in found and found[k] != own[k]
+    ]
+    if lines:
+        raise ConfigError(
+            "init_from: the tensors fit, but the earlier stage differs from config.objective in "
+            "what they mean; make them equal, or set --config.objective.adopt_check=shapes:\n  "
+            + "\n  ".join(lines)
+        )
 
 
 def build(cfg: Config, run: RunInfo) -> MAE:

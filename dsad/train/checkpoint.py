@@ -90,7 +90,8 @@ class Checkpointer:
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),  # type: ignore[call-arg]
         )["state"]
-        return found["params"], found["extra"], step
+        params, extra = jax.device_get((found["params"], found["extra"]))
+        return params, extra, step
 
     def _shapes(self, step: int) -> Any:
         with ocp.StandardCheckpointer() as reader:
