@@ -218,6 +218,8 @@ def _source(objective: Objective, spec: str) -> tuple[Any, str]:
         earlier = Checkpointer(spec, CheckpointConfig(), read_only=True)
         params, extra, step = earlier.weights()
         earlier.close()
+        # On the host: arrays that one device holds do not mix with those of a mesh.
+        params, extra = jax.device_get((params, extra))
         return {"params": params, "extra": extra}, f"{spec} step {step}"
     imported = getattr(objective, "imported", None)  # optional: not part of the seam
     if imported is None:
