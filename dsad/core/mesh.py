@@ -68,6 +68,19 @@ def parameter_shardings(tree: Any, mesh: Mesh, min_size: int) -> Any:
     return jax.tree.map(rule, tree)
 
 
+def split_samples(x: jax.Array) -> jax.Array:
+    """X (b, ...) kept split over the samples, where a mesh with both axes is known.
+
+    Inside a layer whose weights are split over "fsdp", the partitioner may as well move all
+    samples to the weights, which costs memory and traffic in proportion to the batch. The step
+    makes its mesh known with ``jax.sharding.use_abstract_mesh``; elsewhere nothing happens.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_names) != {"data", "fsdp"} or x.shape[0] % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH_SPEC)
+
+
 def place_batch(batch: Any, mesh: Mesh) -> Any:
     """Put this process's part of a host batch on the mesh, split along the leading axis."""
     sharding = batch_sharding(mesh)

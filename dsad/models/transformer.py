@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsad.core.mesh import split_samples
 from dsad.core.types import Tree
 from dsad.models.draws import Draws
 
@@ -95,7 +96,8 @@ def layer_norm(p: Tree, x: jax.Array, eps: float) -> jax.Array:
 def linear(p: Tree, x: jax.Array) -> jax.Array:
     """X (b, n, cin) times ``kernel`` plus ``bias``, computed in x's type."""
     y = jnp.einsum("bnc,cd->bnd", x, p["kernel"].astype(x.dtype))
-    return y + p["bias"].astype(x.dtype)[None, None, :]
+    # The weights move to the samples, not the samples to split weights.
+    return split_samples(y + p["bias"].astype(x.dtype)[None, None, :])
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -118,7 +120,7 @@ def block(p: Tree, x: jax.Array, spec: BlockSpec) -> jax.Array:
     b, n, d = x.shape
     qkv = linear(p["qkv"], layer_norm(p["norm1"], x, spec.eps))
     qkv = qkv.reshape(b, n, 3, spec.heads, d // spec.heads)
-    mixed = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+    mixed = split_samples(attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]))
     x = x + _scaled(p, "scale1", linear(p["proj"], mixed.reshape(b, n, d)))
     hidden = linear(p["fc1"], layer_norm(p["norm2"], x, spec.eps))
     if spec.activation == "gelu":

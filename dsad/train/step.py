@@ -62,9 +62,10 @@ def make_step(
 
         def part(extra: Any, batch: Batch) -> tuple[Any, Any]:
             views = objective.views(batch, rng.named(base, "views"))
-            (loss, (extra, scalars)), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-                state.params, extra, views, key=key, step=state.step
-            )
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for split_samples
+                (loss, (extra, scalars)), grads = jax.value_and_grad(objective.loss, has_aux=True)(
+                    state.params, extra, views, key=key, step=state.step
+                )
             return extra, (grads, {"loss": loss, **scalars})
 
         if accumulate == 1:
