@@ -258,14 +258,10 @@ class MAE:
         fresh = found is None or self.cfg.adopt_decoder == "none"
         if self.cfg.adopt_check == "strict":
             # Another side is no fault: the positions are computed, and everything trains on.
-            shared = [
-                "encoder.heads",
-                "mean",
-                "std",
-                *([] if fresh else ["decoder.heads", "norm_pix"]),
-            ]
+            shared = ["encoder.heads", "mean", "std"]
+            shared += [] if fresh else ["decoder.heads", "norm_pix"]
             check_facts(source, self.stage_facts, shared)
-        if fresh:
+        if found is None or fresh:
             return params, extra, f"{report}; the decoder starts anew"
         depth = self.cfg.decoder.depth
         others = jax.tree.leaves(found["blocks"])[0].shape[0]
