@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
+from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core.types import FeatureMaps
 from dsad.models import pretrained, registry
-from dsad.models.family import IMAGENET_MEAN, IMAGENET_STD
 
 
 @functools.partial(

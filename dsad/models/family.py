@@ -9,10 +9,8 @@ import jax
 import numpy as np
 
 from dsad.core.errors import ConfigError
+from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core.types import FeatureMaps
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
