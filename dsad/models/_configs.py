@@ -55,14 +55,27 @@ def _fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
             for ours, theirs in TIMM_ARGUMENTS.items()
             if isinstance(arguments, Mapping) and isinstance(arguments.get(theirs), int)
         },
-        "quick_gelu": _quick_gelu(name, arguments),
+        "quick_gelu": _quick_gelu(config, own, name),
     }  # fmt: skip
 
 
-def _quick_gelu(name: Any, arguments: Any) -> bool | None:
+def _quick_gelu(config: Mapping[str, Any], own: Mapping[str, Any], name: Any) -> bool | None:
+    """Whether the weights want QuickGELU; None where the config does not tell.
+
+    timm's name of a file tells little: it publishes OpenAI's CLIP, and others trained like it,
+    under the architecture with GELU and only notes what they were trained with.
+    """
+    arguments, notes = config.get("model_args"), own.get("notes")
     if isinstance(arguments, Mapping) and "act_layer" in arguments:
         return arguments["act_layer"] == "quick_gelu"
-    return "quickgelu" in name if isinstance(name, str) and "clip" in name else None
+    if not isinstance(name, str) or "clip" not in name:
+        return None
+    lines = [notes] if isinstance(notes, str) else notes if isinstance(notes, list) else []
+    noted = any("natively quickgelu" in str(line).lower() for line in lines)
+    # Tags such as openai_ft_in1k are of weights that were trained further, with GELU.
+    if "quickgelu" in name or noted or own.get("tag") == "openai":
+        return True
+    return False if "dsad" in config else None  # dsad export writes the name of what it has
 
 
 def _open_clip(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:

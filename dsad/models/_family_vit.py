@@ -127,8 +127,9 @@ def _check_names(arch: str, state: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"weights do not fit {arch}: these are the names of the library transformers, which "
             "dsad does not read. The same weights are published in timm's names, such as "
-            "hf:timm/vit_small_patch14_dinov2.lvd142m, hf:timm/vit_base_patch16_224.mae and "
-            "hf:timm/vit_base_patch16_clip_224.openai."
+            "hf:timm/vit_small_patch14_dinov2.lvd142m, hf:timm/vit_base_patch16_224.mae (for "
+            "mae_vit_base_patch16) and hf:timm/vit_base_patch16_clip_224.openai (for "
+            "vit_base_patch16_clip_quickgelu_224)."
         )
 
 
@@ -140,7 +141,7 @@ def _check_activation(arch: str, state: Mapping[str, Any]) -> None:
             arch.replace("_quickgelu", "") if own else arch.replace("_clip_", "_clip_quickgelu_")
         )
         raise ConfigError(
-            f"weights {getattr(state, 'source', '')}: their config says "
+            f"weights {getattr(state, 'source', '')}: by their config they were trained with "
             f"{'QuickGELU' if quick else 'GELU'}, which {arch} does not have. Use {other}."
         )
 
