@@ -166,7 +166,8 @@ def mae_trees(
       extra holds the fixed tables of positions.
 
     Raises:
-      ConfigError: a table of all tensors that are missing, left over or misshapen.
+      ConfigError: a table of all tensors that are missing, left over or misshapen; positions that
+        are not the fixed table, such as a supervised transformer's.
 
     """
     spec = vit.arch(arch) if isinstance(arch, str) else arch
@@ -175,6 +176,7 @@ def mae_trees(
     what = f"the masked autoencoder {arch}" if isinstance(arch, str) else "the masked autoencoder"
     ignored = _family_vit.MAE_IGNORED
     params, extra = names.to_trees(entries, state, shapes, ignored=ignored, what=what)
+    _family_vit.check_tables(*networks, state, what)
     return jax.tree.map(jnp.asarray, (params, extra))
 
 

@@ -2,12 +2,16 @@
 
 import json
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from dsad.core.errors import ConfigError
-from dsad.models import backbone, pretrained
+from dsad.core.types import RunInfo
+from dsad.models import backbone, pretrained, vit
+from dsad.models.decoder import DecoderConfig
 from tests.models import published
 
 MODEL_ARGS = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 32}
@@ -72,3 +76,72 @@ def test_weights_of_clip_that_do_not_say_go_into_either(tmp_path):
     clip(tmp_path, cfg={"tag": "laion2b"})
     for arch in (CLIP, QUICK):
         assert backbone(arch, tmp_path).arch == arch
+
+
+# --- the positions of masked autoencoders
+
+MAE = vit.Arch(width=24, depth=2, heads=3, patch=8, image=32, pos="sincos", rule="plain")
+
+
+def mae_state(decoder=None):
+    return published.with_sines(published.by_rule(published.mae(2, 24, 8, 4, decoder=decoder)))
+
+
+def small(state):
+    options = {"width": 24, "depth": 2, "heads": 3, "patch": 8, "image": 32}
+    return pretrained.Weights(tensors=state, options=options)
+
+
+def test_a_supervised_transformer_is_no_masked_autoencoder():
+    from dsad.objectives import mae
+
+    learned = published.by_rule(published.timm_vit(2, 24, 8, 4))  # the same names and shapes
+    gap = np.abs(learned["pos_embed"] - mae_state()["pos_embed"]).max()
+    text = rf"pos_embed: expected the fixed sine-cosine table of 4 × 4 .* up to {gap:.3g}\."
+    with pytest.raises(ConfigError, match=text):
+        pretrained.mae_trees(MAE, learned)
+    with pytest.raises(ConfigError, match=f"mae_vit_base_patch16: {text}"):
+        backbone("mae_vit_base_patch16", small(learned))
+    cfg = mae.Config(
+        encoder=mae.EncoderConfig(arch="mae_vit_tiny_patch16", width=24, depth=2, heads=3, patch=8),
+        decoder=DecoderConfig(width=16, depth=2, heads=2), view=mae.ViewConfig(side=32),
+    )  # fmt: skip
+    objective = mae.build(cfg, RunInfo(total_steps=1, batch_size=2, samples=2, classes=1))
+    with pytest.raises(ConfigError, match=text):  # what init_from reads
+        objective.imported(learned)
+    found = objective.imported(mae_state(decoder=(3, 16)))["extra"]
+    np.testing.assert_array_equal(found["encoder"]["pos"], mae_state()["pos_embed"][0])
+
+
+def test_every_fixed_table_is_looked_at():
+    def other(name, change):
+        state = mae_state(decoder=(2, 16))
+        state[name] = change(state[name])
+        return state
+
+    def moved(table):
+        table = table.copy()
+        table[0, 5, 3] += 2e-4
+        return table
+
+    def rows_first(table):
+        cells = table[:, 1:].reshape(1, 4, 4, -1).swapaxes(1, 2)
+        return np.concatenate([table[:, :1], cells.reshape(1, 16, -1)], 1)
+
+    for name in ("pos_embed", "decoder_pos_embed"):
+        for change in (moved, rows_first, lambda t: np.full_like(t, np.nan), np.zeros_like):
+            with pytest.raises(ConfigError, match=f"the masked autoencoder: {name}: expected"):
+                pretrained.mae_trees(MAE, other(name, change))
+    with pytest.raises(ConfigError, match=r"differs by up to 0\.0002"):
+        pretrained.mae_trees(MAE, other("pos_embed", moved))
+    backbone("mae_vit_base_patch16", small(other("decoder_pos_embed", moved)))  # has no decoder
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_tables_in_half_precision_are_within_its_rounding(dtype):
+    state = {n: t.astype(dtype) for n, t in mae_state(decoder=(2, 16)).items()}
+    params, extra = pretrained.mae_trees(MAE, state)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, extra))} == {np.dtype(np.float32)}
+    state["pos_embed"] = published.by_rule({"pos_embed": (1, 17, 24)})["pos_embed"].astype(dtype)
+    with pytest.raises(ConfigError, match="pos_embed: expected the fixed"):
+        pretrained.mae_trees(MAE, state)
