@@ -49,6 +49,7 @@ def _fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
     return {
         "mean": _triple(own, "mean", path), "std": _triple(own, "std", path, positive=True),
         "input_size": _side(size, path), "interpolation": _text(own, "interpolation", path),
+        "crop": _share(own, "crop_pct", path),
         "architecture": name if isinstance(name, str) else None,
         "options": {
             ours: arguments[theirs]
@@ -120,6 +121,13 @@ def _side(value: Any, path: pathlib.Path) -> int | None:
             f"{path}: input size: expected one side of a square in pixels, found {value!r}."
         )
     return sides[0]
+
+
+def _share(own: Mapping[str, Any], key: str, path: pathlib.Path) -> float | None:
+    value = own.get(key)
+    if value is not None and not (_is_number(value) and value > 0):
+        raise ConfigError(f"{path}: {key}: expected a positive number, found {value!r}.")
+    return None if value is None else float(value)
 
 
 def _text(own: Mapping[str, Any], key: str, path: pathlib.Path) -> str | None:

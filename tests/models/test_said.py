@@ -1,5 +1,6 @@
 """What a config says about its weights, against the architecture that is asked for."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ import safetensors.numpy
 
 from dsad.core.errors import ConfigError
 from dsad.core.types import RunInfo
-from dsad.models import backbone, pretrained, vit
+from dsad.models import backbone, export, pretrained, vit
 from dsad.models.decoder import DecoderConfig
 from tests.models import published
 
@@ -145,3 +146,27 @@ def test_tables_in_half_precision_are_within_its_rounding(dtype):
     state["pos_embed"] = published.by_rule({"pos_embed": (1, 17, 24)})["pos_embed"].astype(dtype)
     with pytest.raises(ConfigError, match="pos_embed: expected the fixed"):
         pretrained.mae_trees(MAE, state)
+
+
+# --- the crop
+
+
+def test_the_crop_of_the_weights_is_the_crop_of_their_export(tmp_path):
+    """timm's preprocessing of an export is that of the weights, not of their architecture."""
+
+    def exported(found, name):
+        written = export.write(found, tmp_path / name, form="timm")
+        return json.loads(written["config.json"].read_text())["pretrained_cfg"]["crop_pct"]
+
+    source = tmp_path / "source"
+    source.mkdir()
+    arch = "vit_base_patch16_224"
+    silent = backbone(arch, folder(source, arch))
+    assert (silent.crop, exported(silent, "silent")) == (None, 0.9)
+    said = backbone(arch, folder(source, arch, {"crop_pct": 0.95}))
+    assert (said.crop, exported(said, "said")) == (0.95, 0.95)
+    again = backbone(arch, tmp_path / "said")
+    assert (again.crop, exported(again, "again")) == (0.95, 0.95)
+    whole = dataclasses.replace(silent, crop=1.0)
+    assert exported(whole, "whole") == export.as_weights(whole).crop == 1.0
+    assert backbone(arch, export.as_weights(whole)).crop == 1.0
