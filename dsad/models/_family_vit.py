@@ -92,6 +92,14 @@ class ViTs(Family):
         values = {ours: (getattr(base, ours), getattr(own, ours)) for ours in TIMM_ARGUMENTS}
         return name, {TIMM_ARGUMENTS[n]: new for n, (old, new) in values.items() if old != new}
 
+    def suitable(self, name: str, quick_gelu: bool | None = None) -> tuple[str, ...]:
+        if "clip" in name:  # timm's name does not tell the activation, which is checked by itself
+            plain = name.replace("_quickgelu", "")
+            both = (plain, _quick(plain))
+            return both[::-1] if quick_gelu else both
+        published = self.published(name)[0]
+        return tuple(arch for arch in self.archs if self.published(arch)[0] == published)
+
     @property
     def formats(self) -> tuple[str, ...]:
         return ("timm",)
@@ -136,13 +144,15 @@ def _check_names(arch: str, state: Mapping[str, Any]) -> None:
         )
 
 
+def _quick(plain: str) -> str:
+    return plain.replace("_clip_", "_clip_quickgelu_")
+
+
 def _check_activation(arch: str, state: Mapping[str, Any]) -> None:
     """No shape tells QuickGELU from GELU, and the wrong one gives plausible features."""
     quick, own = getattr(state, "quick_gelu", None), vit.arch(arch).activation == "quick_gelu"
     if "clip" in arch and quick is not None and quick != own:
-        other = (
-            arch.replace("_quickgelu", "") if own else arch.replace("_clip_", "_clip_quickgelu_")
-        )
+        other = arch.replace("_quickgelu", "") if own else _quick(arch)
         raise ConfigError(
             f"weights {getattr(state, 'source', '')}: by their config they were trained with "
             f"{'QuickGELU' if quick else 'GELU'}, which {arch} does not have. Use {other}."

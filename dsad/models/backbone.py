@@ -92,7 +92,8 @@ def backbone(arch: str, weights: pretrained.Spec | None = None, *, seed: int = 0
       seed: of the random weights.
 
     Raises:
-      ConfigError: unknown architecture, or tensors that are missing, left over or misshapen.
+      ConfigError: unknown architecture, weights whose config names another one, or tensors that
+        are missing, left over or misshapen.
 
     """
     family = registry.family_of(arch)
@@ -105,6 +106,7 @@ def backbone(arch: str, weights: pretrained.Spec | None = None, *, seed: int = 0
             description=f"random, seed {seed}",
         )  # fmt: skip
     state = pretrained.read(weights)
+    _check_said(arch, state)
     loaded = family.load(arch, state)
     params, extra = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
     return Backbone(
@@ -114,6 +116,19 @@ def backbone(arch: str, weights: pretrained.Spec | None = None, *, seed: int = 0
         interpolation=state.interpolation or known.interpolation, crop=state.crop,
         left_out=_hashable(loaded.left_out), description=state.source,
     )  # fmt: skip
+
+
+def _check_said(arch: str, state: pretrained.Weights) -> None:
+    """Architectures of equal shapes may differ in statistics and in how positions are resampled."""
+    said = state.architecture
+    if said is None or said not in registry.archs():
+        return
+    suitable = registry.family_of(said).suitable(said, state.quick_gelu)
+    if arch not in suitable:
+        raise ConfigError(
+            f"weights {state.source}: their config says {said}, but {arch} is asked for. Use "
+            f"{' or '.join(suitable)}."
+        )
 
 
 def _hashable(groups: Mapping[str, Sequence[str]]) -> tuple[tuple[str, tuple[str, ...]], ...]:

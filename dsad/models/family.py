@@ -110,6 +110,14 @@ class Family(abc.ABC):
         del options
         return arch, {}
 
+    def suitable(self, name: str, quick_gelu: bool | None = None) -> tuple[str, ...]:
+        """Architectures for weights whose config says timm's ``name``, the best one first.
+
+        ``quick_gelu``: see ``pretrained.Weights``.
+        """
+        del quick_gelu
+        return (name,)
+
     def check_complete(self, arch: str, **options: Any) -> None:
         """Refuse weights that end early, which no other library's network can load."""
         del arch, options

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from dsad.core.errors import ConfigError
 from dsad.core.types import RunInfo
-from dsad.models import backbone, export, pretrained, vit
+from dsad.models import backbone, export, pretrained, registry, vit
 from dsad.models.decoder import DecoderConfig
 from tests.models import published
 
@@ -170,3 +170,57 @@ def test_the_crop_of_the_weights_is_the_crop_of_their_export(tmp_path):
     whole = dataclasses.replace(silent, crop=1.0)
     assert exported(whole, "whole") == export.as_weights(whole).crop == 1.0
     assert backbone(arch, export.as_weights(whole)).crop == 1.0
+
+
+# --- the name of the architecture
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "use"),
+    [
+        ("deit_base_patch16_224", "vit_base_patch16_224", "deit_base_patch16_224"),
+        (
+            "vit_base_patch16_224", "deit_base_patch16_224",
+            "vit_base_patch16_224 or mae_vit_base_patch16",
+        ),
+        (
+            "vit_huge_patch14_224", "mae_vit_base_patch16",
+            "vit_huge_patch14_224 or mae_vit_huge_patch14",
+        ),
+        ("vit_base_patch16_224", "resnet18", "vit_base_patch16_224 or mae_vit_base_patch16"),
+        ("resnet50", "vit_base_patch16_224", "resnet50"),
+    ],
+)  # fmt: skip
+def test_weights_of_another_architecture_are_refused_with_both_names(said, asked, use, tmp_path):
+    folder(tmp_path, said)
+    text = rf"model\.safetensors: their config says {said}, but {asked} is asked for. Use {use}\."
+    with pytest.raises(ConfigError, match=text):
+        backbone(asked, tmp_path)
+
+
+def test_the_name_to_use_has_the_activation_of_the_weights(tmp_path):
+    clip(tmp_path, cfg={"tag": "openai"})
+    with pytest.raises(ConfigError, match=f"config says {CLIP}, but .*Use {QUICK} or {CLIP}"):
+        backbone("vit_base_patch16_clip_224", tmp_path)
+
+
+def test_names_that_mean_the_same_network_are_accepted(tmp_path):
+    said = "vit_base_patch16_224"  # of MAE's encoder too, in timm
+    state = folder(tmp_path, said)
+    assert backbone(said, state).arch == said
+    tensors = published.with_sines(pretrained.read(state))
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    found = backbone("mae_vit_base_patch16", tmp_path)
+    assert found.options == backbone(said, tmp_path).options
+    # What dsad has no architecture for says nothing against the one that is asked for.
+    folder(tmp_path, "vit_base_patch16_384")
+    assert backbone("deit_base_patch16_224", tmp_path).arch == "deit_base_patch16_224"
+
+
+def test_every_architecture_suits_the_name_that_its_export_has():
+    for arch in registry.archs():
+        family = registry.family_of(arch)
+        name, _ = family.published(arch)
+        for quick in (None, "quickgelu" in arch):
+            assert arch in registry.family_of(name).suitable(name, quick)
+        assert set(family.suitable(arch, None)) <= set(registry.archs())
