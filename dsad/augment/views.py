@@ -13,11 +13,9 @@ from dsad.augment.color import chosen, color_jitter, normalize, solarize, to_gre
 from dsad.augment.crops import Filter, box_coordinates, random_resized_crop_box, resized_crop
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
+from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core.rng import named, sample_keys
 from dsad.core.types import Batch
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -15,8 +16,14 @@ T = TypeVar("T")
 
 
 def listed(names: Any) -> str:
-    """Names as a readable list for an error message."""
-    return ", ".join(sorted(str(n) for n in names)) or "(none)"
+    """Names as a readable list for an error message, numbers in their order: block2, block10."""
+    return ", ".join(sorted((str(n) for n in names), key=_natural)) or "(none)"
+
+
+def _natural(text: str) -> tuple[list[Any], str]:
+    # Every second part is a number, so numbers meet numbers; 01 and 1 are told apart by the text.
+    parts = re.split(r"(\d+)", text)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
 def suggestion(name: str, known: Any) -> str:

@@ -49,20 +49,34 @@ def _fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
     return {
         "mean": _triple(own, "mean", path), "std": _triple(own, "std", path, positive=True),
         "input_size": _side(size, path), "interpolation": _text(own, "interpolation", path),
+        "crop": _share(own, "crop_pct", path),
         "architecture": name if isinstance(name, str) else None,
         "options": {
             ours: arguments[theirs]
             for ours, theirs in TIMM_ARGUMENTS.items()
             if isinstance(arguments, Mapping) and isinstance(arguments.get(theirs), int)
         },
-        "quick_gelu": _quick_gelu(name, arguments),
+        "quick_gelu": _quick_gelu(config, own, name),
     }  # fmt: skip
 
 
-def _quick_gelu(name: Any, arguments: Any) -> bool | None:
+def _quick_gelu(config: Mapping[str, Any], own: Mapping[str, Any], name: Any) -> bool | None:
+    """Whether the weights want QuickGELU; None where the config does not tell.
+
+    timm's name of a file tells little: it publishes OpenAI's CLIP, and others trained like it,
+    under the architecture with GELU and only notes what they were trained with.
+    """
+    arguments, notes = config.get("model_args"), own.get("notes")
     if isinstance(arguments, Mapping) and "act_layer" in arguments:
         return arguments["act_layer"] == "quick_gelu"
-    return "quickgelu" in name if isinstance(name, str) and "clip" in name else None
+    if not isinstance(name, str) or "clip" not in name:
+        return None
+    lines = [notes] if isinstance(notes, str) else notes if isinstance(notes, list) else []
+    noted = any("natively quickgelu" in str(line).lower() for line in lines)
+    # Tags such as openai_ft_in1k are of weights that were trained further, with GELU.
+    if "quickgelu" in name or noted or own.get("tag") == "openai":
+        return True
+    return False if "dsad" in config else None  # dsad export writes the name of what it has
 
 
 def _open_clip(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
@@ -107,6 +121,13 @@ def _side(value: Any, path: pathlib.Path) -> int | None:
             f"{path}: input size: expected one side of a square in pixels, found {value!r}."
         )
     return sides[0]
+
+
+def _share(own: Mapping[str, Any], key: str, path: pathlib.Path) -> float | None:
+    value = own.get(key)
+    if value is not None and not (_is_number(value) and value > 0):
+        raise ConfigError(f"{path}: {key}: expected a positive number, found {value!r}.")
+    return None if value is None else float(value)
 
 
 def _text(own: Mapping[str, Any], key: str, path: pathlib.Path) -> str | None:

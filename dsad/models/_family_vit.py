@@ -6,12 +6,13 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureMaps
-from dsad.models import _names_vit, names, vit
+from dsad.models import _names_vit, names, positions, vit
 from dsad.models._names_vit import Style
 from dsad.models.decoder import Decoder, DecoderConfig
 from dsad.models.family import Family, Loaded, Preprocessing
@@ -80,6 +81,8 @@ class ViTs(Family):
             _names_vit.encoder(shapes, style, prefix=prefix), state, shapes, ignored=ignored,
             what=arch,
         )  # fmt: skip
+        if spec.pos == "sincos":
+            _check_table(state, "pos_embed", dataclasses.replace(spec, **options), arch)
         return Loaded(*trees, options, names.left_out(state, ignored))
 
     def published(self, arch: str, **options: Any) -> tuple[str, dict[str, Any]]:
@@ -88,6 +91,14 @@ class ViTs(Family):
         base, own = vit.arch(name), spec_of(arch, options)
         values = {ours: (getattr(base, ours), getattr(own, ours)) for ours in TIMM_ARGUMENTS}
         return name, {TIMM_ARGUMENTS[n]: new for n, (old, new) in values.items() if old != new}
+
+    def suitable(self, name: str, quick_gelu: bool | None = None) -> tuple[str, ...]:
+        if "clip" in name:  # timm's name does not tell the activation, which is checked by itself
+            plain = name.replace("_quickgelu", "")
+            both = (plain, _quick(plain))
+            return both[::-1] if quick_gelu else both
+        published = self.published(name)[0]
+        return tuple(arch for arch in self.archs if self.published(arch)[0] == published)
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -127,20 +138,23 @@ def _check_names(arch: str, state: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"weights do not fit {arch}: these are the names of the library transformers, which "
             "dsad does not read. The same weights are published in timm's names, such as "
-            "hf:timm/vit_small_patch14_dinov2.lvd142m, hf:timm/vit_base_patch16_224.mae and "
-            "hf:timm/vit_base_patch16_clip_224.openai."
+            "hf:timm/vit_small_patch14_dinov2.lvd142m, hf:timm/vit_base_patch16_224.mae (for "
+            "mae_vit_base_patch16) and hf:timm/vit_base_patch16_clip_224.openai (for "
+            "vit_base_patch16_clip_quickgelu_224)."
         )
+
+
+def _quick(plain: str) -> str:
+    return plain.replace("_clip_", "_clip_quickgelu_")
 
 
 def _check_activation(arch: str, state: Mapping[str, Any]) -> None:
     """No shape tells QuickGELU from GELU, and the wrong one gives plausible features."""
     quick, own = getattr(state, "quick_gelu", None), vit.arch(arch).activation == "quick_gelu"
     if "clip" in arch and quick is not None and quick != own:
-        other = (
-            arch.replace("_quickgelu", "") if own else arch.replace("_clip_", "_clip_quickgelu_")
-        )
+        other = arch.replace("_quickgelu", "") if own else _quick(arch)
         raise ConfigError(
-            f"weights {getattr(state, 'source', '')}: their config says "
+            f"weights {getattr(state, 'source', '')}: by their config they were trained with "
             f"{'QuickGELU' if quick else 'GELU'}, which {arch} does not have. Use {other}."
         )
 
@@ -196,6 +210,32 @@ def mae_networks(
 def decoder_for(spec: vit.Arch, cfg: DecoderConfig) -> Decoder:
     """The decoder behind an encoder."""
     return Decoder(cfg, source=spec.width, patch=spec.patch, grid=spec.grid)
+
+
+def check_tables(
+    encoder: vit.ViT, decoder: Decoder | None, state: Mapping[str, Any], what: str
+) -> None:
+    """Refuse tensors of the right shapes whose positions are not a masked autoencoder's."""
+    _check_table(state, "pos_embed", encoder.spec, what)
+    if decoder is not None:
+        _check_table(state, "decoder_pos_embed", encoder.spec, what)
+
+
+def _check_table(state: Mapping[str, Any], name: str, spec: vit.Arch, what: str) -> None:
+    """Only the table tells a supervised transformer from the encoder of a masked autoencoder."""
+    found = np.asarray(state[name])
+    width, half = found.shape[-1], float(jnp.finfo(found.dtype).eps)  # a file may be f16 or bf16
+    want = positions.sincos_table(width, (spec.grid, spec.grid), spec.table_prefix)
+    gap, allowed = np.abs(found[0].astype(np.float32) - want).max(), max(1e-4, half)
+    if not gap <= allowed:  # nor is NaN
+        raise ConfigError(
+            f"weights do not fit {what}: {name}: expected the fixed sine-cosine table of "
+            f"{spec.grid} × {spec.grid} cells within {allowed:.0e}, found one that differs by up "
+            f"to {gap:.3g}. These are not the weights of a masked autoencoder with fixed "
+            "positions. Learned positions need another architecture, such as vit_*, or deit_* for "
+            "DeiT; start a masked autoencoder from a checkpoint of its own kind, such as "
+            "hf:timm/vit_base_patch16_224.mae."
+        )
 
 
 def mae_entries(encoder: vit.ViT, decoder: Decoder | None) -> tuple[list[names.Entry], Any]:

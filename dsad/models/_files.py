@@ -131,7 +131,8 @@ def _refuse_torchscript(path: pathlib.Path) -> None:
             raise ConfigError(
                 f"weights {path}: a TorchScript archive, which holds code; OpenAI published CLIP "
                 "like this. Use the same weights as tensors: hf:timm/vit_base_patch16_clip_224."
-                "openai and its like, or those of open_clip."
+                "openai for vit_base_patch16_clip_quickgelu_224 and its like, or those of "
+                "open_clip."
             )
 
 

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
+from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core.types import FeatureMaps
 from dsad.models import pretrained, registry
-from dsad.models.family import IMAGENET_MEAN, IMAGENET_STD
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "extra"],
     meta_fields=[
-        "arch", "options", "layers", "mean", "std", "image_size", "interpolation", "left_out",
-        "description",
+        "arch", "options", "layers", "mean", "std", "image_size", "interpolation", "crop",
+        "left_out", "description",
     ],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class Backbone:
       layers: the maps that are returned, None for all.
       image_size: side in pixels of the images the weights were trained on.
       interpolation: resampling filter of those images, such as "bilinear".
+      crop: share of a resized image's side that its centre crop kept, None where the weights do
+        not say: then it is the architecture's published one.
       left_out: tensors of the weights that are knowingly not used, by what they are.
       description: names the weights.
 
@@ -50,6 +52,7 @@ class Backbone:
     std: tuple[float, float, float] = IMAGENET_STD
     image_size: int = 224
     interpolation: str = "bilinear"
+    crop: float | None = None
     left_out: tuple[tuple[str, tuple[str, ...]], ...] = ()
     description: str = ""
 
@@ -84,12 +87,13 @@ def backbone(arch: str, weights: pretrained.Spec | None = None, *, seed: int = 0
       weights: None for random weights, anything that ``pretrained.read`` takes (a file, a
         directory, ``hf:owner/name``, a mapping of arrays under published names), or what it
         returned. What the weights lack does not exist in the result, so asking for the maps of a
-        missing stage is refused. Pixel statistics, image size and interpolation come from the
-        weights' config, else they are the architecture's published ones.
+        missing stage is refused. Pixel statistics, image size, interpolation and crop come from
+        the weights' config, else they are the architecture's published ones.
       seed: of the random weights.
 
     Raises:
-      ConfigError: unknown architecture, or tensors that are missing, left over or misshapen.
+      ConfigError: unknown architecture, weights whose config names another one, or tensors that
+        are missing, left over or misshapen.
 
     """
     family = registry.family_of(arch)
@@ -102,15 +106,29 @@ def backbone(arch: str, weights: pretrained.Spec | None = None, *, seed: int = 0
             description=f"random, seed {seed}",
         )  # fmt: skip
     state = pretrained.read(weights)
+    _check_said(arch, state)
     loaded = family.load(arch, state)
     params, extra = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
     return Backbone(
         params=params, extra=extra, arch=arch, options=tuple(sorted(loaded.options.items())),
         mean=state.mean or known.mean, std=state.std or known.std,
         image_size=state.input_size or loaded.options.get("image", known.image_size),
-        interpolation=state.interpolation or known.interpolation,
+        interpolation=state.interpolation or known.interpolation, crop=state.crop,
         left_out=_hashable(loaded.left_out), description=state.source,
     )  # fmt: skip
+
+
+def _check_said(arch: str, state: pretrained.Weights) -> None:
+    """Architectures of equal shapes may differ in statistics and in how positions are resampled."""
+    said = state.architecture
+    if said is None or said not in registry.archs():
+        return
+    suitable = registry.family_of(said).suitable(said, state.quick_gelu)
+    if arch not in suitable:
+        raise ConfigError(
+            f"weights {state.source}: their config says {said}, but {arch} is asked for. Use "
+            f"{' or '.join(suitable)}."
+        )
 
 
 def _hashable(groups: Mapping[str, Sequence[str]]) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -105,6 +105,8 @@ def _config(backbone: Backbone, form: str, about: dict[str, Any]) -> dict[str, A
     name, arguments = family.published(backbone.arch, **options)
     size = [3, backbone.image_size, backbone.image_size]
     channels = family.channels(backbone.arch, **options)
+    crop = backbone.crop
+    crop = family.preprocessing(backbone.arch).crop if crop is None else crop
     found = {
         "architecture": name,
         "num_classes": 0,
@@ -115,7 +117,7 @@ def _config(backbone: Backbone, form: str, about: dict[str, Any]) -> dict[str, A
             "num_classes": 0,
             "input_size": size,
             "interpolation": backbone.interpolation,
-            "crop_pct": family.preprocessing(backbone.arch).crop,
+            "crop_pct": crop,
             "mean": list(backbone.mean),
             "std": list(backbone.std),
         },
@@ -133,7 +135,7 @@ def as_weights(backbone: Backbone) -> pretrained.Weights:
     return pretrained.Weights(
         tensors=tensors,
         mean=backbone.mean, std=backbone.std, input_size=backbone.image_size,
-        interpolation=backbone.interpolation, options=options,
+        interpolation=backbone.interpolation, crop=backbone.crop, options=options,
         architecture=family.published(backbone.arch, **options)[0],
         source=backbone.description,
     )  # fmt: skip

@@ -9,10 +9,8 @@ import jax
 import numpy as np
 
 from dsad.core.errors import ConfigError
+from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core.types import FeatureMaps
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +109,14 @@ class Family(abc.ABC):
         """Name of a network in timm, and the arguments in which it differs from that name's."""
         del options
         return arch, {}
+
+    def suitable(self, name: str, quick_gelu: bool | None = None) -> tuple[str, ...]:
+        """Architectures for weights whose config says timm's ``name``, the best one first.
+
+        ``quick_gelu``: see ``pretrained.Weights``.
+        """
+        del quick_gelu
+        return (name,)
 
     def check_complete(self, arch: str, **options: Any) -> None:
         """Refuse weights that end early, which no other library's network can load."""

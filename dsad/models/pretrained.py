@@ -36,6 +36,7 @@ class Weights(Mapping[str, np.ndarray]):
       mean: of RGB pixels in [0, 1], which the images were normalised with; likewise ``std``.
       input_size: side in pixels of the square images the weights were trained on.
       interpolation: name of the resampling filter.
+      crop: share of a resized image's side that its centre crop kept.
       architecture: timm's name of the network.
       options: what differs from that architecture, see ``Family.network``.
       quick_gelu: whether the network's activation is x · sigmoid(1.702 x), which no shape tells.
@@ -48,6 +49,7 @@ class Weights(Mapping[str, np.ndarray]):
     std: tuple[float, float, float] | None = None
     input_size: int | None = None
     interpolation: str | None = None
+    crop: float | None = None
     architecture: str | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     quick_gelu: bool | None = None
@@ -72,7 +74,7 @@ def read(spec: Spec) -> Weights:
         - a ``.safetensors`` or ``.npz`` file, or a ``.pth``, ``.pt`` or ``.bin`` file (through
           torch's weights-only loader; ``FILE#KEY`` chooses one of several state dicts in it). A
           ``config.json`` of timm or ``dsad export``, or an ``open_clip_config.json``, beside the
-          file tells mean, std, size and interpolation;
+          file tells mean, std, size, interpolation and crop;
         - a directory with such files;
         - ``hf:owner/name[@revision][/file]``, through huggingface_hub and its cache;
         - ``run:DIR[@STEP]``, the encoder of a dsad run, or another scheme that an installed package
@@ -166,7 +168,8 @@ def mae_trees(
       extra holds the fixed tables of positions.
 
     Raises:
-      ConfigError: a table of all tensors that are missing, left over or misshapen.
+      ConfigError: a table of all tensors that are missing, left over or misshapen; positions that
+        are not the fixed table, such as a supervised transformer's.
 
     """
     spec = vit.arch(arch) if isinstance(arch, str) else arch
@@ -175,6 +178,7 @@ def mae_trees(
     what = f"the masked autoencoder {arch}" if isinstance(arch, str) else "the masked autoencoder"
     ignored = _family_vit.MAE_IGNORED
     params, extra = names.to_trees(entries, state, shapes, ignored=ignored, what=what)
+    _family_vit.check_tables(*networks, state, what)
     return jax.tree.map(jnp.asarray, (params, extra))
 
 

@@ -62,6 +62,13 @@ class Arch:
     rule: Rule = "antialias"
 
     def __post_init__(self) -> None:
+        for key in ("width", "depth", "heads", "patch", "image", "registers"):
+            value, least = getattr(self, key), 0 if key == "registers" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(
+                    f"vision transformer: {key}: expected a whole number of at least {least}, "
+                    f"found {value!r}."
+                )
         if self.width % self.heads or self.width % 4:
             raise ConfigError(
                 f"vision transformer: expected a width that its {self.heads} heads and 4 divide, "

@@ -10,6 +10,23 @@ def by_rule(shapes):
     return {name: tensor_by_rule(name, tuple(shape)) for name, shape in shapes.items()}
 
 
+def with_sines(state):
+    """The same tensors with the fixed positions of a masked autoencoder: columns, then rows."""
+    made = dict(state)
+    for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
+        rows, width = state[name].shape[1:]
+        side, table = int((rows - 1) ** 0.5), np.zeros((1, rows, width), np.float32)
+        for cell in range(side**2):
+            for part, at in enumerate((cell % side, cell // side)):
+                for k in range(width // 4):
+                    angle = at * 10000.0 ** (-4 * k / width)
+                    first = part * width // 2 + k
+                    table[0, 1 + cell, first] = np.sin(angle)
+                    table[0, 1 + cell, first + width // 4] = np.cos(angle)
+        made[name] = table
+    return made
+
+
 def tensor_by_rule(name, shape):
     n = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
     last = name.rpartition(".")[2]

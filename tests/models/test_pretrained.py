@@ -122,7 +122,7 @@ def test_timms_config(config, tmp_path):
         found = pretrained.read(spec)
         assert (found.mean, found.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
         assert (found.input_size, found.interpolation) == (384, "bicubic")
-        assert found.architecture == "vit_base_patch16_384"
+        assert (found.architecture, found.crop) == ("vit_base_patch16_384", 1.0)
         assert found.quick_gelu is None
 
 
@@ -148,6 +148,8 @@ def test_open_clips_config_belongs_to_its_own_file(tmp_path):
         ({"mean": [0.5, 0.5]}, "mean: expected three numbers"),
         ({"mean": [0.5, 0.5, "x"]}, "mean: expected three numbers"),
         ({"std": [0.2, 0.2, 0]}, "std: expected three positive numbers"),
+        ({"crop_pct": 0}, "crop_pct: expected a positive number, found 0"),
+        ({"crop_pct": "0.9"}, "crop_pct: expected a positive number, found '0.9'"),
         ({"input_size": [3, 224, 256]}, "input size: expected one side of a square"),
         ({"input_size": "224"}, "input size: expected one side of a square"),
         ({"interpolation": 3}, "interpolation: expected text"),

@@ -294,6 +294,15 @@ def test_impossible_shapes_are_refused(changes, match):
         dataclasses.replace(SMALL, **changes)
 
 
+@pytest.mark.parametrize("key", ["width", "depth", "heads", "patch", "image"])
+def test_sizes_that_are_not_positive_are_refused_by_name(key):
+    for value in (0, -4, True, 8.0):
+        with pytest.raises(ConfigError, match=rf"{key}: expected .* at least 1, found {value!r}"):
+            dataclasses.replace(SMALL, **{key: value})
+    with pytest.raises(ConfigError, match="registers: expected .* at least 0, found -1"):
+        dataclasses.replace(SMALL, registers=-1)
+
+
 def test_unknown_architecture_lists_what_exists():
     with pytest.raises(ConfigError, match=r"Did you mean 'mae_vit_base_patch16'.*Known: .*dinov2"):
         vit.arch("mae_vit_base")

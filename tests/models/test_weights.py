@@ -58,8 +58,10 @@ FORMS = {"dinov2": "dinov2", "dinov2-registers": "dinov2", "clip": "clip",
 
 
 def weights(family, **fields):
-    _, shapes = FAMILIES[family]
-    return Weights(tensors=published.by_rule(shapes), options=SMALL, **fields)
+    arch, shapes = FAMILIES[family]
+    state = published.by_rule(shapes)
+    tensors = published.with_sines(state) if arch.startswith("mae") else state
+    return Weights(tensors=tensors, options=SMALL, **fields)
 
 
 def images(side=32, seed=3):
@@ -263,8 +265,7 @@ def assert_same_bits(a, b):
 
 
 def test_masked_autoencoders_with_and_without_decoder():
-    shapes = published.mae(2, 24, 8, 4, decoder=(3, 16))
-    state = published.by_rule(shapes)
+    state = published.with_sines(published.by_rule(published.mae(2, 24, 8, 4, decoder=(3, 16))))
     spec = vit.Arch(width=24, depth=2, heads=3, patch=8, image=224, pos="sincos")
     params, extra = pretrained.mae_trees(spec, state)
     assert params.keys() == extra.keys() == {"encoder", "decoder"}
