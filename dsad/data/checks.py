@@ -144,7 +144,7 @@ def _read_files(
     except FaultError as problem:
         faults.extend(problem.faults)
         return faults, image, mode, None
-    if image is not None and (fault := decode.size_fault(path, mask, image)):
+    if image is not None and (fault := decode.size_fault(path, mask, image.shape[:2])):
         faults.append(fault)
     if record.label == 0 and mask.any():
         count = int(mask.sum())

@@ -144,15 +144,15 @@ def read_mask(root: pathlib.Path, path: str, rule: MaskRule) -> np.ndarray:
     return grey > rule.threshold
 
 
-def size_fault(path: str, mask: np.ndarray, image: np.ndarray) -> Fault | None:
-    """The K2 fault of a mask (h, w) whose size is not that of its image (h, w, 3), or None."""
-    if mask.shape == image.shape[:2]:
+def size_fault(path: str, mask: np.ndarray, shape: tuple[int, ...]) -> Fault | None:
+    """The K2 fault of a mask (h, w) whose size is not its image's ``shape`` (h, w), or None."""
+    if mask.shape == shape:
         return None
     return error(
         "K2",
         path,
         f"mask of {mask.shape[1]}×{mask.shape[0]} pixels (width × height) for an image of "
-        f"{image.shape[1]}×{image.shape[0]}: they must agree; masks are never resized silently.",
+        f"{shape[1]}×{shape[0]}: they must agree; masks are never resized silently.",
     )
 
 

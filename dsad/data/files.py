@@ -157,14 +157,38 @@ class FileSource:
         """Decode one sample; raises DataError naming the file (K2, K3, K4, K8)."""
         data, record = self._dataset, self.records[index]
         image, _ = decode.read_image(data.root, record.path, data.config.lossy)
-        if record.label == 0:
-            return Sample(record=record, image=image, mask=np.zeros(image.shape[:2], bool))
-        if record.mask_path is None:
-            return Sample(record=record, image=image, mask=None)
-        mask = decode.read_mask(data.root, record.mask_path, data.rule)
-        if fault := decode.size_fault(record.mask_path, mask, image):
-            raise FaultError(fault)
+        mask = self.annotation(index, image.shape[:2])
         return Sample(record=record, image=image, mask=mask)
+
+    def annotation(self, index: int, shape: tuple[int, int]) -> np.ndarray | None:
+        """The mask of a sample whose image has ``shape`` (h, w); the image is not decoded.
+
+        Raises DataError naming the mask's file (K2, K3, K4, K8).
+        """
+        data, record = self._dataset, self.records[index]
+        if record.label == 0:
+            return np.zeros(shape, bool)
+        if record.mask_path is None:
+            return None
+        mask = decode.read_mask(data.root, record.mask_path, data.rule)
+        if fault := decode.size_fault(record.mask_path, mask, shape):
+            raise FaultError(fault)
+        return mask
+
+    def identity(self, index: int) -> str:
+        """SHA-256 of what the pixels are made from: the bytes of the file, and what may be lost.
+
+        Pixels that ``lossy`` allows are not the same as pixels that need no permission: what was
+        kept of them must not be found by a config that refuses their file.
+        """
+        data, path = self._dataset, self.records[index].path
+        digest = hashlib.sha256(repr(sorted(data.config.lossy)).encode())
+        try:
+            digest.update((data.root / path).read_bytes())
+        except OSError as problem:
+            text = f"cannot be read: {problem.strerror}. Expected an image file; copy it again."
+            raise FaultError(error("K8", path, text)) from problem
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

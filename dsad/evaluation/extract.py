@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+import dsad
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import batch_sharding, replicated
@@ -53,8 +56,9 @@ class Extractor:
             self._check(jax.eval_shape(backbone, images))
         if hasattr(backbone, "only"):
             backbone = backbone.only(self.layers)
+        self._network = None
         if _is_arrays(backbone):
-            network = placed(_untitled(backbone), self.mesh)
+            self._network = network = placed(_untitled(backbone), self.mesh)
             self._run: Callable[[jax.Array], Any] = functools.partial(self._with_tree, network)
         else:
             forward = functools.partial(self._forward, backbone)
@@ -65,6 +69,36 @@ class Extractor:
         sharding = batch_sharding(self.mesh)
         placed = jax.make_array_from_callback(images.shape, sharding, lambda at: images[at])
         return jax.block_until_ready(self._run(placed))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over whatever decides the results for an image, beside its own pixels.
+
+        That is the lowered program, which holds the architecture and all its settings, pixel
+        statistics, precision and image size; every weight; and the versions and kind of device
+        that run it, as they round. Equal for any batch size, mesh and text about the weights.
+
+        Raises ConfigError for a backbone that is no pytree of arrays: its weights are out of sight.
+        """
+        if self._network is None:
+            raise ConfigError(
+                "evaluation.feature_cache: expected a backbone that is a pytree of arrays, whose "
+                "weights can be told from others. Register its class with "
+                "jax.tree_util.register_dataclass, or leave the key empty."
+            )
+        leaves = jax.tree_util.tree_leaves_with_path(self._network)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._network)
+        images = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.uint8)
+        # Unused arguments are kept, so that it is clear which weights the others are.
+        program = jax.jit(self._forward, keep_unused=True).lower(shapes, images).as_text()
+        device = self.mesh.devices.flat[0]
+        about = [dsad.__version__, jax.__version__, device.platform, device.device_kind]
+        paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+        digest = hashlib.sha256(json.dumps([about, self.layers, paths, program]).encode())
+        for _, leaf in leaves:
+            values = np.ascontiguousarray(leaf)
+            digest.update(f"{leaf.shape} {leaf.dtype} ".encode())
+            digest.update(values.reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
 
     def _forward(self, network: Any, images: jax.Array) -> Any:
         mean = jnp.asarray(network.mean, jnp.float32)[None, None, None, :]

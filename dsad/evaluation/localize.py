@@ -21,6 +21,9 @@ from dsad.evaluation.scored import Scored, score
 from dsad.evaluation.scoring import Device, EvalConfig, Features, Reader, check_smoothing
 from dsad.evaluation.support import check_labels
 
+#: The images of a category that a run reads.
+_PARTS = ("train", "held out", "test")
+
 __all__ = [
     "EvalConfig", "Results", "check_labels", "check_smoothing", "localize", "read_results",
     "write_results",
@@ -164,7 +167,9 @@ class _Run:
         def advance(n: int) -> None:
             self.done = min(self.done + n, self.total)
             if self.progress:
-                self.progress(self.done, self.total, f"{category}: {what}")
+                stored = n > 0 and self.device is not None and self.device.all_stored
+                note = " (cached features)" if stored else ""
+                self.progress(self.done, self.total, f"{category}: {what}{note}")
 
         return advance
 
@@ -261,8 +266,12 @@ class _Run:
             self.made.categories[category] = {"counts": counts}
         seconds["metrics"] = time.perf_counter() - start
         over_seeds.collect(self.made, category, seed, row, kinds, seconds)
+        about = self.made.categories[category]
+        if reader.device.store:
+            parts = {n: reader.device.from_store.get(f"{category}/{n}", {}) for n in _PARTS}
+            about["features_from_cache"] = {n: sum(p.values()) for n, p in parts.items() if p}
         if keep:
-            self.made.categories[category]["features_between_seeds"] = {
+            about["features_between_seeds"] = {
                 "kept_bytes": reader.kept_bytes, "recomputed": sorted(reader.recomputed),
             }  # fmt: skip
 

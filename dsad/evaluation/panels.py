@@ -44,9 +44,9 @@ def pictures(
     found: dict[str, list[np.ndarray]] = {}
     sizes: list[tuple[int, int]] = []
     shown = Subset(source, [source.records[n].path for n in numbers])
-    for host in batches(shown, config, device.batch):
-        for name, values in device.panels(host.images).items():
-            found.setdefault(name, []).extend(values[host.valid])
+    for host in batches(shown, config, device.batch, device.panel_store):
+        for name, values in device.panels(host).items():
+            found.setdefault(name, []).extend(values[: len(host.shapes)])
         sizes += [gallery.fit(shape, gallery.PICTURE_SIDE) for shape in host.shapes]
     arrays: dict[str, np.ndarray] = {}
     tops: dict[str, float] = {}

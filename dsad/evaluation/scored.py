@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from dsad.core.types import Source, Tree
+from dsad.evaluation.geometry import input_affine, to_original
 from dsad.evaluation.maps import MapWriter
-from dsad.evaluation.scoring import Reader, input_affine, to_original
+from dsad.evaluation.scoring import Reader
 
 
 class Scored(NamedTuple):

@@ -1,25 +1,27 @@
-"""From files to anomaly maps: decoding ahead, compiled features and scores, geometry."""
+"""From files to anomaly maps: decoding ahead, compiled features and scores."""
 
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
-import PIL.Image
+import PIL
 from jax.sharding import Mesh
 
 from dsad.core.config import check_options
-from dsad.core.errors import ConfigError, DataError
-from dsad.core.mesh import replicated
-from dsad.core.types import Detector, FeatureBatch, FeatureMaps, Sample, Scores, Source, Tree
-from dsad.evaluation import metrics
+from dsad.core.errors import ConfigError
+from dsad.core.mesh import batch_sharding, replicated
+from dsad.core.types import Detector, FeatureBatch, FeatureMaps, Scores, Source, Tree
+from dsad.evaluation import metrics, stamp, stored
 from dsad.evaluation.extract import Extractor, fetched, placed
+from dsad.evaluation.geometry import RESIZE, resize_image
 from dsad.ops import resize
 
 
@@ -51,6 +53,8 @@ class EvalConfig:
     save_maps: Literal["none", "tiff", "png"] = "none"
     #: Features of one category that stay on the devices for further passes and seeds, in MiB.
     cache_mb: int = 1024
+    #: Folder that keeps features for other detectors, scores and runs; empty: they are not kept.
+    feature_cache: str = ""
 
     def __post_init__(self) -> None:
         check_options(self, "evaluation")
@@ -93,49 +97,6 @@ def check_smoothing(detector: Any, config: EvalConfig) -> None:
         )
 
 
-# --- geometry -------------------------------------------------------------------------------
-
-
-def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """(h, w, 3) uint8 to (size, size, 3) uint8: Pillow's antialiased bilinear, aspect not kept."""
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise DataError(f"expected a (h, w, 3) uint8 image, found {image.shape} {image.dtype}")
-    picture = PIL.Image.fromarray(image)
-    return np.asarray(picture.resize((size, size), PIL.Image.Resampling.BILINEAR))
-
-
-def input_affine(height: int, width: int, size: int) -> np.ndarray:
-    """(2, 3) map from original (x, y) to network input, continuous: pixel centres are at + 1/2."""
-    return np.array([[size / width, 0, 0], [0, size / height, 0]], np.float64)
-
-
-def to_original(scores: np.ndarray, affine: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear sample of a map (s, s) at the centres of the original pixels: (height, width) f32.
-
-    ``affine`` is axis-parallel, as ``input_affine`` gives it; beyond the outer centres the edge
-    value continues.
-    """
-    rows = _positions(affine[1, 1], affine[1, 2], height, scores.shape[0])
-    columns = _positions(affine[0, 0], affine[0, 2], width, scores.shape[1])
-    values = scores.astype(np.float32)
-    low, high, part = rows
-    values = values[low] + (values[high] - values[low]) * part[:, None]
-    low, high, part = columns
-    return values[:, low] + (values[:, high] - values[:, low]) * part[None, :]
-
-
-def _positions(
-    scale: float, offset: float, n: int, size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lower and upper cell, and the weight of the upper, for n pixel centres."""
-    at = np.clip((np.arange(n) + 0.5) * scale + offset - 0.5, 0, size - 1)
-    low = np.minimum(np.floor(at).astype(np.int64), max(size - 2, 0))
-    return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)
-
-
-# --- host and device ------------------------------------------------------------------------
-
-
 class HostBatch(NamedTuple):
     """A fixed-size batch; ``shapes`` and ``masks`` belong to its valid rows."""
 
@@ -144,33 +105,64 @@ class HostBatch(NamedTuple):
     index: np.ndarray  # (b,) int, -1 for padding
     shapes: list[tuple[int, int]]
     masks: list[np.ndarray | None]
+    found: list[stored.Found]  # of the valid rows, empty without a store
 
 
-def batches(source: Source, config: EvalConfig, batch: int) -> Iterator[HostBatch]:
-    """Batches of a fixed size in source order, decoded ahead by threads; the last is padded."""
+class _Row(NamedTuple):
+    """One image of a batch; ``image`` is None where its features are stored."""
 
-    def prepare(index: int) -> tuple[Sample, np.ndarray]:
-        sample = source[index]
-        return sample, resize_image(sample.image, config.image_size)
+    image: np.ndarray | None
+    shape: tuple[int, int]
+    mask: np.ndarray | None
+    found: stored.Found | None
 
+
+def _row(source: Source, index: int, side: int, store: stored.FeatureStore | None) -> _Row:
+    """Decode and resize an image, as far as nothing is known of it."""
+    identity = stored.of_file(source, index) if store else None
+    if store and identity and (found := store.find(identity)):
+        mask = cast(Any, source).annotation(index, found.shape)
+        return _Row(None, found.shape, mask, found)
+    sample = source[index]
+    image, shape = resize_image(sample.image, side), sample.image.shape[:2]
+    found = None
+    if store and not identity:
+        identity = stored.of_pixels(image)
+        found = store.find(identity, shape)
+    if store and identity and not found:
+        found = stored.Found(identity, shape, None)
+    return _Row(image, shape, sample.mask, found)
+
+
+def batches(
+    source: Source, config: EvalConfig, batch: int, store: stored.FeatureStore | None = None
+) -> Iterator[HostBatch]:
+    """Batches of a fixed size in source order, decoded ahead by threads; the last is padded.
+
+    Images whose features are in the ``store`` may be left black, as nobody needs them.
+    """
+    prepare = functools.partial(_row, source, side=config.image_size, store=store)
     ahead = batch + 2 * config.workers
     with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
-        waiting: deque[concurrent.futures.Future[tuple[Sample, np.ndarray]]] = deque()
+        waiting: deque[concurrent.futures.Future[_Row]] = deque()
         upcoming = iter(range(len(source)))
         try:
             for start in range(0, len(source), batch):
                 rows = range(start, min(start + batch, len(source)))
                 images = np.zeros((batch, config.image_size, config.image_size, 3), np.uint8)
-                shapes, masks = [], []
+                shapes, masks, found = [], [], []
                 for row in range(len(rows)):
                     while len(waiting) < ahead and (index := next(upcoming, None)) is not None:
                         waiting.append(pool.submit(prepare, index))
-                    sample, images[row] = waiting.popleft().result()
-                    shapes.append(sample.image.shape[:2])
-                    masks.append(sample.mask)
+                    made = waiting.popleft().result()
+                    if made.image is not None:
+                        images[row] = made.image
+                    shapes.append(made.shape)
+                    masks.append(made.mask)
+                    found += [made.found] if made.found else []
                 index = np.full(batch, -1, np.int64)
                 index[: len(rows)] = rows
-                yield HostBatch(images, index >= 0, index, shapes, masks)
+                yield HostBatch(images, index >= 0, index, shapes, masks, found)
         finally:
             for future in waiting:
                 future.cancel()
@@ -202,6 +194,13 @@ class Device:
             lambda scores: Scores(map=finish(scores.map), image=scores.image),
             out_shardings=fetched(mesh),
         )
+        self.folder = config.feature_cache
+        self.store: stored.FeatureStore | None = None
+        self.panel_store: stored.FeatureStore | None = None
+        #: By name of a source: whether the features of an image, by path, were stored before.
+        self.from_store: dict[str, dict[str, bool]] = {}
+        #: Whether those of the latest batch all were.
+        self.all_stored = False
         self._features = Extractor(self.layers, config.image_size, mesh)
         self._panels: Extractor | None = None
         more: Any = detector  # optional, not part of the seam: see ``evaluation.panels``
@@ -211,19 +210,69 @@ class Device:
 
     def use(self, backbone: Any) -> None:
         """Take another backbone; one of the same architecture needs no new program."""
+        about = stamp.describe_backbone(backbone)
         backbone = placed(backbone, self.mesh)  # once for both
         self._features.use(backbone)
+        self.store = self._opened(self._features, about)
         if self._panels:
             self._panels.use(backbone)
+            self.panel_store = self._opened(self._panels, {**about, "panels": True})
+
+    def _opened(self, extractor: Extractor, about: dict[str, Any]) -> stored.FeatureStore | None:
+        if not self.folder:
+            return None
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"{stored.KEY}: expected a run of one process, found {jax.process_count()}, each "
+                "of which has a part of the features. Leave the key empty."
+            )
+        about = {**about, "layers": extractor.layers, "image_size": extractor.side}
+        text = f"{stored.FORMAT} {RESIZE} {PIL.__version__} {extractor.fingerprint()}"
+        name = hashlib.sha256(text.encode()).hexdigest()
+        return stored.FeatureStore(self.folder, name, about)
 
     def features(self, images: np.ndarray) -> FeatureMaps:
         """Feature maps of uint8 images, ready."""
         return self._features(images)
 
-    def panels(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """What the detector shows of uint8 images beside its map; nothing for most detectors."""
-        found = self._panels(images) if self._panels else {}
-        return {n: np.asarray(x, np.float32) for n, x in found.items()}
+    def stored_features(self, host: HostBatch) -> FeatureMaps:
+        """Feature maps of a batch, read if all are stored, else computed where they are not."""
+        if self.store is None:
+            return self.features(host.images)
+        maps = self.store.complete(host.found, lambda: self.features(host.images))
+        # Padding repeats a row, so that it is as finite as the others.
+        rows = np.minimum(np.arange(self.batch), len(host.found) - 1)
+
+        def put(x: Any) -> jax.Array:
+            if isinstance(x, jax.Array):
+                return x
+            padded = x[rows]
+            return jax.make_array_from_callback(
+                padded.shape, batch_sharding(self.mesh), lambda at: padded[at]
+            )
+
+        return jax.block_until_ready({n: put(x) for n, x in maps.items()})
+
+    def note(self, name: str, paths: Sequence[str], host: HostBatch) -> None:
+        """Remember which images of a source had their features in the store at first sight."""
+        were = [found.maps is not None for found in host.found]
+        self.all_stored = bool(were) and all(were)
+        known = self.from_store.setdefault(name, {})
+        for path, was in zip(paths, were, strict=bool(were)):
+            known.setdefault(path, was)
+
+    def panels(self, host: HostBatch) -> dict[str, np.ndarray]:
+        """What the detector shows of a batch beside its map; nothing for most detectors."""
+        if self._panels is None:
+            return {}
+        extractor = self._panels
+
+        def compute() -> dict[str, np.ndarray]:
+            return {n: np.asarray(x, np.float32) for n, x in extractor(host.images).items()}
+
+        if self.panel_store is None:
+            return compute()
+        return dict(self.panel_store.complete(host.found, compute))
 
     def place(self, state: Tree) -> Tree:
         """The detector's state on the mesh: what is not there yet is replicated."""
@@ -264,13 +313,14 @@ class Reader:
             yield from self._kept[key]
             return
         made, size = [], 0
-        for host in batches(source, self.config, self.device.batch):
-            maps = self.device.features(host.images)
+        for host in batches(source, self.config, self.device.batch, self.device.store):
+            maps = self.device.stored_features(host)
+            self.device.note(name, [source.records[i].path for i in host.index[host.valid]], host)
             if keep:
                 size += sum(x.nbytes for x in maps.values())
                 size += sum(m.nbytes for m in host.masks if m is not None)
                 if keep := self.kept_bytes + size <= self.limit:
-                    made.append((host._replace(images=host.images[:0]), maps))
+                    made.append((host._replace(images=host.images[:0], found=[]), maps))
                 else:
                     made.clear()
                     self.recomputed.add(name)

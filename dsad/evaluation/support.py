@@ -44,6 +44,13 @@ class Subset:
     def __getitem__(self, index: int, /) -> Sample:
         return self._source[self._at[index]]
 
+    def __getattr__(self, name: str) -> Any:
+        """What a source may offer beside the seam, for the samples of this one."""
+        if name not in ("annotation", "identity"):
+            raise AttributeError(name)
+        of_whole = getattr(self._source, name)
+        return lambda index, *rest: of_whole(self._at[index], *rest)
+
 
 def draw(paths: Sequence[str], shots: int, seed: int, category: str) -> tuple[str, ...]:
     """``shots`` of the paths (0: all), in path order, drawn from (seed, category, path).

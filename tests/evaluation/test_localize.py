@@ -15,7 +15,7 @@ from sklearn import metrics as oracle
 from dsad.core.errors import ConfigError, DataError, MetricError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Record, Sample, Scores
-from dsad.evaluation import gallery, scoring
+from dsad.evaluation import gallery, geometry
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 
 NUMBERS = {
@@ -204,10 +204,10 @@ def sampled(values, height, width):
 def test_a_peak_comes_back_to_its_original_pixel(row, column):
     image = np.zeros((60, 40, 3), np.uint8)
     image[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = 255
-    small = scoring.resize_image(image, 224)[..., 0].astype(np.float32)
-    affine = scoring.input_affine(60, 40, 224)
+    small = geometry.resize_image(image, 224)[..., 0].astype(np.float32)
+    affine = geometry.input_affine(60, 40, 224)
     # A map that is blurred at network input, as a real one is.
-    back = scoring.to_original(ndimage.gaussian_filter(small, 3.0), affine, 60, 40)
+    back = geometry.to_original(ndimage.gaussian_filter(small, 3.0), affine, 60, 40)
     peak = np.unravel_index(back.argmax(), back.shape)
     assert back.shape == (60, 40)
     assert max(abs(peak[0] - row), abs(peak[1] - column)) <= 1
@@ -217,15 +217,15 @@ def test_a_perfect_map_is_perfect_on_original_pixels():
     mask = np.zeros((60, 40), bool)
     mask[21:37, 8:15] = True
     image = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, -1)
-    small = scoring.resize_image(image, 240)[..., 0]
-    back = scoring.to_original(small, scoring.input_affine(60, 40, 240), 60, 40)
+    small = geometry.resize_image(image, 240)[..., 0]
+    back = geometry.to_original(small, geometry.input_affine(60, 40, 240), 60, 40)
     assert oracle.roc_auc_score(mask.ravel(), back.ravel()) == 1.0
     assert np.array_equal(back > 127, mask)
 
 
 def test_to_original_matches_scipy_when_shrinking_too():
     values = np.random.default_rng(0).normal(size=(50, 50))
-    back = scoring.to_original(values, scoring.input_affine(33, 90, 50), 33, 90)
+    back = geometry.to_original(values, geometry.input_affine(33, 90, 50), 33, 90)
     np.testing.assert_allclose(back, sampled(values, 33, 90), atol=1e-5)
 
 
@@ -307,7 +307,7 @@ def test_missing_layer_and_category_list_what_exists():
     with pytest.raises(ConfigError, match=r"cup not in planted, which has: disc"):
         localize(Pooled(), Distance(), Planted(), config, categories=["cup"], **given)
     with pytest.raises(DataError, match=r"uint8"):
-        scoring.resize_image(np.zeros((4, 4, 3), np.float32), 8)
+        geometry.resize_image(np.zeros((4, 4, 3), np.float32), 8)
 
 
 def test_progress_reaches_the_total():

@@ -11,7 +11,7 @@ import pytest
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Scores
-from dsad.evaluation import scoring, stamp, support
+from dsad.evaluation import geometry, scoring, stamp, support
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
@@ -226,10 +226,10 @@ def test_one_model_for_all_categories(devices):
         dataset.source("train", c)[i].image for c, n in (("a", 3), ("b", 5)) for i in range(n)
     ]
     centre = np.mean(
-        [((scoring.resize_image(x, 48) / 255 - 0.5) / 0.25).mean((0, 1)) for x in images], 0
+        [((geometry.resize_image(x, 48) / 255 - 0.5) / 0.25).mean((0, 1)) for x in images], 0
     )
     test = dataset.source("test", "b")
-    cells = (scoring.resize_image(test[7].image, 48) / 255 - 0.5) / 0.25
+    cells = (geometry.resize_image(test[7].image, 48) / 255 - 0.5) / 0.25
     cells = cells.reshape(12, 4, 12, 4, 3).mean((1, 3))
     expected = np.linalg.norm(cells - centre, axis=-1).max()
     assert results.images["b"][7]["score"] == pytest.approx(expected, rel=1e-5)
