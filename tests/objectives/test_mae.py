@@ -258,7 +258,7 @@ class TestAdopt:
         ({"mask_ratio": 0.99}, "leaves none to see"),
         (
             {"encoder": dataclasses.replace(ENCODER, arch="deit_tiny_distilled_patch16_224")},
-            "extra",
+            "fixed positions",
         ),
         ({"encoder": dataclasses.replace(ENCODER, patch=7)}, "multiple of the patch"),
         ({"remat": "some"}, "remat"),
