@@ -386,11 +386,7 @@ class ISSTAD:
 
             every = jax.lax.map(each, orders)
             p, painted, error = (jnp.mean(x, axis=0) for x in every)
-        return {
-            "probability": p,
-            "error": error,
-            "reconstruction": jnp.clip(painted, 0.0, 1.0),
-        }
+        return {"probability": p, "error": error, "reconstruction": jnp.clip(painted, 0.0, 1.0)}
 
 
 def _error(painted: jax.Array, truth: jax.Array) -> jax.Array:
