@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -242,6 +243,25 @@ class TestAdopt:
         del bare["params"]["decoder"]
         with pytest.raises(ConfigError, match="encoder alone"):
             objective.adopt(bare, params, extra)
+
+    @pytest.mark.parametrize(
+        ("fact", "value"),
+        [("encoder.heads", 2), ("decoder.heads", 2), ("side", 64), ("mean", (0.5, 0.5, 0.5)),
+         ("norm_pix", True)],
+    )  # fmt: skip
+    def test_a_first_stage_that_meant_something_else_is_refused(self, fact, value):
+        """Its tensors fit all the same."""
+        objective, params, extra = made()
+        source = {**self.first_stage(), "facts": {**objective.stage_facts, fact: value}}
+        with pytest.raises(ConfigError, match=rf"{re.escape(fact)}: .* there, .* here"):
+            objective.adopt(source, params, extra)
+        objective, params, extra = made(adopt_check="shapes")
+        assert "frozen" in objective.adopt(source, params, extra)[2]
+
+    def test_a_second_stage_is_no_first_stage(self):
+        objective, params, extra = made()
+        with pytest.raises(ConfigError, match="found a second stage"):
+            objective.adopt({"params": params, "extra": extra}, params, extra)
 
     def test_the_encoder_gets_no_gradient(self):
         objective, params, extra = made()

@@ -244,6 +244,19 @@ class TestAdopt:
         assert "decoder starts anew" in report
         jax.tree.map(np.testing.assert_array_equal, taken["decoder"], params["decoder"])
 
+    def test_other_meanings_of_fitting_tensors_are_refused(self):
+        objective, params, extra = made()
+        facts = {**objective.stage_facts, "norm_pix": True, "side": 64}
+        source = {**self.source(), "facts": facts}
+        with pytest.raises(ConfigError, match="norm_pix: True there, False here"):
+            objective.adopt(source, params, extra)
+        # Without the decoder only its encoder has to mean the same, and the side may differ.
+        objective, params, extra = made(adopt_decoder="none")
+        assert "anew" in objective.adopt(source, params, extra)[2]
+        facts["encoder.heads"] = 2
+        with pytest.raises(ConfigError, match=r"encoder\.heads: 2 there, 4 here"):
+            objective.adopt(source, params, extra)
+
     def test_another_encoder_is_refused(self):
         other = dataclasses.replace(ENCODER, depth=3)
         objective, params, extra = made()
