@@ -264,6 +264,30 @@ def test_bench_step_names_the_parts(tmp_path):
         assert part in done.stdout
 
 
+@pytest.mark.slow
+def test_bench_step_of_transformers_tells_masking_memory_and_compile_time(tmp_path):
+    done = dsad(
+        "bench", "step", "--objective=mae", "--config=mae:smoke", "--rounds=1", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    for part in ("views", "encoder", "decoder", "GFLOP", "4 of 16 patches", "faster per image"):
+        assert part in text
+    for policy in ("none", "dots", "full"):
+        assert re.search(rf"{policy} \W*\d+\.\d", text), policy
+    ratio = re.search(r"ViT-L \(24 blocks\) [\d.]+ s: ([\d.]+) ×", text)
+    # A scanned network twice as deep and many times as large: not as many times to compile.
+    assert ratio
+    assert float(ratio[1]) < 3
+
+
+def test_bench_step_takes_an_objective_or_its_config(capsys):
+    text = fails(capsys, "bench", "step", "--objective=maee")
+    assert "Did you mean 'mae'?" in text
+    text = fails(capsys, "bench", "step", "--objective=mae", "--config=ds2:smoke")
+    assert "--objective=mae: the config's objective is ds2" in text
+
+
 PATCHES = (
     "--config.data.categories=('wood',)", "--config.evaluation.batch_size=4",
     "--config.detector.components=3",
