@@ -174,7 +174,7 @@ def encoder_of_run(run: RunBackbone) -> models.Backbone:
     return models.Backbone(
         params=found.params, extra=found.extra, arch=found.arch,
         options=tuple(sorted(found.options.items())), mean=known.mean, std=known.std,
-        image_size=known.image_size, interpolation=known.interpolation,
+        image_size=known.image_size, interpolation=known.interpolation, crop=known.crop,
         description=run.description,
     )  # fmt: skip
 

@@ -156,6 +156,9 @@ def test_runs_are_exported_and_read_as_weights(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     assert main.main(["export", f"--backbone=run:{run}@0", f"--out={tmp_path / 'out'}"]) == 0
     assert "untouched initialisation" in capsys.readouterr().out
+    # A run sees whole images, also where its architecture's published weights saw a centre crop.
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"]["crop_pct"] == 1.0
     own = backbones.load(f"run:{run}@0", "", 0)
     back = backbone("mae_vit_tiny_patch16", tmp_path / "out")
     for name, values in own(images()).items():
