@@ -6,6 +6,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from dsad.ops.resize import cubic
+
 Convention = Literal["edges", "centres"]
 Filter = Literal["bilinear", "bicubic"]
 
@@ -66,15 +68,11 @@ def _weights(
     distance = jnp.abs(centre * side - (2 * output + 1) * extent)
     inside = (centre > 0) & (centre < 2 * extent)
     unit = 2 * jnp.maximum(extent, side)
-    values = jnp.maximum(unit - distance, 0) if kernel == "bilinear" else _cubic(distance / unit)
+    values = (
+        jnp.maximum(unit - distance, 0) if kernel == "bilinear" else cubic(distance / unit, -0.5)
+    )
     weights = jnp.where(inside, values, 0)
     return weights / jnp.sum(weights, axis=2, keepdims=True)
-
-
-def _cubic(t: jax.Array) -> jax.Array:
-    near = (1.5 * t - 2.5) * t * t + 1
-    far = -0.5 * (((t - 5) * t + 8) * t - 4)
-    return jnp.where(t <= 1, near, jnp.where(t < 2, far, 0))
 
 
 def resized_crop(

@@ -65,10 +65,6 @@ class Command:
         """A flag that is off unless given."""
         flags.DEFINE_boolean(name, False, text, flag_values=self.values)
 
-    def boolean(self, name: str, default: bool, text: str) -> None:
-        """A flag that is on or off; ``--noNAME`` switches it off."""
-        flags.DEFINE_boolean(name, default, text, flag_values=self.values)
-
     def parse(self, argv: Sequence[str]) -> tuple[Any, flags.FlagValues, list[str]]:
         """Raises ConfigError for anything that does not exist or has the wrong type."""
         argv = [f"dsad {self.name}", *_spelled(argv)]

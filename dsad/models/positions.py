@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsad.ops.resize import cubic
+
 #: How a table is brought to another grid, all bicubic. "antialias": Keys' kernel with a = -0.5,
 #: widened when shrinking (timm, open_clip, DINOv2 with registers). "plain": a = -0.75, never
 #: widened (DeiT, MAE). "offset": like plain, but the step between samples comes from
@@ -29,13 +31,6 @@ def sincos_table(width: int, grid: tuple[int, int], prefix: int = 1) -> np.ndarr
     return np.concatenate([np.zeros((prefix, width)), table]).astype(np.float32)
 
 
-def _cubic(t: np.ndarray, a: float) -> np.ndarray:
-    t = np.abs(t)
-    near = ((a + 2) * t - (a + 3)) * t * t + 1
-    far = a * (((t - 5) * t + 8) * t - 4)
-    return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
-
-
 @functools.lru_cache(maxsize=64)
 def cubic_weights(source: int, target: int, rule: Rule) -> np.ndarray:
     """Weights (target, source) f32 of bicubic resampling along one axis, see ``Rule``."""
@@ -44,14 +39,14 @@ def cubic_weights(source: int, target: int, rule: Rule) -> np.ndarray:
     if rule == "antialias":
         wide = max(1.0, 1.0 / scale)
         gaps = (np.arange(source)[None, :] + 0.5 - centre[:, None]) / wide
-        weights = _cubic(gaps, -0.5)
+        weights = cubic(np.abs(gaps), -0.5)
         return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     at = centre - 0.5
     low = np.floor(at).astype(np.int64)
     weights = np.zeros((target, source))
     for tap in range(-1, 3):
         place = np.clip(low + tap, 0, source - 1)  # cells beyond the ends repeat the outermost
-        np.add.at(weights, (np.arange(target), place), _cubic(at - low - tap, -0.75))
+        np.add.at(weights, (np.arange(target), place), cubic(np.abs(at - low - tap), -0.75))
     return weights.astype(np.float32)
 
 

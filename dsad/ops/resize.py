@@ -1,7 +1,7 @@
 """Resampling and smoothing of maps and feature grids: small fixed matrices, one per axis."""
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,16 @@ def _nearest(source: int, target: int) -> np.ndarray:
     """Source index (target,) of each target cell: the cell its centre lies in."""
     centre = (np.arange(target, dtype=np.float64) + 0.5) * source / target
     return np.minimum(np.floor(centre), source - 1).astype(np.int32)
+
+
+def cubic(t: Any, a: float) -> Any:
+    """Keys' cubic kernel at distances ``t`` ≥ 0 in samples, of numpy or jax arrays alike.
+
+    Keys 1981; a = -0.5 is Pillow's, a = -0.75 that of torch without antialiasing.
+    """
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = a * (((t - 5) * t + 8) * t - 4)
+    return near * (t <= 1) + far * ((t > 1) & (t < 2))
 
 
 def resize_maps(maps: jax.Array, size: Size, align_corners: bool = False) -> jax.Array:

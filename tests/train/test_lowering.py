@@ -2,7 +2,6 @@
 
 import math
 import re
-import time
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +80,7 @@ def check_stacked(tree, depths):
     ids=["mae", "isstad"],
 )
 def test_large_steps_lower_on_a_mesh_of_eight(spec, batch, canvas, depths, dots):
-    start, before = time.process_time(), {id(a) for a in jax.live_arrays()}
+    before = {id(a) for a in jax.live_arrays()}
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     objective, _, _, abstract, step = parts(spec, mesh, batch)
 
@@ -121,7 +120,6 @@ def test_large_steps_lower_on_a_mesh_of_eight(spec, batch, canvas, depths, dots)
     assert scalars["loss"].shape == ()
     made = [a for a in jax.live_arrays() if id(a) not in before]
     assert sum(a.nbytes for a in made) < 2**20  # keys and constants, but no weights
-    assert time.process_time() - start < 60  # seconds of processor; a few are enough
 
 
 def gathered(compiled):

@@ -23,9 +23,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     command.string("objective", "", "Short for --config=configs/OBJECTIVE.py:synthetic.")
     command.integer("rounds", 5, "Timed rounds; each times every part once, medians are shown.")
-    command.boolean(
-        "details", True, "For transformers: gain of masking, memory by remat policy, compile times."
-    )
+    command.switch("brief", "Leave out, for transformers, masking, memory and compile times.")
     named = [a.partition("=")[2] for a in argv if a.startswith("--objective=")]
     if named and not any(a.startswith("--config=") for a in argv):
         core_config.resolve("objectives", named[-1])
@@ -35,7 +33,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             f"--objective={values.objective}: the config's objective is {config.objective.name}."
         )
-    step(config, values.rounds, details=values.details)
+    step(config, values.rounds, details=not values.brief)
     return 0
 
 
