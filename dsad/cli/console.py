@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dsad.core import types
+from dsad.core import distributed, types
 from dsad.data import base as data_base
 
 #: Seconds between the lines that stand in for a bar when the output is not a terminal.
@@ -24,8 +24,14 @@ _QUIET_EVERY = 15.0
 
 
 def console() -> Console:
-    """Standard output; wide enough never to cut paths when it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True)
+    """Standard output; wide enough never to cut paths when it is not a terminal.
+
+    Of several processes only the first one talks.
+    """
+    return Console(
+        width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True,
+        quiet=not distributed.is_main(),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -78,8 +84,16 @@ def training_note(
     """Adapter from the loop's ``on_log`` to a progress bar."""
 
     def on_log(step: int, total: int, row: dict[str, float]) -> None:
-        speed = f"{row['images_per_s']:.0f} images/s" if "images_per_s" in row else ""
-        spread = f"std {row['feature_std']:.2f}  " if "feature_std" in row else ""
-        out(step, total, f"loss {row['loss']:.3f}  {spread}{speed}")
+        spread = f"  std {row['feature_std']:.2f}" if "feature_std" in row else ""
+        out(step, total, f"loss {row['loss']:.3f}{spread}{_speed(row)}")
 
     return on_log
+
+
+def _speed(row: dict[str, float]) -> str:
+    """What the numbers of a line say of speed; the first line of a run has none."""
+    if "images_per_s" not in row:
+        return ""
+    share = row["input_wait_ms"] / max(row["step_ms"], 1e-9)
+    used = f"  MFU {row['mfu']:.0%}" if "mfu" in row else ""
+    return f"  {row['images_per_s']:.0f} images/s{used}  input {share:.0%}"

@@ -12,6 +12,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from dsad.core import distributed
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
 
@@ -45,6 +46,16 @@ def locate(spec: str) -> str:
     return f"{path}{colon}{variant}"
 
 
+def start_distributed(values: flags.FlagValues) -> None:
+    """Join the other processes as the flags of ``Command.distributed`` say; first of all work."""
+    distributed.start(
+        coordinator=values.coordinator,
+        num_processes=values.num_processes,
+        process_id=values.process_id,
+        auto=values.distributed,
+    )
+
+
 class Command:
     """Flags of one command. ``parse`` returns (config, flag values, positional arguments)."""
 
@@ -64,6 +75,13 @@ class Command:
     def switch(self, name: str, text: str) -> None:
         """A flag that is off unless given."""
         flags.DEFINE_boolean(name, False, text, flag_values=self.values)
+
+    def distributed(self) -> None:
+        """The flags that make the command one of several processes."""
+        self.switch("distributed", "One process of a cluster that JAX knows: TPU pod, SLURM, ...")
+        self.string("coordinator", "", "HOST:PORT on which process 0 listens, without a cluster.")
+        self.integer("num_processes", 0, "With --coordinator: how many processes there are.")
+        self.integer("process_id", -1, "With --coordinator: which one this is, from 0.")
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, flags.FlagValues, list[str]]:
         """Raises ConfigError for anything that does not exist or has the wrong type."""

@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from dsad.core.errors import DsadError
@@ -54,4 +55,20 @@ def usage() -> str:
 
 def entry() -> None:
     """Console script."""
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        _end_with_others(1, traceback.format_exc())
+        raise
+    _end_with_others(code)
+    sys.exit(code)
+
+
+def _end_with_others(code: int, text: str = "") -> None:
+    """Where this is one of several processes and failed, end it without waiting for them."""
+    if code and "jax" in sys.modules:
+        from dsad.core import distributed
+
+        if distributed.started():
+            print(text, end="", file=sys.stderr)
+            distributed.leave(code)

@@ -1,6 +1,7 @@
 """``dsad pretrain``: data, objective, optimiser and loop joined by one config."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from dsad.cli import console, flags, workdir
 from dsad.core import config as core_config
+from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.types import Dataset, Objective, RunInfo, Specs
@@ -22,6 +24,7 @@ from dsad.data.pipeline import Pipeline, make_pipeline
 from dsad.models import pretrained
 from dsad.train.cache import device_store
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+from dsad.train.log import Clock
 from dsad.train.loop import Loop, train
 from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
 from dsad.train.state import abstract_state, initial_state
@@ -117,7 +120,7 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
             f"config.batch_size: expected a multiple of the {mesh.size} devices, "
             f"found {cfg.batch_size}."
         )
-    source = (dataset or data_base.load(cfg.data)).source("train")
+    source = distributed.together(lambda: dataset or data_base.load(cfg.data)).source("train")
     per_epoch, total = lengths(cfg, len(source))
     info = RunInfo(
         total_steps=total,
@@ -126,7 +129,8 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
         classes=len({r.category for r in source.records}),
     )
     objective = module.build(method, info)
-    pipeline = make_pipeline(
+    read = functools.partial(
+        make_pipeline,
         source,
         canvas=cfg.data.canvas,
         cache=cfg.data.cache,
@@ -137,6 +141,7 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
         facts=getattr(objective, "facts", ()),  # optional: what it wants to know of each image
         progress=progress,
     )
+    pipeline = distributed.together(read)
     schedule = make_schedule(
         cfg.optim,
         batch_size=cfg.batch_size,
@@ -174,17 +179,27 @@ def pretrain(
 
     ``source`` is what ``read_source`` found, if that was asked already.
     """
+    with distributed.failing_together(path):
+        complete = _pretrain(run, path, out, resume, source)
+    if complete:
+        workdir.mark_complete(path, run.info.total_steps)
+    return complete
+
+
+def _pretrain(run: Run, path: epath.Path, out: Console, resume: bool, source: Any) -> bool:
     checkpointer = Checkpointer(path, run.config.checkpoint)
     batches: Any = run.pipeline.iterator()
-    if resume and checkpointer.latest() is not None:
+    clock = Clock()
+    if resume and distributed.on_main(checkpointer.latest) is not None:
         state, meta = checkpointer.restore(run.abstract)
         batches.set_state(meta["data"])
+        clock = Clock(meta.get("clock"))
         out.print(f"resumed at step {int(state.step)} of {run.info.total_steps}")
     else:
         if resume:
             out.print("no complete checkpoint yet: starting at step 0")
         state = _first_state(run, source or read_source(run), out)
-    writer = MetricWriter(path, resume_step=int(state.step))
+    writer = MetricWriter(path, resume_step=int(state.step), quiet=not distributed.is_main())
     try:
         with console.progress("pretraining", out) as tell:
             loop = Loop(
@@ -193,7 +208,7 @@ def pretrain(
                 log_every=run.config.log_every, writer=writer, checkpointer=checkpointer,
                 checkpoint_every=run.config.checkpoint.every,
                 meta={"total_steps": run.info.total_steps},
-                on_log=console.training_note(tell),
+                on_log=console.training_note(tell), clock=clock,
             )  # fmt: skip
             state, complete = train(loop, state)
     finally:
@@ -301,10 +316,15 @@ def main(argv: list[str]) -> int:
     )
     command.string("workdir", "", "Directory of the run: config, checkpoints, metrics.")
     command.switch("resume", "Continue the run in --workdir.")
+    command.switch("continue", "Continue the run in --workdir if it holds one, else start it.")
     command.switch("overwrite", "Replace the run in --workdir.")
+    command.distributed()
     config, values, rest = command.parse(argv)
     if rest:
         raise ConfigError(f"dsad pretrain: unexpected argument {rest[0]!r}.")
+    flags.start_distributed(values)
+    again = bool(values["continue"].value) and workdir.holds_run(values.workdir)
+    resume = bool(values.resume) or again
     out = console.console()
     cfg, module, _ = parse(config)
     if (needed := getattr(module, "NEEDS_SOURCE", "")) and not cfg.init_from:
@@ -312,16 +332,15 @@ def main(argv: list[str]) -> int:
             f"config.init_from: this objective starts from {needed}; name it with "
             "--config.init_from=DIR."
         )
-    dataset = console.loaded(cfg.data, out)
+    dataset = distributed.together(lambda: console.loaded(cfg.data, out))
     run = prepare(config, out, dataset)
     # A run that goes on has its weights already; the earlier stage may be gone.
-    continued = values.resume and _is_run(values.workdir)
-    source = None if continued else read_source(run)
+    continued = resume and _is_run(values.workdir)
+    source = None if continued else distributed.together(lambda: read_source(run))
     path = workdir.claim(
-        values.workdir, "pretrain", config.to_dict(), resume=values.resume,
-        overwrite=values.overwrite,
-    )  # fmt: skip
-    complete = pretrain(run, path, out, resume=values.resume, source=source)
+        values.workdir, "pretrain", config.to_dict(), resume=resume, overwrite=values.overwrite
+    )
+    complete = pretrain(run, path, out, resume=resume, source=source)
     if complete:
         out.print(f"done; evaluate it with: dsad evaluate --config.backbone=run:{path}")
     else:

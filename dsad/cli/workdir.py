@@ -8,12 +8,23 @@ from typing import Any
 
 from etils import epath
 
+from dsad.core import distributed
 from dsad.core.errors import ConfigError, WorkdirError
 
 CONFIG = "config.json"
 
 
 def claim(
+    workdir: str, command: str, config: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> epath.Path:
+    """Take a directory for a run as ``_claim`` says; one process does it, all learn how it went."""
+    distributed.on_main(
+        lambda: str(_claim(workdir, command, config, resume=resume, overwrite=overwrite))
+    )
+    return epath.Path(os.path.expanduser(workdir))
+
+
+def _claim(
     workdir: str, command: str, config: Mapping[str, Any], *, resume: bool, overwrite: bool
 ) -> epath.Path:
     """Take a directory for a run and write its config; returns the path.
@@ -54,6 +65,22 @@ def claim(
     path.mkdir(parents=True, exist_ok=True)
     (path / CONFIG).write_text(text)
     return path
+
+
+#: Written into the directory of a pretraining run that made all its steps.
+COMPLETE = "complete.json"
+
+
+def holds_run(workdir: str) -> bool:
+    """Whether there is a run to continue; the same answer on every process."""
+    path = epath.Path(os.path.expanduser(workdir))
+    return bool(distributed.on_main(lambda: bool(workdir) and (path / CONFIG).exists()))
+
+
+def mark_complete(path: epath.Path, step: int) -> None:
+    """Say to schedulers and scripts that there is nothing left to do."""
+    if distributed.is_main():
+        (path / COMPLETE).write_text(json.dumps({"step": step}) + "\n")
 
 
 def _check_same(path: epath.Path, text: str) -> None:

@@ -11,10 +11,14 @@ class MetricWriter:
     """Writes scalars to ``<workdir>/metrics.jsonl`` and ``<workdir>/tensorboard``.
 
     On a resumed run, lines after ``resume_step`` belong to steps that will be repeated; they are
-    dropped, so that the file has one line per logged step.
+    dropped, so that the file has one line per logged step. A ``quiet`` writer writes nothing: of
+    several processes one writes.
     """
 
-    def __init__(self, workdir: str | epath.PathLike, *, resume_step: int = 0):
+    def __init__(self, workdir: str | epath.PathLike, *, resume_step: int = 0, quiet: bool = False):
+        self.quiet = quiet
+        if quiet:
+            return
         # Imported here: protobuf costs time that no other command needs to pay.
         from tensorboardX import SummaryWriter
 
@@ -28,6 +32,8 @@ class MetricWriter:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line; flushed, so that a killed run keeps what it logged."""
+        if self.quiet:
+            return
         self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
         self._lines.flush()
         for name, value in scalars.items():
@@ -35,6 +41,8 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flush and close both files."""
+        if self.quiet:
+            return
         self._lines.close()
         self._events.close()
 

@@ -1,0 +1,230 @@
+"""Several processes as one program: start-up, agreement, shared errors.
+
+One process per host of a pod (or per GPU of a node) runs the same command; their devices form one
+mesh. Everything here is trivial with a single process.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from dsad.core.errors import ConfigError, DsadError
+
+T = TypeVar("T")
+
+#: Seconds between two looks for the failure of another process.
+_LOOK_EVERY = 2.0
+
+
+def start(
+    *, coordinator: str = "", num_processes: int = 0, process_id: int = -1, auto: bool = False
+) -> None:
+    """Join the other processes; call before anything asks for a device.
+
+    Args:
+      coordinator: HOST:PORT on which process 0 listens; empty and not ``auto``: a single process.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+      auto: let JAX find all three: TPU pods, SLURM, Open MPI, Kubernetes.
+
+    Raises ConfigError for values that are missing or contradict each other.
+
+    """
+    if not coordinator and not auto:
+        if num_processes > 0 or process_id >= 0:
+            raise ConfigError(
+                "--num-processes and --process-id need --coordinator=HOST:PORT, on which process 0 "
+                "listens; or leave all three out and give --distributed on a cluster."
+            )
+        return
+    if coordinator and auto:
+        raise ConfigError("--distributed finds the coordinator itself: leave out --coordinator.")
+    if coordinator:
+        _check(coordinator, num_processes, process_id)
+    # What simulated pods of CPUs talk through; other platforms have their own.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        if auto:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        where = coordinator or "the cluster's coordinator"
+        raise ConfigError(
+            f"cannot join {where}: {str(error).splitlines()[0]} Are all processes running the same "
+            "command, and is the port open? Without a cluster that JAX knows give "
+            "--coordinator=HOST:PORT --num-processes=N --process-id=I."
+        ) from error
+
+
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise ConfigError(f"--coordinator: expected HOST:PORT, found {coordinator!r}.")
+    if num_processes < 1:
+        raise ConfigError(f"--num-processes: expected at least 1, found {num_processes}.")
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--process-id: expected 0 to {num_processes - 1}, found {process_id}; every process "
+            "has a number of its own."
+        )
+
+
+def started() -> bool:
+    """Whether this program is one of several processes (or was started as if)."""
+    return jax.distributed.is_initialized()
+
+
+def index() -> int:
+    """Number of this process, from 0."""
+    return jax.process_index() if started() else 0
+
+
+def count() -> int:
+    """How many processes run this program."""
+    return jax.process_count() if started() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and talks to people."""
+    return index() == 0
+
+
+# --- agreement ------------------------------------------------------------------------------
+
+
+def gather(array: Any) -> np.ndarray:
+    """The host arrays of all processes, (count, ...); all must have one shape and dtype."""
+    array = np.asarray(array)
+    if count() == 1:
+        return array[None]
+    # As bytes: on the devices 64-bit numbers would be cut to 32 bits.
+    data = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(data)).reshape(count(), data.size)
+    return np.stack([np.frombuffer(r.tobytes(), array.dtype).reshape(array.shape) for r in rows])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What every process passed, anything JSON can hold, in the order of the processes."""
+    if count() == 1:
+        return [value]
+    data = json.dumps(value).encode()
+    sizes = gather(np.int64(len(data)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = gather(padded)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def barrier(name: str) -> None:
+    """Wait for all processes."""
+    if count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def together(function: Callable[[], T]) -> T:
+    """Call a function that is local to each process; if it fails on one, all raise.
+
+    Without this, the processes that succeeded would wait for the failed one in their next
+    collective. Raises DsadError with the messages of all processes that failed.
+    """
+    if count() == 1:
+        return function()
+    result, failure = None, None
+    try:
+        result = function()
+    except DsadError as error:
+        failure = error
+    found = gather_objects(str(failure) if failure else None)
+    told = [f"process {i}: {text}" for i, text in enumerate(found) if text is not None]
+    if failure is not None and len(set(found)) == 1:
+        raise failure  # everyone found the same fault, such as a mistyped key
+    if told:
+        raise DsadError("\n".join(told)) from failure
+    return result  # type: ignore[return-value]
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """What the function returns on process 0 (anything JSON can hold), on every process.
+
+    Decisions that depend on clocks or on files that change are taken once. Raises like
+    ``together``.
+    """
+    return gather_objects(together(function if is_main() else lambda: None))[0]
+
+
+# --- shared errors --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def failing_together(directory: epath.PathLike) -> Iterator[None]:
+    """Within this block the failure of one process ends all of them, with its message.
+
+    A process that fails leaves a note in the directory, which all share, and a thread of every
+    other looks for one: those sit in a collective that will never end and cannot be interrupted.
+    """
+    if count() == 1:
+        yield
+        return
+    folder = epath.Path(directory)
+    own = folder / f"failure-{index()}.txt"
+    if is_main():
+        for stale in folder.glob("failure-*.txt"):
+            stale.unlink()
+    barrier("failure notes are cleared")
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(folder, own, over), daemon=True)
+    watcher.start()
+    try:
+        yield
+    except BaseException as error:
+        over.set()
+        watcher.join()
+        # A failed collective may be the other end of a failure that has a better message.
+        time.sleep(0 if isinstance(error, DsadError) else 2 * _LOOK_EVERY)
+        if note := _note(folder, own):
+            raise DsadError(note) from error
+        own.write_text(str(error) or type(error).__name__)
+        time.sleep(3 * _LOOK_EVERY)  # process 0 takes the others down with it: let them read
+        raise
+    finally:
+        over.set()
+
+
+def _watch(folder: epath.Path, own: epath.Path, over: threading.Event) -> None:
+    while not over.wait(_LOOK_EVERY):
+        if note := _note(folder, own):
+            print(f"error: {note}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+
+def _note(folder: epath.Path, own: epath.Path) -> str:
+    """What another process says of its failure, or ""."""
+    try:
+        for path in sorted(folder.glob("failure-*.txt")):
+            if path.name != own.name:
+                return f"process {path.stem.partition('-')[2]}: {path.read_text()}"
+    except OSError:  # a shared file system that hiccups is no failure of the run
+        return ""
+    return ""
+
+
+def leave(code: int) -> None:
+    """End this process now if it is one of several and failed.
+
+    A clean exit would wait for the others at a barrier that they never reach.
+    """
+    if code and started() and count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,44 @@
+"""When a run is asked to stop: SIGTERM, Ctrl-C, a preemption notice."""
+
+import signal
+import threading
+from typing import Any
+
+from jax.experimental import multihost_utils
+
+from dsad.core import distributed
+
+
+class StopSignal:
+    """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step.
+
+    With several processes JAX itself catches SIGTERM, which is also how clouds announce a
+    preemption, and finds the next step that all processes can stop at. Its handler must not be
+    replaced there.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._old: dict[int, Any] = {}
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop before the step that follows ``step``; ask once after every step."""
+        if distributed.count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
+
+    def __enter__(self) -> "StopSignal":
+        alone = distributed.count() == 1
+        if alone and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._request)
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        del frame
+        self.requested = True
+        signal.signal(number, self._old[number])  # a second signal acts at once
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
