@@ -172,6 +172,7 @@ def failing_together(directory: epath.PathLike) -> Iterator[None]:
 
     A process that fails leaves a note in the directory, which all share, and a thread of every
     other looks for one: those sit in a collective that will never end and cannot be interrupted.
+    Process 0 is the last to go: it takes along whoever is left, before they can say why.
     """
     if count() == 1:
         yield
@@ -195,7 +196,7 @@ def failing_together(directory: epath.PathLike) -> Iterator[None]:
         if note := _note(folder, own):
             raise DsadError(note) from error
         own.write_text(str(error) or type(error).__name__)
-        time.sleep(3 * _LOOK_EVERY)  # process 0 takes the others down with it: let them read
+        time.sleep((3 if is_main() else 1.5) * _LOOK_EVERY)
         raise
     finally:
         over.set()
@@ -205,6 +206,7 @@ def _watch(folder: epath.Path, own: epath.Path, over: threading.Event) -> None:
     while not over.wait(_LOOK_EVERY):
         if note := _note(folder, own):
             print(f"error: {note}", file=sys.stderr, flush=True)
+            time.sleep(2 * _LOOK_EVERY if is_main() else 0)
             os._exit(2)
 
 

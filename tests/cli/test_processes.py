@@ -1,0 +1,167 @@
+"""A command as several processes of this machine: equal results, shared errors, clean stops."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dsad.cli.main import main
+from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+from dsad.train.writer import read_metrics
+from tests.helpers import alone, dsad
+
+SMOKE = ("pretrain", "--config=mae:smoke", "--config.data.name=folder")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    (root / "a").mkdir()
+    g = np.random.default_rng(0)
+    for i in range(21):
+        Image.fromarray(g.integers(0, 256, (32, 32, 3), np.uint8)).save(root / f"a/{i:02}.png")
+    return root
+
+
+def launched(*argv, processes=2, devices=2):
+    return subprocess.Popen(
+        [sys.executable, "-m", "dsad.launch_local", "-n", str(processes),
+         "--devices", str(devices), "--", *argv],
+        env=alone(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finished(process):
+    out, _ = process.communicate(timeout=240)
+    return process.returncode, out
+
+
+def weights(path):
+    reader = Checkpointer(path, CheckpointConfig(), read_only=True)
+    params, _, step = reader.weights()
+    reader.close()
+    return jax.tree.leaves(params), step
+
+
+def assert_equal(one, two):
+    """Adam turns rounding of gradients near zero into steps of up to the size of the rate."""
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+        assert np.abs(a - b).mean() < 1e-6
+
+
+@pytest.mark.multihost
+def test_two_processes_train_as_one_and_either_continues_the_other(tmp_path, images, monkeypatch):
+    """Four devices each time; the second half by the other kind."""
+    argv = (*SMOKE, f"--config.data.root={images}", "--config.checkpoint.every=3")
+    code, out = finished(launched(*argv, "--config.steps=6", f"--workdir={tmp_path}/two"))
+    assert code == 0, out
+    assert "[0] 21 normal images" in out
+    assert "[1] 21 normal images" not in out  # one of them talks
+    assert json.loads((tmp_path / "two/complete.json").read_text()) == {"step": 6}
+
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
+    one = dsad(*argv, "--config.steps=6", f"--workdir={tmp_path}/one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert_equal(weights(tmp_path / "one")[0], weights(tmp_path / "two")[0])
+    rows = [read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "two")]
+    assert [r["step"] for r in rows[1]] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([r["loss"] for r in rows[1]], [r["loss"] for r in rows[0]], 1e-5)
+
+    # Take the last checkpoint away: the other kind makes the steps that are missing, equally.
+    for name in ("one", "two"):
+        last = tmp_path / name / "checkpoints" / "6"
+        last.rename(tmp_path / f"{name}-6")
+    again = (*argv, "--config.steps=6", "--continue")
+    one = dsad(*again, f"--workdir={tmp_path}/two", cwd=tmp_path)
+    assert "resumed at step 3 of 6" in one.stdout, one.stderr
+    code, out = finished(launched(*again, f"--workdir={tmp_path}/one"))
+    assert "[0] resumed at step 3 of 6" in out
+    assert_equal(weights(tmp_path / "one")[0], weights(tmp_path / "two")[0])
+    assert weights(tmp_path / "one")[1] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+@pytest.mark.parametrize("cache", ["device", "none"])
+def test_a_failure_of_one_process_ends_all_with_its_message(tmp_path, images, cache):
+    """An unreadable file: found by both before the first step, or by one in the middle."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a").symlink_to(images / "a")
+    argv = (*SMOKE, f"--config.data.root={bad}", f"--config.data.cache={cache}")
+    (bad / "a").unlink()
+    (bad / "a").mkdir()
+    for path in (images / "a").iterdir():
+        (bad / "a" / path.name).write_bytes(path.read_bytes())
+    (bad / "a/07.png").write_bytes(b"x")
+    code, out = finished(launched(*argv, "--config.steps=40", f"--workdir={tmp_path}/run"))
+    assert code == 2, out
+    for number in (0, 1):
+        told = [line for line in out.splitlines() if line.startswith(f"[{number}] error:")]
+        assert len(told) == 1, out
+        assert "a/07.png: [K8] cannot be decoded" in told[0]
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_processes_stop_together_on_sigterm_and_end_when_one_is_killed(tmp_path, images):
+    argv = (
+        *SMOKE, f"--config.data.root={images}", "--config.steps=100000",
+        "--config.checkpoint.every=5", f"--workdir={tmp_path}/run", "--continue",
+    )  # fmt: skip
+    process = launched(*argv)
+    newest = wait_for_checkpoint(tmp_path / "run", process, 0)
+    process.send_signal(signal.SIGTERM)
+    code, out = finished(process)
+    assert code == 0, out
+    assert "stopped and saved" in out
+    assert not (tmp_path / "run/complete.json").exists()
+    saved = weights(tmp_path / "run")[1]
+    assert saved >= newest
+
+    process = launched(*argv)
+    wait_for_checkpoint(tmp_path / "run", process, saved)
+    pids = subprocess.run(
+        ["pgrep", "-f", f"process-id=1.*|{tmp_path}/run.*process-id=1"],
+        capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    assert pids
+    for pid in pids:
+        subprocess.run(["kill", "-9", pid])
+    code, out = finished(process)
+    assert code != 0
+    assert f"[0] resumed at step {saved}" in out
+    assert weights(tmp_path / "run")[1] > saved
+
+
+def wait_for_checkpoint(workdir, process, after):
+    end = time.monotonic() + 240
+    while True:
+        found = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+        if max(found, default=0) > after:
+            return max(found)
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--num-processes=2"], "need --coordinator=HOST:PORT"),
+        (["--coordinator=here", "--num-processes=2", "--process-id=0"], "expected HOST:PORT"),
+        (["--coordinator=a:1", "--process-id=0"], "--num-processes: expected at least 1"),
+        (["--coordinator=a:1", "--num-processes=2", "--process-id=2"], "expected 0 to 1, found 2"),
+        (["--coordinator=a:1", "--distributed"], "leave out --coordinator"),
+    ],
+)
+def test_flags_of_processes_that_contradict_each_other(argv, text, capsys):
+    assert main(["pretrain", *argv]) == 2
+    assert text in capsys.readouterr().err
