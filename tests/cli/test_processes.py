@@ -56,6 +56,7 @@ def assert_equal(one, two):
         assert np.abs(a - b).mean() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.multihost
 def test_two_processes_train_as_one_and_either_continues_the_other(tmp_path, images, monkeypatch):
     """Four devices each time; the second half by the other kind."""
@@ -87,9 +88,8 @@ def test_two_processes_train_as_one_and_either_continues_the_other(tmp_path, ima
     assert weights(tmp_path / "one")[1] == 6
 
 
-@pytest.mark.slow
 @pytest.mark.multihost
-@pytest.mark.parametrize("cache", ["device", "none"])
+@pytest.mark.parametrize("cache", ["device", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_failure_of_one_process_ends_all_with_its_message(tmp_path, images, cache):
     """An unreadable file: found by both before the first step, or by one in the middle."""
     bad = tmp_path / "bad"
