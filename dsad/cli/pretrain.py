@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from etils import epath
 from rich.console import Console
@@ -16,15 +17,18 @@ from rich.console import Console
 from dsad.cli import console, flags, workdir
 from dsad.core import config as core_config
 from dsad.core import distributed
+from dsad.core.chips import chip_of
 from dsad.core.errors import ConfigError
+from dsad.core.flops import training_flops_per_image
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.types import Dataset, Objective, RunInfo, Specs
 from dsad.data import base as data_base
+from dsad.data import facts as image_facts
 from dsad.data.pipeline import Pipeline, make_pipeline
 from dsad.models import pretrained
 from dsad.train.cache import device_store
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
-from dsad.train.log import Clock
+from dsad.train.log import Clock, Work
 from dsad.train.loop import Loop, train
 from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
 from dsad.train.state import abstract_state, initial_state
@@ -208,13 +212,31 @@ def _pretrain(run: Run, path: epath.Path, out: Console, resume: bool, source: An
                 log_every=run.config.log_every, writer=writer, checkpointer=checkpointer,
                 checkpoint_every=run.config.checkpoint.every,
                 meta={"total_steps": run.info.total_steps},
-                on_log=console.training_note(tell), clock=clock,
+                on_log=console.training_note(tell), clock=clock, work=_work(run),
             )  # fmt: skip
             state, complete = train(loop, state)
     finally:
         writer.close()
         checkpointer.close()
     return complete
+
+
+def _work(run: Run) -> Work:
+    """What an image costs the model, and what a device could do."""
+    side, count = run.config.data.canvas, run.info.batch_size
+    facts = image_facts.empty(getattr(run.objective, "facts", ()), count)
+    number = jax.ShapeDtypeStruct((count,), jnp.int32)
+    batch = {
+        "image": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8),
+        "size": jax.ShapeDtypeStruct((count, 2), jnp.int32),
+        "index": number, "epoch": number, "category": number, "facts": facts,
+    }  # fmt: skip
+    chip = chip_of(jax.devices()[0])
+    params, extra = run.abstract.params, run.abstract.extra
+    return Work(
+        lambda: training_flops_per_image(run.objective, params, extra, batch),
+        chip.peak_flops if chip else 0.0,
+    )
 
 
 def _first_state(run: Run, source: Any, out: Console) -> Any:

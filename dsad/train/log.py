@@ -14,11 +14,11 @@ On every line, besides the objective's scalars (means over the line's steps; ``l
                             repeated steps, in which updates were computed that still count
 """
 
-import dataclasses
 import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -31,18 +31,26 @@ from dsad.train.writer import MetricWriter, non_finite
 OnLog = Callable[[int, int, dict[str, float]], None]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
     """What the computing of an image amounts to, for the log.
 
-    Attributes:
-      flops_per_image: floating-point operations of the model for an image, forward and backward.
-      peak_flops: of one device per second, at the run's precision; 0 where it is not known.
-
+    ``flops_per_image`` gives the floating-point operations of the model for an image, forward and
+    backward. It is called at once in a thread, since it may trace the model again, while the first
+    step is compiled. ``peak_flops``: of one device per second; 0 where it is not known.
     """
 
-    flops_per_image: float = 0.0
-    peak_flops: float = 0.0
+    def __init__(self, flops_per_image: Callable[[], float] | None = None, peak_flops: float = 0.0):
+        self.peak_flops = peak_flops
+        self._found: Future[float] | None = None
+        if flops_per_image is not None:
+            with_thread = ThreadPoolExecutor(1)
+            self._found = with_thread.submit(flops_per_image)
+            with_thread.shutdown(wait=False)
+
+    @property
+    def flops_per_image(self) -> float:
+        """The number, waited for; 0 where nobody can tell."""
+        return self._found.result() if self._found else 0.0
 
 
 class Clock:
@@ -160,8 +168,8 @@ class Log:
             "step_ms": 1e3 * seconds / self.steps_timed,
             "input_wait_ms": 1e3 * waited / self.steps_timed,
         }
-        if self.work.flops_per_image:
-            flops = row["images_per_s_per_chip"] * self.work.flops_per_image
+        if cost := self.work.flops_per_image:
+            flops = row["images_per_s_per_chip"] * cost
             row["model_gflops_per_chip"] = flops / 1e9
             if self.work.peak_flops:
                 row["mfu"] = flops / self.work.peak_flops
