@@ -1,125 +1,330 @@
 """Checkpoints of state, data position and config as one unit; the only importer of orbax."""
 
+import contextlib
 import dataclasses
-import os
+import math
+import re
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dsad.core import tree
-from dsad.core.errors import WorkdirError
+from dsad.core import paths, tree
+from dsad.core.errors import ConfigError, WorkdirError
 from dsad.train.state import TrainState
+
+#: What marks a checkpoint in a bucket as complete; on a disk its directory's name does.
+_COMMITTED = "commit_success.txt"
+#: Checkpoints in the making, and those that are being deleted.
+_LEFTOVER = re.compile(r"\d+\.orbax-checkpoint-tmp.*|deleted-\d+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Every so many steps, the last ``keep``; steps divisible by ``permanent`` stay (0: none)."""
+    """When states are saved and which stay.
+
+    Every ``every`` steps, and at the latest ``minutes`` after the last one (0: by steps only).
+    Those at steps divisible by ``permanent`` (0: none) stay for good, of the others the newest
+    ``keep``.
+    """
 
     every: int = 500
+    minutes: float = 0.0
     keep: int = 2
     permanent: int = 0
 
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ConfigError("config.checkpoint.every, keep: expected at least 1.")
+        if self.permanent < 0 or not 0 <= self.minutes < math.inf:
+            raise ConfigError("config.checkpoint.permanent, minutes: expected 0 (off) or more.")
+
+    def removed(self, steps: list[int]) -> list[int]:
+        """Which of these checkpoints do not stay."""
+        temporary = [s for s in sorted(steps) if not (self.permanent and s % self.permanent == 0)]
+        return temporary[: -self.keep]
+
 
 class Checkpointer:
-    """Asynchronous checkpoints below ``<workdir>/checkpoints``.
+    """Asynchronous checkpoints below ``<workdir>/checkpoints``, on a disk or in a bucket.
 
-    A checkpoint that was not completely written is never seen by ``latest`` or ``restore``.
-    ``read_only`` leaves the directory as it is, also what a running training is just writing
-    there. Raises WorkdirError if there is nothing to read.
+    A checkpoint that was not completely written is never seen, and removed when the directory is
+    opened; old ones disappear in one instant as well. ``read_only`` leaves the directory as it is,
+    also what a running training is just writing there. ``say`` takes notes for the user.
+
+    Raises WorkdirError if there is nothing to read, or if the directory cannot be written; what
+    fails in the background is raised by the next ``save`` or ``wait``.
     """
 
     def __init__(
-        self, workdir: str | epath.PathLike, config: CheckpointConfig, *, read_only: bool = False
+        self,
+        workdir: str | epath.PathLike,
+        config: CheckpointConfig,
+        *,
+        read_only: bool = False,
+        say: Callable[[str], None] = lambda text: None,
     ):
-        self.directory = epath.Path(os.path.expanduser(workdir)).resolve() / "checkpoints"
+        self.directory = paths.directory(workdir) / "checkpoints"
         self.config = config
+        self.say = say
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._saved_at: float | None = None
+        self._noted_wait = False
         if read_only and not self.directory.is_dir():
             raise WorkdirError(f"{self.directory}: no such directory; expected a pretraining run.")
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep,
-                keep_period=config.permanent or None,
-                cleanup_tmp_directories=not read_only,
-                create=not read_only,
-                read_only=read_only,
-            ),
+        if not read_only:
+            self._open()
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
+            )
         )
 
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, None without any."""
-        return self._manager.latest_step()
+    # --- when
 
-    def save(self, state: TrainState, data: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Start saving; ``data`` is the iterator's position, ``meta`` anything JSON can hold."""
+    def due(self, step: int) -> bool:
+        """Whether the state after ``step`` updates is saved whatever the time; pure."""
+        permanent = self.config.permanent
+        return step % self.config.every == 0 or bool(permanent and step % permanent == 0)
+
+    def overdue(self, now: float) -> bool:
+        """Whether the clock (seconds) asks for a checkpoint; counts from its first call.
+
+        Processes may differ in their answers: one asks, all do what it says. While a checkpoint is
+        still being written the answer is no, so that the devices never wait for the disk.
+        """
+        if self._saved_at is None:
+            self._saved_at = now
+        late = now - self._saved_at >= 60 * self.config.minutes
+        return self.config.minutes > 0 and late and not self.busy
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written right now."""
+        return self._thread is not None and self._thread.is_alive()
+
+    # --- writing
+
+    def check(self, abstract: TrainState, total_steps: int) -> None:
+        """Refuse, before anything is computed, a disk that cannot hold the checkpoints.
+
+        Raises WorkdirError if ``keep`` and one in the making do not fit; notes if the permanent
+        ones of ``total_steps`` will not.
+        """
+        left = paths.free(self.directory)
+        if left is None:
+            return
+        each = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+        there = len(self.steps())
+        wanted = self.config.keep + 1
+        advice = "Free space there, lower config.checkpoint.keep, or choose another --workdir."
+        if left < each * (wanted - there):
+            raise WorkdirError(
+                f"{self.directory}: {paths.size(left)} are free, and config.checkpoint.keep="
+                f"{self.config.keep} and one in the making need {paths.size(each * wanted)} "
+                f"({paths.size(each)} each, {there} there). {advice}"
+            )
+        stay = total_steps // self.config.permanent if self.config.permanent else 0
+        if left < each * (wanted + stay - there):
+            self.say(
+                f"{self.directory}: {paths.size(left)} are free; the {stay} permanent checkpoints "
+                f"of {paths.size(each)} (config.checkpoint.permanent) will not all fit."
+            )
+
+    def save(
+        self,
+        state: TrainState,
+        data: dict[str, Any],
+        meta: dict[str, Any],
+        now: float | None = None,
+    ) -> None:
+        """Copy the state to the host and start writing it.
+
+        ``data`` is the iterator's position, ``meta`` anything JSON can hold, ``now`` the time for
+        ``overdue``. Waits for a checkpoint that is still being written, and notes a long wait.
+        """
+        step = int(state.step)
+        begin = time.monotonic()
+        self.wait()
+        self._note_wait(time.monotonic() - begin)
+        self._saved_at = self._saved_at if now is None else now
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_items(state)),  # type: ignore[call-arg]
             meta=ocp.args.JsonSave({"data": data, **meta}),  # type: ignore[call-arg]
         )
-        self._manager.save(int(state.step), args=items, force=True)
+        try:
+            self._orbax.save(self._path(step), args=items)
+        except Exception as error:
+            raise self._unwritten(error) from error
+        self._thread = threading.Thread(target=self._finish, name=f"checkpoint-{step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Block until the started save is complete; raises WorkdirError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._failure = self._failure, None
+        if error is not None:
+            raise self._unwritten(error) from error
+
+    def close(self) -> None:
+        """Wait, then release the writer threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def _finish(self) -> None:
+        """In the background: the checkpoint becomes whole, then the older ones may go."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                for step in self.config.removed(self.steps()):
+                    _remove(self._path(step))
+        except BaseException as error:
+            self._failure = error
+
+    def _open(self) -> None:
+        if jax.process_index() == 0:
+            with paths.writing(self.directory, "Choose another --workdir, or mend this one."):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for path in list(self.directory.iterdir()):
+                    half = path.name.isdigit() and not _whole(path)
+                    if half or _LEFTOVER.fullmatch(path.name):
+                        path.rmtree()
+                probe = self.directory / "writable"
+                probe.write_text("")
+                probe.unlink()
+
+    def _unwritten(self, error: BaseException) -> WorkdirError:
+        try:
+            latest = self.latest()
+        except Exception as second:  # the disk itself is gone
+            kept = f"The checkpoints there cannot be listed either: {paths.cause(second)}."
+        else:
+            kept = "No checkpoint is complete yet."
+            if latest is not None:
+                kept = f"The last complete checkpoint is of step {latest}; --resume goes on there."
+        return paths.failure(self.directory, error, f"The run stopped. {kept}")
+
+    def _note_wait(self, seconds: float) -> None:
+        if seconds > 1 and not self._noted_wait:
+            self._noted_wait = True
+            self.say(
+                f"training waited {seconds:.1f} s for the previous checkpoint to be written; a "
+                "larger config.checkpoint.every avoids that."
+            )
+
+    # --- reading
+
+    def steps(self) -> list[int]:
+        """The complete checkpoints, oldest first."""
+        found = [p for p in self.directory.iterdir() if p.name.isdigit()]
+        return sorted(int(p.name) for p in found if _whole(p))
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, None without any."""
+        return max(self.steps(), default=None)
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
-        """State on the shardings of ``abstract``, and the meta dict with its ``data`` entry."""
+        """State on the shardings of ``abstract``, and the meta dict with its ``data`` entry.
+
+        Any mesh and any number of processes may have written it. Raises WorkdirError for another
+        model's checkpoint, by paths, and for a damaged one, with the way back.
+        """
         step = self._require(step)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_items(abstract)),  # type: ignore[call-arg]
+            meta=ocp.args.JsonRestore(),
+        )
         try:
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_items(abstract)),  # type: ignore[call-arg]
-                    meta=ocp.args.JsonRestore(),
-                ),
-            )
-        except (ValueError, KeyError) as error:
-            raise WorkdirError(
-                f"{self.directory}/{step}: the checkpoint does not fit this config's model:\n"
-                f"{self._mismatch(step, abstract) or error}"
-            ) from error
-        return TrainState(**found["state"]), found["meta"]
+            found = self._orbax.restore(self._path(step), args=args)
+            return TrainState(**found["state"]), found["meta"]
+        except Exception as error:
+            if lines := self._mismatch(step, abstract):
+                raise WorkdirError(
+                    f"{self._path(step)}: the checkpoint does not fit this config's model:\n{lines}"
+                ) from error
+            raise self._damaged(step, error) from error
 
     def weights(self, step: int | None = None) -> tuple[Any, Any, int]:
         """(params, extra, step) as host arrays, whatever devices wrote them."""
         step = self._require(step)
-        shapes = self._shapes(step)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), shapes
-        )
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),  # type: ignore[call-arg]
-        )["state"]
+        try:
+            target = jax.tree.map(
+                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device),
+                self._shapes(step),
+            )
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))  # type: ignore[call-arg]
+            found = self._orbax.restore(self._path(step), args=args)["state"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
         params, extra = jax.device_get((found["params"], found["extra"]))
         return params, extra, step
 
+    def _path(self, step: int) -> epath.Path:
+        return self.directory / str(step)
+
     def _shapes(self, step: int) -> Any:
         with ocp.StandardCheckpointer() as reader:
-            return reader.metadata(self.directory / str(step) / "state").item_metadata.tree
+            return reader.metadata(self._path(step) / "state").item_metadata.tree
 
     def _mismatch(self, step: int, abstract: TrainState) -> str:
+        """What differs between a checkpoint and a state; nothing if it cannot be read at all."""
+
         def describe(x: Any) -> str:
             return f"{tuple(x.shape)} {x.dtype}"
 
-        return "\n".join(tree.diff(_items(abstract), self._shapes(step), describe)[:20])
+        try:
+            shapes = self._shapes(step)
+        except Exception:
+            return ""
+        return "\n".join(tree.diff(_items(abstract), shapes, describe)[:20])
+
+    def _damaged(self, step: int, error: BaseException) -> WorkdirError:
+        older = [s for s in self.steps() if s < step]
+        remove = "gcloud storage rm -r" if paths.is_remote(self.directory) else "rm -r"
+        back = (
+            f"Older ones: {', '.join(map(str, older))}. To go back, remove it "
+            f"({remove} {self._path(step)}); --resume then continues at step {older[-1]}. To only "
+            f"read, name an older one: run:DIR@{older[-1]}."
+            if older
+            else "There is no older one: start again with --overwrite."
+        )
+        return WorkdirError(
+            f"{self._path(step)}: this checkpoint is damaged: {paths.cause(error)}. {back}"
+        )
 
     def _require(self, step: int | None) -> int:
-        step = self.latest() if step is None else step
-        if step is None:
+        found = self.steps()
+        if not found:
             raise WorkdirError(f"{self.directory}: no complete checkpoint found.")
-        if step not in self._manager.all_steps():
-            have = ", ".join(str(s) for s in sorted(self._manager.all_steps()))
+        if step is not None and step not in found:
+            have = ", ".join(map(str, found))
             raise WorkdirError(f"{self.directory}: no checkpoint of step {step}; found {have}.")
-        return step
+        return found[-1] if step is None else step
 
-    def wait(self) -> None:
-        """Block until every started save is complete."""
-        self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Wait, then release the writer threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+def _whole(path: epath.Path) -> bool:
+    return (path / _COMMITTED).exists() if paths.is_remote(path) else path.is_dir()
+
+
+def _remove(path: epath.Path) -> None:
+    """Delete a checkpoint so that a kill in between never leaves a part that looks whole."""
+    if paths.is_remote(path):
+        (path / _COMMITTED).unlink()
+        path.rmtree()
+        return
+    gone = path.rename(path.with_name(f"deleted-{path.name}"))
+    with contextlib.suppress(OSError):  # a reader has it open on a network disk: at the next start
+        gone.rmtree()
 
 
 def _items(state: TrainState) -> dict[str, Any]:
