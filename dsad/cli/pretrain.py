@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dsad.cli import console, flags, workdir
 from dsad.core import config as core_config
-from dsad.core import distributed
+from dsad.core import distributed, paths
 from dsad.core.chips import chip_of
 from dsad.core.errors import ConfigError
 from dsad.core.flops import training_flops_per_image
@@ -60,8 +60,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
             raise ConfigError("batch_size, epochs, steps: expected positive numbers.")
-        if self.log_every < 1 or self.checkpoint.every < 1 or self.accumulate < 1:
-            raise ConfigError("log_every, checkpoint.every, accumulate: expected at least 1.")
+        if self.log_every < 1 or self.accumulate < 1:
+            raise ConfigError("log_every, accumulate: expected at least 1.")
 
 
 def default_config(objective: str) -> ml_collections.ConfigDict:
@@ -191,11 +191,12 @@ def pretrain(
 
 
 def _pretrain(run: Run, path: epath.Path, out: Console, resume: bool, source: Any) -> bool:
-    checkpointer = Checkpointer(path, run.config.checkpoint)
+    checkpointer = Checkpointer(path, run.config.checkpoint, say=out.print)
+    checkpointer.check(run.abstract, run.info.total_steps)
     batches: Any = run.pipeline.iterator()
     clock = Clock()
-    if resume and distributed.on_main(checkpointer.latest) is not None:
-        state, meta = checkpointer.restore(run.abstract)
+    if resume and (latest := distributed.on_main(checkpointer.latest)) is not None:
+        state, meta = checkpointer.restore(run.abstract, latest)
         batches.set_state(meta["data"])
         clock = Clock(meta.get("clock"))
         out.print(f"resumed at step {int(state.step)} of {run.info.total_steps}")
@@ -210,7 +211,6 @@ def _pretrain(run: Run, path: epath.Path, out: Console, resume: bool, source: An
                 step=run.step, batches=batches, store=run.store, mesh=run.mesh,
                 total_steps=run.info.total_steps, batch_size=run.config.batch_size,
                 log_every=run.config.log_every, writer=writer, checkpointer=checkpointer,
-                checkpoint_every=run.config.checkpoint.every,
                 meta={"total_steps": run.info.total_steps},
                 on_log=console.training_note(tell), clock=clock, work=_work(run),
             )  # fmt: skip
@@ -309,8 +309,8 @@ def _run_spec(spec: str) -> tuple[str, int | None]:
 
 
 def _is_run(spec: str) -> bool:
-    path = os.path.expanduser(_run_spec(spec)[0])
-    return spec.startswith("run:") or (epath.Path(path) / "checkpoints").is_dir()
+    folder = _run_spec(spec)[0]
+    return spec.startswith("run:") or (paths.directory(folder) / "checkpoints").is_dir()
 
 
 def _one_epoch(run: Run) -> Iterator[Any]:

@@ -1,17 +1,20 @@
 """Work directories: never mixed, never overwritten unless told to."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from dsad.core import distributed
+from dsad.core import distributed, paths
 from dsad.core.errors import ConfigError, WorkdirError
 
 CONFIG = "config.json"
+#: What a resumed run may change: where and how the same training is computed, and how it is kept.
+FREE = (
+    "config.mesh", "config.checkpoint", "config.log_every", "config.compilation_cache",
+    "config.data.cache", "config.data.workers",
+)  # fmt: skip
 
 
 def claim(
@@ -21,7 +24,7 @@ def claim(
     distributed.on_main(
         lambda: str(_claim(workdir, command, config, resume=resume, overwrite=overwrite))
     )
-    return epath.Path(os.path.expanduser(workdir))
+    return paths.directory(workdir)
 
 
 def _claim(
@@ -29,21 +32,37 @@ def _claim(
 ) -> epath.Path:
     """Take a directory for a run and write its config; returns the path.
 
-    A directory in use needs ``resume`` (same command and config) or ``overwrite`` (it must hold a
-    dsad run, so that a mistyped path costs nothing). Raises WorkdirError otherwise.
+    A directory in use needs ``resume`` (same command, and the same config but for what ``FREE``
+    names) or ``overwrite`` (it must hold a dsad run, so that a mistyped path costs nothing).
+    Raises WorkdirError otherwise, also if the directory cannot be written.
     """
     if not workdir:
         raise ConfigError(f"dsad {command}: --workdir=DIR is missing; it takes all outputs.")
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other.")
-    path = epath.Path(os.path.expanduser(workdir))
+    path = paths.directory(workdir)
+    with paths.writing(workdir, "Choose another --workdir, or mend this one."):
+        _take(path, workdir, command, config, resume=resume, overwrite=overwrite)
+    return path
+
+
+def _take(
+    path: epath.Path,
+    workdir: str,
+    command: str,
+    config: Mapping[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
     text = json.dumps({"command": command, "config": config}, indent=2) + "\n"
     if path.exists() and not path.is_dir():
         raise WorkdirError(f"--workdir={workdir}: expected a directory, found a file.")
     if path.exists() and any(path.iterdir()):
         if resume:
             _check_same(path, text)
-            return path
+            paths.write_whole(path / CONFIG, text)
+            return
         if not overwrite:
             go_on = (
                 "Continue its run with --resume, replace" if command == "pretrain" else "Replace"
@@ -59,12 +78,11 @@ def _claim(
                 f"--workdir={workdir}: holds files but no dsad run, and --overwrite only replaces "
                 f"dsad runs. Choose another directory. ({error})"
             ) from error
-        shutil.rmtree(path) if isinstance(path, os.PathLike) else path.rmtree()
+        path.rmtree()
     elif resume:
         raise WorkdirError(f"--workdir={workdir}: nothing to resume; start without --resume.")
     path.mkdir(parents=True, exist_ok=True)
-    (path / CONFIG).write_text(text)
-    return path
+    paths.write_whole(path / CONFIG, text)
 
 
 #: Written into the directory of a pretraining run that made all its steps.
@@ -73,14 +91,15 @@ COMPLETE = "complete.json"
 
 def holds_run(workdir: str) -> bool:
     """Whether there is a run to continue; the same answer on every process."""
-    path = epath.Path(os.path.expanduser(workdir))
-    return bool(distributed.on_main(lambda: bool(workdir) and (path / CONFIG).exists()))
+    return bool(
+        distributed.on_main(lambda: bool(workdir) and (paths.directory(workdir) / CONFIG).exists())
+    )
 
 
 def mark_complete(path: epath.Path, step: int) -> None:
     """Say to schedulers and scripts that there is nothing left to do."""
     if distributed.is_main():
-        (path / COMPLETE).write_text(json.dumps({"step": step}) + "\n")
+        paths.write_whole(path / COMPLETE, json.dumps({"step": step}) + "\n")
 
 
 def _check_same(path: epath.Path, text: str) -> None:
@@ -89,17 +108,24 @@ def _check_same(path: epath.Path, text: str) -> None:
         raise WorkdirError(
             f"{path}: holds a run of dsad {found['command']}, not of dsad {wanted['command']}."
         )
-    lines = differences(found["config"], wanted["config"])
+    changed = differences(found["config"], wanted["config"])
+    lines = [line for line in changed if not _is_free(line.partition(":")[0])]
     if lines:
         raise WorkdirError(
             f"{path}: --resume needs the run's own config; these keys differ (found there → now):"
             "\n  " + "\n  ".join(lines)
         )
+    for line in changed:
+        print(f"resumed with {line}")
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 
 def read(path: str | epath.PathLike) -> dict[str, Any]:
     """{"command", "config"} of the run in a directory; raises WorkdirError without one."""
-    file = epath.Path(os.path.expanduser(path)) / CONFIG
+    file = paths.directory(path) / CONFIG
     try:
         found = json.loads(file.read_text())
     except FileNotFoundError:

@@ -36,10 +36,10 @@ def directory(path: str | epath.PathLike) -> epath.Path:
         raise ConfigError(f"{text}: names no bucket; expected gs://BUCKET/DIRECTORY.")
     if importlib.util.find_spec("gcsfs") is None:
         raise ConfigError(f"{text}: gs:// needs the library gcsfs: pip install 'dsad[gcs]'.")
-    import fsspec
+    from fsspec.config import conf
 
     # Checkpoints are written past this library, so a listing it remembers would be a stale one.
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(text)
 
 
@@ -90,9 +90,10 @@ def cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         at = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{at}"
+    if named := re.search(r"([^:]+?) \[os_error_code", str(error)):  # at the end of a long line
+        return named[1].strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    # A full disk is named at the end of a long line that lists what was being written.
     return (text if len(text) <= 400 else f"{text[:150]} ... {text[-250:]}").rstrip(".")
 
 

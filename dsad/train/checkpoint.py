@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 import re
 import threading
@@ -13,12 +14,14 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dsad.core import paths, tree
+from dsad.core import distributed, paths, tree
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.train.state import TrainState
 
 #: What marks a checkpoint in a bucket as complete; on a disk its directory's name does.
 _COMMITTED = "commit_success.txt"
+#: Lies beside the checkpoints of every run.
+_MARK = "dsad"
 #: Checkpoints in the making, and those that are being deleted.
 _LEFTOVER = re.compile(r"\d+\.orbax-checkpoint-tmp.*|deleted-\d+")
 
@@ -78,11 +81,15 @@ class Checkpointer:
         if read_only and not self.directory.is_dir():
             raise WorkdirError(f"{self.directory}: no such directory; expected a pretraining run.")
         if not read_only:
-            self._open()
+            distributed.on_main(self._open)
+            distributed.together(self._shared)
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
-            )
+            ),
+            # Made in the background, a directory that cannot be made leaves threads waiting for it.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
 
     # --- when
@@ -184,23 +191,30 @@ class Checkpointer:
         """In the background: the checkpoint becomes whole, then the older ones may go."""
         try:
             self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
+            if distributed.is_main():
                 for step in self.config.removed(self.steps()):
                     _remove(self._path(step))
         except BaseException as error:
             self._failure = error
 
     def _open(self) -> None:
-        if jax.process_index() == 0:
-            with paths.writing(self.directory, "Choose another --workdir, or mend this one."):
-                self.directory.mkdir(parents=True, exist_ok=True)
-                for path in list(self.directory.iterdir()):
-                    half = path.name.isdigit() and not _whole(path)
-                    if half or _LEFTOVER.fullmatch(path.name):
-                        path.rmtree()
-                probe = self.directory / "writable"
-                probe.write_text("")
-                probe.unlink()
+        """Leftovers go, and an unwritable directory is found before anything is computed."""
+        with paths.writing(self.directory, "Choose another --workdir, or mend this one."):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / _MARK).write_text(
+                "checkpoints of dsad pretrain\n"
+            )  # a bucket has no empty directories
+            for path in list(self.directory.iterdir()):
+                half = path.name.isdigit() and not _whole(path)
+                if half or _LEFTOVER.fullmatch(path.name):
+                    path.rmtree()
+
+    def _shared(self) -> None:
+        if not (self.directory / _MARK).exists():
+            raise WorkdirError(
+                f"{self.directory}: this process does not see what process 0 wrote there; expected "
+                "a --workdir on a disk or in a bucket that all hosts share."
+            )
 
     def _unwritten(self, error: BaseException) -> WorkdirError:
         try:
@@ -310,6 +324,12 @@ class Checkpointer:
             have = ", ".join(map(str, found))
             raise WorkdirError(f"{self.directory}: no checkpoint of step {step}; found {have}.")
         return found[-1] if step is None else step
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Keep out the tracebacks, four of a kind, of errors that it raises as well."""
+    trace = record.exc_info[2] if record.exc_info else None
+    return trace is None or "orbax" not in trace.tb_frame.f_code.co_filename
 
 
 def _whole(path: epath.Path) -> bool:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import place_batch
 from dsad.train.checkpoint import Checkpointer
@@ -44,12 +46,12 @@ class Loop:
       batch_size: images per update over all hosts, for images/s.
       log_every: updates per line of metrics.
       writer: metric files.
-      checkpointer: where states go.
-      checkpoint_every: updates per checkpoint.
+      checkpointer: where states go, and when.
       meta: stored with every checkpoint.
       on_log: called with (step, total, scalars) after each logged line.
       clock: continued from the checkpoint's meta on a resumed run.
       work: what an image costs to compute, for the log.
+      now: seconds, for checkpoints by time.
 
     """
 
@@ -62,15 +64,15 @@ class Loop:
     log_every: int
     writer: MetricWriter
     checkpointer: Checkpointer
-    checkpoint_every: int
     meta: dict[str, Any]
     on_log: OnLog = lambda step, total, scalars: None
     clock: Clock = dataclasses.field(default_factory=Clock)
     work: Work = dataclasses.field(default_factory=Work)
+    now: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        if self.log_every < 1 or self.checkpoint_every < 1:
-            raise ConfigError("config.log_every and config.checkpoint.every: expected at least 1.")
+        if self.log_every < 1:
+            raise ConfigError("config.log_every: expected at least 1.")
 
 
 def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
@@ -91,7 +93,7 @@ def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
             if step == first + 1:
                 log.start_clock()  # the first step also compiles
             log.throttle(_AHEAD)
-            saving = step % loop.checkpoint_every == 0 and step < loop.total_steps
+            saving = step < loop.total_steps and _saves(loop, step)
             if saving:
                 log.flush(keep=0)  # a checkpoint needs to know that its own step was finite
             elif step > first + 1 and step % loop.log_every == 1 % loop.log_every:
@@ -128,8 +130,21 @@ def _next(loop: Loop) -> Any:
     return place_batch(batch, loop.mesh)
 
 
+def _saves(loop: Loop, step: int) -> bool:
+    """Whether there is a checkpoint after this step; the same answer on every process."""
+    if loop.checkpointer.due(step):
+        return True
+    if distributed.count() == 1 or not loop.checkpointer.config.minutes:
+        return loop.checkpointer.overdue(loop.now())
+    # Clocks differ: process 0 decides. Agreeing waits for the devices, as a line of metrics does.
+    if step % loop.log_every:
+        return False
+    return bool(distributed.gather(np.int8(loop.checkpointer.overdue(loop.now())))[0])
+
+
 def _save(loop: Loop, state: TrainState) -> None:
     start = time.perf_counter()
+    loop.writer.flush()  # a checkpoint never holds a step whose line may still be lost
     meta = {**loop.meta, "clock": loop.clock.saved()}
-    loop.checkpointer.save(state, loop.batches.get_state(), meta)
+    loop.checkpointer.save(state, loop.batches.get_state(), meta, now=loop.now())
     loop.clock.stalled += time.perf_counter() - start

@@ -173,7 +173,7 @@ class _Parts:
 
 
 def _scalar_event(step: int, scalars: Mapping[str, float]) -> bytes:
-    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
     values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
     return _event(step=step, summary=Summary(value=values))
@@ -181,7 +181,7 @@ def _scalar_event(step: int, scalars: Mapping[str, float]) -> bytes:
 
 def _restart_event(step: int) -> bytes:
     """Hides what earlier files hold of this step and of later ones."""
-    from tensorboardX.proto.event_pb2 import SessionLog
+    from tensorboardX.proto.event_pb2 import SessionLog  # type: ignore[attr-defined]
 
     return _event(step=step, session_log=SessionLog(status=SessionLog.START))
 
@@ -192,7 +192,7 @@ def _first_event() -> bytes:
 
 def _event(**fields: Any) -> bytes:
     # Imported here: protobuf costs time that no other command needs to pay.
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
     from tensorboardX.record_writer import masked_crc32c
 
     data = Event(wall_time=time.time(), **fields).SerializeToString()

@@ -59,7 +59,7 @@ OPENED = []
 
 
 def checkpoints(path, **how):
-    OPENED.append(Checkpointer(path, CheckpointConfig(), **how))
+    OPENED.append(Checkpointer(path, CheckpointConfig(every=3), **how))
     return OPENED[-1]
 
 
@@ -102,8 +102,7 @@ def loop(tmp_path, step, mesh, batches, **changes):
     values = {
         "step": step, "batches": batches, "store": None, "mesh": mesh, "total_steps": 7,
         "batch_size": 8, "log_every": 2, "writer": metrics(tmp_path),
-        "checkpointer": checkpoints(tmp_path), "checkpoint_every": 3,
-        "meta": {},
+        "checkpointer": checkpoints(tmp_path), "meta": {},
     }  # fmt: skip
     return Loop(**{**values, **changes})
 

@@ -1,0 +1,404 @@
+"""Checkpoints: which stay, when, what survives kills, damage and full disks, and other meshes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsad.core import paths
+from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.mesh import MeshConfig, make_mesh, parameter_shardings
+from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+from dsad.train.loop import train
+from dsad.train.state import TrainState
+from tests.helpers import alone
+from tests.train import test_loop
+
+
+@pytest.fixture
+def opened():
+    """Opens checkpointers and closes them after the test, also when it fails."""
+    found = []
+
+    def open_(path, **config):
+        how = {k: config.pop(k) for k in ("read_only", "say") if k in config}
+        found.append(Checkpointer(path, CheckpointConfig(**config), **how))
+        return found[-1]
+
+    yield open_
+    while found:
+        found.pop().close()
+
+
+def state(step, size=64, seed=None):
+    """A state whose numbers tell its step."""
+    g = np.random.default_rng(step if seed is None else seed)
+    values = jnp.asarray(g.standard_normal((size, 32), np.float32))
+    return TrainState(
+        step=jnp.int32(step), params={"w": values}, extra={"n": jnp.float32(step)},
+        opt_state={"m": values[:8] * 2},
+    )  # fmt: skip
+
+
+def abstract(tree):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+
+def save(checkpointer, *steps, **how):
+    for step in steps:
+        checkpointer.save(state(step, **how), {"at": step}, {})
+    checkpointer.wait()
+
+
+def equal(a, b):
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+# --- which stay, and when
+
+
+def test_permanent_ones_stay_and_the_newest_of_the_others(tmp_path, opened):
+    checkpointer = opened(tmp_path, keep=2, permanent=10)
+    save(checkpointer, 3, 6, 9, 10, 12, 15, 20, 21)
+    assert checkpointer.steps() == [10, 15, 20, 21]
+    assert CheckpointConfig(keep=1).removed([7, 3, 5]) == [3, 5]
+    assert CheckpointConfig(keep=1, permanent=1).removed([3, 5, 7]) == []
+
+
+@pytest.mark.parametrize(
+    "bad", [{"every": 0}, {"keep": 0}, {"permanent": -1}, {"minutes": -1.0}, {"minutes": np.nan}]
+)
+def test_impossible_policies_are_refused(bad):
+    with pytest.raises(ConfigError, match=rf"config\.checkpoint\..*{next(iter(bad))}"):
+        CheckpointConfig(**bad)
+
+
+def run_with_clock(tmp_path, opened, times, **config):
+    """Steps after which a run saved whose clock shows ``times`` after its steps."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    _, start, step = test_loop.parts(test_loop.Line(), mesh)
+    saved, batches = [], test_loop.Batches()
+    checkpointer = opened(tmp_path, **config)
+    original = checkpointer.save
+
+    def saving(state, *args, **how):
+        saved.append(int(state.step))
+        original(state, *args, **how)
+        checkpointer.wait()  # so that the next question never finds it busy
+
+    checkpointer.save = saving
+    run = test_loop.loop(
+        tmp_path, step, mesh, batches, checkpointer=checkpointer, total_steps=len(times),
+        now=lambda: times[batches.at - 1],
+    )  # fmt: skip
+    train(run, start)
+    return saved
+
+
+def test_the_clock_adds_checkpoints_to_those_by_step(tmp_path, opened):
+    #        step 1   2   3    4    5    6    7    8    9   10
+    times = [100, 130, 159, 161, 200, 221, 280, 282, 290, 500]
+    # A minute after the start (100): 161. By step at 5 (200); a minute later: not 221, not 259 but
+    # 280. The last step is saved whatever the time.
+    try:
+        found = run_with_clock(tmp_path, opened, times, every=5, minutes=1.0)
+        assert found == [4, 5, 7, 10]
+        assert run_with_clock(tmp_path / "off", opened, times, every=5) == [5, 10]
+    finally:
+        while test_loop.OPENED:
+            test_loop.OPENED.pop().close()
+
+
+def test_by_step_also_where_a_permanent_one_is_due(tmp_path, opened):
+    checkpointer = opened(tmp_path, every=4, permanent=6)
+    assert [s for s in range(1, 13) if checkpointer.due(s)] == [4, 6, 8, 12]
+
+
+def test_a_running_write_holds_up_neither_the_loop_nor_the_clock(tmp_path, opened):
+    notes = []
+    checkpointer = opened(tmp_path, minutes=1.0, say=notes.append)
+    go_on, finish = threading.Event(), checkpointer._finish
+    checkpointer._finish = lambda: (go_on.wait(60), finish())
+    assert not checkpointer.overdue(0.0)
+    checkpointer.save(state(1), {}, {}, now=0.0)
+    assert checkpointer.busy  # save came back, though the background is held
+    assert not checkpointer.overdue(1e6)
+    threading.Timer(1.5, go_on.set).start()
+    checkpointer.save(state(2), {}, {}, now=1e6)  # asked by step: waits for the first, and says so
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 2]
+    assert len(notes) == 1
+    assert "config.checkpoint.every" in notes[0]
+    assert not checkpointer.overdue(1e6 + 59)
+    assert checkpointer.overdue(1e6 + 60)
+
+
+def test_what_is_saved_is_the_state_at_that_moment(tmp_path, opened):
+    """The step donates its state: its memory is written over while the writer is at work."""
+    checkpointer = opened(tmp_path)
+    now = state(1, size=2**16)
+    before = jax.tree.map(np.array, now)
+    update = jax.jit(lambda s: jax.tree.map(lambda x: x * 2 + 1, s), donate_argnums=0)
+    checkpointer.save(now, {}, {})
+    for _ in range(5):
+        now = update(now)
+    jax.block_until_ready(now)
+    checkpointer.wait()
+    assert equal(checkpointer.restore(abstract(before))[0], before)
+
+
+# --- kills and damage
+
+
+def test_halves_are_never_seen_and_go_at_the_next_start(tmp_path, opened):
+    save(opened(tmp_path), 3, 6)
+    folder = tmp_path / "checkpoints"
+    for name in ("9.orbax-checkpoint-tmp", "12.orbax-checkpoint-tmp-17", "deleted-2"):
+        (folder / name / "state").mkdir(parents=True)
+    assert opened(tmp_path, read_only=True).latest() == 6
+    assert len(list(folder.glob("*-*"))) == 3  # a reader leaves them alone
+    again = opened(tmp_path)
+    assert again.steps() == [3, 6]
+    assert not list(folder.glob("*-*"))
+    save(again, 9)
+    assert equal(again.restore(abstract(state(9)))[0], state(9))
+
+
+def test_a_kill_while_an_old_one_is_deleted_leaves_no_part_of_it(tmp_path, opened, monkeypatch):
+    """The files of a directory go one by one; a kill in between must not leave half a checkpoint."""
+    checkpointer = opened(tmp_path, keep=1)
+    save(checkpointer, 1)
+    listed = []
+
+    def killed(self, *args, **how):
+        victim = next(p for p in pathlib.Path(self).rglob("*") if p.is_file())
+        victim.unlink()
+        listed.append(opened(tmp_path, read_only=True).steps())
+        raise OSError("stands for the kill")
+
+    monkeypatch.setattr(type(checkpointer.directory), "rmtree", killed)
+    save(checkpointer, 2)
+    monkeypatch.undo()
+    assert listed == [[2]]
+    assert opened(tmp_path).steps() == [2]
+
+
+def files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+@pytest.mark.parametrize("left", [0, 0.5], ids=["emptied", "halved"])
+def test_a_truncated_file_is_named_and_never_read_as_something_else(tmp_path, opened, left):
+    save(opened(tmp_path), 3, 6)
+    broken, refused = tmp_path / "checkpoints" / "6", 0
+    names = files(broken)
+    for path in names:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(len(whole) * left)])
+        reader = opened(tmp_path, read_only=True)
+        try:
+            found, meta = reader.restore(abstract(state(6)))
+            assert equal(found, state(6))  # a file that only describes
+            assert meta == {"data": {"at": 6}}
+        except WorkdirError as error:
+            refused += 1
+            assert str(error).startswith(f"{broken}: this checkpoint is damaged")
+            assert f"rm -r {broken}" in str(error)
+            assert "continues at step 3" in str(error)
+        path.write_bytes(whole)
+    data = [p for p in names if p.parent.name == "d"]
+    assert refused >= len(data) + 1  # the arrays and the position
+
+
+def test_going_back_from_a_damaged_one_as_the_message_says(tmp_path, opened):
+    save(opened(tmp_path), 3, 6)
+    for path in files(tmp_path / "checkpoints" / "6"):
+        path.write_bytes(b"")
+    with pytest.raises(WorkdirError, match="damaged") as caught:
+        opened(tmp_path).restore(abstract(state(6)))
+    with pytest.raises(WorkdirError, match=r"run:DIR@3"):
+        opened(tmp_path, read_only=True).weights()
+    command = str(caught.value).partition("remove it (")[2].partition(")")[0]
+    subprocess.run(command.split(), check=True)
+    again = opened(tmp_path)
+    found, meta = again.restore(abstract(state(3)))
+    assert equal(found, state(3))
+    assert meta == {"data": {"at": 3}}
+    save(again, 6)
+    assert equal(again.restore(abstract(state(6)))[0], state(6))
+
+
+# --- other meshes
+
+SHAPES = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (8, 1), (4, 2), (1, 8)]
+
+
+def placed(tree, shape):
+    """A tree of arrays on a mesh of that shape, every array that can be split over fsdp."""
+    devices = jax.devices()[: shape[0] * shape[1]]
+    mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1]), devices)
+    return jax.device_put(tree, parameter_shardings(tree, mesh, 1))
+
+
+@pytest.mark.parametrize("before", SHAPES, ids=str)
+def test_a_state_goes_from_every_mesh_to_every_other(tmp_path, opened, before):
+    checkpointer = opened(tmp_path)
+    checkpointer.save(placed(state(5), before), {"at": 40}, {})
+    checkpointer.wait()
+    for after in SHAPES:
+        like = placed(state(0), after)
+        want = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        found, meta = checkpointer.restore(want)
+        assert equal(found, state(5))
+        assert meta == {"data": {"at": 40}}
+        for x, w in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+            assert x.sharding.is_equivalent_to(w.sharding, x.ndim)
+        if after[1] > 1:
+            sharded = NamedSharding(like.params["w"].sharding.mesh, PartitionSpec("fsdp"))
+            assert found.params["w"].sharding.is_equivalent_to(sharded, 2)
+    params, extra, step = opened(tmp_path, read_only=True).weights()
+    assert equal((params, extra), (state(5).params, state(5).extra))
+    assert step == 5
+
+
+# --- full disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk of so many kilobytes; skips the test where that is not allowed."""
+    mounted = []
+
+    def make(kilobytes):
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("no mount command")
+        if done.returncode:
+            pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_last_checkpoint(small_disk, opened):
+    disk = small_disk(3000)
+    checkpointer = opened(disk, permanent=1)
+    save(checkpointer, 1, size=2**13)  # 1 MiB each
+    save(checkpointer, 2, size=2**13)
+    with pytest.raises(WorkdirError, match=r"disk or quota is full .*kB free.*step 2; --resume"):
+        save(checkpointer, 3, size=2**13)
+    checkpointer.wait()  # told once
+    again = opened(disk, permanent=1)
+    assert again.steps() == [1, 2]
+    assert equal(again.restore(abstract(state(2, 2**13)))[0], state(2, 2**13))
+    again.directory.joinpath("1").rmtree()
+    save(again, 3, size=2**13)
+    assert equal(again.restore(abstract(state(3, 2**13)))[0], state(3, 2**13))
+
+
+def test_a_failure_in_the_background_is_raised_by_the_next_save(small_disk, opened):
+    disk = small_disk(1500)
+    checkpointer = opened(disk)
+    save(checkpointer, 1, size=2**13)
+    checkpointer.save(state(2, 2**13), {}, {})
+    with pytest.raises(WorkdirError, match="full"):
+        checkpointer.save(state(3, 2**13), {}, {})
+    assert checkpointer.steps() == [1]
+
+
+def test_a_disk_that_becomes_read_only_is_named(small_disk, opened):
+    disk = small_disk(3000)
+    checkpointer = opened(disk)
+    save(checkpointer, 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(WorkdirError, match=rf"{disk}.*Read-only file system.*step 1; --resume"):
+        save(checkpointer, 2)
+    with pytest.raises(WorkdirError, match=rf"{disk}.*Read-only.*another --workdir"):
+        opened(disk)
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+from dsad.core.errors import WorkdirError
+from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+from tests.train.test_checkpoint import state
+checkpointer = Checkpointer(sys.argv[1], CheckpointConfig())
+checkpointer.save(state(1), {}, {})
+checkpointer.save(state(2, size=2**13), {}, {})
+try:
+    checkpointer.wait()
+except WorkdirError as error:
+    print(error, checkpointer.steps())
+"""
+
+
+def test_a_write_beyond_a_limit_is_told_like_a_full_disk(tmp_path):
+    """Needs no rights to mount: the limit is on the size of a file."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], env=alone(), capture_output=True, text=True
+    )
+    assert "disk or quota is full" in done.stdout, done.stderr
+    assert f"{tmp_path}/checkpoints" in done.stdout
+    assert "step 1; --resume" in done.stdout
+    assert done.stdout.rstrip().endswith("[1]")
+
+
+def test_a_place_below_a_file_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError, match=r"file/run/checkpoints: cannot be written: Not a dir"):
+        Checkpointer(tmp_path / "file" / "run", CheckpointConfig())
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_start(
+    tmp_path, opened, monkeypatch
+):
+    notes = []
+    checkpointer = opened(tmp_path, keep=2, permanent=10, say=notes.append)
+    each = sum(x.nbytes for x in jax.tree.leaves(state(1)))
+    monkeypatch.setattr(paths, "free", lambda path: 3 * each - 1)
+    with pytest.raises(WorkdirError, match=r"config.checkpoint.keep=2 .*need 27.7 kB"):
+        checkpointer.check(abstract(state(1)), 100)
+    monkeypatch.setattr(paths, "free", lambda path: 3 * each)
+    checkpointer.check(abstract(state(1)), 9)
+    assert not notes
+    checkpointer.check(abstract(state(1)), 10)
+    assert "the 1 permanent" in notes[0]
+    save(checkpointer, 3)  # what is there already needs no more room
+    monkeypatch.setattr(paths, "free", lambda path: 2 * each)
+    checkpointer.check(abstract(state(1)), 9)
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_an_error_where_the_disk_fills_up(small_disk):
+    disk = small_disk(6000)  # a checkpoint has 1.2 MB
+    done = subprocess.run(
+        [sys.executable, "-m", "dsad", "pretrain", "--config=mae:smoke", "--config.steps=40",
+         "--config.checkpoint.every=1", "--config.checkpoint.permanent=1",
+         f"--workdir={disk / 'run'}"],
+        env=alone(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "will not all fit" in done.stdout  # said before the start
+    assert done.stderr.splitlines()[-1].startswith(f"error: {disk}")
+    assert "disk or quota is full" in done.stderr
+    steps = [int(p.name) for p in (disk / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert f"step {max(steps)}; --resume" in done.stderr
+    assert os.path.isdir(disk / "run" / "checkpoints" / str(max(steps)))
