@@ -76,6 +76,7 @@ class Checkpointer:
         self.say = say
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._told = False
         self._saved_at: float | None = None
         self._noted_wait = False
         if read_only and not self.directory.is_dir():
@@ -185,7 +186,11 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            try:
+                self._orbax.close()
+            except Exception as error:  # what failed a save may come up here once more
+                if not self._told:
+                    raise self._unwritten(error) from error
 
     def _finish(self) -> None:
         """In the background: the checkpoint becomes whole, then the older ones may go."""
@@ -217,6 +222,7 @@ class Checkpointer:
             )
 
     def _unwritten(self, error: BaseException) -> WorkdirError:
+        self._told = True
         try:
             latest = self.latest()
         except Exception as second:  # the disk itself is gone
