@@ -41,7 +41,7 @@ set -euo pipefail
 PROJECT=${PROJECT:-} ZONE=${ZONE:-} NAME=${NAME:-} WORKDIR=${WORKDIR:-}
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-stopped=75 # what dsad exits with when it saved and stopped before the end
+stopped=75 # exit code of run.sh for a run that saved and stopped before its end
 dry_run=no
 read -ra ssh_flags <<<"${SSH_FLAGS:-}"
 
@@ -195,12 +195,12 @@ run_arguments() {
   local argument
   for argument in "${@:2}"; do
     case $argument in
-      --workdir* | --distributed* | --continue* | --stop-code* | --resume* | --overwrite)
+      --workdir* | --distributed* | --continue* | --resume* | --overwrite)
         die "${argument%%=*} is set by this script; WORKDIR names the directory." ;;
     esac
   done
   arguments=("$@" --distributed --workdir="$WORKDIR")
-  [[ $1 != pretrain ]] || arguments+=(--continue "--stop-code=$stopped")
+  [[ $1 != pretrain ]] || arguments+=(--continue)
 }
 
 run() {

@@ -10,8 +10,8 @@
 #   bash ~/dsad/launch/worker.sh kill                        SIGKILL: what was not saved is lost
 #
 # status prints  HOST revision=REV state=STATE code=CODE | LAST LINE OF THE LOG, with STATE
-#   none     nothing was started here          running  it runs
-#   exited   it ended, with exit code CODE     lost     it vanished, for example with a reboot
+#   none     nothing was started here           running  it runs
+#   exited   it ended, CODE as in run.sh says   lost     it vanished, for example with a reboot
 #
 # Needs: dsad's files in ~/dsad, python3 with pip, the network. Installing takes minutes, mostly for
 # the download of libtpu (about 650 MB).
@@ -19,7 +19,7 @@ set -euo pipefail
 
 code_dir=$HOME/dsad
 environment=$HOME/dsad-env
-run_dir=$HOME/dsad-run # pid and boot of the run, exit code once it ended, log
+run_dir=$HOME/dsad-run # pid, process group and boot of the run, exit code once it ended, log
 
 die() {
   echo "worker.sh: $*" >&2
@@ -69,7 +69,8 @@ start() {
 # The shell that stays beside the run to write down how it ended.
 _run() {
   cd "$code_dir"
-  "$environment/bin/dsad" "$@" &
+  PATH=$environment/bin:$PATH bash launch/run.sh "$@" &
+  echo $$ >"$run_dir/group"
   echo $! >"$run_dir/pid.new"
   mv "$run_dir/pid.new" "$run_dir/pid"
   local code=0
@@ -97,15 +98,19 @@ log() {
   tail -n "${1:-20}" "$run_dir/log"
 }
 
-send() {
-  ! alive || kill "-$1" "$(cat "$run_dir/pid")"
+stop() {
+  ! alive || kill -TERM "$(cat "$run_dir/pid")"
+  status
+}
+
+kill_() {
+  ! alive || kill -KILL -- "-$(cat "$run_dir/group")"
   status
 }
 
 [[ $# -gt 0 ]] || usage
 case $1 in
-  install | start | status | log | _run) "$@" ;;
-  stop) send TERM ;;
-  kill) send KILL ;;
+  install | start | status | log | stop | _run) "$@" ;;
+  kill) kill_ ;;
   *) usage ;;
 esac

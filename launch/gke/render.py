@@ -23,10 +23,10 @@ ACCELERATORS = {
     "v5p": "tpu-v5p-slice",
     "v6e": "tpu-v6e-slice",
 }
-#: What dsad exits with when it saved and stopped before the end.
+#: Exit code of run.sh for a run that saved and stopped before its end.
 STOPPED = 75
 #: What this program adds itself.
-OWN = ("--workdir", "--distributed", "--continue", "--stop-code", "--resume", "--overwrite")
+OWN = ("--workdir", "--distributed", "--continue", "--resume", "--overwrite")
 
 
 def main(argv: list[str]) -> str:
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> str:
         "accelerator": ACCELERATORS[generation],
         "shape": json.dumps(shape),
         "hosts": chips // values.chips_per_host,
-        "stop_code": STOPPED,
+        "stopped": STOPPED,
         "args": json.dumps(dsad_arguments(arguments, values.workdir, parser)),
     }
     return string.Template(TEMPLATE.read_text()).substitute(fields)
@@ -92,7 +92,7 @@ def dsad_arguments(
             parser.error(f"{argument.partition('=')[0]} is set by this program; see --workdir.")
     added = ["--distributed", f"--workdir={workdir}"]
     if arguments[0] == "pretrain":
-        added += ["--continue", f"--stop-code={STOPPED}"]
+        added += ["--continue"]
     return [*arguments, *added]
 
 

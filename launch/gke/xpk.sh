@@ -22,7 +22,6 @@ set -euo pipefail
 PROJECT=${PROJECT:-} ZONE=${ZONE:-} CLUSTER=${CLUSTER:-} NAME=${NAME:-}
 IMAGE=${IMAGE:-} TPU_TYPE=${TPU_TYPE:-} WORKDIR=${WORKDIR:-}
 
-stopped=75 # what dsad exits with when it saved and stopped before the end
 dry_run=no
 
 die() {
@@ -58,17 +57,17 @@ create() {
   local argument arguments
   for argument in "${@:2}"; do
     case $argument in
-      --workdir* | --distributed* | --continue* | --stop-code* | --resume* | --overwrite)
+      --workdir* | --distributed* | --continue* | --resume* | --overwrite)
         die "${argument%%=*} is set by this script; WORKDIR names the directory." ;;
     esac
   done
   arguments=("$@" --distributed "--workdir=$WORKDIR")
-  [[ $1 != pretrain ]] || arguments+=(--continue "--stop-code=$stopped")
-  # exec: xpk passes SIGTERM on to the process that it started, and that has to be dsad.
+  [[ $1 != pretrain ]] || arguments+=(--continue)
+  # exec: xpk passes SIGTERM on to the process that it started, which must not be another shell.
   workload create --workload="$NAME" --tpu-type="$TPU_TYPE" --num-slices="${NUM_SLICES:-1}" \
     --docker-image="$IMAGE" --max-restarts="${MAX_RESTARTS:-20}" --restart-on-user-code-failure \
     --termination-grace-period-seconds="${GRACE:-300}" \
-    --command="exec dsad $(printf '%q ' "${arguments[@]}")"
+    --command="exec bash launch/run.sh $(printf '%q ' "${arguments[@]}")"
 }
 
 if [[ ${1:-} == --dry-run ]]; then

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# dsad with an exit code that tells schedulers whether to start it again. Workers and containers
+# start it; a dsad on PATH is all that it needs.
+#
+#   bash launch/run.sh pretrain --config=... --workdir=DIR --continue
+#
+# dsad itself exits with 0 both when a pretraining is complete and when it was asked to stop and
+# saved. Here 0 means complete, 75 means saved but not complete; all other codes are dsad's: 2 for
+# unusable input, 1 for crashes. SIGTERM is passed on.
+set -euo pipefail
+
+dsad "$@" &
+child=$!
+told=yes
+trap 'told=yes; kill -TERM "$child" 2>/dev/null || true' TERM
+while [[ $told == yes ]]; do # a signal ends wait, not dsad
+  told=no code=0
+  wait "$child" || code=$?
+done
+
+if [[ $code == 0 && ${1:-} == pretrain ]]; then
+  for argument in "$@"; do
+    [[ $argument != --workdir=* ]] || workdir=${argument#--workdir=}
+  done
+  # The file is written by dsad after the last step; epath because it may lie in a bucket.
+  python - "${workdir:?run.sh: --workdir=DIR is missing}" <<'END' || code=75
+import sys
+from etils import epath
+
+sys.exit(not (epath.Path(sys.argv[1]).expanduser() / "complete.json").exists())
+END
+  [[ $code == 0 ]] || echo "run.sh: saved, but not complete"
+fi
+exit "$code"
