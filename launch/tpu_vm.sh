@@ -4,10 +4,10 @@
 #   launch/tpu_vm.sh create                    ask for the slice; costs nothing until it is ACTIVE
 #   launch/tpu_vm.sh wait                      until it is ACTIVE; from here on it is paid for
 #   launch/tpu_vm.sh install                   dsad on all workers
-#   launch/tpu_vm.sh run -- pretrain --config=configs/ds2.py --config.data.root=/data/mvtec
+#   launch/tpu_vm.sh run -- pretrain --config=configs/ds2.py --config.data.root='~/mvtec'
 #                                              start on all workers; goes on without you
 #   launch/tpu_vm.sh status                    the slice, and one line per worker
-#   launch/tpu_vm.sh logs [WORKER [LINES]]     the end of a worker's log (0, 20 lines)
+#   launch/tpu_vm.sh logs [WORKER [LINES]]     the end of a worker's log (0 or all; 20 lines)
 #   launch/tpu_vm.sh stop                      dsad saves and exits; the slice is still paid for
 #   launch/tpu_vm.sh resume -- pretrain ...    all of the above in a loop, until the run is complete:
 #                                              makes the slice anew after a preemption, continues
@@ -31,6 +31,8 @@
 #   REVISION            commit, tag or branch of either (HEAD)
 #   EXTRAS              pip extras (tpu)
 #   PYTHON_VERSION      Python on the workers (3.12)
+#   SETUP               command line that every worker runs after the installation, to bring data:
+#                       "mkdir -p ~/mvtec && gcloud storage rsync -r gs://BUCKET/mvtec ~/mvtec"
 #   POLL                seconds between two looks (60)
 #   MAX_FAILURES        crashes, or failed requests, after which resume gives up (3)
 #   KEEP                1: resume leaves the slice running when the run is complete
@@ -168,10 +170,10 @@ wait_() {
 install() {
   local setup
   setup=$(printf '%q %q' "${EXTRAS:-tpu}" "${PYTHON_VERSION:-3.12}")
-  setup="bash ~/dsad/launch/worker.sh install $setup"
+  setup="bash ~/dsad/launch/worker.sh install $setup${SETUP:+ && $SETUP}"
   if [[ -n ${REPOSITORY:-} ]]; then
-    on_worker all "rm -rf ~/dsad && git clone --quiet $(printf '%q' "$REPOSITORY") ~/dsad &&
-git -C ~/dsad checkout --quiet $(printf '%q' "${REVISION:-HEAD}") &&
+    on_worker all "rm -rf ~/dsad && git clone --quiet $(printf '%q' "$REPOSITORY") ~/dsad && \
+git -C ~/dsad checkout --quiet $(printf '%q' "${REVISION:-HEAD}") && \
 git -C ~/dsad rev-parse HEAD > ~/dsad/REVISION && $setup"
     return
   fi
@@ -185,7 +187,7 @@ git -C ~/dsad rev-parse HEAD > ~/dsad/REVISION && $setup"
   do_ git -C "$root" archive --output="$archive" "$revision"
   tpus tpu-vm scp "$archive" "$NAME:dsad.tar.gz" "${ssh_flags[@]}" --worker=all
   rm -rf "$(dirname "$archive")"
-  on_worker all "rm -rf ~/dsad && mkdir ~/dsad && tar -xzf ~/dsad.tar.gz -C ~/dsad &&
+  on_worker all "rm -rf ~/dsad && mkdir ~/dsad && tar -xzf ~/dsad.tar.gz -C ~/dsad && \
 echo $revision > ~/dsad/REVISION && $setup"
 }
 
@@ -212,8 +214,8 @@ run() {
 # One line per worker; state=absent where dsad is not installed.
 workers() {
   # shellcheck disable=SC2016  # the worker's shell expands it
-  on_worker all 'if [ -x ~/dsad-env/bin/dsad ]; then bash ~/dsad/launch/worker.sh status;
-else echo "$(hostname) revision=none state=absent code=- |"; fi'
+  on_worker all 'if [ -x ~/dsad-env/bin/dsad ]; then bash ~/dsad/launch/worker.sh status; '\
+'else echo "$(hostname) revision=none state=absent code=- |"; fi'
 }
 
 status() {

@@ -1,7 +1,8 @@
 """Fills in launch/gke/jobset.yaml and prints it; needs Python alone, changes nothing.
 
-python launch/gke/render.py --name=ds2 --image=IMAGE --topology=v5e:16x16 --workdir=gs://BUCKET/ds2 \
-    -- pretrain --config=configs/ds2.py --config.data.root=/data/mvtec | kubectl apply -f -
+python launch/gke/render.py --name=ds2 --image=IMAGE --topology=v5e:16x16 --data-bucket=BUCKET \
+    --workdir=gs://BUCKET/ds2 -- pretrain --config=configs/ds2.py --config.data.root=/data/mvtec \
+    | kubectl apply -f -
 
 What comes after -- are dsad's arguments; --distributed, --workdir and, for pretrain, --continue are
 added. The topology is written as for dsad plan. Costs nothing before kubectl applies it.
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> str:
     parser.add_argument("--image", required=True, help="container with dsad, see launch/Dockerfile")
     parser.add_argument("--topology", required=True, help="for example v5e:16x16 or v5p:2x2x1")
     parser.add_argument("--workdir", required=True, help="of the run: gs://BUCKET/RUN")
+    parser.add_argument("--data-bucket", required=True, help="its contents appear under /data")
     parser.add_argument("--namespace", default="default")
     parser.add_argument("--service-account", default="default", help="of Kubernetes")
     parser.add_argument("--chips-per-host", type=int, default=4, help="1, 4 or 8 (machine type)")
