@@ -23,12 +23,17 @@ if [[ $code == 0 && ${1:-} == pretrain ]]; then
     [[ $argument != --workdir=* ]] || workdir=${argument#--workdir=}
   done
   # The file is written by dsad after the last step; epath because it may lie in a bucket.
-  python - "${workdir:?run.sh: --workdir=DIR is missing}" <<'END' || code=75
+  python - "${workdir:?run.sh: --workdir=DIR is missing}" <<'END' || code=$?
 import sys
 from etils import epath
 
-sys.exit(not (epath.Path(sys.argv[1]).expanduser() / "complete.json").exists())
+complete = (epath.Path(sys.argv[1]).expanduser() / "complete.json").exists()
+sys.exit(0 if complete else 75)
 END
-  [[ $code == 0 ]] || echo "run.sh: saved, but not complete"
+  case $code in
+    0) ;;
+    75) echo "run.sh: saved, but not complete" ;;
+    *) echo "run.sh: cannot tell whether the run in $workdir is complete" >&2 ;;
+  esac
 fi
 exit "$code"

@@ -37,8 +37,9 @@
 #   MAX_FAILURES        crashes, or failed requests, after which resume gives up (3)
 #   KEEP                1: resume leaves the slice running when the run is complete
 #
-# Needs: gcloud, logged in, with the TPU API and quota in ZONE; ssh-add ~/.ssh/google_compute_engine
-# for slices of several workers; an account on the workers that may write to the bucket.
+# Needs: bash 4.4 or newer (macOS: brew install bash); gcloud, logged in, with the TPU API and quota
+# in ZONE; ssh-add ~/.ssh/google_compute_engine for slices of several workers; an account on the
+# workers that may write to the bucket.
 set -euo pipefail
 PROJECT=${PROJECT:-} ZONE=${ZONE:-} NAME=${NAME:-} WORKDIR=${WORKDIR:-}
 
@@ -58,6 +59,8 @@ usage() {
 }
 
 say() { echo "$(date '+%F %T') $*"; }
+
+[[ ${BASH_VERSINFO[0]}${BASH_VERSINFO[1]} -ge 44 ]] || die "needs bash 4.4, this is $BASH_VERSION."
 
 need() {
   local name
@@ -215,7 +218,7 @@ run() {
 workers() {
   # shellcheck disable=SC2016  # the worker's shell expands it
   on_worker all 'if [ -x ~/dsad-env/bin/dsad ]; then bash ~/dsad/launch/worker.sh status; '\
-'else echo "$(hostname) revision=none state=absent code=- |"; fi'
+'else echo "$(hostname) revision=none run=- state=absent code=- |"; fi'
 }
 
 status() {
@@ -251,25 +254,34 @@ start_again() { run "$@" || say "not every worker started; looking again"; }
 
 # What to do about an ACTIVE slice. Sets complete=yes when the run is.
 tend() {
-  local report codes code
+  local report codes=() code mine
   if ! report=$(workers 2>&1); then
     say "the workers do not answer: $(tail -n 1 <<<"$report")"
     return
   fi
   report=$(sed -n 's/^\([^|]* state=[^|]*\) |.*/\1/p' <<<"$report") # without the lines of the logs
-  codes=$(sed -n 's/.* state=exited code=\([0-9]*\)$/\1/p' <<<"$report" | sort -u | xargs)
+  mine=$(printf '%s\0' "${arguments[@]}" | cksum | cut -d' ' -f1)
+  # What ended before with other arguments says nothing about this run.
+  report=$(sed -E "/ run=$mine /!s/ state=(exited|lost) .*/ state=none code=-/" <<<"$report")
+  mapfile -t codes < <(sed -n 's/.* state=exited code=\([0-9]*\)$/\1/p' <<<"$report" | sort -u)
   if [[ $report == *state=absent* ]]; then
     say "installing dsad"
     if install; then start_again "$@"; else count_failure "the installation failed"; fi
-  elif [[ " $codes " == *" 2 "* ]]; then
+  elif [[ " ${codes[*]} " == *" 2 "* ]]; then
     fail "dsad refused its input (exit code 2); repeating would not help."
+  elif grep state=running <<<"$report" | grep -qv " run=$mine "; then
+    fail "another run goes on there; stop it first."
   elif [[ $report == *state=running* ]]; then
     tend_running "$report"
-  elif [[ $codes == 0 && $report != *state=lost* && $report != *state=none* ]]; then
+  elif [[ ${codes[*]} == 0 && $report != *state=lost* && $report != *state=none* ]]; then
     complete=yes
   else
-    code=$(tr ' ' '\n' <<<"$codes" | grep -vx -e 0 -e "$stopped" -e '' | head -n 1) || true
-    [[ -z $code ]] || count_failure "dsad ended with exit code $code"
+    for code in "${codes[@]}"; do
+      if [[ $code != 0 && $code != "$stopped" ]]; then
+        count_failure "dsad ended with exit code $code"
+        break
+      fi
+    done
     say "continuing the run"
     start_again "$@"
   fi

@@ -9,7 +9,8 @@
 #   bash ~/dsad/launch/worker.sh stop                        SIGTERM: dsad saves and exits
 #   bash ~/dsad/launch/worker.sh kill                        SIGKILL: what was not saved is lost
 #
-# status prints  HOST revision=REV state=STATE code=CODE | LAST LINE OF THE LOG, with STATE
+# status prints  HOST revision=REV run=RUN state=STATE code=CODE | LAST LINE OF THE LOG, where RUN is
+# a number that stands for dsad's arguments, and STATE
 #   none     nothing was started here           running  it runs
 #   exited   it ended, CODE as in run.sh says   lost     it vanished, for example with a reboot
 #
@@ -55,8 +56,8 @@ start() {
   mkdir -p "$run_dir"
   rm -f "$run_dir/code" "$run_dir/pid"
   boot >"$run_dir/boot"
-  printf '%q ' dsad "$@" | tee "$run_dir/command" >>"$run_dir/log"
-  echo >>"$run_dir/log"
+  printf '%s\0' "$@" | cksum | cut -d' ' -f1 >"$run_dir/run"
+  { printf '%q ' dsad "$@" && echo; } >>"$run_dir/log"
   # A session of its own: the end of ssh does not reach it.
   setsid bash "$code_dir/launch/worker.sh" _run "$@" >>"$run_dir/log" 2>&1 </dev/null &
   for _ in {1..100}; do
@@ -80,7 +81,8 @@ _run() {
 }
 
 status() {
-  local state=none code=- line=""
+  local state=none code=- line="" run=-
+  [[ ! -f $run_dir/run ]] || run=$(cat "$run_dir/run")
   if [[ -f $run_dir/code ]]; then
     state=exited code=$(cat "$run_dir/code")
   elif alive; then
@@ -90,7 +92,7 @@ status() {
   fi
   [[ ! -f $run_dir/log ]] || line=$(tail -n 1 "$run_dir/log" | tr '\r' '\n' | tail -n 1)
   echo "$(hostname) revision=$(cat "$code_dir/REVISION" 2>/dev/null || echo unknown)" \
-    "state=$state code=$code | $line"
+    "run=$run state=$state code=$code | $line"
 }
 
 log() {
