@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsad.core import rng
+from dsad.core import hosts, rng
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Tree
@@ -76,8 +76,9 @@ def _embedded(detector: Any, features: FeatureMaps) -> Any:
 def cells(source: FeatureSource, embed: Callable[[FeatureMaps], Any], name: str) -> Iterator[Cells]:
     """One pass over a source: ``embed``, made by ``jax.jit``, of every batch without its padding.
 
-    Raises DataError, naming the detector ``name``, the category and the samples, for NaN or
-    infinite values.
+    With several processes every one gets all values, batch by batch, so that what is fitted to them
+    is the same everywhere. Raises DataError, naming the detector ``name``, the category and the
+    samples, for NaN or infinite values.
     """
     for batch in source:
         valid = np.asarray(batch.valid, bool)
@@ -85,7 +86,7 @@ def cells(source: FeatureSource, embed: Callable[[FeatureMaps], Any], name: str)
             continue
         made = embed(dict(batch.maps))
         leaves, structure = jax.tree.flatten(made)
-        leaves = [np.asarray(x, np.float32)[valid] for x in leaves]
+        leaves = [np.asarray(hosts.whole(x), np.float32)[valid] for x in leaves]
         index = np.asarray(batch.index)[valid]
         broken = np.zeros(len(index), bool)
         for leaf in leaves:
@@ -96,6 +97,18 @@ def cells(source: FeatureSource, embed: Callable[[FeatureMaps], Any], name: str)
                 f"{index[broken].tolist()}; expected finite ones. Check the weights."
             )
         yield Cells(jax.tree.unflatten(structure, leaves), index, batch.category)
+
+
+def bank_state(padded: Any, count: np.ndarray, mesh: jax.sharding.Mesh | None) -> Tree:
+    """{"bank": (M, d) float32, "rows": () int32} of what ``pad_bank`` returned.
+
+    On a mesh of several processes every device gets its own rows only, as ``nearest`` splits them;
+    elsewhere whoever places the state decides.
+    """
+    if mesh is None or not hosts.spans(mesh):
+        return {"bank": jnp.asarray(padded), "rows": jnp.asarray(count)}
+    padded = np.pad(np.asarray(padded), ((0, -len(padded) % mesh.size), (0, 0)))
+    return {"bank": hosts.split(padded, mesh), "rows": jnp.asarray(count)}
 
 
 def nothing_to_train(name: str, trained: object) -> None:

@@ -18,6 +18,7 @@ from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
 from dsad.detectors._features import (
     Subset,
+    bank_state,
     cells,
     check_layers,
     check_neighbourhood,
@@ -88,9 +89,10 @@ class Knn:
 
         With ``bank_rows``, each row draws a random priority from (key, sample index, cell) and the
         lowest ones stay: one pass, memory of twice the subset, and the same subset for any order or
-        batching of the source. Raises DataError without rows or with NaN or infinite features.
+        batching of the source. A ``mesh`` of several processes splits the bank over its devices;
+        on the host each holds it whole while fitting. Raises DataError without rows or with NaN or
+        infinite features.
         """
-        del mesh  # one whole bank on every device
         nothing_to_train("knn", trained)
         blocks = self._rows(source)
         rows = self._sampled(blocks, key) if self.config.bank_rows else [r for r, _ in blocks]
@@ -103,7 +105,7 @@ class Knn:
         del rows
         padded, count = pad_bank(bank)
         del bank
-        return {"bank": jnp.asarray(padded), "rows": jnp.asarray(count)}
+        return bank_state(padded, count, mesh)
 
     def score(
         self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None

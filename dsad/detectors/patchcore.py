@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsad.core import rng
+from dsad.core import hosts, rng
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
+    bank_state,
     cells,
     check_layers,
     check_neighbourhood,
@@ -132,8 +133,9 @@ class PatchCore:
 
         So neither the order nor the batches of the source matter; all draws come from ``key``. One
         pass gathers the rows in one host array, without a second copy if the samples come in
-        ascending order. ``mesh`` splits the work of choosing. Raises DataError without rows, with
-        fewer than the image score needs, or with NaN or infinite features.
+        ascending order. ``mesh`` splits the work of choosing, and one of several processes the bank
+        as well; every process holds all rows on its host meanwhile. Raises DataError without rows,
+        with fewer than the image score needs, or with NaN or infinite features.
         """
         nothing_to_train("patchcore", trained)
         rows = self._gathered(source)
@@ -148,7 +150,7 @@ class PatchCore:
         del rows
         padded, count = pad_bank(bank)
         del bank
-        return {"bank": jnp.asarray(padded), "rows": jnp.asarray(count)}
+        return bank_state(padded, count, mesh)
 
     def score(
         self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
@@ -172,7 +174,7 @@ class PatchCore:
                 queries.reshape(shape[0], -1, queries.shape[1]), worst[..., None], axis=1
             )[:, 0]
             row = jnp.take_along_axis(indices.reshape(shape[0], -1), worst, axis=1)[:, 0]
-            image = image * _weight(cell, state, row, self.config.neighbours)
+            image = image * _weight(cell, state, row, self.config.neighbours, mesh)
         return Scores(map=values.reshape(shape), image=image)
 
     def _gathered(self, source: FeatureSource) -> np.ndarray:
@@ -262,13 +264,16 @@ def _unfolded(features: jax.Array, size: int) -> jax.Array:
     return jnp.stack(parts, axis=-1).reshape(*features.shape[:3], -1)
 
 
-def _weight(cell: jax.Array, state: Tree, row: jax.Array, neighbours: int) -> jax.Array:
+def _weight(
+    cell: jax.Array, state: Tree, row: jax.Array, neighbours: int, mesh: jax.sharding.Mesh | None
+) -> jax.Array:
     """Eq. 7's factor (b,) for worst cells (b, d) with nearest bank rows ``row`` (b,).
 
     1 - exp(‖m_t - m*‖) / Σ exp(‖m_t - m‖) over the ``neighbours`` rows m nearest to m*, with m*.
     """
     bank = state["bank"]
-    _, around = nearest(bank[row], bank, neighbours, valid=state["rows"])
+    split = mesh if hosts.spans(mesh) else None  # as the bank lies
+    _, around = nearest(bank[row], bank, neighbours, mesh=split, valid=state["rows"])
     gaps = jnp.sqrt(jnp.sum(jnp.square(cell[:, None] - bank[around]), axis=2))
     own = jnp.sqrt(jnp.sum(jnp.square(cell - bank[row]), axis=1))
     return 1.0 - 1.0 / jnp.sum(jnp.exp(gaps - own[:, None]), axis=1)

@@ -15,16 +15,18 @@ from jax.sharding import Mesh, NamedSharding
 import dsad
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError
+from dsad.core.hosts import put, spans
 from dsad.core.mesh import batch_sharding, replicated
 from dsad.core.types import FeatureMaps
+from dsad.evaluation.hosts import Hosts
 
 
 def fetched(mesh: Mesh) -> NamedSharding:
-    """The sharding of results that the host reads.
+    """The sharding of results that every process reads as a whole.
 
-    Every process needs all of them; a single one fetches the shards as they lie.
+    A single one fetches the shards as they lie.
     """
-    return replicated(mesh) if jax.process_count() > 1 else batch_sharding(mesh)
+    return replicated(mesh) if spans(mesh) else batch_sharding(mesh)
 
 
 class Extractor:
@@ -118,8 +120,24 @@ class Extractor:
 
 
 def placed(backbone: Any, mesh: Mesh) -> Any:
-    """The backbone with its arrays on every device; one that is no pytree of arrays as it is."""
-    return jax.device_put(backbone, replicated(mesh)) if _is_arrays(backbone) else backbone
+    """The backbone with its arrays on every device; one that is no pytree of arrays as it is.
+
+    Raises ConfigError if the processes of the mesh have unlike weights.
+    """
+    if not _is_arrays(backbone):
+        return backbone
+    if not spans(mesh):
+        return jax.device_put(backbone, replicated(mesh))
+    leaves, structure = jax.tree.flatten(backbone)
+    if all(isinstance(x, jax.Array) and not x.is_fully_addressable for x in leaves):
+        return backbone  # placed before
+    leaves = [np.asarray(x) for x in leaves]
+    if not Hosts.of(mesh).same(leaves):
+        raise ConfigError(
+            "config.weights: the processes read different weights. Expected the same files on "
+            "every machine; copy them again."
+        )
+    return jax.tree.unflatten(structure, [put(x, replicated(mesh)) for x in leaves])
 
 
 def _is_arrays(backbone: Any) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 
 from dsad.core.types import Source
+from dsad.evaluation.hosts import ALONE, Hosts
 
 #: Longest side in pixels of the stored pictures and masks.
 PICTURE_SIDE = 320
@@ -22,12 +23,22 @@ SECTIONS = {
 }
 
 
-def normal_scale(maps: Sequence[np.ndarray], limit: int = 10_000_000) -> dict[str, float]:
-    """Median and 99.9th percentile of the map values of normal images (evenly thinned)."""
-    step = max(1, sum(m.size for m in maps) // limit)
-    values = np.concatenate([m.ravel()[::step] for m in maps])
-    median, high = np.quantile(values, [0.5, 0.999])
-    return {"median": float(median), "p99_9": float(high)}
+def normal_scale(
+    maps: Mapping[int, np.ndarray], hosts: Hosts = ALONE, limit: int = 10_000_000
+) -> dict[str, float]:
+    """Median and 99.9th percentile of the map values of normal images (evenly thinned).
+
+    ``maps`` are those of this process by the number of their image.
+    """
+    pixels = int(hosts.total(np.int64(sum(m.size for m in maps.values()))))
+    step = max(1, pixels // limit)
+    thinned = hosts.to_main({i: m.ravel()[::step] for i, m in maps.items()})
+    found = [0.0, 0.0]
+    if hosts.main:
+        values = np.concatenate([thinned[i] for i in sorted(thinned)])
+        found = np.quantile(values, [0.5, 0.999]).tolist()
+    median, high = hosts.from_main(found)
+    return {"median": median, "p99_9": high}
 
 
 def to_units(scores: np.ndarray, scale: Mapping[str, float]) -> np.ndarray:
@@ -67,23 +78,40 @@ def choose_cases(images: Sequence[Mapping[str, Any]], count: int) -> dict[str, l
 def pictures(
     category: str,
     source: Source,
-    maps: Sequence[np.ndarray],
+    maps: Mapping[int, np.ndarray],
     scale: Mapping[str, float],
     cases: Mapping[str, Sequence[int]],
+    hosts: Hosts = ALONE,
 ) -> dict[str, np.ndarray]:
     """Arrays by name for ``gallery.npz``.
 
     ``image/<category>/<number>`` (h, w, 3) uint8 and ``mask/...`` (h, w) bool for the cases, at
     most 320 px; ``map/<category>/<number>`` (h, w) float16 for every test image, at most 160 px,
-    in the units of ``to_units``.
+    in the units of ``to_units``. ``maps`` are those of this process by the number of their image;
+    process 0 gets the pictures of all, the others none.
     """
-    made: dict[str, np.ndarray] = {}
-    for number, scores in enumerate(maps):
+    small = hosts.to_main(_small_maps(maps, scale))
+    made = {f"map/{category}/{number}": small[number] for number in sorted(small)}
+    return {**made, **hosts.together(lambda: _cases(category, source, cases) if hosts.main else {})}
+
+
+def _small_maps(
+    maps: Mapping[int, np.ndarray], scale: Mapping[str, float]
+) -> dict[int, np.ndarray]:
+    made = {}
+    for number, scores in maps.items():
         units = np.clip(to_units(scores, scale), -6e4, 6e4).astype(np.float32)
         small = PIL.Image.fromarray(units).resize(
             fit(units.shape, MAP_SIDE), PIL.Image.Resampling.BILINEAR
         )
-        made[f"map/{category}/{number}"] = np.asarray(small, np.float16)
+        made[number] = np.asarray(small, np.float16)
+    return made
+
+
+def _cases(
+    category: str, source: Source, cases: Mapping[str, Sequence[int]]
+) -> dict[str, np.ndarray]:
+    made: dict[str, np.ndarray] = {}
     for number in sorted({n for numbers in cases.values() for n in numbers}):
         sample = source[number]
         picture = PIL.Image.fromarray(sample.image)

@@ -16,6 +16,7 @@ from dsad.core.rng import named
 from dsad.core.types import Dataset, Detector, Progress, Source, Tree
 from dsad.evaluation import gallery, maps, metrics, panels, stamp, support, thresholds
 from dsad.evaluation import seeds as over_seeds
+from dsad.evaluation.hosts import ALONE
 from dsad.evaluation.results import Results, read_results, write_results
 from dsad.evaluation.scored import Scored, score
 from dsad.evaluation.scoring import Device, EvalConfig, Features, Reader, check_smoothing
@@ -76,6 +77,10 @@ def localize(
       ConfigError: an unknown category, a layer the backbone does not have, support sets that
         cannot be drawn, a Gaussian for a detector with its own.
       MetricError: labels of a category that leave a metric undefined, before any compute.
+      DsadError: a fault that several processes found, or found differently, with all messages.
+
+    A mesh of several processes splits images, bank and counts over them; all must make the same
+    call. Numbers are then the same everywhere; gallery and curves are those of process 0 alone.
 
     """
     chosen = tuple(categories or dataset.categories)
@@ -189,7 +194,9 @@ class _Run:
         made = maps.MapWriter(
             os.path.join(self.folder, f"anomaly_maps{tail}"), self.config.save_maps
         )
-        made.note({**self.made.stamp, "seed_of_these_maps": seed})
+        assert self.device is not None
+        if self.device.hosts.main:
+            made.note({**self.made.stamp, "seed_of_these_maps": seed})
         return made
 
     def group(self, group: Sequence[str], title: str) -> None:
@@ -243,9 +250,10 @@ class _Run:
         config, test = self.config, self.dataset.source("test", category)
         keep = len(self.seeds) > 1
         start = time.perf_counter()
+        whole = config.method == "exact"  # sorting takes all scores in one place
         scored = score(
             reader, state, test, f"{category}/test", self.tick(category, "scores"),
-            keep=keep, writer=writer,
+            keep=keep, writer=writer, whole=whole,
         )  # fmt: skip
         if config.false_alarm_rate > 0:
             held = self.sets[category][seed].held_out
@@ -279,13 +287,14 @@ class _Run:
         self, category: str, test: Source, scored: Scored, curves: dict[str, np.ndarray]
     ) -> None:
         """Curves, image scores and pictures for the report."""
-        made = self.made
-        normals = [m for m, label in zip(scored.maps, scored.labels, strict=True) if label == 0]
-        scale = gallery.normal_scale(normals)
+        made, hosts = self.made, scored.hosts
+        labels = zip(scored.own, scored.maps, scored.own_labels, strict=True)
+        scale = gallery.normal_scale({i: m for i, m, label in labels if label == 0}, hosts)
         made.images[category] = _image_rows(test, scored)
         made.cases[category] = gallery.choose_cases(made.images[category], self.config.gallery)
         cases = made.cases[category]
-        made.gallery.update(gallery.pictures(category, test, scored.maps, scale, cases))
+        maps = dict(zip(scored.own, scored.maps, strict=True))
+        made.gallery.update(gallery.pictures(category, test, maps, scale, cases, hosts))
         assert self.device is not None
         further, tops = panels.pictures(
             self.device, self.detector, self.config, category, test, cases
@@ -301,22 +310,34 @@ def measure(
     """The numbers of a category and its curves ("roc/fpr", "roc/tpr", "pr/...", "pro/...").
 
     Images without annotation (mask None) count in the image metrics only. Counted pixel numbers
-    come with ``error_bound``, the largest error any of them can have. Raises MetricError, naming
-    the category, if the labels leave a metric undefined.
+    come with ``error_bound``, the largest error any of them can have. With several processes the
+    exact pixel numbers are those of process 0, which alone has all maps, and so are the curves.
+    Raises MetricError, naming the category, if the labels leave a metric undefined.
     """
-    kept = [i for i, m in enumerate(scored.masks) if m is not None]
-    try:
-        row = _image_numbers(scored.scores, scored.labels)
-        pixel = metrics.pixel_metrics(
+    kept, hosts = [i for i, m in enumerate(scored.masks) if m is not None], scored.hosts
+    sorting = hosts.several and config.method == "exact"
+
+    def pixel_metrics() -> dict[str, Any]:
+        return metrics.pixel_metrics(
             [scored.maps[i] for i in kept],
             [scored.masks[i] for i in kept],
             config.fpr_limits,
             curve_points=curve_points,
             method=config.method,
+            hosts=ALONE if sorting else hosts,
         )
+
+    try:
+        row = _image_numbers(scored.scores, scored.labels)
+        if sorting:
+            pixel = hosts.together(pixel_metrics if hosts.main else dict)
+        else:
+            pixel = pixel_metrics()
     except MetricError as error:
         raise MetricError(f"category {category}: {error}") from error
     curves = pixel.pop("curves", {})
+    if sorting:
+        pixel = hosts.from_main(pixel)
     flat = {f"{c}/{axis}": v for c, axes in curves.items() for axis, v in axes.items()}
     return {**row, **pixel}, flat
 
@@ -339,33 +360,28 @@ def _kinds(scored: Scored, config: EvalConfig) -> dict[str, dict[str, Any]]:
     pairs = zip(scored.kinds, labels, strict=True)
     for kind in sorted({k for k, label in pairs if label == 1}):
         rows = [i for i, k in enumerate(scored.kinds) if labels[i] == 0 or k == kind]
-        part = Scored(
-            [scored.maps[i] for i in rows],
-            [scored.masks[i] for i in rows],
-            scored.scores[rows],
-            labels[rows],
-            [scored.kinds[i] for i in rows],
-        )
-        defects = [m for m, k in zip(part.masks, part.kinds, strict=True) if k == kind]
-        if any(m is not None and m.any() for m in defects):
+        part = scored.part(rows)
+        own = zip(part.own, part.masks, strict=True)
+        marked = sum(m is not None and m.any() for i, m in own if part.kinds[i] == kind)
+        if part.hosts.total(np.int64(marked)):
             numbers, _ = measure(part, config, kind, curve_points=0)
         else:
             numbers = dict.fromkeys(config.metric_names, None)
             numbers.update(_image_numbers(part.scores, part.labels))
-        made[kind] = {**numbers, "images": len(defects)}
+        made[kind] = {**numbers, "images": part.kinds.count(kind)}
     return made
 
 
 def _image_rows(source: Source, scored: Scored) -> list[dict[str, Any]]:
     """One entry per test image, in source order; ``pixel_auroc`` where it is defined."""
-    rows = []
-    for i, record in enumerate(source.records):
-        mask, scores = scored.masks[i], scored.maps[i]
-        own = None
-        if mask is not None and mask.any() and not mask.all():
-            own = metrics.pixel_auroc([scores], [mask])
-        rows.append(
-            {
+
+    def own_rows() -> dict[int, dict[str, Any]]:
+        rows = {}
+        for i, mask, scores in zip(scored.own, scored.masks, scored.maps, strict=True):
+            record, own = source.records[i], None
+            if mask is not None and mask.any() and not mask.all():
+                own = metrics.pixel_auroc([scores], [mask])
+            rows[i] = {
                 "path": record.path,
                 "kind": record.kind,
                 "label": record.label,
@@ -373,5 +389,6 @@ def _image_rows(source: Source, scored: Scored) -> list[dict[str, Any]]:
                 "max": float(scores.max()),
                 "pixel_auroc": own,
             }
-        )
-    return rows
+        return rows
+
+    return scored.hosts.listed(scored.hosts.together(own_rows))

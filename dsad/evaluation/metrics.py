@@ -24,6 +24,7 @@ import numpy as np
 
 from dsad.core.errors import MetricError
 from dsad.evaluation import bounds, inputs, ranking, streaming
+from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.inputs import region_sizes as region_sizes
 from dsad.evaluation.spro import FULL, Saturation, units
 
@@ -102,13 +103,15 @@ def pixel_metrics(
     *,
     curve_points: int = 0,
     method: Method = "exact",
+    hosts: Hosts = ALONE,
 ) -> dict[str, Any]:
     """``pixel_auroc``, ``pixel_ap``, ``pixel_f1_max`` and an AUPRO per limit, from a single sort.
 
     ``fpr_limit`` is one or several; 0.3 gives the key ``aupro_30``. With ``curve_points`` > 0 also
     ``curves``: {"roc": {"fpr", "tpr"}, "pr": {"recall", "precision"}, "pro": {"fpr", "pro"}} with
     at most that many points each, "pro" up to the first limit. Streaming adds ``error_bound``,
-    the largest of the numbers' bounds.
+    the largest of the numbers' bounds; it also takes the parts of several ``hosts`` together,
+    each of which passes its own maps.
     """
     limits = tuple(fpr_limit) if isinstance(fpr_limit, Sequence) else (fpr_limit,)
     for limit in limits:
@@ -120,11 +123,15 @@ def pixel_metrics(
     }
     wanted |= {aupro_key(limit): limit for limit in limits}
     if _streams(method):
-        measured = streaming.measure("regions", wanted, maps, masks, name="pixel metrics")
+        measured = streaming.measure(
+            "regions", wanted, maps, masks, name="pixel metrics", hosts=hosts
+        )
         steps = measured.steps
         made: dict[str, Any] = {name: b.value for name, b in measured.found.items()}
         made["error_bound"] = max(b.bound for b in measured.found.values())
     else:
+        if hosts.several:
+            raise MetricError(f"{', '.join(wanted)}: sorting takes all maps in one process.")
         steps = _steps(_pixel_state(maps, masks, regions=True), "pixel metrics")
         made = {name: bounds.exact(what)(steps) for name, what in wanted.items()}
     if curve_points > 0:

@@ -42,12 +42,13 @@ def pictures(
     if not hasattr(detector, "panels"):
         return {}, {}
     found: dict[str, list[np.ndarray]] = {}
-    sizes: list[tuple[int, int]] = []
+    shapes: dict[int, tuple[int, int]] = {}  # of this process's images
     shown = Subset(source, [source.records[n].path for n in numbers])
-    for host in batches(shown, config, device.batch, device.panel_store):
+    for host in batches(shown, config, device.mesh, device.batch, device.panel_store):
         for name, values in device.panels(host).items():
-            found.setdefault(name, []).extend(values[: len(host.shapes)])
-        sizes += [gallery.fit(shape, gallery.PICTURE_SIDE) for shape in host.shapes]
+            found.setdefault(name, []).extend(values[: int(host.valid.sum())])
+        shapes.update(zip(host.index[host.own].tolist(), host.shapes, strict=True))
+    sizes = [gallery.fit(shape, gallery.PICTURE_SIDE) for shape in device.hosts.listed(shapes)]
     arrays: dict[str, np.ndarray] = {}
     tops: dict[str, float] = {}
     # Pixels first, then by name: programs return their results in no order of the detector's.

@@ -1,36 +1,68 @@
 """The scored images of one source: anomaly maps on original pixels, image scores, labels."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dsad.core.types import Source, Tree
 from dsad.evaluation.geometry import input_affine, to_original
+from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.maps import MapWriter
-from dsad.evaluation.scoring import Reader
+from dsad.evaluation.scoring import HostBatch, Reader
 
 
-class Scored(NamedTuple):
-    """The scored images of one category, in source order, on original pixels."""
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The scored images of one category, in source order, on original pixels.
+
+    With several processes (``hosts``) scores, labels and kinds are those of all images everywhere,
+    but a process has the maps and masks of the images with the numbers ``own`` only, ascending.
+    """
 
     maps: list[np.ndarray]  # (h, w) f32
     masks: list[np.ndarray | None]  # (h, w) bool
     scores: np.ndarray  # (n,) f32
     labels: np.ndarray  # (n,) int
     kinds: list[str]
+    hosts: Hosts = ALONE
+    own: Sequence[int] = ()  # all, for one process
+
+    def __post_init__(self) -> None:
+        if not self.hosts.several:
+            object.__setattr__(self, "own", range(len(self.maps)))
+
+    @property
+    def own_labels(self) -> np.ndarray:
+        """Labels of the images whose maps are here."""
+        return self.labels[np.asarray(self.own, np.int64)]
 
     def counts(self) -> dict[str, int]:
         """Images by label, and anomalous ones without a defect pixel."""
+        without = [sum(m is None for m in self.masks), 0]
+        for mask, label in zip(self.masks, self.own_labels, strict=True):
+            without[1] += mask is not None and not bool(mask.any()) and int(label) == 1
+        without = self.hosts.total(np.asarray(without, np.int64)).tolist()
         return {
             "normal": int(np.sum(self.labels == 0)),
             "anomalous": int(np.sum(self.labels == 1)),
-            "anomalous_without_mask": sum(m is None for m in self.masks),
-            "anomalous_with_empty_mask": sum(
-                m is not None and not bool(m.any()) and int(label) == 1
-                for m, label in zip(self.masks, self.labels, strict=True)
-            ),
+            "anomalous_without_mask": without[0],
+            "anomalous_with_empty_mask": without[1],
         }
+
+    def part(self, rows: Sequence[int]) -> "Scored":
+        """The images with these numbers, ascending."""
+        place = {row: i for i, row in enumerate(rows)}
+        here = [i for i, number in enumerate(self.own) if number in place]
+        return Scored(
+            [self.maps[i] for i in here],
+            [self.masks[i] for i in here],
+            self.scores[list(rows)],
+            self.labels[list(rows)],
+            [self.kinds[i] for i in rows],
+            self.hosts,
+            [place[self.own[i]] for i in here],
+        )
 
 
 def score(
@@ -42,30 +74,65 @@ def score(
     *,
     keep: bool,
     writer: MapWriter | None = None,
+    whole: bool = False,
 ) -> Scored:
     """Score the images of a source and bring their maps back to original pixels.
 
     ``keep`` lets the reader hold the features for the next seed; ``writer`` saves every map as
-    soon as it is made.
+    soon as it is made. With several processes process 0 saves them all, and ``whole`` leaves all
+    maps and masks to it: for what cannot be added up.
     """
-    found: list[np.ndarray] = []
-    masks: list[np.ndarray | None] = []
-    scores: list[float] = []
-    device, size = reader.device, reader.config.image_size
+    device, hosts = reader.device, reader.device.hosts
+    maps: dict[int, np.ndarray] = {}
+    masks: dict[int, np.ndarray | None] = {}
+    scores: dict[int, float] = {}
     for host, features in reader.read(source, name, keep=keep):
-        maps, image = device.score(state, features)
-        for row, (height, width) in enumerate(host.shapes):
-            affine = input_affine(height, width, size)
-            found.append(to_original(maps[row], affine, height, width))
-            if writer:
-                writer.write(source.records[len(found) - 1].path, found[-1])
-        scores.extend(image[host.valid].tolist())
-        masks.extend(host.masks)
-        tick(len(host.shapes))
+        numbers = host.index[host.own].tolist()
+        found, image = device.score(state, features, host)
+        made = hosts.together(lambda f=found, h=host, n=numbers: _originals(f, h, n, reader))
+        truth = dict(zip(numbers, host.masks, strict=True))
+        scores.update(zip(numbers, image.tolist(), strict=True))
+        if hosts.several and (whole or writer):
+            sent = hosts.to_main(made)
+            if whole:
+                made, truth = sent, _masks_on_main(hosts, truth)
+        else:
+            sent = made
+        if writer:
+            hosts.together(lambda s=sent: _write(writer, source, s))
+        maps.update(made)
+        masks.update(truth)
+        tick(int(host.valid.sum()))
+    own = sorted(maps)
     return Scored(
-        found,
-        masks,
-        np.asarray(scores, np.float32),
+        [maps[i] for i in own],
+        [masks[i] for i in own],
+        np.asarray(hosts.listed(scores), np.float32),
         np.asarray([r.label for r in source.records], np.int64),
         [r.kind for r in source.records],
+        hosts,
+        own,
     )
+
+
+def _originals(
+    found: np.ndarray, host: HostBatch, numbers: Sequence[int], reader: Reader
+) -> dict[int, np.ndarray]:
+    """Maps on original pixels by the number of their image."""
+    size, made = reader.config.image_size, {}
+    for number, small, (height, width) in zip(numbers, found, host.shapes, strict=True):
+        made[number] = to_original(small, input_affine(height, width, size), height, width)
+    return made
+
+
+def _masks_on_main(
+    hosts: Hosts, masks: dict[int, np.ndarray | None]
+) -> dict[int, np.ndarray | None]:
+    known = hosts.to_main({i: m for i, m in masks.items() if m is not None})
+    numbers = hosts.listed({i: i for i in masks})
+    return {i: known.get(i) for i in numbers} if hosts.main else {}
+
+
+def _write(writer: MapWriter, source: Source, maps: dict[int, np.ndarray]) -> None:
+    for number, values in sorted(maps.items()):
+        writer.write(source.records[number].path, values)

@@ -17,11 +17,13 @@ from jax.sharding import Mesh
 
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError
+from dsad.core.hosts import own_part, own_rows, put
 from dsad.core.mesh import batch_sharding, replicated
 from dsad.core.types import Detector, FeatureBatch, FeatureMaps, Scores, Source, Tree
 from dsad.evaluation import metrics, stamp, stored
-from dsad.evaluation.extract import Extractor, fetched, placed
+from dsad.evaluation.extract import Extractor, placed
 from dsad.evaluation.geometry import RESIZE, resize_image
+from dsad.evaluation.hosts import Hosts
 from dsad.ops import resize
 
 
@@ -98,14 +100,19 @@ def check_smoothing(detector: Any, config: EvalConfig) -> None:
 
 
 class HostBatch(NamedTuple):
-    """A fixed-size batch; ``shapes`` and ``masks`` belong to its valid rows."""
+    """A fixed-size batch; ``shapes`` and ``masks`` belong to its ``own`` rows.
+
+    These are the valid ones, with several processes those of them that lie on this one's devices;
+    images of other rows are black.
+    """
 
     images: np.ndarray  # (b, s, s, 3) uint8
     valid: np.ndarray  # (b,) bool
     index: np.ndarray  # (b,) int, -1 for padding
     shapes: list[tuple[int, int]]
     masks: list[np.ndarray | None]
-    found: list[stored.Found]  # of the valid rows, empty without a store
+    found: list[stored.Found]  # of the own rows, empty without a store
+    own: np.ndarray  # (b,) bool
 
 
 class _Row(NamedTuple):
@@ -135,34 +142,43 @@ def _row(source: Source, index: int, side: int, store: stored.FeatureStore | Non
 
 
 def batches(
-    source: Source, config: EvalConfig, batch: int, store: stored.FeatureStore | None = None
+    source: Source,
+    config: EvalConfig,
+    mesh: Mesh,
+    batch: int,
+    store: stored.FeatureStore | None = None,
 ) -> Iterator[HostBatch]:
     """Batches of a fixed size in source order, decoded ahead by threads; the last is padded.
 
-    Images whose features are in the ``store`` may be left black, as nobody needs them.
+    Each process decodes the rows that are to lie on its devices of the mesh. Images whose features
+    are in the ``store`` may be left black, as nobody needs them.
     """
     prepare = functools.partial(_row, source, side=config.image_size, store=store)
     ahead = batch + 2 * config.workers
+    here, together = own_rows(mesh, batch), Hosts.of(mesh).together
     with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
         waiting: deque[concurrent.futures.Future[_Row]] = deque()
-        upcoming = iter(range(len(source)))
+        upcoming = iter(i for i in range(len(source)) if here[i % batch])
+
+        def following() -> _Row:
+            while len(waiting) < ahead and (index := next(upcoming, None)) is not None:
+                waiting.append(pool.submit(prepare, index))
+            return waiting.popleft().result()
+
         try:
             for start in range(0, len(source), batch):
-                rows = range(start, min(start + batch, len(source)))
+                index = np.arange(start, start + batch)
+                index[index >= len(source)] = -1
+                own = here & (index >= 0)
+                # A broken file is known to all before they wait for each other's features.
+                made = together(lambda own=own: [following() for _ in range(own.sum())])
                 images = np.zeros((batch, config.image_size, config.image_size, 3), np.uint8)
-                shapes, masks, found = [], [], []
-                for row in range(len(rows)):
-                    while len(waiting) < ahead and (index := next(upcoming, None)) is not None:
-                        waiting.append(pool.submit(prepare, index))
-                    made = waiting.popleft().result()
-                    if made.image is not None:
-                        images[row] = made.image
-                    shapes.append(made.shape)
-                    masks.append(made.mask)
-                    found += [made.found] if made.found else []
-                index = np.full(batch, -1, np.int64)
-                index[: len(rows)] = rows
-                yield HostBatch(images, index >= 0, index, shapes, masks, found)
+                for row, at in zip(made, np.flatnonzero(own), strict=True):
+                    if row.image is not None:
+                        images[at] = row.image
+                shapes, masks = [row.shape for row in made], [row.mask for row in made]
+                found = [row.found for row in made if row.found]
+                yield HostBatch(images, index >= 0, index, shapes, masks, found, own)
         finally:
             for future in waiting:
                 future.cancel()
@@ -192,8 +208,9 @@ class Device:
         self._score = jax.jit(score)
         self._finish = jax.jit(
             lambda scores: Scores(map=finish(scores.map), image=scores.image),
-            out_shardings=fetched(mesh),
+            out_shardings=batch_sharding(mesh),
         )
+        self.hosts = Hosts.of(mesh)
         self.folder = config.feature_cache
         self.store: stored.FeatureStore | None = None
         self.panel_store: stored.FeatureStore | None = None
@@ -221,7 +238,7 @@ class Device:
     def _opened(self, extractor: Extractor, about: dict[str, Any]) -> stored.FeatureStore | None:
         if not self.folder:
             return None
-        if jax.process_count() > 1:
+        if self.hosts.several:
             raise ConfigError(
                 f"{stored.KEY}: expected a run of one process, found {jax.process_count()}, each "
                 "of which has a part of the features. Leave the key empty."
@@ -275,19 +292,31 @@ class Device:
         return dict(self.panel_store.complete(host.found, compute))
 
     def place(self, state: Tree) -> Tree:
-        """The detector's state on the mesh: what is not there yet is replicated."""
+        """The detector's state on the mesh: what is not there yet is replicated.
+
+        Processes that fitted it to slightly different values, by rounding, take process 0's.
+        """
+        leaves, structure = jax.tree.flatten(state)
         devices = set(self.mesh.devices.flat)
+        missing = {
+            i: x
+            for i, x in enumerate(leaves)
+            if not (isinstance(x, jax.Array) and x.sharding.device_set == devices)
+        }
+        everywhere = replicated(self.mesh)
+        place = put if self.hosts.several else jax.device_put
+        for i, x in self.hosts.agreed(missing).items():
+            leaves[i] = place(x, everywhere)
+        return jax.tree.unflatten(structure, leaves)
 
-        def put(x: Any) -> Any:
-            there = isinstance(x, jax.Array) and x.sharding.device_set == devices
-            return x if there else jax.device_put(x, replicated(self.mesh))
-
-        return jax.tree.map(put, state)
-
-    def score(self, state: Tree, maps: FeatureMaps) -> tuple[np.ndarray, np.ndarray]:
-        """Maps (b, s, s) and image scores (b,) f32."""
+    def score(
+        self, state: Tree, maps: FeatureMaps, host: HostBatch
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Maps (n, s, s) and image scores (n,) f32 of the own rows of a batch."""
         scores = self._finish(self._score(state, maps))
-        return np.asarray(scores.map, np.float32), np.asarray(scores.image, np.float32)
+        own = host.own[own_rows(self.mesh, self.batch)]
+        found = (np.asarray(own_part(x), np.float32)[own] for x in (scores.map, scores.image))
+        return next(found), next(found)
 
 
 class Reader:
@@ -313,12 +342,14 @@ class Reader:
             yield from self._kept[key]
             return
         made, size = [], 0
-        for host in batches(source, self.config, self.device.batch, self.device.store):
-            maps = self.device.stored_features(host)
-            self.device.note(name, [source.records[i].path for i in host.index[host.valid]], host)
+        device = self.device
+        for host in batches(source, self.config, device.mesh, device.batch, device.store):
+            maps = device.stored_features(host)
+            device.note(name, [source.records[i].path for i in host.index[host.own]], host)
             if keep:
                 size += sum(x.nbytes for x in maps.values())
-                size += sum(m.nbytes for m in host.masks if m is not None)
+                masks = sum(m.nbytes for m in host.masks if m is not None)
+                size += int(device.hosts.total(np.int64(masks)))  # all decide alike
                 if keep := self.kept_bytes + size <= self.limit:
                     made.append((host._replace(images=host.images[:0], found=[]), maps))
                 else:

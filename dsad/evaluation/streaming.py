@@ -23,6 +23,7 @@ import numpy as np
 from dsad.core.errors import MetricError
 from dsad.evaluation import bins, bounds, inputs, ranking
 from dsad.evaluation.bounds import Bounded
+from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.spro import FULL, units
 
 #: Largest error bound that is accepted without another pass.
@@ -287,6 +288,7 @@ def measure(
     name: str = "metrics",
     tolerance: float = TOLERANCE,
     leading: int = LEADING,
+    hosts: Hosts = ALONE,
 ) -> Measured:
     """All ``wanted`` values of scores in memory, each within ``tolerance`` of the exact one.
 
@@ -297,10 +299,12 @@ def measure(
       name: of what is measured, for errors.
       tolerance: of the error bounds; as many passes as it needs.
       leading: bits of the first pass.
+      hosts: the processes whose scores are measured together; each passes its own.
 
     """
-    return passes(Counts(unit, leading), wanted, *truths(unit, *arguments), name=name,
-                  tolerance=tolerance)  # fmt: skip
+    flat, truth = hosts.together(lambda: truths(unit, *arguments))
+    return passes(Counts(unit, leading), wanted, flat, truth, name=name, tolerance=tolerance,
+                  hosts=hosts)  # fmt: skip
 
 
 def passes(
@@ -311,12 +315,19 @@ def passes(
     *,
     name: str = "metrics",
     tolerance: float = TOLERANCE,
+    hosts: Hosts = ALONE,
 ) -> Measured:
     """``measure`` of what ``truths`` returned."""
-    state, done = counts.add(counts.empty(), flat, truth), 1
+
+    def counted(empty: State) -> State:
+        own = hosts.together(lambda: counts.add(empty, flat, truth))
+        # The bins are split alike everywhere; all else adds up.
+        return {n: x if n == "extra" else hosts.total(x) for n, x in own.items()}
+
+    state, done = counted(counts.empty()), 1
     steps, _, settled = counts.steps(state, name)
     while (finer := counts.refined(state, wanted, tolerance)) is not None:
-        state, done = counts.add(finer, flat, truth), done + 1
+        state, done = counted(finer), done + 1
         steps, _, settled = counts.steps(state, name)
     found = {key: bounds.bounded(what, steps, settled) for key, what in wanted.items()}
     return Measured(found, steps, done)

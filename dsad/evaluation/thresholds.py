@@ -14,6 +14,10 @@ from typing import Any
 import numpy as np
 
 from dsad.core.errors import MetricError
+from dsad.evaluation import bins
+from dsad.evaluation.hosts import ALONE, Hosts
+from dsad.evaluation.scored import Scored
+from dsad.evaluation.streaming import LEADING
 
 #: Said in the stamp.
 IMAGE_RULE = "conformal quantile of held-out training images"
@@ -44,19 +48,43 @@ def image_threshold(scores: Any, rate: float) -> tuple[float, float]:
     return float(ordered[place - 1]), 1 - place / (n + 1)
 
 
-def pixel_threshold(maps: Sequence[np.ndarray], rate: float) -> float:
-    """The lowest value that at most a share ``rate`` of all pixels of the maps exceeds."""
+def pixel_threshold(maps: Sequence[np.ndarray], rate: float, hosts: Hosts = ALONE) -> float:
+    """The lowest value that at most a share ``rate`` of all pixels of the maps exceeds.
+
+    With several ``hosts`` these are the float32 maps of all of them.
+    """
+    pixels = int(hosts.total(np.int64(sum(m.size for m in maps))))
+    place = max(1, math.ceil(pixels * (1 - rate) - 1e-9))
+    if hosts.several:
+        return _by_counting(maps, place, hosts)
     values = np.concatenate([np.ravel(m) for m in maps])
-    place = max(1, math.ceil(values.size * (1 - rate) - 1e-9))
     return float(np.partition(values, place - 1)[place - 1])
 
 
-def measure(scored: Any, held_out: Any, rate: float) -> dict[str, Any]:
+def _by_counting(maps: Sequence[np.ndarray], place: int, hosts: Hosts) -> float:
+    """The ``place``-th smallest value: its leading bits by one count, the others by a second."""
+    extra = np.zeros(1 << LEADING, np.uint8)
+
+    def slot_of_place() -> tuple[int, bins.Layout]:
+        layout = bins.Layout.of(extra)
+        counts = hosts.total(bins.count_host((np.ravel(m) for m in maps), layout))
+        reached = np.cumsum(layout.ascending(counts))
+        at = np.searchsorted(reached, place)
+        return int(layout.ascending(np.arange(layout.slots))[at]), layout
+
+    leading, _ = slot_of_place()
+    extra[leading] = 32 - LEADING
+    slot, layout = slot_of_place()
+    bits = (leading << 32 - LEADING) + slot - int(layout.start[leading])
+    return float(np.uint32(bits).view(np.float32))
+
+
+def measure(scored: Scored, held_out: Scored, rate: float) -> dict[str, Any]:
     """Both thresholds and, at them, rates on the test images.
 
     Args:
-      scored: the test images: ``maps``, ``masks``, ``scores``, ``labels``, ``kinds``.
-      held_out: the held-out normal images: ``maps`` and ``scores``.
+      scored: the ``scored.Scored`` of the test images.
+      held_out: that of the held-out normal images.
       rate: the stated false-alarm rate.
 
     Returns ``image_false_alarms`` (share of normal test images), ``image_recall`` (of anomalous
@@ -66,24 +94,26 @@ def measure(scored: Any, held_out: Any, rate: float) -> dict[str, Any]:
 
     """
     image, bound = image_threshold(held_out.scores, rate)
-    pixel = pixel_threshold(held_out.maps, rate)
+    pixel = pixel_threshold(held_out.maps, rate, held_out.hosts)
     flagged, anomalous = scored.scores > image, scored.labels == 1
     kinds = np.asarray(scored.kinds)
     normal_above = normal_pixels = defect_above = defect_pixels = 0
-    for scores, mask, label in zip(scored.maps, scored.masks, scored.labels, strict=True):
+    for scores, mask, label in zip(scored.maps, scored.masks, scored.own_labels, strict=True):
         if label == 0:
             normal_above += int((scores > pixel).sum())
             normal_pixels += scores.size
         elif mask is not None:
             defect_above += int((scores[mask] > pixel).sum())
             defect_pixels += int(mask.sum())
+    own = np.asarray([normal_above, normal_pixels, defect_above, defect_pixels], np.int64)
+    normal_above, normal_pixels, defect_above, defect_pixels = scored.hosts.total(own).tolist()
     if not defect_pixels:
         raise MetricError(
             "thresholds: expected annotated defect pixels in the test images, found none. Check "
             "that the masks are loaded, or set evaluation.false_alarm_rate to 0."
         )
     return {
-        "held_out": len(held_out.maps),
+        "held_out": len(held_out.scores),
         "image": image,
         "image_bound": bound,
         "image_false_alarms": float(flagged[~anomalous].mean()),

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsad.core import rng
+from dsad.core import distributed, hosts, rng
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import Progress
 from dsad.ops import _kcentre
@@ -49,9 +49,10 @@ def greedy_coreset(
     with entries U(-1/√d, 1/√d), skipped if it equals d. Both draw from ``key``.
 
     ``mesh`` splits the rows over its devices, which exchange candidates only; the picks are the
-    same. ``memory_limit``, in bytes, refuses a run that ``coreset_memory`` puts above it.
-    ``progress`` is called with picks done, picks in all and a text with the time left. Runs on the
-    host's clock, so it cannot be traced. Raises ConfigError, and DataError for NaN or infinity.
+    same. Over several processes all must pass the same bank, and each places its part of it.
+    ``memory_limit``, in bytes, refuses a run that ``coreset_memory`` puts above it. ``progress`` is
+    called with picks done, picks in all and a text with the time left. Runs on the host's clock, so
+    it cannot be traced. Raises ConfigError, and DataError for NaN or infinity.
     """
     rows, depth = _checked(bank, size, start)
     projected = projection_dim is not None and projection_dim != depth
@@ -153,7 +154,9 @@ def kmeans_rows(
     before: jax.Array | None = None
     for step in range(steps):
         assigned = nearest(values, centres, 1, mesh=mesh)[1][:, 0]
-        if mesh is not None:
+        if hosts.spans(mesh):
+            assigned = jnp.asarray(hosts.whole(assigned))
+        elif mesh is not None:
             assigned = jax.device_put(assigned, next(iter(values.devices())))
         if before is not None and bool(jnp.array_equal(assigned, before)):
             break
@@ -235,11 +238,12 @@ def _begin(
         first = np.asarray(draw[: min(STARTS, rows)])
     else:
         first = np.asarray([start])
-    points = jnp.asarray(np.asarray(values[first]), jnp.float32)
+    points = np.asarray(values[first], np.float32)
     placed = _placed(values, mesh)
     norms, far, near = _distances(
-        placed, jnp.asarray(shift), points, jnp.asarray(first, jnp.int32), np.int32(rows), mesh
-    )
+        placed, *(_spread(x, mesh) for x in (shift, points, np.asarray(first, np.int32))),
+        np.int32(rows), mesh,
+    )  # fmt: skip
     top = jnp.max(norms)
     if not bool(jnp.isfinite(top)):
         raise DataError("coreset: the bank has NaN or infinite values; expected finite ones.")
@@ -265,6 +269,8 @@ def _shift(sample: np.ndarray) -> np.ndarray:
 def _spread(value: Any, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return jnp.asarray(value)
+    if hosts.spans(mesh) and not isinstance(value, jax.Array):
+        return hosts.put(value, NamedSharding(mesh, PartitionSpec()))
     return jax.device_put(value, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -341,6 +347,8 @@ def _finish(
 ) -> _kcentre.State:
     run: Callable[..., _kcentre.State] = functools.partial(_kcentre.slab, sizes=sizes, mesh=mesh)
     target = _spread(np.int32(size), mesh)
+    if progress is None and hosts.spans(mesh):
+        progress = _untold  # another process may tell, and all must make the same calls
     if progress is None:
         return run(made, state, target, _spread(np.int32(2**31 - 1), mesh))
     progress(0, size, "picks, compiling")
@@ -351,11 +359,17 @@ def _finish(
         state = run(made, state, target, _spread(np.int32(limit), mesh))
         done = int(state.count)  # waits for the passes
         now = time.monotonic() - clock
+        if hosts.spans(mesh):  # one clock for all, as it decides on the next call
+            now = float(distributed.gather(np.float64(now))[0])
         lasted = now - marks[-1][0]
         marks.append((now, done))
         step = max(1, min(2 * step, int(step * REPORT_EVERY / max(lasted, 1e-6))))
         progress(done, size, f"picks, about {_left(marks, size):.0f} s left")
     return state
+
+
+def _untold(done: int, total: int, text: str) -> None:
+    pass
 
 
 def _left(marks: list[tuple[float, int]], size: int) -> float:

@@ -16,6 +16,7 @@ import scipy.sparse
 from jax.sharding import Mesh
 from scipy.sparse import csgraph
 
+from dsad.core import hosts
 from dsad.core.errors import ConfigError
 from dsad.ops.neighbors import bucket, nearest
 
@@ -44,7 +45,7 @@ def first_neighbours(rows: np.ndarray, *, mesh: Mesh | None = None) -> np.ndarra
         raise ConfigError(f"first_neighbours: expected at least 2 rows, found {len(rows)}.")
     filled = jnp.asarray(_filled(rows))
     # For unit vectors the order by Euclidean distance is the order by cosine.
-    found = np.asarray(nearest(filled, filled, 2, mesh=mesh)[1])[: len(rows)]
+    found = hosts.whole(nearest(filled, filled, 2, mesh=mesh)[1])[: len(rows)]
     own = np.arange(len(rows))
     # A row with duplicates may not be in its own list; the first is then as close as itself.
     return np.where(found[:, 0] == own, found[:, 1], found[:, 0])

@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsad.core import hosts
 from dsad.core.errors import ConfigError
 from dsad.ops import _neighbors_search
 from dsad.ops._neighbors_search import GROUP, Plan
@@ -59,9 +60,11 @@ def nearest(
 
     ``mesh`` splits queries and bank over all its devices; queries and k candidates per device are
     exchanged, never the bank. The result is the same for every device count, distances up to one
-    rounding. ``tile``: queries of a device compared at once (448 on CPUs, 2,048 elsewhere). Beyond
-    inputs and outputs each device holds one copy of its part of the bank (two and a half if
-    certified) and at most two float32 arrays of 448 × 32,768 (118 MB).
+    rounding. Over several processes, arrays that are not on the mesh yet must be the same on all of
+    them, and results are split over the devices (``core.hosts.whole``). ``tile``: queries of a
+    device compared at once (448 on CPUs, 2,048 elsewhere). Beyond inputs and outputs each device
+    holds one copy of its part of the bank (two and a half if certified) and at most two float32
+    arrays of 448 × 32,768 (118 MB).
 
     Usable inside ``jit``; compiled once per combination of shapes. Raises ConfigError.
     """
@@ -232,8 +235,11 @@ def _spread(values: Any, mesh: Mesh) -> Any:
         return values
     if isinstance(values, jax.Array) and values.sharding.device_set == set(mesh.devices.flat):
         return values
+    missing = -len(values) % mesh.size
+    if hosts.spans(mesh):
+        return hosts.split(np.pad(np.asarray(values), ((0, missing), (0, 0))), mesh)
     pad = jnp.pad if isinstance(values, jax.Array) else np.pad
-    values = pad(values, ((0, -len(values) % mesh.size), (0, 0)))
+    values = pad(values, ((0, missing), (0, 0)))
     return jax.device_put(values, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 
 
