@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dsad.cli import backbones, console, flags, pretrain, workdir
 from dsad.core import config as core_config
+from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Dataset
@@ -146,21 +147,27 @@ def _check_patches(spec: str, detector: Any) -> None:
 
 
 def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "") -> Results:
-    """Localize with one backbone and write results below a claimed directory."""
+    """Localize with one backbone and write results below a claimed directory.
+
+    Of several processes the first one writes, and has the gallery and the curves.
+    """
     cfg = parts.config
 
     def of_category(category: str) -> Any:
         spec = backbones.of_category(cfg.backbone, category)
         return backbones.load(spec, cfg.weights, cfg.seed)
 
-    with console.progress(name or "localizing", out) as tell:
+    title = name or "localizing"
+    with distributed.failing_together(path), console.progress(title, out) as tell:
         results = localize(
             parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
             mesh=make_mesh(cfg.mesh), key=backbones.key_for(cfg.seed), progress=tell,
             name=name or cfg.backbone, shots=cfg.shots, seeds=cfg.seeds, pooled=cfg.one_for_all,
             folder=path, backbone_of=None if parts.backbone is not None else of_category,
         )  # fmt: skip
-    write_results(results, path)
+        distributed.together(
+            lambda: write_results(results, path) if distributed.is_main() else None
+        )
     return results
 
 
@@ -227,11 +234,13 @@ def main(argv: list[str]) -> int:
     command.string("workdir", "", "Directory of the evaluation: results.json and pictures.")
     command.string("name", "", "Name of this evaluation in tables and reports.")
     command.switch("overwrite", "Replace the evaluation in --workdir.")
+    command.distributed()
     config, values, rest = command.parse(argv)
     if rest:
         raise ConfigError(f"dsad evaluate: unexpected argument {rest[0]!r}.")
+    flags.start_distributed(values)
     out = console.console()
-    parts = prepare(config, out)
+    parts = distributed.together(lambda: prepare(config, out))
     path = workdir.claim(
         values.workdir, "evaluate", config.to_dict(), resume=False, overwrite=values.overwrite
     )
