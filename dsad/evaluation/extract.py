@@ -72,6 +72,11 @@ class Extractor:
         placed = jax.make_array_from_callback(images.shape, sharding, lambda at: images[at])
         return jax.block_until_ready(self._run(placed))
 
+    def shapes(self, batch: int) -> Any:
+        """Shapes and dtypes of what so many images give."""
+        images = jax.ShapeDtypeStruct((batch, self.side, self.side, 3), jnp.uint8)
+        return jax.eval_shape(self._run, images)
+
     def fingerprint(self) -> str:
         """SHA-256 over whatever decides the results for an image, beside its own pixels.
 

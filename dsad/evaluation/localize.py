@@ -276,8 +276,11 @@ class _Run:
         over_seeds.collect(self.made, category, seed, row, kinds, seconds)
         about = self.made.categories[category]
         if reader.device.store:
-            parts = {n: reader.device.from_store.get(f"{category}/{n}", {}) for n in _PARTS}
-            about["features_from_cache"] = {n: sum(p.values()) for n, p in parts.items() if p}
+            seen = reader.device.from_store
+            parts = {n: seen[f"{category}/{n}"] for n in _PARTS if f"{category}/{n}" in seen}
+            about["features_from_cache"] = {
+                n: int(scored.hosts.total(np.int64(sum(p.values())))) for n, p in parts.items()
+            }
         if keep:
             about["features_between_seeds"] = {
                 "kept_bytes": reader.kept_bytes, "recomputed": sorted(reader.recomputed),

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -230,19 +230,15 @@ class Device:
         about = stamp.describe_backbone(backbone)
         backbone = placed(backbone, self.mesh)  # once for both
         self._features.use(backbone)
-        self.store = self._opened(self._features, about)
+        self.store = self.hosts.together(lambda: self._opened(self._features, about))
         if self._panels:
             self._panels.use(backbone)
-            self.panel_store = self._opened(self._panels, {**about, "panels": True})
+            if not self.hosts.several:  # every process draws all panels, but has few of the images
+                self.panel_store = self._opened(self._panels, {**about, "panels": True})
 
     def _opened(self, extractor: Extractor, about: dict[str, Any]) -> stored.FeatureStore | None:
         if not self.folder:
             return None
-        if self.hosts.several:
-            raise ConfigError(
-                f"{stored.KEY}: expected a run of one process, found {jax.process_count()}, each "
-                "of which has a part of the features. Leave the key empty."
-            )
         about = {**about, "layers": extractor.layers, "image_size": extractor.side}
         text = f"{stored.FORMAT} {RESIZE} {PIL.__version__} {extractor.fingerprint()}"
         name = hashlib.sha256(text.encode()).hexdigest()
@@ -256,6 +252,8 @@ class Device:
         """Feature maps of a batch, read if all are stored, else computed where they are not."""
         if self.store is None:
             return self.features(host.images)
+        if self.hosts.several:
+            return self._stored_by_all(self.store, host)
         maps = self.store.complete(host.found, lambda: self.features(host.images))
         # Padding repeats a row, so that it is as finite as the others.
         rows = np.minimum(np.arange(self.batch), len(host.found) - 1)
@@ -269,6 +267,28 @@ class Device:
             )
 
         return jax.block_until_ready({n: put(x) for n, x in maps.items()})
+
+    def _stored_by_all(self, store: stored.FeatureStore, host: HostBatch) -> FeatureMaps:
+        """The same where every process reads and stores its own images."""
+        missing = [row.maps is None for row in host.found]
+        total, images = int(self.hosts.total(np.int64(sum(missing)))), int(host.valid.sum())
+        computed = self.features(host.images) if total else {}
+        here = own_rows(self.mesh, self.batch)
+        fresh = {n: own_part(x)[host.own[here]] for n, x in computed.items()}
+
+        def complete() -> Mapping[str, Any]:
+            return store.complete(host.found, lambda: fresh) if host.found else {}
+
+        rows = self.hosts.together(complete)
+        if total == images:
+            return computed
+        made = {}
+        for name, spec in self._features.shapes(self.batch).items():
+            values = np.zeros(spec.shape, spec.dtype)  # padding is finite
+            if host.found:
+                values[host.own] = rows[name]
+            made[name] = put(values, batch_sharding(self.mesh))
+        return jax.block_until_ready(made)
 
     def note(self, name: str, paths: Sequence[str], host: HostBatch) -> None:
         """Remember which images of a source had their features in the store at first sight."""

@@ -42,8 +42,8 @@ class Found(NamedTuple):
 class FeatureStore:
     """The stored maps of one network and its layers, in a folder of their own.
 
-    Several processes may read and write at once: a file is written under a name of its own and
-    moved, and two that write the same file write the same values, to rounding.
+    Several processes, of one run or of many, may read and write at once: a file is written under a
+    name of its own and moved, and two that write the same file write the same values, to rounding.
     """
 
     def __init__(
