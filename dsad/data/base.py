@@ -43,7 +43,9 @@ class DataConfig:
     that training reads. ``lossy`` names image modes ("RGBA", "I;16", "RGB;16", "CMYK", ...) that
     may be reduced to 8-bit RGB although this loses information. ``missing_masks="image_only"``
     lets anomalous images without a mask take part in image-level metrics only. ``strict`` turns
-    counts that differ from the published tables into errors.
+    counts that differ from the published tables into errors. With ``cache="none"``, ``workers``
+    processes read and decode the images (0: threads of this process); ``prefetch`` batches are
+    kept ready, by each of them. Neither changes what is read, nor its order.
     """
 
     name: str = "synthetic"
@@ -55,6 +57,8 @@ class DataConfig:
     missing_masks: Literal["error", "image_only"] = "error"
     strict: bool = False
     seed: int = 0
+    workers: int = 0
+    prefetch: int = 2
     synthetic: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
 
     def __post_init__(self):
@@ -63,6 +67,17 @@ class DataConfig:
             raise ConfigError(f"config.data.canvas: expected a positive side, got {self.canvas}.")
         if self.seed < 0:
             raise ConfigError(f"config.data.seed: expected at least 0, found {self.seed}.")
+        if self.workers < 0 or self.prefetch < 1:
+            raise ConfigError(
+                "config.data.workers, config.data.prefetch: expected at least 0 and at least 1, "
+                f"found {self.workers} and {self.prefetch}."
+            )
+        if self.workers and self.cache != "none":
+            raise ConfigError(
+                f"config.data.workers: {self.workers} processes would have nothing to read with "
+                f'config.data.cache="{self.cache}", which decodes every image once before the '
+                'training. Leave it 0, or set config.data.cache="none".'
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +109,15 @@ class FaultError(DataError):
                 f"  {line}" for line in lines
             ]
         super().__init__("\n".join(lines))
+        self._where = where
+
+    def __reduce__(self):
+        # Worker processes send their faults; an exception is otherwise rebuilt from its message.
+        return _fault_error, (self.faults, self._where)
+
+
+def _fault_error(faults: tuple[Fault, ...], where: str) -> FaultError:
+    return FaultError(*faults, where=where)
 
 
 def error(check: str, path: str, message: str) -> Fault:

@@ -8,12 +8,14 @@ an EXIF orientation is not applied.
 """
 
 import dataclasses
+import io
 import pathlib
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from dsad.data.base import Fault, FaultError, error
 
@@ -41,18 +43,16 @@ class MaskRule:
     values: tuple[int, ...] | None = (0, 255)
 
 
-def _png_depth(image: Image.Image, file: pathlib.Path) -> int:
-    if image.format != "PNG":
-        return 8
-    with file.open("rb") as stream:
-        return stream.read(25)[24]  # IHDR: length, type, width, height, then the bit depth
+def _png_depth(image: Image.Image, data: bytes) -> int:
+    # IHDR: length, type, width, height, then the bit depth
+    return data[24] if image.format == "PNG" else 8
 
 
-def declared_mode(image: Image.Image, file: pathlib.Path) -> str:
-    """The mode of the file, with what Pillow hides: transparency and 16-bit channels."""
+def declared_mode(image: Image.Image, data: bytes) -> str:
+    """The mode of the file of content ``data``, with what Pillow hides: alpha and 16 bits."""
     if "transparency" in image.info:
         return "RGBA"
-    depth = _png_depth(image, file)
+    depth = _png_depth(image, data)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         depth = max(image.tag_v2.get(258, (8,)))  # BitsPerSample
     if depth == 16 and image.mode in ("RGB", "RGBA", "LA"):
@@ -69,26 +69,32 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
             values = values / 257.0
         grey = np.clip(np.rint(values), 0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=-1)
-    return np.array(image.convert("RGB"), np.uint8)
+    # An RGB image is not converted: that would copy it once more.
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
 
 
-def _opened(root: pathlib.Path, path: str, use) -> np.ndarray:
-    """Apply ``use(image, file)`` to the open file; anything unreadable becomes a K8 fault."""
-    file = root / path
+def read_bytes(root: pathlib.Path, path: str) -> bytes:
+    """The content of a file; FaultError (K8) names it when it cannot be read."""
     try:
-        with Image.open(file) as image:
-            return use(image, file)
+        return (root / path).read_bytes()
+    except OSError as problem:
+        text = f"cannot be read: {problem.strerror}. Expected an image file; copy it again."
+        raise FaultError(error("K8", path, text)) from problem
+
+
+def _opened(data: bytes, path: str, use: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """Apply ``use`` to the open image; anything unreadable becomes a K8 fault."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return use(image)
     except FaultError:
         raise
     except _UNREADABLE as problem:
-        what = "the file has zero bytes" if _empty(file) else f"cannot be decoded: {problem}"
+        reason = "not an image" if isinstance(problem, UnidentifiedImageError) else problem
+        what = f"cannot be decoded: {reason}" if data else "the file has zero bytes"
         raise FaultError(
             error("K8", path, f"{what}. Expected a complete image file; copy it again.")
         ) from problem
-
-
-def _empty(file: pathlib.Path) -> bool:
-    return file.is_file() and file.stat().st_size == 0
 
 
 def mode_fault(path: str, mode: str) -> Fault:
@@ -101,34 +107,39 @@ def mode_fault(path: str, mode: str) -> Fault:
     )
 
 
-def read_image(
-    root: pathlib.Path, path: str, lossy: tuple[str, ...] = ()
-) -> tuple[np.ndarray, str]:
-    """Pixels (h, w, 3) uint8 and the file's mode; FaultError (K3, K8) names the file."""
+def decoded_image(data: bytes, path: str, lossy: tuple[str, ...] = ()) -> tuple[np.ndarray, str]:
+    """Pixels (h, w, 3) uint8 and the mode of a file's content; FaultError (K3, K8) names it."""
     modes = []
 
-    def use(image: Image.Image, file: pathlib.Path) -> np.ndarray:
-        modes.append(declared_mode(image, file))
+    def use(image: Image.Image) -> np.ndarray:
+        modes.append(declared_mode(image, data))
         if modes[0] not in _LOSSLESS and modes[0] not in lossy:
             raise FaultError(mode_fault(path, modes[0]))
         return _to_rgb(image)
 
-    pixels = _opened(root, path, use)
+    pixels = _opened(data, path, use)
     return pixels, modes[0]
 
 
-def read_mask(root: pathlib.Path, path: str, rule: MaskRule) -> np.ndarray:
-    """Mask (h, w) bool at the file's size; FaultError (K3, K4, K8) names the file."""
+def read_image(
+    root: pathlib.Path, path: str, lossy: tuple[str, ...] = ()
+) -> tuple[np.ndarray, str]:
+    """Pixels (h, w, 3) uint8 and the file's mode; FaultError (K3, K8) names the file."""
+    return decoded_image(read_bytes(root, path), path, lossy)
 
-    def use(image: Image.Image, file: pathlib.Path) -> np.ndarray:
-        mode = declared_mode(image, file)
+
+def decoded_mask(data: bytes, path: str, rule: MaskRule) -> np.ndarray:
+    """Mask (h, w) bool of a file's content at its size; FaultError (K3, K4, K8) names it."""
+
+    def use(image: Image.Image) -> np.ndarray:
+        mode = declared_mode(image, data)
         if mode not in _MASK_MODES:
             raise FaultError(
                 error("K3", path, f"mask mode {mode}: expected 8-bit grey (L) or 1 bit; convert.")
             )
         return np.array(image.convert("L"), np.uint8)
 
-    grey = _opened(root, path, use)
+    grey = _opened(data, path, use)
     if rule.values is not None:
         found = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
         if not set(found.tolist()) <= set(rule.values):
@@ -142,6 +153,11 @@ def read_mask(root: pathlib.Path, path: str, rule: MaskRule) -> np.ndarray:
                 )
             )
     return grey > rule.threshold
+
+
+def read_mask(root: pathlib.Path, path: str, rule: MaskRule) -> np.ndarray:
+    """Mask (h, w) bool at the file's size; FaultError (K3, K4, K8) names the file."""
+    return decoded_mask(read_bytes(root, path), path, rule)
 
 
 def size_fault(path: str, mask: np.ndarray, shape: tuple[int, ...]) -> Fault | None:

@@ -143,20 +143,31 @@ def select(
     return tuple(r for r in splits[split] if r.category == category)
 
 
-class FileSource:
-    """Samples read from files on access; safe to use from several threads."""
+class EncodedSource:
+    """Samples decoded on access from the bytes of image and mask files, wherever these lie.
 
-    def __init__(self, dataset: "FileDataset", records: Sequence[Record]):
+    Safe to use from several threads. Subclasses say where the bytes come from.
+    """
+
+    def __init__(self, records: Sequence[Record], *, lossy: tuple[str, ...], rule: decode.MaskRule):
         self.records = records
-        self._dataset = dataset
+        self._lossy, self._rule = lossy, rule
 
     def __len__(self) -> int:
         return len(self.records)
 
+    def encoded(self, index: int) -> bytes:
+        """The content of an image's file; raises DataError naming it (K8)."""
+        raise NotImplementedError
+
+    def encoded_mask(self, index: int) -> bytes:
+        """The content of the mask file of a sample that has a ``mask_path``."""
+        raise NotImplementedError
+
     def __getitem__(self, index: int, /) -> Sample:
         """Decode one sample; raises DataError naming the file (K2, K3, K4, K8)."""
-        data, record = self._dataset, self.records[index]
-        image, _ = decode.read_image(data.root, record.path, data.config.lossy)
+        record = self.records[index]
+        image, _ = decode.decoded_image(self.encoded(index), record.path, self._lossy)
         mask = self.annotation(index, image.shape[:2])
         return Sample(record=record, image=image, mask=mask)
 
@@ -165,12 +176,12 @@ class FileSource:
 
         Raises DataError naming the mask's file (K2, K3, K4, K8).
         """
-        data, record = self._dataset, self.records[index]
+        record = self.records[index]
         if record.label == 0:
             return np.zeros(shape, bool)
         if record.mask_path is None:
             return None
-        mask = decode.read_mask(data.root, record.mask_path, data.rule)
+        mask = decode.decoded_mask(self.encoded_mask(index), record.mask_path, self._rule)
         if fault := decode.size_fault(record.mask_path, mask, shape):
             raise FaultError(fault)
         return mask
@@ -181,14 +192,35 @@ class FileSource:
         Pixels that ``lossy`` allows are not the same as pixels that need no permission: what was
         kept of them must not be found by a config that refuses their file.
         """
-        data, path = self._dataset, self.records[index].path
-        digest = hashlib.sha256(repr(sorted(data.config.lossy)).encode())
+        digest = hashlib.sha256(repr(sorted(self._lossy)).encode())
+        digest.update(self.encoded(index))
+        return digest.hexdigest()
+
+
+class FileSource(EncodedSource):
+    """Samples read from the files of a data set."""
+
+    def __init__(self, dataset: "FileDataset", records: Sequence[Record]):
+        super().__init__(records, lossy=dataset.config.lossy, rule=dataset.rule)
+        self._root = dataset.root
+
+    def encoded(self, index: int) -> bytes:
+        """The content of an image's file; raises DataError naming it (K8)."""
+        return decode.read_bytes(self._root, self.records[index].path)
+
+    def encoded_mask(self, index: int) -> bytes:
+        """The content of the mask file of a sample that has a ``mask_path``."""
+        return decode.read_bytes(self._root, self.records[index].mask_path or "")
+
+    def size_of(self, index: int) -> int:
+        """Bytes of a sample's files, asked from the file system."""
+        record = self.records[index]
+        paths = [record.path] + ([record.mask_path] if record.mask_path else [])
         try:
-            digest.update((data.root / path).read_bytes())
+            return sum((self._root / path).stat().st_size for path in paths)
         except OSError as problem:
             text = f"cannot be read: {problem.strerror}. Expected an image file; copy it again."
-            raise FaultError(error("K8", path, text)) from problem
-        return digest.hexdigest()
+            raise FaultError(error("K8", record.path, text)) from problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,26 @@
 """The input pipeline: canvases, one global sample order, resumable batches of host arrays.
 
 The order is a grain MapDataset over range(N): seeded, shuffled anew every epoch, repeated, cut by
-process last. It is the same in all cache modes and for any number of processes. The only module
-that knows grain, imported when a pipeline is made because that takes seconds.
+process last. It is the same in all cache modes, for any number of worker processes and of training
+processes, and so is the position that a checkpoint keeps: the number of the next batch. The only
+module that knows grain, imported when a pipeline is made because that takes seconds.
 """
 
+import contextlib
 import dataclasses
+import multiprocessing
+import multiprocessing.connection
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from dsad.core.errors import ConfigError
+from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import Progress, Source
 from dsad.data import facts as image_facts
 
@@ -28,21 +34,73 @@ def canvas(image: np.ndarray, side: int) -> tuple[np.ndarray, tuple[int, int]]:
     An image larger than the canvas is scaled down to fit (aspect kept, Pillow's antialiased
     bilinear filter); a smaller one stays as it is.
     """
+    out = np.zeros((side, side, 3), np.uint8)
+    return out, _place(image, out)
+
+
+def _place(image: np.ndarray, out: np.ndarray) -> tuple[int, int]:
+    """Put an image on a canvas of zeros; returns its height and width there."""
+    side = len(out)
     height, width = image.shape[:2]
     scale = min(1.0, side / max(height, width))
     if scale < 1.0:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
         height, width = image.shape[:2]
-    out = np.zeros((side, side, 3), np.uint8)
     out[:height, :width] = image
-    return out, (height, width)
+    return height, width
 
 
 def _category_ids(source: Source) -> np.ndarray:
     names = sorted({record.category for record in source.records})
     number = {name: i for i, name in enumerate(names)}
     return np.asarray([number[record.category] for record in source.records], np.int32)
+
+
+class Placed(NamedTuple):
+    """What is known of an image on its canvas: height and width there, and its facts."""
+
+    size: tuple[int, int]
+    facts: dict[str, np.ndarray]
+
+
+#: Puts sample ``index`` on a canvas of zeros (side, side, 3).
+Reader = Callable[[int, np.ndarray], Placed]
+
+
+class _Decode:
+    """Canvases from the samples of a source; the facts of an image are found the first time."""
+
+    def __init__(self, source: Source, facts: Sequence[str]):
+        self.source, self.facts = source, facts
+        self.known: dict[int, dict[str, np.ndarray]] = {}
+
+    def __call__(self, index: int, out: np.ndarray) -> Placed:
+        original = self.source[index].image
+        if self.facts and index not in self.known:  # two threads may find them, and find the same
+            self.known[index] = image_facts.find(self.facts, original)
+        return Placed(_place(original, out), self.known.get(index, {}))
+
+
+def _reader(source: Source, side: int, facts: Sequence[str]) -> Reader:
+    """How samples get onto canvases: a source may hold them ready, see ``dsad.data.records``."""
+    ready = getattr(source, "canvas_reader", None)
+    return ready(side, facts) if ready else _Decode(source, facts)
+
+
+def _arrays(count: int, side: int, facts: Sequence[str]) -> dict[str, Any]:
+    return {
+        "image": np.zeros((count, side, side, 3), np.uint8),
+        "size": np.zeros((count, 2), np.int32),
+        "facts": image_facts.empty(facts, count),
+    }
+
+
+def _fill(arrays: dict[str, Any], row: int, reader: Reader, index: int) -> None:
+    placed = reader(index, arrays["image"][row])
+    arrays["size"][row] = placed.size
+    for name, value in placed.facts.items():
+        arrays["facts"][name][row] = value
 
 
 def canvases(
@@ -55,55 +113,150 @@ def canvases(
     (N, ...), those of ``dsad.data.facts`` that are asked for, of the images before they are
     scaled. Raises DataError naming the first file that cannot be read.
     """
-    total = len(source)
-    image = np.zeros((total, side, side, 3), np.uint8)
-    size = np.zeros((total, 2), np.int32)
-    found = image_facts.empty(facts, total)
-
-    def place(i: int) -> int:
-        original = source[i].image
-        image[i], size[i] = canvas(original, side)
-        for name, value in image_facts.find(facts, original).items():
-            found[name][i] = value
-        return i
-
+    total, reader = len(source), _reader(source, side, facts)
+    arrays = _arrays(total, side, facts)
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
-            for done, _ in enumerate(pool.map(place, range(total)), start=1):
+            placed = pool.map(lambda i: _fill(arrays, i, reader, i), range(total))
+            for done, _ in enumerate(placed, start=1):
                 if progress is not None:
                     progress(done, total, "decoding images")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {"image": image, "size": size, "category": _category_ids(source), "facts": found}
+    return {**arrays, "category": _category_ids(source)}
 
 
 class _Stream:
-    """Samples decoded when they are asked for; the facts of an image are found the first time."""
+    """Batches decoded when they are asked for, by the threads of whichever process asks."""
 
-    def __init__(self, source: Source, side: int, facts: Sequence[str]):
-        self.source, self.side, self.facts = source, side, facts
-        self.known: dict[int, dict[str, np.ndarray]] = {}
+    def __init__(self, reader: Reader, side: int, facts: Sequence[str], threads: int):
+        self.reader, self.side, self.facts, self.threads = reader, side, facts, threads
+        self._start()
 
-    def sample(self, index: int) -> tuple[np.ndarray, tuple[int, int], dict[str, np.ndarray]]:
-        original = self.source[index].image
-        if not self.facts:
-            return *canvas(original, self.side), {}
-        if index not in self.known:  # two threads may both find them, and find the same
-            self.known[index] = image_facts.find(self.facts, original)
-        return *canvas(original, self.side), self.known[index]
+    def _start(self) -> None:
+        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_pool"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     def batch(self, index: np.ndarray) -> dict[str, Any]:
-        samples = [self.sample(int(i)) for i in index]
-        facts = image_facts.empty(self.facts, len(samples))
-        for i, (_, _, found) in enumerate(samples):
-            for name, value in found.items():
-                facts[name][i] = value
-        return {
-            "image": np.stack([image for image, _, _ in samples]),
-            "size": np.asarray([size for _, size, _ in samples], np.int32),
-            "facts": facts,
-        }
+        arrays = _arrays(len(index), self.side, self.facts)
+        run = self._pool.map if self._pool else map
+        for _ in run(
+            lambda row: _fill(arrays, row, self.reader, int(index[row])), range(len(index))
+        ):
+            pass
+        return arrays
+
+
+class _Store:
+    """Batches gathered from the arrays of :func:`canvases`."""
+
+    def __init__(self, store: dict[str, Any]):
+        self.store = store
+
+    def batch(self, index: np.ndarray) -> dict[str, Any]:
+        rows = {name: self.store[name][index] for name in ("image", "size")}
+        rows["facts"] = {name: fact[index] for name, fact in self.store["facts"].items()}
+        return rows
+
+
+class WorkerBatches:
+    """Batches made by worker processes, in the order and with the position of a single process.
+
+    The position is the number of the next batch, whatever the number of workers. Processes start
+    with the first batch that is asked for and end with ``close``, with the iterator, or with this
+    process, however that ends. Raises DataError of an unreadable file as the worker saw it.
+    """
+
+    def __init__(self, dataset: Any, read_options: Any, workers: int, prefetch: int):
+        self._dataset, self._read_options = dataset, read_options
+        self._workers, self._prefetch = workers, prefetch
+        self._next, self._batches, self._closed = 0, None, False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._closed:
+            raise ValueError("the batches are closed.")
+        if self._batches is None:
+            self._batches = self._started()
+        try:
+            batch = next(self._batches)
+        except DataError:
+            self.close()
+            raise
+        except RuntimeError as problem:
+            self.close()
+            if "terminated unexpectedly" not in str(problem):
+                raise
+            raise DataError(
+                f"a process of config.data.workers={self._workers} ended while it read images "
+                f"({problem}). It was probably out of memory: lower config.data.workers, "
+                "config.data.prefetch or config.batch_size."
+            ) from problem
+        self._next += 1
+        return batch
+
+    def _started(self) -> Any:
+        import grain
+        from absl import flags
+
+        # grain reads its own flags, which nobody has parsed in a notebook, a test or dsad's
+        # commands: the defaults then.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        rest = self._dataset[self._next :].to_iter_dataset(self._read_options)
+        options = grain.MultiprocessingOptions(
+            num_workers=self._workers, per_worker_buffer_size=self._prefetch
+        )
+        return iter(rest.mp_prefetch(options, worker_init_fn=_settle_worker))
+
+    def get_state(self) -> dict[str, Any]:
+        """The position: the number of the next batch."""
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a position, of any number of workers."""
+        self._stop()
+        self._next = state["next_index"]
+
+    def _stop(self) -> None:
+        batches, self._batches = self._batches, None
+        if batches is not None:
+            batches.close()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._closed = True
+        self._stop()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter may be half gone
+            self.close()
+
+
+def _settle_worker(number: int, count: int) -> None:
+    """Make a worker live exactly as long as its parent wants it to."""
+    del number, count
+    # A terminal or a job scheduler signals all processes at once, but the training still wants
+    # batches until it has saved.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)  # killed, so nobody else will end this process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,13 +268,18 @@ class Pipeline:
     batch_size: int
     _dataset: Any
     _read_options: Any
+    _workers: int
+    _prefetch: int
 
-    def iterator(self) -> Iterator[dict[str, Any]]:
-        """A fresh grain DatasetIterator over this process's batches, without end.
+    def iterator(self) -> Any:
+        """A fresh iterator over this process's batches, without end.
 
-        It has ``get_state`` and ``set_state`` (the next batch's number) and can be checkpointed
-        with grain.checkpoint.CheckpointSave.
+        It has ``get_state`` and ``set_state`` ({"next_index": the next batch's number}, for any
+        cache mode, number of workers and of processes) and ``close``, which ends its threads and
+        processes. Without workers it is a grain DatasetIterator.
         """
+        if self._workers:
+            return WorkerBatches(self._dataset, self._read_options, self._workers, self._prefetch)
         return iter(self._dataset.to_iter_dataset(self._read_options))
 
 
@@ -147,25 +305,34 @@ def make_pipeline(
     process_index: int = 0,
     process_count: int = 1,
     facts: Sequence[str] = (),
+    workers: int = 0,
+    prefetch: int = 2,
     progress: Progress | None = None,
 ) -> Pipeline:
     """The endless pipeline of this process's part (B = batch_size / process_count) of each batch.
 
     Every batch has ``index`` and ``epoch`` (B,) int32. With cache "host" and "none" also ``image``
     (B, canvas, canvas, 3) uint8, ``size`` (B, 2) and ``category`` (B,) int32, and ``facts``, a dict
-    of arrays (B, ...) with the named facts of ``dsad.data.facts``, found once per image; with
-    "device" the caller gathers from ``store`` by index. Batches run across the ends of epochs,
-    nothing is dropped. Process p of P takes the elements p, p + P, ... of the global order.
+    of arrays (B, ...) with the named facts of ``dsad.data.facts``, found once per image (by every
+    worker); with "device" the caller gathers from ``store`` by index. Batches run across the ends
+    of epochs, nothing is dropped. Process p of P takes the elements p, p + P, ... of the global
+    order. With cache "none", ``workers`` processes decode; ``prefetch`` batches are kept ready.
     """
     import grain
 
-    samples, side, facts = len(source), canvas, image_facts.check(facts)
+    samples, facts = len(source), image_facts.check(facts)
     _refuse(samples, batch_size, process_index, process_count)
     if cache not in ("device", "host", "none"):
         raise ConfigError(f"config.data.cache: expected device, host or none; found {cache!r}.")
-    store, stream = None, _Stream(source, side, facts)
-    if cache != "none":
-        store = canvases(source, side, facts=facts, progress=progress)
+    if workers and cache != "none":
+        raise ConfigError(f"config.data.workers={workers}: expected 0 with cache {cache!r}.")
+    store = None
+    if cache == "none":
+        threads = max(1, _THREADS // max(1, workers))
+        batches = _Stream(_reader(source, canvas, facts), canvas, facts, threads)
+    else:
+        store = canvases(source, canvas, facts=facts, progress=progress)
+        batches = _Store(store)
     category = _category_ids(source)
 
     def number(position: int, index: int) -> dict[str, np.integer]:
@@ -173,22 +340,21 @@ def make_pipeline(
 
     def with_images(batch: dict[str, Any]) -> dict[str, Any]:
         index = batch["index"]
-        if store is None:
-            arrays = stream.batch(index)
-        else:
-            arrays = {name: store[name][index] for name in ("image", "size")}
-            arrays["facts"] = {name: rows[index] for name, rows in store["facts"].items()}
-        return {**batch, **arrays, "category": category[index]}
+        return {**batch, **batches.batch(index), "category": category[index]}
 
     order = grain.MapDataset.range(samples).seed(seed).shuffle().repeat().map_with_index(number)
     order = order[process_index::process_count].batch(batch_size // process_count)
     if cache != "device":
         order = order.map(with_images)
-    threads = _THREADS if cache == "none" else 1
+    # Images are spread over the threads of a batch; a second batch in the making fills the gap
+    # that the slowest image of the first one leaves.
+    making = min(2, prefetch) if cache == "none" else 1
     return Pipeline(
         store=store,
         samples=samples,
         batch_size=batch_size,
         _dataset=order,
-        _read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads),
+        _read_options=grain.ReadOptions(num_threads=making, prefetch_buffer_size=prefetch),
+        _workers=workers,
+        _prefetch=prefetch,
     )
