@@ -25,6 +25,8 @@ ONLY_IN = {
     "orbax": "train/checkpoint.py",
     "grain": "data/pipeline.py",
     "tensorboardX": "train/writer.py",
+    "tensorflow_datasets": "data/records.py",
+    "array_record": "data/records.py",
 }
 NEVER_IN = {"data/": {"jax", "flax", "optax"}}
 

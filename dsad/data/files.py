@@ -164,6 +164,11 @@ class EncodedSource:
         """The content of the mask file of a sample that has a ``mask_path``."""
         raise NotImplementedError
 
+    def size_of(self, index: int) -> int:
+        """Bytes of a sample's files."""
+        masked = self.records[index].mask_path is not None
+        return len(self.encoded(index)) + (len(self.encoded_mask(index)) if masked else 0)
+
     def __getitem__(self, index: int, /) -> Sample:
         """Decode one sample; raises DataError naming the file (K2, K3, K4, K8)."""
         record = self.records[index]

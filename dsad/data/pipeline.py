@@ -15,7 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -57,13 +57,8 @@ def _category_ids(source: Source) -> np.ndarray:
     return np.asarray([number[record.category] for record in source.records], np.int32)
 
 
-class Placed(NamedTuple):
-    """What is known of an image on its canvas: height and width there, and its facts."""
-
-    size: tuple[int, int]
-    facts: dict[str, np.ndarray]
-
-
+#: Height and width of an image on its canvas, and its facts.
+Placed = tuple[tuple[int, int], dict[str, np.ndarray]]
 #: Puts sample ``index`` on a canvas of zeros (side, side, 3).
 Reader = Callable[[int, np.ndarray], Placed]
 
@@ -79,7 +74,7 @@ class _Decode:
         original = self.source[index].image
         if self.facts and index not in self.known:  # two threads may find them, and find the same
             self.known[index] = image_facts.find(self.facts, original)
-        return Placed(_place(original, out), self.known.get(index, {}))
+        return _place(original, out), self.known.get(index, {})
 
 
 def _reader(source: Source, side: int, facts: Sequence[str]) -> Reader:
@@ -97,9 +92,8 @@ def _arrays(count: int, side: int, facts: Sequence[str]) -> dict[str, Any]:
 
 
 def _fill(arrays: dict[str, Any], row: int, reader: Reader, index: int) -> None:
-    placed = reader(index, arrays["image"][row])
-    arrays["size"][row] = placed.size
-    for name, value in placed.facts.items():
+    arrays["size"][row], facts = reader(index, arrays["image"][row])
+    for name, value in facts.items():
         arrays["facts"][name][row] = value
 
 

@@ -1,0 +1,48 @@
+"""``dsad prepare``: one folder of ArrayRecord files from a data set of many files."""
+
+import time
+
+from dsad.cli import console, flags
+from dsad.core import config as core_config
+from dsad.core.errors import ConfigError
+from dsad.data import records, records_builder
+from dsad.data.base import DataConfig
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    command = flags.Command(
+        "prepare", "write a data set as ArrayRecord files, for config.data.name=records.",
+        config="configs/data.py",
+    )  # fmt: skip
+    command.string("out", "", "Folder for the records.")
+    command.integer("canvas", 0, "Store decoded canvases of this side instead of the files.")
+    command.switch("overwrite", "Replace the records in --out.")
+    config, values, rest = command.parse(argv)
+    if rest:
+        raise ConfigError(f"dsad prepare: unexpected argument {rest[0]!r}.")
+    data = core_config.build_dataclass(
+        DataConfig,
+        dict(core_config.require(config, "data", "configs/data.py").data.items()),
+        "config.data",
+    )
+    out = console.console()
+    records.tfds()  # before anything is read
+    dataset = console.loaded(data, out)
+    with console.progress("measuring", out) as tell:
+        planned = records_builder.plan(dataset, values.canvas, tell)
+    out.print(f"{dataset.protocol['dataset']}: {planned}", markup=False)
+    start = time.monotonic()
+    with console.progress("writing", out) as tell:
+        folder = records_builder.write(
+            planned, values.out, overwrite=values.overwrite, progress=tell
+        )
+    out.print(records.described(records.read_about(folder)), markup=False)
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    use = f"--config.data.name=records --config.data.root={values.out}"
+    if values.canvas:
+        use += f" --config.data.canvas={values.canvas}"
+    out.print(
+        f"{size / 1e9:.3g} GB in {time.monotonic() - start:.0f} s; use it with {use}", markup=False
+    )
+    return 0

@@ -1,0 +1,312 @@
+"""What ``dsad prepare`` wrote: ArrayRecord files of image files, or of canvases ready to train on.
+
+The folder holds ``dsad_records.json`` (from what it was prepared, and how), an index of every
+split, and the records of a tensorflow-datasets builder, which ``tfds.builder_from_directory`` reads
+too. TensorFlow is not needed. Records are in the order of the data set they were made from, so
+training from them is the same as training from the files, to the last bit.
+
+Records of files carry the bytes of image and mask and can be evaluated like the files. Records of
+canvases hold the training split at one ``config.data.canvas`` and cannot.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dsad.core.config import listed
+from dsad.core.errors import ConfigError
+from dsad.core.types import Record, Sample
+from dsad.data import facts as image_facts
+from dsad.data import files
+from dsad.data.base import DataConfig, FaultError, chosen, error, variant
+from dsad.data.decode import MaskRule
+
+#: Beside the records: what they are.
+ABOUT = "dsad_records.json"
+#: Raised when what is stored changes.
+FORMAT = 1
+#: Where the builder of tensorflow-datasets puts its files.
+FOLDER = "dsad_records/1.0.0"
+
+
+def tfds() -> Any:
+    """tensorflow-datasets; ConfigError with the command that installs it."""
+    try:
+        return importlib.import_module("tensorflow_datasets")
+    except ImportError as problem:
+        raise ConfigError(
+            "records are written and read by tensorflow-datasets (without TensorFlow), which is "
+            f'not installed: pip install "dsad[records]" ({problem})'
+        ) from problem
+
+
+def index_file(root: pathlib.Path, split: str) -> pathlib.Path:
+    """The index of a split: a JSON list per line, of the fields of Record."""
+    return root / f"index-{split}.jsonl"
+
+
+class _Stored:
+    """The examples of one split by position; a damaged file is named."""
+
+    def __init__(self, root: pathlib.Path, split: str):
+        library = tfds()
+        skip = library.decode.SkipDecoding()
+        builder = library.builder_from_directory(root / FOLDER)
+        decoders = {"image": skip} if "image" in builder.info.features else None
+        self.root, self.split = root, split
+        self.examples = builder.as_data_source(split=split, decoders=decoders)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def example(self, position: int, path: str) -> Mapping[str, Any]:
+        """The example of the image ``path``."""
+        try:
+            found = self.examples[position]
+        except (OSError, RuntimeError, ValueError) as problem:
+            text = f"record {position} of {self.root} cannot be read: {problem}. Prepare it again."
+            raise FaultError(error("K8", path, text)) from problem
+        if (there := found["path"].decode()) != path:
+            text = f"record {position} of {self.root} is that of {there}. Prepare it again."
+            raise FaultError(error("K8", path, text))
+        return found
+
+
+class RecordSource(files.EncodedSource):
+    """Samples whose files lie in records."""
+
+    def __init__(
+        self, stored: _Stored | None, records: Sequence[Record], positions: np.ndarray,
+        *, lossy: tuple[str, ...], rule: MaskRule,
+    ):  # fmt: skip
+        super().__init__(records, lossy=lossy, rule=rule)
+        self._stored, self._positions = stored, positions
+
+    def _example(self, index: int) -> Mapping[str, Any]:
+        record, position = self.records[index], int(self._positions[index])
+        assert self._stored is not None  # a split without records has none to ask for
+        return self._stored.example(position, record.path)
+
+    def encoded(self, index: int) -> bytes:
+        """The content of an image's file, as it was copied."""
+        return self._example(index)["image"]
+
+    def encoded_mask(self, index: int) -> bytes:
+        """The content of the mask file of a sample that has a ``mask_path``."""
+        return self._example(index)["mask"]
+
+
+class CanvasSource:
+    """Samples decoded before: what is left of them is their canvas of one side, and their facts."""
+
+    def __init__(
+        self, stored: _Stored, records: Sequence[Record], positions: np.ndarray,
+        about: Mapping[str, Any],
+    ):  # fmt: skip
+        self.records = records
+        self._stored, self._positions, self._about = stored, positions, about
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def example(self, index: int) -> Mapping[str, Any]:
+        """``canvas`` (side, side, 3) uint8, ``size`` (2,) and a ``fact_...`` for every fact."""
+        return self._stored.example(int(self._positions[index]), self.records[index].path)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        """The image as it lies on its canvas: scaled down if it was larger."""
+        record, found = self.records[index], self.example(index)
+        height, width = found["size"].tolist()
+        image = np.array(found["canvas"][:height, :width])
+        return Sample(record=record, image=image, mask=np.zeros(image.shape[:2], bool))
+
+    def canvas_reader(self, side: int, facts: Sequence[str]) -> "CanvasReader":
+        """Canvases for the pipeline; ConfigError unless side and facts are what was prepared."""
+        prepared = self._about["canvas"]
+        if side != prepared:
+            raise ConfigError(
+                f"config.data.canvas: {side}, but {self._stored.root} was prepared with canvases "
+                f"of {prepared}. Train with --config.data.canvas={prepared}, or prepare the data "
+                f"set again with --canvas={side}."
+            )
+        if unknown := [name for name in facts if name not in self._about["facts"]]:
+            raise ConfigError(
+                f"{self._stored.root} was prepared without the facts {listed(unknown)} that the "
+                "objective needs, by an older dsad. Prepare the data set again."
+            )
+        return CanvasReader(self, tuple(facts))
+
+
+class CanvasReader:
+    """Copies stored canvases to where the pipeline wants them."""
+
+    def __init__(self, source: CanvasSource, facts: tuple[str, ...]):
+        self._source, self._facts = source, facts
+
+    def __call__(
+        self, index: int, out: np.ndarray
+    ) -> tuple[tuple[int, int], dict[str, np.ndarray]]:
+        """Fill ``out`` (side, side, 3); returns height and width on it, and the facts."""
+        found = self._source.example(index)
+        out[:] = found["canvas"]
+        height, width = found["size"].tolist()
+        return (height, width), {name: found[f"fact_{name}"] for name in self._facts}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordDataset:
+    """A prepared data set; ``about`` is the content of its dsad_records.json."""
+
+    name: str
+    categories: tuple[str, ...]
+    protocol: Mapping[str, Any]
+    config: DataConfig
+    root: pathlib.Path
+    about: Mapping[str, Any]
+    splits: Mapping[str, tuple[Record, ...]]
+    positions: Mapping[str, np.ndarray]  # of the records of each split, in the files
+    stored: Mapping[str, _Stored]
+
+    @property
+    def origin(self) -> str:
+        """From what this was prepared, in a line."""
+        return described(self.about)
+
+    def source(self, split: str, category: str | None = None) -> Any:
+        """Samples of "train" or "test", of one category or of all, sorted by path."""
+        if self.about["canvas"] and split == "test":
+            raise ConfigError(
+                f"{self.root} holds canvases of the training images alone: there is no test split. "
+                "Evaluate with the files it was prepared from, "
+                f"{self.about['prepared_from']['root']}, or with records prepared without --canvas."
+            )
+        records = files.select(self.splits, self.categories, split, category)
+        positions = self.positions[split]
+        if category is not None:
+            mine = [r.category == category for r in self.splits[split]]
+            positions = positions[np.asarray(mine, bool)]
+        if self.about["canvas"]:
+            return CanvasSource(self.stored[split], records, positions, self.about)
+        return RecordSource(
+            self.stored.get(split), records, positions,
+            lossy=self.config.lossy, rule=_rule(self.about),
+        )  # fmt: skip
+
+
+def described(about: Mapping[str, Any]) -> str:
+    """Contents of dsad_records.json in a line."""
+    origin, counts = about["prepared_from"], about["counts"]
+    what = f"canvases of {about['canvas']} px" if about["canvas"] else "image files"
+    numbers = ", ".join(f"{n:,} {split}" for split, n in counts.items())
+    return (
+        f"records of {what} ({numbers}) prepared from {origin['name']} in "
+        f"{origin['root'] or 'no folder'}, split {about['protocol']['split_hash']}"
+    )
+
+
+def _rule(about: Mapping[str, Any]) -> MaskRule:
+    values = about["rule"]["values"]
+    return MaskRule(
+        threshold=about["rule"]["threshold"], values=None if values is None else tuple(values)
+    )
+
+
+def read_about(root: pathlib.Path) -> dict[str, Any]:
+    """The content of dsad_records.json; DataError when the folder is none of dsad's."""
+    file = root / ABOUT
+    try:
+        about = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        text = f"{ABOUT} is missing; expected a folder written by `dsad prepare`."
+        raise FaultError(error("K0", str(root), text)) from None
+    except (OSError, ValueError) as problem:
+        raise FaultError(error("K8", str(file), f"cannot be read: {problem}.")) from problem
+    if about.get("format") != FORMAT:
+        text = (
+            f"format {about.get('format')}; this dsad reads {FORMAT}. Prepare the data set again."
+        )
+        raise FaultError(error("K0", str(file), text))
+    return about
+
+
+def _read_index(root: pathlib.Path, split: str, expected: int) -> tuple[Record, ...]:
+    file = index_file(root, split)
+    names = [field.name for field in dataclasses.fields(Record)]
+    try:
+        with file.open(encoding="utf-8") as lines:
+            found = tuple(
+                Record(**dict(zip(names, json.loads(line), strict=True))) for line in lines
+            )
+    except (OSError, ValueError) as problem:
+        raise FaultError(error("K8", str(file), f"cannot be read: {problem}.")) from problem
+    if len(found) != expected:
+        text = f"{len(found)} lines for {expected} records; prepare the data set again."
+        raise FaultError(error("K8", str(file), text))
+    return found
+
+
+def _open(root: pathlib.Path, split: str, expected: int) -> _Stored:
+    try:
+        stored = _Stored(root, split)
+    except ConfigError:
+        raise
+    except Exception as problem:  # whatever the library makes of a damaged folder
+        text = f"the records of {split} cannot be opened: {problem}. Prepare the data set again."
+        raise FaultError(error("K8", str(root / FOLDER), text)) from problem
+    if len(stored) != expected:
+        text = f"{len(stored)} records of {split}, expected {expected}; prepare it again."
+        raise FaultError(error("K8", str(root / FOLDER), text))
+    return stored
+
+
+def _refuse(config: DataConfig, about: Mapping[str, Any], splits: Mapping[str, Any]) -> None:
+    """What the config asks for and the records cannot give any more."""
+    lossy = about["protocol"].get("lossy", [])
+    if about["canvas"] and config.lossy and sorted(config.lossy) != sorted(lossy):
+        raise ConfigError(
+            f"config.data.lossy={config.lossy}: the canvases were decoded with {tuple(lossy)}. "
+            "Leave it empty, or prepare the data set again."
+        )
+    if config.missing_masks == "error":
+        bare = [r for r in splits["test"] if r.label and r.mask_path is None]
+        if bare:
+            faults = [files.missing_mask(r.path, "in the records", False) for r in bare]
+            raise FaultError(*faults, where=f"records in {config.root}")
+
+
+def build(config: DataConfig) -> RecordDataset:
+    """The prepared data set; raises DataError for a folder that is incomplete or damaged."""
+    variant(config)
+    root = files.root_folder(config)
+    if not root.is_dir():
+        raise FaultError(files.missing_root(root))
+    about = read_about(root)
+    counts = {split: about["counts"].get(split, 0) for split in ("train", "test")}
+    whole = {split: _read_index(root, split, n) if n else () for split, n in counts.items()}
+    stored = {split: _open(root, split, n) for split, n in counts.items() if n}
+    categories = chosen(config, tuple(about["categories"]))
+    positions = {
+        split: np.flatnonzero([r.category in categories for r in records])
+        for split, records in whole.items()
+    }
+    splits = {s: tuple(whole[s][i] for i in found) for s, found in positions.items()}
+    _refuse(config, about, splits)
+    protocol = {**about["protocol"], "missing_masks": config.missing_masks}
+    if len(categories) < len(about["categories"]):
+        protocol["split_hash"] = files.split_hash(splits)
+    if not about["canvas"]:
+        protocol["lossy"] = sorted(config.lossy)
+    return RecordDataset(
+        name="records", categories=categories, protocol=protocol, config=config, root=root,
+        about=about, splits=splits, positions=positions, stored=stored,
+    )  # fmt: skip
+
+
+def known_facts() -> tuple[str, ...]:
+    """Facts that are stored with a canvas: all there are."""
+    return tuple(sorted(image_facts.FACTS))

@@ -1,0 +1,336 @@
+"""Writes records with a builder of tensorflow-datasets: image files copied, or decoded canvases.
+
+The builder goes shard by shard, so that every byte is written once and the records keep the order
+of the data set. (A builder that shuffles needs TensorFlow and room for a second copy from 1 GB on.)
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.types import Dataset, Progress
+from dsad.data import facts as image_facts
+from dsad.data import records
+from dsad.data.decode import MaskRule
+from dsad.data.pipeline import canvas as on_canvas
+
+#: Bytes after which a new file begins; about as much memory is used while one is written.
+SHARD_BYTES = 256 * 2**20
+_THREADS = max(2, min(16, os.cpu_count() or 2))
+#: An example needs no more than this beside its pixels or file contents.
+_OVERHEAD = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be written: per split the sizes of its samples in bytes, before compression.
+
+    ``canvas`` is 0 for copied files, else the side of the canvases.
+    """
+
+    dataset: Dataset
+    canvas: int
+    sizes: Mapping[str, np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all records at most; canvases are compressed when they are written."""
+        return sum(int(sizes.sum()) for sizes in self.sizes.values())
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{len(sizes):,} {split}" for split, sizes in self.sizes.items())
+        if not self.canvas:
+            return f"{numbers} images as they are: {_readable(self.bytes)}"
+        return (
+            f"{numbers} canvases: {sum(map(len, self.sizes.values())):,} × {self.canvas}² × 3 = "
+            f"{_readable(self.bytes)}, less after compression"
+        )
+
+
+def _readable(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def plan(dataset: Dataset, canvas: int = 0, progress: Progress | None = None) -> Plan:
+    """The sizes of all samples; raises ConfigError for a data set that has no files to copy.
+
+    Canvases are for training: only the training split is written.
+    """
+    if canvas < 0:
+        raise ConfigError(f"--canvas: expected the side of a canvas, or 0, found {canvas}.")
+    sizes = {}
+    for split in ("train",) if canvas else ("train", "test"):
+        source = dataset.source(split)
+        if not canvas and not hasattr(source, "encoded"):
+            raise ConfigError(
+                f"config.data.name: {dataset.name} has no files to copy. Its canvases can be "
+                "stored: --canvas=SIDE."
+            )
+        if len(source) == 0:
+            continue
+        if canvas:
+            sizes[split] = np.full(len(source), canvas * canvas * 3, np.int64)
+        else:
+            sizes[split] = np.asarray(_measured(source, progress), np.int64)
+    if "train" not in sizes:
+        raise ConfigError(f"{dataset.name}: the training split has no sample; check config.data.")
+    return Plan(dataset=dataset, canvas=canvas, sizes=sizes)
+
+
+def _measured(source: Any, progress: Progress | None) -> list[int]:
+    found = []
+    for i in range(len(source)):
+        found.append(source.size_of(i))
+        if progress is not None:
+            progress(i + 1, len(source), "measuring files")
+    return found
+
+
+def write(
+    planned: Plan, out: str, *, overwrite: bool = False, progress: Progress | None = None
+) -> pathlib.Path:
+    """Write the records of a plan to the folder ``out``; returns it.
+
+    Everything is written to a folder beside it, which then takes its name. Raises WorkdirError
+    for a folder in use (unless ``overwrite`` and it holds records), one that cannot be written to
+    and a disk too full; and DataError for an image that cannot be read, naming it. Nothing is left
+    behind then.
+    """
+    library, target = records.tfds(), _target(out, overwrite)
+    part = _scratch(target, planned.bytes + _OVERHEAD * sum(map(len, planned.sizes.values())))
+    try:
+        _build(library, planned, part, progress)
+        for split in planned.sizes:
+            _write_index(part, split, planned.dataset)
+        about = json.dumps(_about(planned), indent=2) + "\n"
+        (part / records.ABOUT).write_text(about, "utf-8")
+        _move(part, target)
+    except (OSError, RuntimeError) as problem:
+        raise WorkdirError(
+            f"--out={out}: the records could not be written: {problem}. What was there before is "
+            "unchanged; look at the space and the permissions there."
+        ) from problem
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def _target(out: str, overwrite: bool) -> pathlib.Path:
+    if not out:
+        raise ConfigError("dsad prepare: --out=DIR is missing; it takes the records.")
+    if "://" in out:
+        raise ConfigError(f"--out={out}: expected a local folder; copy it there afterwards.")
+    target = pathlib.Path(out).expanduser().absolute()
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return target
+    if not target.is_dir():
+        raise WorkdirError(f"--out={out}: expected a folder, found a file.")
+    if not overwrite:
+        raise WorkdirError(
+            f"--out={out}: in use. Replace its records with --overwrite, or choose another folder."
+        )
+    if not (target / records.ABOUT).is_file():
+        raise WorkdirError(
+            f"--out={out}: holds files but no records, and --overwrite only replaces records. "
+            "Choose another folder."
+        )
+    return target
+
+
+def _scratch(target: pathlib.Path, needed: int) -> pathlib.Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".incomplete", dir=target.parent)
+    except OSError as problem:
+        raise WorkdirError(
+            f"--out={target}: cannot write to {target.parent}: {problem.strerror}."
+        ) from problem
+    free = shutil.disk_usage(part).free
+    if needed > free:
+        os.rmdir(part)
+        raise WorkdirError(
+            f"--out={target}: {_readable(needed)} needed, {_readable(free)} free. Make room, or "
+            "choose another disk or fewer config.data.categories."
+        )
+    os.chmod(part, 0o755)  # mkdtemp keeps others out, which nobody asked for here
+    return pathlib.Path(part)
+
+
+def _move(part: pathlib.Path, target: pathlib.Path) -> None:
+    """Give the finished folder its name; an older one is only removed once it has it."""
+    old = part.with_suffix(".replaced")
+    if target.exists():
+        target.rename(old)
+    try:
+        part.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_index(part: pathlib.Path, split: str, dataset: Dataset) -> None:
+    with records.index_file(part, split).open("w", encoding="utf-8") as file:
+        for record in dataset.source(split).records:
+            file.write(json.dumps(list(dataclasses.astuple(record)), ensure_ascii=False) + "\n")
+
+
+def _about(planned: Plan) -> dict[str, Any]:
+    dataset: Any = planned.dataset
+    rule = getattr(dataset, "rule", MaskRule())
+    if isinstance(dataset, records.RecordDataset):
+        rule = MaskRule(**dataset.about["rule"])
+    return {
+        "format": records.FORMAT,
+        "prepared_from": {
+            "name": dataset.config.name,
+            "root": str(pathlib.Path(dataset.config.root).expanduser().absolute())
+            if dataset.config.root
+            else "",
+        },
+        "categories": list(dataset.categories),
+        "counts": {split: len(sizes) for split, sizes in planned.sizes.items()},
+        "canvas": planned.canvas,
+        "facts": list(records.known_facts()) if planned.canvas else [],
+        "rule": {"threshold": rule.threshold, "values": rule.values},
+        "protocol": dict(dataset.protocol),
+    }
+
+
+# --- the builder ----------------------------------------------------------------------------
+
+
+def _build(library: Any, planned: Plan, part: pathlib.Path, progress: Progress | None) -> None:
+    """Run a builder over the plan, writing below ``part``."""
+    counter = _Counter(sum(map(len, planned.sizes.values())), progress)
+    make = _canvas_example if planned.canvas else _file_example
+    shards = {
+        split: [
+            _Shard(planned.dataset.source(split), rows, planned.canvas, make, counter)
+            for rows in shard_rows(sizes)
+        ]
+        for split, sizes in planned.sizes.items()
+    }
+
+    class DsadRecords(library.core.ShardBasedBuilder):
+        VERSION = library.core.Version("1.0.0")
+
+        def _info(self) -> Any:
+            return library.core.DatasetInfo(
+                builder=self,
+                description=f"Written by dsad prepare from {planned.dataset.name}.",
+                features=library.features.FeaturesDict(_features(library, planned.canvas)),
+                disable_shuffling=True,
+            )
+
+        def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
+            del dl_manager  # nothing is downloaded
+            return shards
+
+        # What these would print is said by dsad.
+        def _log_download_bytes(self) -> None: ...
+        def _log_download_done(self) -> None: ...
+
+    builder = DsadRecords(data_dir=part, file_format="array_record")
+    builder.download_and_prepare(download_dir=part / "downloads")
+    shutil.rmtree(part / "downloads", ignore_errors=True)
+
+
+def _features(library: Any, canvas: int) -> dict[str, Any]:
+    kinds = library.features
+    text = {name: kinds.Text() for name in ("path", "category", "kind")}
+    fields = {**text, "label": np.int64}
+    if not canvas:
+        return {**fields, "image": kinds.Image(), "mask": kinds.Tensor(shape=(), dtype=np.bytes_)}
+    facts = {
+        f"fact_{name}": kinds.Tensor(shape=fact.shape, dtype=fact.dtype)
+        for name, fact in image_facts.FACTS.items()
+    }
+    pixels = kinds.Tensor(shape=(canvas, canvas, 3), dtype=np.uint8, encoding="bytes")
+    return {
+        **fields, **facts, "canvas": pixels, "size": kinds.Tensor(shape=(2,), dtype=np.int32),
+    }  # fmt: skip
+
+
+def _fields(source: Any, index: int) -> dict[str, Any]:
+    record = source.records[index]
+    return {
+        "path": record.path,
+        "category": record.category,
+        "kind": record.kind,
+        "label": record.label,
+    }
+
+
+def _file_example(source: Any, index: int, canvas: int) -> dict[str, Any]:
+    del canvas
+    masked = source.records[index].mask_path is not None
+    mask = source.encoded_mask(index) if masked else b""
+    return {**_fields(source, index), "image": source.encoded(index), "mask": mask}
+
+
+def _canvas_example(source: Any, index: int, canvas: int) -> dict[str, Any]:
+    image = source[index].image
+    pixels, size = on_canvas(image, canvas)
+    facts = image_facts.find(records.known_facts(), image)
+    return {
+        **_fields(source, index),
+        **{f"fact_{name}": value for name, value in facts.items()},
+        "canvas": pixels,
+        "size": np.asarray(size, np.int32),
+    }
+
+
+def shard_rows(sizes: np.ndarray, limit: int = SHARD_BYTES) -> list[range]:
+    """Consecutive rows for each file: a new one begins once ``limit`` bytes are in."""
+    before = np.cumsum(sizes) - sizes
+    starts = np.flatnonzero(np.diff(before // limit, prepend=-1)).tolist()
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+
+
+class _Counter:
+    """Tells how many examples are written, over all shards."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.done, self.total, self.progress = 0, total, progress
+
+    def add(self, note: str) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total, note)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """The examples of one file, read ahead by threads."""
+
+    source: Any
+    rows: range
+    canvas: int
+    make: Callable[[Any, int, int], dict[str, Any]]
+    counter: _Counter
+
+    def __call__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            examples = pool.map(lambda i: self.make(self.source, i, self.canvas), self.rows)
+            try:
+                for index, example in zip(self.rows, examples, strict=True):
+                    yield index, example
+                    self.counter.add(example["path"])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
