@@ -19,7 +19,7 @@ from dsad.core import config as core_config
 from dsad.core.types import Dataset, Progress, Record
 from dsad.data import decode
 from dsad.data.base import DataConfig, Fault, FaultError, error, warning
-from dsad.data.files import FileDataset
+from dsad.data.files import EncodedSource, FileDataset
 
 #: What each check asks for.
 TITLES = {
@@ -153,12 +153,26 @@ def _read_files(
     return faults, image, mode, mask
 
 
+def _read_sample(
+    dataset: Dataset, split: str, index: int
+) -> tuple[list[Fault], np.ndarray | None, str, np.ndarray | None]:
+    """Faults, image, mode and mask of a record that is no file of its own."""
+    source: Any = dataset.source(split)
+    try:
+        if not isinstance(source, EncodedSource):
+            sample = source[index]
+            return [], sample.image, "RGB", sample.mask
+        image, mode = source.decoded(index)
+        return [], image, mode, source.annotation(index, image.shape[:2])
+    except FaultError as problem:
+        return list(problem.faults), None, "", None
+
+
 def _look(dataset: Dataset, split: str, index: int, record: Record, side: int) -> _Seen:
     if isinstance(dataset, FileDataset):
         faults, image, mode, mask = _read_files(dataset, record)
     else:
-        sample = dataset.source(split)[index]
-        faults, image, mode, mask = [], sample.image, "RGB", sample.mask
+        faults, image, mode, mask = _read_sample(dataset, split, index)
     area, regions, vanished = None, 0, 0
     if record.label and mask is not None:
         if not mask.any():
@@ -285,7 +299,7 @@ def check_dataset(
             if progress is not None:
                 progress(done, len(jobs), item.record.path)
     on_disk = isinstance(dataset, FileDataset)
-    faults = list(dataset.faults) if on_disk else []
+    faults = list(getattr(dataset, "faults", ()))
     faults += [fault for item in seen for fault in item.faults]
     faults += _split_groups(seen, dataset.groups) if on_disk else []
     faults += _shared_content(seen) + _order_faults(dataset)

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from dsad.core.types import Record, Sample
 from dsad.data import decode
 from dsad.data.base import DataConfig, Fault, FaultError, error, warning
 
+T = TypeVar("T")
 #: Suffixes, in lower case, of files that count as images.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 _COPY = re.compile(r"\(copy( \d+)?\)|[ -]copy( ?\(?\d+\)?)?$|~$", re.IGNORECASE)
@@ -171,10 +172,13 @@ class EncodedSource:
 
     def __getitem__(self, index: int, /) -> Sample:
         """Decode one sample; raises DataError naming the file (K2, K3, K4, K8)."""
-        record = self.records[index]
-        image, _ = decode.decoded_image(self.encoded(index), record.path, self._lossy)
+        image, _ = self.decoded(index)
         mask = self.annotation(index, image.shape[:2])
-        return Sample(record=record, image=image, mask=mask)
+        return Sample(record=self.records[index], image=image, mask=mask)
+
+    def decoded(self, index: int) -> tuple[np.ndarray, str]:
+        """Pixels (h, w, 3) uint8 and the file's mode; FaultError (K3, K8) names the file."""
+        return decode.decoded_image(self.encoded(index), self.records[index].path, self._lossy)
 
     def annotation(self, index: int, shape: tuple[int, int]) -> np.ndarray | None:
         """The mask of a sample whose image has ``shape`` (h, w); the image is not decoded.
@@ -259,9 +263,10 @@ def by_path(records: Iterable[Record]) -> tuple[Record, ...]:
     return tuple(sorted(records, key=lambda r: r.path))
 
 
-def accepted(dataset: FileDataset) -> FileDataset:
+def accepted(dataset: T) -> T:
     """The data set itself, or DataError with every error of its index."""
-    errors = [f for f in dataset.faults if f.severity == "error"]
+    found: Any = dataset
+    errors = [f for f in found.faults if f.severity == "error"]
     if errors:
-        raise FaultError(*errors, where=f"{dataset.name} in {dataset.root}")
+        raise FaultError(*errors, where=f"{found.name} in {found.root}")
     return dataset

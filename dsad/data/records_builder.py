@@ -226,7 +226,9 @@ def _build(library: Any, planned: Plan, part: pathlib.Path, progress: Progress |
         for split, sizes in planned.sizes.items()
     }
 
-    class DsadRecords(library.core.ShardBasedBuilder):
+    base = library.core.ShardBasedBuilder
+
+    class DsadRecords(base, skip_registration=True):  # type: ignore[call-arg]
         VERSION = library.core.Version("1.0.0")
 
         def _info(self) -> Any:

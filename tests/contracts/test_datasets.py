@@ -6,7 +6,7 @@ import pytest
 from dsad.core.config import members
 from dsad.core.errors import ConfigError
 from dsad.core.types import Dataset
-from dsad.data import mtd
+from dsad.data import mtd, records_builder
 from dsad.data.base import DataConfig, SyntheticConfig, load
 from dsad.data.checks import check
 from tests.data import trees
@@ -31,6 +31,12 @@ def _config(name, root):
         return trees.mvtec(root)
     if name == "folder":
         return trees.folder(root)
+    if name == "imagenet":
+        return trees.imagenet(root)
+    if name == "records":
+        source = load(trees.mvtec(root / "files"))
+        records_builder.write(records_builder.plan(source), str(root / "records"))
+        return DataConfig(name=name, root=str(root / "records"))
     if name.startswith("mtd"):
         _mtd(root)
         return DataConfig(name=name, root=str(root))
@@ -38,7 +44,7 @@ def _config(name, root):
 
 
 #: Sets for pretraining alone.
-WITHOUT_TEST = ("folder",)
+WITHOUT_TEST = ("folder", "imagenet")
 NAMES = [
     n for m in members("data") for n in (("mtd:grouped", "mtd:random") if m == "mtd" else (m,))
 ]

@@ -1,7 +1,9 @@
 """Miniature data sets on disk: 24×16 images, non-square so that swapped axes show."""
 
+import io
 import pathlib
 import random
+import tarfile
 
 import numpy as np
 from PIL import Image
@@ -61,6 +63,50 @@ def folder(root: pathlib.Path, **kwargs) -> DataConfig:
     for i, path in enumerate(("ant/1.png", "ant/old/1.png", "ant/old/raw/2.JPEG", "bee/1.jpg")):
         save(root / path, pixels(i))
     return DataConfig(name="folder", root=str(root), **kwargs)
+
+
+def jpeg(seed: int) -> bytes:
+    """The content of a JPEG file of random pixels."""
+    file = io.BytesIO()
+    Image.fromarray(pixels(seed)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def imagenet_files() -> dict[str, bytes]:
+    """Three images in each of two classes, by path."""
+    names = [f"{wnid}/{wnid}_{i}.JPEG" for wnid in ("n00000002", "n00000010") for i in (7, 30, 100)]
+    return {name: jpeg(i) for i, name in enumerate(names)}
+
+
+def tar(contents: dict[str, bytes]) -> bytes:
+    """A tar of files, in the order of the dict."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def class_tars() -> dict[str, bytes]:
+    """The tars per class of ImageNet in miniature, by name."""
+    found: dict[str, dict[str, bytes]] = {}
+    for path, data in imagenet_files().items():
+        wnid, _, name = path.partition("/")
+        found.setdefault(wnid, {})[name] = data
+    # The published tars are in no order, nor are the files in them.
+    return {f"{w}.tar": tar(dict(reversed(files.items()))) for w, files in reversed(found.items())}
+
+
+def imagenet(root: pathlib.Path, kind: str = "tar", **kwargs) -> DataConfig:
+    """Write ImageNet in miniature as one ``tar`` of tars, as ``tars`` or as a ``folder``."""
+    root.mkdir(parents=True, exist_ok=True)
+    files = {"tar": {"ILSVRC2012_img_train.tar": tar(class_tars())}, "tars": class_tars()}
+    for name, data in files.get(kind, imagenet_files()).items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(data)
+    return DataConfig(name="imagenet", root=str(root), **kwargs)
 
 
 def mtd(root: pathlib.Path, paths: list[str]) -> None:

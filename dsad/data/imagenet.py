@@ -1,0 +1,231 @@
+"""The training images of ImageNet (ILSVRC 2012), from the published tars or an unpacked folder.
+
+``config.data.root`` is ILSVRC2012_img_train.tar or the folder it lies in, a folder of the tars per
+class that it holds (n01440764.tar, ...), or a folder with a folder per class. Nothing is unpacked:
+an image is read from its place inside the tar. Listing 1.28 million images in a tar takes a minute
+or two, so prepare such a root once (``dsad prepare``). Categories are the WordNet ids.
+
+Some of the images are CMYK: training on them needs ``config.data.lossy=("CMYK",)``. There is no
+test split: the set is for pretraining.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from dsad.core.types import Record
+from dsad.data import files, folder
+from dsad.data.base import DataConfig, Fault, FaultError, chosen, error, variant, warning
+from dsad.data.decode import MaskRule
+
+#: Classes and images of the training set.
+CLASSES, IMAGES = 1000, 1_281_167
+ARCHIVE = "ILSVRC2012_img_train.tar"
+_CLASS_TAR = re.compile(r"n\d{8}\.tar")
+
+
+class _Place(NamedTuple):
+    """Where the content of a file begins in a tar, and its size in bytes."""
+
+    archive: str
+    offset: int
+    size: int
+
+
+class TarSource(files.EncodedSource):
+    """Samples read from their places inside tar files."""
+
+    def __init__(
+        self, root: pathlib.Path, records: tuple[Record, ...], places: Mapping[str, _Place],
+        config: DataConfig,
+    ):  # fmt: skip
+        super().__init__(records, lossy=config.lossy, rule=MaskRule())
+        self._root, self._places = root, places
+
+    def encoded(self, index: int) -> bytes:
+        """The content of an image's file; raises DataError naming it (K8)."""
+        path = self.records[index].path
+        archive, offset, size = self._places[path]
+        try:
+            with (self._root / archive).open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), size, offset)
+        except OSError as problem:
+            text = f"{archive} cannot be read: {problem.strerror}. Copy it again."
+            raise FaultError(error("K8", path, text)) from problem
+        if len(data) < size:
+            text = f"{archive} ends within this image; copy it again."
+            raise FaultError(error("K8", path, text))
+        return data
+
+    def size_of(self, index: int) -> int:
+        """Bytes of an image's file."""
+        return self._places[self.records[index].path].size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TarDataset:
+    """An index of tar files that satisfies the Dataset protocol."""
+
+    name: str
+    categories: tuple[str, ...]
+    protocol: Mapping[str, Any]
+    config: DataConfig
+    root: pathlib.Path
+    splits: Mapping[str, tuple[Record, ...]]
+    places: Mapping[str, _Place]
+    faults: tuple[Fault, ...] = ()
+
+    def source(self, split: str, category: str | None = None) -> TarSource:
+        """Samples of "train" ("test" is empty), of one category or of all, sorted by path."""
+        records = files.select(self.splits, self.categories, split, category)
+        return TarSource(self.root, records, self.places, self.config)
+
+
+class _Members:
+    """Files inside the tars of a root; what does not belong there becomes a fault."""
+
+    def __init__(self, root: pathlib.Path, config: DataConfig):
+        self.root, self.config = root, config
+        self.places: dict[str, _Place] = {}
+        self.faults: list[Fault] = []
+
+    def classes(self, archive: str) -> dict[str, _Place]:
+        """The tars of the classes inside the published tar."""
+        found = {}
+        with (self.root / archive).open("rb") as file:
+            whole = _Place(archive, 0, os.fstat(file.fileno()).st_size)
+            for name, place in self._listed(file, archive, whole):
+                if _CLASS_TAR.fullmatch(name):
+                    found[name[:-4]] = place
+                else:
+                    self._ignored(f"{archive}/{name}", "not the tar of a class")
+        return found
+
+    def images(self, category: str, place: _Place) -> int:
+        """Add the images of the tar of a class; returns how many there are."""
+        before = len(self.places)
+        with (self.root / place.archive).open("rb") as file:
+            for name, found in self._listed(file, f"{category}.tar", place):
+                path = f"{category}/{name}"
+                if reason := files.stray(os.path.basename(name)):
+                    self._ignored(path, reason)
+                elif path in self.places:
+                    self.faults.append(error("K7", path, "occurs twice in its tar; make it anew."))
+                else:
+                    self.places[path] = found
+        return len(self.places) - before
+
+    def _listed(self, file: Any, name: str, place: _Place) -> Iterator[tuple[str, _Place]]:
+        """Names and places of the regular files in the tar that lies at a place."""
+        file.seek(place.offset)
+        end = place.offset + place.size
+        try:
+            # From here on, offsets are those in the file: an inner tar ends by its own marks.
+            opened: Any = tarfile.TarFile(fileobj=file)
+            while (member := opened.next()) is not None:
+                opened.members = []  # an index of its own, not needed twice
+                if not member.isfile():
+                    continue
+                if member.offset_data + member.size > end:
+                    raise tarfile.ReadError("unexpected end of data")
+                inside = member.name.removeprefix("./")
+                yield inside, _Place(place.archive, member.offset_data, member.size)
+        except (tarfile.TarError, OSError) as problem:
+            text = f"not a whole tar file: {problem}; copy {place.archive} again."
+            self.faults.append(error("K8", name, text))
+
+    def _ignored(self, path: str, reason: str) -> None:
+        self.faults.append(warning("K9", path, f"ignored: {reason}."))
+
+
+def _archives(root: pathlib.Path) -> tuple[pathlib.Path, str, dict[str, _Place]]:
+    """The folder, the published tar in it, or else the tars per class in it."""
+    if root.is_file():
+        return root.parent, root.name, {}
+    if (root / ARCHIVE).is_file():
+        return root, ARCHIVE, {}
+    with os.scandir(root) as entries:
+        tars = {e.name: e.stat().st_size for e in entries if _CLASS_TAR.fullmatch(e.name)}
+    return root, "", {name[:-4]: _Place(name, 0, size) for name, size in sorted(tars.items())}
+
+
+def _protocol(config: DataConfig, root: pathlib.Path, splits: Any, official: bool) -> dict:
+    return {
+        "dataset": "ImageNet (ILSVRC 2012)" if official else f"{root.name} (ImageNet layout)",
+        "split": "official training set" if official else "all images train, none is held out",
+        "split_hash": files.split_hash(splits),
+        "licence": "ImageNet terms of access: research only",
+        "missing_masks": config.missing_masks,
+        "lossy": sorted(config.lossy),
+        "canvas_crop": "none",
+    }
+
+
+def _counts(config: DataConfig, categories: int, images: int) -> list[Fault]:
+    """K12, unless the config asks for some of the classes only."""
+    if config.categories or (categories, images) == (CLASSES, IMAGES):
+        return []
+    make = error if config.strict else warning
+    text = f"{images:,} images of {categories:,} classes; ImageNet has {IMAGES:,} of {CLASSES:,}."
+    return [make("K12", "train", text)]
+
+
+def _unpacked(config: DataConfig) -> files.FileDataset:
+    found = folder.scan(config)
+    images, classes = len(found.splits["train"]), len(found.categories)
+    official = (classes, images) == (CLASSES, IMAGES)
+    faults = _counts(config, classes, images) if images else []
+    return dataclasses.replace(
+        found,
+        name="imagenet",
+        protocol=_protocol(config, found.root, found.splits, official),
+        faults=(*found.faults, *faults),
+        skipped={name: why for name, why in found.skipped.items() if name != "K12"},
+    )
+
+
+def scan(config: DataConfig) -> files.FileDataset | TarDataset:
+    """The index with its faults, none of them raised."""
+    variant(config)
+    root = files.root_folder(config)
+    if not root.exists():
+        return _unpacked(config)
+    where, archive, tars = _archives(root)
+    if not archive and not tars:
+        return _unpacked(config)
+    members = _Members(where, config)
+    if archive:
+        tars = members.classes(archive)
+    categories = chosen(config, tuple(tars)) if tars else ()
+    for name in categories:
+        if not members.images(name, tars[name]):
+            members.faults.append(error("K0", f"{name}.tar", "empty class: no image in it."))
+    records = (
+        Record(path=path, category=path.partition("/")[0], label=0, kind="good")
+        for path in members.places
+    )
+    splits = {"train": files.by_path(records), "test": ()}
+    images = len(splits["train"])
+    if not tars:
+        members.faults.append(error("K0", archive, f"no tar of a class in it; expected {ARCHIVE}."))
+    else:
+        members.faults += _counts(config, len(categories), images)
+    return TarDataset(
+        name="imagenet",
+        categories=categories,
+        protocol=_protocol(config, root, splits, (len(categories), images) == (CLASSES, IMAGES)),
+        config=config,
+        root=where,
+        splits=splits,
+        places=members.places,
+        faults=tuple(members.faults),
+    )
+
+
+def build(config: DataConfig) -> files.FileDataset | TarDataset:
+    """The data set; raises DataError with every error of the index."""
+    return files.accepted(scan(config))
