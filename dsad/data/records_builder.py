@@ -298,7 +298,7 @@ def _canvas_example(source: Any, index: int, canvas: int) -> dict[str, Any]:
 
 
 def shard_rows(sizes: np.ndarray, limit: int = SHARD_BYTES) -> list[range]:
-    """Consecutive rows for each file: a new one begins once ``limit`` bytes are in."""
+    """Consecutive rows for each file: cut where a multiple of ``limit`` bytes is passed."""
     before = np.cumsum(sizes) - sizes
     starts = np.flatnonzero(np.diff(before // limit, prepend=-1)).tolist()
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
