@@ -68,6 +68,8 @@ def _lines(title: str, out: Console) -> types.Progress:
 def loaded(config: data_base.DataConfig, out: Console) -> types.Dataset:
     """The data set of a config; says so when its index has warnings."""
     dataset = data_base.load(config)
+    if origin := getattr(dataset, "origin", ""):  # optional: from what it was prepared
+        out.print(origin, markup=False)
     warnings = [f for f in getattr(dataset, "faults", ()) if f.severity == "warning"]
     if warnings:
         out.print(

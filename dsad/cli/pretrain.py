@@ -143,6 +143,8 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         facts=getattr(objective, "facts", ()),  # optional: what it wants to know of each image
+        workers=cfg.data.workers,
+        prefetch=cfg.data.prefetch,
         progress=progress,
     )
     pipeline = distributed.together(read)
@@ -216,6 +218,7 @@ def _pretrain(run: Run, path: epath.Path, out: Console, resume: bool, source: An
             )  # fmt: skip
             state, complete = train(loop, state)
     finally:
+        batches.close()
         writer.close()
         checkpointer.close()
     return complete

@@ -13,7 +13,7 @@ CONFIG = "config.json"
 #: What a resumed run may change: where and how the same training is computed, and how it is kept.
 FREE = (
     "config.mesh", "config.checkpoint", "config.log_every", "config.compilation_cache",
-    "config.data.cache", "config.data.workers",
+    "config.data.cache", "config.data.workers", "config.data.prefetch",
 )  # fmt: skip
 
 

@@ -162,7 +162,11 @@ class CanvasReader:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordDataset:
-    """A prepared data set; ``about`` is the content of its dsad_records.json."""
+    """A prepared data set; ``about`` is the content of its dsad_records.json.
+
+    ``name`` and ``protocol`` are those of the data set it was made from: a number measured on
+    records of files means the same as one measured on the files.
+    """
 
     name: str
     categories: tuple[str, ...]
@@ -304,7 +308,7 @@ def build(config: DataConfig) -> RecordDataset:
     if not about["canvas"]:
         protocol["lossy"] = sorted(config.lossy)
     return RecordDataset(
-        name="records", categories=categories, protocol=protocol, config=config, root=root,
+        name=about["name"], categories=categories, protocol=protocol, config=config, root=root,
         about=about, splits=splits, positions=positions, stored=stored,
     )  # fmt: skip
 

@@ -196,6 +196,7 @@ def _about(planned: Plan) -> dict[str, Any]:
         rule = MaskRule(**dataset.about["rule"])
     return {
         "format": records.FORMAT,
+        "name": dataset.name,
         "prepared_from": {
             "name": dataset.config.name,
             "root": str(pathlib.Path(dataset.config.root).expanduser().absolute())
