@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "see it work: pretrain, localize, report, in a few minutes on a CPU",
     "check-data": "check a data set and print every fault at once",
     "prepare": "write a data set as ArrayRecord files, to read it faster",
+    "plan": "memory, speed and cost of a config on accelerators, before they are paid for",
     "pretrain": "train an encoder on normal images",
     "evaluate": "measure how well a backbone localizes defects",
     "export": "write an encoder under published names, for timm and torchvision",

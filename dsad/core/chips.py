@@ -49,10 +49,10 @@ def _chip(**values: Any) -> tuple[str, Chip]:
 CHIPS: dict[str, Chip] = dict(
     (
         _chip(
-            name="v4", peak_flops=275e12, hbm_bytes=32 * _GIB, hbm_bandwidth=1200e9,
+            name="v4", peak_flops=275e12, hbm_bytes=int(30.75 * _GIB), hbm_bandwidth=1200e9,
             ici_bandwidth=300e9, ici_ports=6, kinds=("TPU v4",),
-            source=f"{_TPU}; ICI: Jouppi et al., ISCA 2023, 6 links of 50 GB/s; memory: the "
-            "capacity, of which the compiler keeps some",
+            source=f"{_TPU}; ICI: Jouppi et al., ISCA 2023, 6 links of 50 GB/s; memory: 30.75 of "
+            "32 GiB for programs",
         ),
         _chip(
             name="v5e", peak_flops=197e12, hbm_bytes=int(15.75 * _GIB), hbm_bandwidth=819e9,

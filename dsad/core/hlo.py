@@ -58,7 +58,7 @@ def collectives(text: str) -> list[Collective]:
     a line cannot be read.
     """
     module = parse(text)
-    times, exact = _executions(module)
+    times, exact = executions(module)
     running = [c for c in module.computations.values() if times[c.name]]
     starting = {c.name for c in running if _starts(c)}
     started = {_identity(op) for c in running if c.name in starting for op in _in(c)}
@@ -122,7 +122,7 @@ def _identity(op: Op) -> tuple[str, ...]:
     return (op.opcode, *map(str, op.type.arrays), *(op.attribute(k) for k in keys))
 
 
-def _executions(module: Module) -> tuple[Counter[str], set[str]]:
+def executions(module: Module) -> tuple[Counter[str], set[str]]:
     """Executions of each computation per call, and which of these are known for certain."""
     times: Counter[str] = Counter()
     unsure: set[str] = set()

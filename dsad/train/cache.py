@@ -1,5 +1,6 @@
 """Data sets that live on the devices: a gather inside the step instead of an input pipeline."""
 
+import math
 from typing import Any
 
 import jax
@@ -15,27 +16,45 @@ from dsad.train.step import Fetch
 REPLICATE_BELOW = 2**30
 
 
-def device_store(
-    host: dict[str, Any], mesh: Mesh, *, replicate_below: int = REPLICATE_BELOW
+def abstract_store(
+    shapes: Any, mesh: Mesh, *, replicate_below: int = REPLICATE_BELOW
 ) -> tuple[Any, Fetch]:
-    """Put arrays (N, ...), in nested dicts, on the mesh; returns (store, fetch).
+    """Shapes and shardings that arrays (N, ...), in nested dicts, get on the mesh, and ``fetch``.
 
-    ``fetch(store, {"index", "epoch"})`` gives the batch with the rows of ``index`` (b,), split
-    over the mesh. Whole copies are gathered locally. Split sets exchange only the batch: every
+    Of the arrays only shape and dtype matter. ``fetch(store, {"index", "epoch"})`` gives the batch
+    with the rows of ``index`` (b,), split over the mesh. Whole copies are gathered locally. Split
+    sets, whose rows are filled up to a multiple of the devices, exchange only the batch: every
     device contributes the rows it owns and a reduce-scatter in the arrays' own type (uint8 for
     images) adds them up, exactly because all but one contribution are zero.
     """
-    arrays = jax.tree.leaves(host)
-    if sum(a.nbytes for a in arrays) <= replicate_below or mesh.size == 1:
-        store = jax.device_put(host, replicated(mesh))
-        return store, lambda store, inputs: _with_inputs(_take(store, inputs["index"]), inputs)
-    rows = -(-len(arrays[0]) // mesh.size) * mesh.size
-    padded = jax.tree.map(lambda a: np.pad(a, [(0, rows - len(a))] + [(0, 0)] * (a.ndim - 1)), host)
-    store = jax.device_put(padded, batch_sharding(mesh))
-    gather = jax.shard_map(
-        _owned_rows, mesh=mesh, in_specs=(BATCH_SPEC, PartitionSpec()), out_specs=BATCH_SPEC
+    arrays = jax.tree.leaves(shapes)
+    size = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
+    if size <= replicate_below or mesh.size == 1:
+        rows, sharding, gather = arrays[0].shape[0], replicated(mesh), _take
+    else:
+        rows = -(-arrays[0].shape[0] // mesh.size) * mesh.size
+        sharding = batch_sharding(mesh)
+        gather = jax.shard_map(
+            _owned_rows, mesh=mesh, in_specs=(BATCH_SPEC, PartitionSpec()), out_specs=BATCH_SPEC
+        )
+    store = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype, sharding=sharding), shapes
     )
     return store, lambda store, inputs: _with_inputs(gather(store, inputs["index"]), inputs)
+
+
+def device_store(
+    host: dict[str, Any], mesh: Mesh, *, replicate_below: int = REPLICATE_BELOW
+) -> tuple[Any, Fetch]:
+    """Put arrays (N, ...), in nested dicts, on the mesh; (store, fetch) as ``abstract_store``."""
+    places, fetch = abstract_store(host, mesh, replicate_below=replicate_below)
+
+    def put(array: Any, place: jax.ShapeDtypeStruct) -> jax.Array:
+        more = place.shape[0] - len(array)
+        filled = np.pad(array, [(0, more)] + [(0, 0)] * (array.ndim - 1)) if more else array
+        return jax.device_put(filled, place.sharding)
+
+    return jax.tree.map(put, host, places), fetch
 
 
 def _take(store: Any, index: jax.Array) -> Any:

@@ -1,0 +1,19 @@
+"""``dsad plan``: memory, speed and cost of a config on accelerators, before they are paid for.
+
+The compilers read their environment when they are loaded, so nothing here imports jax before the
+topology is known.
+"""
+
+from dsad.cli.plan import _topology
+
+
+def main(argv: list[str]) -> int:
+    """The command; 0 if the step fits into memory, 1 if it does not."""
+    named = [a.partition("=")[2] for a in argv if a.startswith("--topology=")]
+    asked = "--help" in argv or "-h" in argv
+    target = None if asked or not named else _topology.parse(named[-1])
+    _topology.set_environment(target)
+
+    from dsad.cli.plan import _command
+
+    return _command.main(argv)

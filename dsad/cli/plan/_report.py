@@ -1,0 +1,190 @@
+"""What people read: one plan in full, several as a table."""
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dsad.cli.plan._estimate import ASSUMPTIONS
+from dsad.core.chips import CHIPS
+
+if TYPE_CHECKING:
+    from dsad.cli.plan._command import Plan
+
+#: Rows of the table of collectives; the rest is summed up.
+ROWS = 12
+_GIB = 2**30
+
+
+def one(plan: "Plan", out: Console) -> None:
+    """Everything about one plan."""
+    mesh = " × ".join(f"{k} {v}" for k, v in plan.mesh.items())
+    out.print(
+        f"\n{plan.spec} on {plan.topology}: {plan.chips} × {plan.chip}, mesh {mesh}, "
+        f"{plan.batch_size} images a step, {plan.batch_size / plan.chips:g} a chip",
+        markup=False,
+    )
+    known = "known from an earlier run" if plan.cached else "compiled"
+    out.print(f"{known} ({plan.effort} effort, {plan.program.seconds:.0f} s)")
+    _memory(plan, out)
+    if not plan.program.refused:
+        _work(plan, out)
+        _collectives(plan, out)
+    if plan.estimate:
+        _times(plan, out)
+    for line in plan.warnings:
+        out.print(f"warning: {line}", markup=False)
+    if plan.estimate:
+        out.print("The estimate supposes:")
+        for line in ASSUMPTIONS:
+            out.print(f"  - {line}", markup=False)
+        source = CHIPS[plan.chip].source if plan.chip in CHIPS else "measured on this machine"
+        out.print(f"  - figures of the chip: {source}", markup=False)
+
+
+def fits(plan: "Plan") -> str:
+    """One line: whether a chip can hold it."""
+    need, limit = plan.program.total / _GIB, plan.limit / _GIB
+    if plan.program.refused:
+        least = f"at least {need:.2f}" if need else "more"
+        return (
+            f"DOES NOT FIT: {least} GiB a chip needed, {limit:.2f} GiB there. Take a smaller batch "
+            "or more chips, split the weights (config.mesh.fsdp), or keep less for the backward "
+            "pass where the objective has a key remat."
+        )
+    if not plan.limit:
+        return f"{need:.2f} GiB a chip; the memory of {plan.chip} is not known to dsad."
+    share = f"{need:.2f} of {limit:.2f} GiB a chip ({need / limit:.0%})"
+    return f"fits: {share}" if plan.fits else f"DOES NOT FIT: {share}"
+
+
+def _memory(plan: "Plan", out: Console) -> None:
+    program = plan.program
+    if not program.refused:
+        table = _table("memory per chip", "GiB")
+        for name, size in (
+            ("arguments: state, inputs, data on the device", program.arguments),
+            ("temporaries", program.temporaries),
+            ("outputs that reuse no argument", program.outputs - program.alias),
+            ("generated code", program.code),
+        ):
+            table.add_row(name, f"{size / _GIB:.3f}")
+        table.add_section()
+        peak = "peak, as the compiler states it" if program.peak else "sum"
+        table.add_row(peak, f"{program.total / _GIB:.3f}")
+        out.print(table)
+    out.print(fits(plan), style="bold green" if plan.fits else "bold red")
+    if program.refused:
+        out.print(f"the compiler says: {program.refused}", markup=False)
+
+
+def _work(plan: "Plan", out: Console) -> None:
+    program = plan.program
+    needed = plan.model_flops_per_image * plan.batch_size / plan.chips
+    table = _table("work per chip and step", "")
+    table.add_row("matrix products and convolutions", f"{program.flops / 1e9:,.1f} GFLOP")
+    table.add_row("of these what the model needs", f"{needed / 1e9:,.1f} GFLOP")
+    table.add_row("memory traffic", f"{program.bytes / 1e9:,.2f} GB")
+    sent = sum(row["sent"] for row in program.collectives)
+    table.add_row("sent to other chips", f"{sent / 1e9:,.3f} GB")
+    out.print(table)
+    out.print(
+        f"model: {plan.model_flops_per_image / 1e9:,.2f} GFLOP an image, forward and backward; "
+        f"XLA itself counts {program.xla_flops / 1e9:,.1f} GFLOP and {program.xla_bytes / 1e9:,.2f}"
+        " GB a chip, every loop as one pass"
+    )
+
+
+def _collectives(plan: "Plan", out: Console) -> None:
+    rows = plan.program.collectives
+    if not rows:
+        out.print("collectives: none")
+        return
+    table = _table("collectives", "result", "of chips", "a step", "MB each", "MB sent")
+    for row in rows[:ROWS]:
+        shapes = row["shapes"] if len(row["shapes"]) < 44 else f"{row['shapes'][:40]} ..."
+        table.add_row(
+            row["kind"], shapes, str(row["group_size"]), str(row["count"]),
+            f"{row['result_bytes'] / 1e6:,.2f}", f"{row['sent'] / 1e6:,.1f}",
+        )  # fmt: skip
+    if rest := rows[ROWS:]:
+        table.add_section()
+        table.add_row(
+            f"{len(rest)} more kinds", "", "", str(sum(r["count"] for r in rest)), "",
+            f"{sum(r['sent'] for r in rest) / 1e6:,.1f}",
+        )  # fmt: skip
+    out.print(table)
+
+
+def _times(plan: "Plan", out: Console) -> None:
+    made = plan.estimate
+    assert made is not None
+    table = _table("a step at best", "ms")
+    for name in ("compute", "memory", "interconnect"):
+        mark = " ←" if name == made.bound_by else ""
+        table.add_row(name + mark, f"{getattr(made, name) * 1e3:,.2f}")
+    table.add_section()
+    table.add_row(f"step, bound by {made.bound_by}", f"{made.step * 1e3:,.2f}")
+    out.print(table)
+    out.print(
+        f"{made.images_per_s:,.0f} images/s, {made.images_per_s_per_chip:,.1f} images/s/chip, "
+        f"MFU {made.mfu:.1%}"
+    )
+    if made.hours is None:
+        out.print("hours: the number of images is not known; give --samples=N or config.data.root.")
+        return
+    length = f"{plan.epochs:g} epochs" if plan.epochs else "the steps"
+    samples = f" of {plan.samples:,} images ({plan.samples_from})" if plan.samples else ""
+    out.print(
+        f"{length}{samples}: {plan.steps:,} steps, {made.hours:,.2f} hours, "
+        f"{made.chip_hours:,.1f} chip-hours"
+    )
+
+
+def sweep(plans: "list[Plan | str]", out: Console) -> "Plan | None":
+    """A line for each, the fastest that fits marked; returns that one."""
+    fitting = [p for p in plans if not isinstance(p, str) and p.fits and p.estimate]
+    best = max(fitting, key=_speed, default=None)
+    table = _table(
+        "mesh", "images", "GiB a chip", "step ms", "bound by", "images/s", "MFU", "hours", ""
+    )
+    for plan in plans:
+        if isinstance(plan, str):
+            continue
+        made = plan.estimate
+        mesh = " × ".join(map(str, plan.mesh.values()))
+        need = f"{plan.program.total / _GIB:.2f} of {plan.limit / _GIB:.2f}"
+        cells = [mesh, str(plan.batch_size), need]
+        if made is None:
+            cells += ["", "", "", "", ""]
+        else:
+            hours = "?" if made.hours is None else f"{made.hours:,.2f}"
+            cells += [f"{made.step * 1e3:,.2f}", made.bound_by, f"{made.images_per_s:,.0f}"]
+            cells += [f"{made.mfu:.1%}", hours]
+        mark = "← best" if plan is best else "" if plan.fits else "does not fit"
+        table.add_row(*cells, mark)
+    out.print(table)
+    for plan in plans:
+        if isinstance(plan, str):
+            out.print(f"left out: {plan}", markup=False)
+    for plan in plans:
+        if not isinstance(plan, str) and plan.warnings:
+            mesh = " × ".join(map(str, plan.mesh.values()))
+            more = f" and {len(plan.warnings) - 1} more" if len(plan.warnings) > 1 else ""
+            line = f"warning: {mesh}, {plan.batch_size} images: {plan.warnings[0]}{more}"
+            out.print(line, markup=False)
+    if best is None:
+        out.print("none of them fits", style="bold red")
+    return best
+
+
+def _speed(plan: Any) -> float:
+    return plan.estimate.images_per_s
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table()
+    table.add_column(title)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table

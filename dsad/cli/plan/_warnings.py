@@ -1,0 +1,61 @@
+"""Traffic that the sharding rule did not mean."""
+
+import math
+import re
+from typing import Any
+
+from dsad.cli.plan._abstract import AbstractRun
+from dsad.cli.plan._compile import Program
+from dsad.core.tree import flatten
+
+#: Collected arrays below this size are not worth a word.
+SMALL = 2**20
+
+
+def unintended(run: AbstractRun, program: Program) -> list[str]:
+    """A line for each: whole stacks of blocks or all samples collected on every chip, and copies.
+
+    Weights that are split over "fsdp" are meant to be collected where they are used, one block of a
+    stack at a time; samples are meant to stay where they are.
+    """
+    params = flatten({"params": run.abstract.params, "extra": run.abstract.extra})
+    stacks, known = {}, set()
+    for path, leaf in params.items():
+        shape = _plain(leaf.shape)
+        known |= {shape, _plain(leaf.shape[1:])}
+        if "blocks" in path.split("/") and leaf.ndim > 2 and "fsdp" in leaf.sharding.spec:
+            stacks[shape] = path
+    lines = []
+    for row in program.collectives:
+        if row["kind"] != "all-gather":
+            continue
+        for text in row["shapes"].split(", "):
+            shape = _plain(int(n) for n in re.findall(r"\d+", text.partition("[")[2]))
+            if shape in stacks:
+                lines.append(_line(text, row, f"all blocks of {stacks[shape]} at once"))
+            elif shape not in known and row["result_bytes"] >= SMALL and _all_samples(run, shape):
+                lines.append(_line(text, row, "activations of all samples"))
+    lines += [
+        f"the partitioner copies {message} whole to every chip (involuntary full rematerialization)"
+        for message in program.messages
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def _line(text: str, row: dict[str, Any], what: str) -> str:
+    return (
+        f"every chip collects {what}: {text}, {row['result_bytes'] / 2**20:,.0f} MiB, "
+        f"{row['count']} times a step"
+    )
+
+
+def _all_samples(run: AbstractRun, shape: tuple[int, ...]) -> bool:
+    """Whether an axis is as long as the batch, or a multiple in front (views, patches)."""
+    batch = run.config.batch_size // run.config.accumulate
+    return len(shape) > 1 and (batch in shape or shape[0] % batch == 0)
+
+
+def _plain(shape: Any) -> tuple[int, ...]:
+    """Without axes of length 1, which the compiler adds and drops."""
+    made = tuple(n for n in shape if n != 1)
+    return made if math.prod(made) > 1 else ()
