@@ -25,6 +25,8 @@ _FREE = frozenset(
 )  # fmt: skip
 #: Operations that read no more of their first operand than they return.
 _READS_A_PART = ("dynamic-slice", "slice", "gather")
+#: Inside a fusion these cost nothing and change no value's size.
+_RENAMES = ("bitcast", "copy", "reshape", "transpose")
 #: Passes of the bfloat16 units of a TPU for one product of float32 operands.
 _PASSES = {"highest": 6, "high": 3}
 _PLACED = re.compile(r"(\w+)\[([\d,<=]*)\](\{[^{}]*\})?")
@@ -173,45 +175,77 @@ def _fusion_bytes(module: Module, computation: Computation, op: Op) -> float:
     A fusion that ends in ``dynamic-update-slice`` changes its operand in place.
     """
     inner = module.computations[op.called("calls")]
-    total, updated = 0.0, set()
     roots, parts = [inner.root], [_placed(op)]
     if inner.root.opcode == "tuple":
         roots = [inner.ops[a] for a in inner.root.arguments]
         parts = [_placed_text(p.text) for p in op.type.parts]
+    total, updated = 0.0, set()
     for root, size in zip(roots, parts, strict=True):
-        source = _through(inner, root)
-        if source.opcode == "dynamic-update-slice":
-            updated.add(_through(inner, inner.ops[source.arguments[0]]).name)
-            size = min(size, sum(a.bytes for a in inner.ops[source.arguments[1]].type.arrays))
+        change = _update(module, inner, root)
+        if change:
+            size = min(size, change[0])
+            updated.add(change[1])
         total += size
-    users: dict[str, list[Op]] = {}
-    for other in inner.ops.values():
-        for argument in set(other.arguments):
-            users.setdefault(argument, []).append(other)
+    users = _users(inner)
     for parameter in inner.ops.values():
         if parameter.opcode != "parameter" or parameter.name in updated:
             continue
         size = _placed(computation.ops[op.arguments[int(parameter.literal)]])
-        total += min(size, _read_of(inner, parameter, users))
+        total += min(size, _read_of(module, inner, parameter, users))
     return total
 
 
-def _read_of(inner: Computation, value: Op, users: dict[str, list[Op]]) -> float:
+def _users(computation: Computation) -> dict[str, list[Op]]:
+    found: dict[str, list[Op]] = {}
+    for op in computation.ops.values():
+        for argument in set(op.arguments):
+            found.setdefault(argument, []).append(op)
+    return found
+
+
+def _read_of(module: Module, inner: Computation, value: Op, users: dict[str, list[Op]]) -> float:
     """Bytes of a fused value that are read: its slices, if nothing reads it whole."""
     total = 0.0
     for user in users.get(value.name, ()):
         if user.opcode in _READS_A_PART and user.arguments[0] == value.name:
             total += sum(a.bytes for a in user.type.arrays)
-        elif user.opcode in ("bitcast", "reshape", "copy"):
-            total += _read_of(inner, user, users)
+        elif user.opcode in _RENAMES:
+            total += _read_of(module, inner, user, users)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called("calls")]
+            below = _users(nested)
+            for parameter in _parameters(nested, user, value.name):
+                total += _read_of(module, nested, parameter, below)
         else:
             return math.inf
     return total
 
 
+def _parameters(nested: Computation, call: Op, argument: str) -> list[Op]:
+    """Parameters of a fused computation that stand for an argument of its call."""
+    places = {str(i) for i, a in enumerate(call.arguments) if a == argument}
+    return [p for p in nested.ops.values() if p.opcode == "parameter" and p.literal in places]
+
+
+def _update(module: Module, computation: Computation, op: Op) -> tuple[int, str] | None:
+    """Bytes that a result changes of a parameter in place, and which; None if it is made anew."""
+    op = _through(computation, op)
+    if op.opcode == "dynamic-update-slice":
+        target = _through(computation, computation.ops[op.arguments[0]]).name
+        change = computation.ops[op.arguments[1]].type.arrays
+        return sum(a.bytes for a in change), target
+    if op.opcode == "fusion":
+        nested = module.computations[op.called("calls")]
+        found = _update(module, nested, nested.root)
+        if found and nested.ops[found[1]].opcode == "parameter":
+            argument = op.arguments[int(nested.ops[found[1]].literal)]
+            return found[0], _through(computation, computation.ops[argument]).name
+    return None
+
+
 def _through(computation: Computation, op: Op) -> Op:
     """The operation behind those that only rename a value."""
-    while op.opcode in ("bitcast", "copy", "reshape") and op.arguments:
+    while op.opcode in _RENAMES and op.arguments:
         op = computation.ops[op.arguments[0]]
     return op
 
