@@ -156,7 +156,7 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
     )
     tx = make_optimizer(cfg.optim, schedule)
     specs = Specs(batch_size=cfg.batch_size, canvas=cfg.data.canvas)
-    abstract = abstract_state(objective, tx, specs, mesh, cfg.mesh.min_fsdp_size)
+    abstract = abstract_state(objective, tx, specs, mesh, cfg.mesh.min_fsdp_size, cfg.mesh.rules)
     store, fetch = None, None
     if cfg.data.cache == "device":
         store, fetch = device_store(pipeline.store or {}, mesh)

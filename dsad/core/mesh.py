@@ -1,14 +1,14 @@
-"""The device mesh with axes ("data", "fsdp"), and shardings of batches and parameters."""
+"""The device mesh with axes ("data", "fsdp"), and the placement of batches on it."""
 
 import dataclasses
 import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsad.core.errors import ConfigError
+from dsad.core.sharding import Rule, check_rules
 
 #: Batches are split over both axes; parameters over "fsdp" only.
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
@@ -16,11 +16,25 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices per axis; -1 takes what is left. ``min_fsdp_size``: smallest array to shard."""
+    """Devices per axis and who gets what.
+
+    Attributes:
+      data: devices that hold the same parts of the parameters; -1 takes what is left.
+      fsdp: devices that parameters, moments and teacher are split over.
+      min_fsdp_size: arrays of fewer elements stay whole, unless a rule says otherwise.
+      rules: pairs (regular expression over the path, spec), the first match wins over the automatic
+        choice of the largest axis; ``("blocks/fc1/kernel", "-,-,fsdp")``, see
+        ``core.sharding.parse_spec``.
+
+    """
 
     data: int = -1
     fsdp: int = 1
     min_fsdp_size: int = 2**18
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_rules(self.rules)
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -51,21 +65,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding that splits the leading axis over all devices."""
     return NamedSharding(mesh, BATCH_SPEC)
-
-
-def parameter_shardings(tree: Any, mesh: Mesh, min_size: int) -> Any:
-    """Shard every array of at least ``min_size`` elements over "fsdp" along its largest axis."""
-    parts = mesh.shape["fsdp"]
-
-    def rule(leaf: Any) -> NamedSharding:
-        shape = np.shape(leaf)
-        fitting = [a for a in range(len(shape)) if shape[a] % parts == 0]
-        if parts == 1 or math.prod(shape) < min_size or not fitting:
-            return replicated(mesh)
-        axis = max(fitting, key=lambda a: shape[a])
-        return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
-
-    return jax.tree.map(rule, tree)
 
 
 def split_samples(x: jax.Array) -> jax.Array:

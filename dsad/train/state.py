@@ -1,6 +1,7 @@
 """The training state and its placement on a mesh."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dsad.core.mesh import parameter_shardings
+from dsad.core.sharding import Rule, state_shardings
 from dsad.core.types import Objective, Specs
 
 
@@ -24,11 +25,22 @@ class TrainState:
 
 
 def abstract_state(
-    objective: Objective, tx: optax.GradientTransformation, specs: Specs, mesh: Mesh, min_size: int
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    specs: Specs,
+    mesh: Mesh,
+    min_size: int,
+    rules: Sequence[Rule] = (),
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without computing any of it."""
+    """Shapes, dtypes and shardings of the state, without computing any of it.
+
+    ``min_size`` and ``rules`` are those of ``core.mesh.MeshConfig``. Raises ConfigError for a rule
+    that does not fit.
+    """
     shapes = jax.eval_shape(lambda: _fresh(objective, tx, specs, jax.random.key(0)))
-    shardings = parameter_shardings(shapes, mesh, min_size)
+    others = {"step": shapes.step, "extra": shapes.extra, "opt_state": shapes.opt_state}
+    params, rest = state_shardings(shapes.params, others, mesh, min_size, rules)
+    shardings = TrainState(params=params, **rest)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )

@@ -1,0 +1,191 @@
+"""Where the arrays of a training state lie: rules by path, and an automatic rule for the rest."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsad.core.errors import ConfigError
+from dsad.core.tree import flatten, path_name
+
+#: A regular expression over paths, and one entry per axis of the arrays it matches.
+Rule = tuple[str, str | tuple[str, ...]]
+
+AXES = ("data", "fsdp")
+WHOLE = "whole"
+
+
+def parse_spec(spec: str | Sequence[str]) -> PartitionSpec | None:
+    """A spec as it is written in configs; None for "whole", which fits arrays of any rank.
+
+    One entry per axis of the array, ``("-", "-", "fsdp")`` or in one text ``"-,-,fsdp"``: "-" keeps
+    the axis in one piece, "data", "fsdp" or "data+fsdp" splits it over these axes of the mesh.
+    Raises ConfigError for anything else.
+    """
+    if spec == WHOLE or tuple(spec) == (WHOLE,):
+        return None
+    entries = [e.strip() for e in (spec.split(",") if isinstance(spec, str) else spec)]
+    parts = [() if e == "-" else tuple(e.split("+")) for e in entries]
+    used = [axis for part in parts for axis in part]
+    if set(used) - set(AXES) or len(set(used)) < len(used) or not parts:
+        raise ConfigError(
+            f"expected one entry per axis of the array, '-' or each of {AXES} at most once (both "
+            f"on one axis as 'data+fsdp'), such as '-,-,fsdp', or 'whole'; found {spec!r}."
+        )
+    return PartitionSpec(*(p[0] if len(p) == 1 else p or None for p in parts))
+
+
+def check_rules(rules: Sequence[Rule]) -> None:
+    """Refuse rules whose pattern or spec cannot be read, naming the rule."""
+    for i, (pattern, spec) in enumerate(rules):
+        try:
+            re.compile(pattern)
+            parse_spec(spec)
+        except (re.error, ConfigError) as error:
+            raise ConfigError(f"mesh.rules[{i}] {(pattern, spec)!r}: {error}") from error
+
+
+def automatic(shape: tuple[int, ...], mesh: Mesh, min_size: int) -> NamedSharding:
+    """Split over "fsdp" along the largest axis that it divides, from ``min_size`` elements on."""
+    parts = mesh.shape["fsdp"]
+    fitting = [a for a in range(len(shape)) if shape[a] % parts == 0]
+    if parts == 1 or math.prod(shape) < min_size or not fitting:
+        return NamedSharding(mesh, PartitionSpec())
+    axis = max(fitting, key=lambda a: shape[a])
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+
+
+def state_shardings(
+    params: Any, others: Any, mesh: Mesh, min_size: int, rules: Sequence[Rule] = ()
+) -> tuple[Any, Any]:
+    """Shardings of the parameters, and of the other arrays of a training state.
+
+    The first rule whose pattern is found in a parameter's path wins over the automatic rule. An
+    array among the others whose path ends in a parameter's path and that has its shape (moments
+    of the optimiser, the teacher's copy) lies as the parameter does. What has no such parameter
+    (a frozen encoder, a queue) follows the rules by its own path.
+
+    Args:
+      params: arrays or their shapes.
+      others: likewise, a tree of groups such as ``{"extra": ..., "opt_state": ...}``.
+      mesh: with the axes "data" and "fsdp".
+      min_size: elements from which on the automatic rule splits.
+      rules: pairs (pattern, spec), see ``parse_spec``.
+
+    Raises:
+      ConfigError: for a rule that matches nothing, or whose spec does not fit what it matches,
+        naming the rule, the path, its shape and the axis.
+
+    """
+    check_rules(rules)
+    used: set[int] = set()
+
+    def place(path: str, leaf: Any) -> NamedSharding:
+        for i, (pattern, spec) in enumerate(rules):
+            if re.search(pattern, path):
+                used.add(i)
+                return _ruled(path, np.shape(leaf), parse_spec(spec), mesh, f"[{i}] {pattern!r}")
+        return automatic(np.shape(leaf), mesh, min_size)
+
+    made = jax.tree.map_with_path(lambda p, x: place(path_name(p), x), params)
+    shapes = {path: np.shape(x) for path, x in flatten(params).items()}
+    homes = flatten(made)
+
+    def follow(keys: Any, leaf: Any) -> NamedSharding:
+        path = path_name(keys)
+        own = _parameter_of(path, shapes)
+        return homes[own] if own and shapes[own] == np.shape(leaf) else place(path, leaf)
+
+    rest = jax.tree.map_with_path(follow, others)
+    if missed := [i for i in range(len(rules)) if i not in used]:
+        known = sorted(homes, key=lambda p: -math.prod(shapes[p]))[:5]
+        raise ConfigError(
+            "; ".join(f"config.mesh.rules[{i}] {rules[i][0]!r} matches no array" for i in missed)
+            + f" or an earlier rule takes them all. The largest parameters: {', '.join(known)}."
+        )
+    return made, rest
+
+
+def _parameter_of(path: str, known: Mapping[str, Any]) -> str:
+    """The longest parameter path that ``path`` ends in, "" if there is none."""
+    parts = path.split("/")
+    tails = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((t for t in tails if t in known), "")
+
+
+def _ruled(
+    path: str, shape: tuple[int, ...], spec: PartitionSpec | None, mesh: Mesh, rule: str
+) -> NamedSharding:
+    if spec is None:
+        return NamedSharding(mesh, PartitionSpec())
+    if len(spec) != len(shape):
+        raise ConfigError(
+            f"config.mesh.rules{rule}: {path} has the shape {shape}, so the spec needs "
+            f"{len(shape)} entries (or 'whole'); found {len(spec)}."
+        )
+    for axis, entry in enumerate(spec):
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        parts = math.prod(mesh.shape[n] for n in names)
+        if shape[axis] % parts:
+            raise ConfigError(
+                f"config.mesh.rules{rule}: {path} has the shape {shape}; its axis {axis} of "
+                f"{shape[axis]} cannot be split over {'+'.join(names)} of {parts} devices."
+            )
+    return NamedSharding(mesh, spec)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How a tree of arrays lies on a mesh.
+
+    Attributes:
+      split, whole: number of arrays that are split over devices, and that each device holds whole.
+      split_elements, whole_elements: of these arrays.
+      total_bytes: of all arrays, once.
+      device_bytes: what each device holds of them.
+
+    """
+
+    split: int
+    whole: int
+    split_elements: int
+    whole_elements: int
+    total_bytes: int
+    device_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.split} arrays split ({_short(self.split_elements)}), {self.whole} whole "
+            f"({_short(self.whole_elements)}); {self.device_bytes / 1e6:,.1f} of "
+            f"{self.total_bytes / 1e6:,.1f} MB on each device"
+        )
+
+
+def placement(tree: Any) -> Placement:
+    """Counts of arrays, or shapes with shardings, such as ``abstract.params``."""
+    leaves = jax.tree.leaves(tree)
+    whole = [x.sharding.is_fully_replicated for x in leaves]
+
+    def of(value: bool) -> list[int]:
+        return [math.prod(x.shape) for x, w in zip(leaves, whole, strict=True) if w == value]
+
+    size = [x.dtype.itemsize for x in leaves]
+    held = [math.prod(x.sharding.shard_shape(x.shape)) for x in leaves]
+    return Placement(
+        split=len(of(False)), whole=len(of(True)),
+        split_elements=sum(of(False)), whole_elements=sum(of(True)),
+        total_bytes=sum(math.prod(x.shape) * s for x, s in zip(leaves, size, strict=True)),
+        device_bytes=sum(n * s for n, s in zip(held, size, strict=True)),
+    )  # fmt: skip
+
+
+def _short(count: int) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return str(count)
