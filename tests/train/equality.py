@@ -1,0 +1,109 @@
+"""One step of an objective on any mesh: its loss, gradients and hard choices, for comparison."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dsad.core import config as core_config
+from dsad.core.mesh import place_batch, replicated
+from dsad.core.tree import flatten
+from dsad.objectives import ds2
+from dsad.objectives._dense import positive_pairs
+from dsad.train.state import TrainState, abstract_state
+from dsad.train.step import make_step
+from tests.contracts.test_objectives import NAMES, RUN, SMALL, SPECS, batch, perturbed
+
+#: Small enough that the small networks are really split.
+MIN_SIZE = 64
+#: Compiling takes most of the time here, running none.
+QUICK: Any = {"xla_backend_optimization_level": "0"}
+#: Two stages compile in half the time, and have more cells to choose among.
+CHANGES = {"ds2": {"layers": ("layer1", "layer2")}}
+__all__ = ["CHANGES", "MIN_SIZE", "NAMES", "QUICK", "assert_equal", "one_step", "parts", "recorded"]
+
+
+class Found(NamedTuple):
+    """What one step gave, on the host."""
+
+    loss: np.ndarray
+    grads: dict
+    extra: dict
+    choices: dict
+
+
+def keep_gradients():
+    """An optimiser that leaves the parameters alone and keeps the gradient as its state."""
+    return optax.GradientTransformation(
+        lambda params: {"kept": jax.tree.map(jnp.zeros_like, params)},
+        lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), {"kept": grads}),
+    )
+
+
+class RecordedDS2(ds2.DS2):
+    """DS2 whose scalars also hold the pairs it chose, (2, b, S², S²) bool at each stage."""
+
+    def _scale(self, queries, maps, keys, key_maps, boxes):
+        total, monitors = super()._scale(queries, maps, keys, key_maps, boxes)
+        pairs = [
+            positive_pairs(
+                maps[q::2], key_maps[k::2], boxes[q], boxes[k], threshold=self.cfg.threshold,
+                top1=self.cfg.top1, similarity=self.cfg.top1_similarity,
+            )[0]
+            for q, k in ((0, 1), (1, 0))
+        ]  # fmt: skip
+        return total, {**monitors, "chosen": jnp.stack(pairs)}
+
+
+@functools.cache
+def recorded(name):
+    """The objective, perturbed parameters and extra as host arrays."""
+    module = core_config.resolve("objectives", name)
+    config = module.Config(**{**SMALL[name], **CHANGES.get(name, {})})
+    made = RecordedDS2(config, RUN) if name == "ds2" else module.build(config, RUN)
+    return made, *jax.device_get(perturbed(made))
+
+
+def parts(name, mesh, min_size=MIN_SIZE, accumulate=1, rules=()):
+    """Step and abstract state of an objective on a mesh."""
+    objective, params, extra = recorded(name)
+    tx = keep_gradients()
+    abstract = abstract_state(objective, tx, SPECS, mesh, min_size, rules)
+    step = make_step(
+        objective, tx, lambda n: jnp.float32(0), abstract, mesh=mesh, seed=5, accumulate=accumulate
+    )
+    values = TrainState(
+        step=np.int32(3), params=params, extra=extra, opt_state=jax.device_get(tx.init(params))
+    )
+    return step, abstract, values
+
+
+def one_step(name, mesh, min_size=MIN_SIZE, accumulate=1, rows=slice(None)):
+    """Run it from the same state and batch; ``rows`` of the batch are this process's."""
+    step, abstract, values = parts(name, mesh, min_size, accumulate)
+    state = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), values, abstract)
+    inputs = place_batch(jax.tree.map(lambda x: x[rows], batch()), mesh)
+    state, scalars = step.lower(state, inputs, None).compile(QUICK)(state, inputs, None)
+    out = {"grads": state.opt_state["kept"], "extra": state.extra, "scalars": scalars}
+    # Every process needs a whole copy to bring it to its host.
+    out = jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(out))
+    chosen = {k: v for k, v in out["scalars"].items() if k.startswith("chosen")}
+    return Found(out["scalars"]["loss"], flatten(out["grads"]), flatten(out["extra"]), chosen)
+
+
+def assert_equal(one, other, loss=1e-6, gradient=1e-4):
+    """Equal choices; then loss, gradients (against the largest of all) and batch statistics."""
+    assert one.choices.keys() == other.choices.keys()
+    for name, values in one.choices.items():
+        np.testing.assert_array_equal(values, other.choices[name], err_msg=name)
+    np.testing.assert_allclose(other.loss, one.loss, rtol=0, atol=loss)
+    largest = max(np.abs(g).max() for g in one.grads.values())
+    assert one.grads.keys() == other.grads.keys()
+    for path, values in one.grads.items():
+        difference = np.abs(values - other.grads[path]).max()
+        assert difference <= gradient * largest, (path, difference, largest)
+    for path, values in one.extra.items():
+        np.testing.assert_allclose(other.extra[path], values, rtol=1e-5, atol=1e-6, err_msg=path)
