@@ -26,7 +26,7 @@ from dsad.data import base as data_base
 from dsad.data import facts as image_facts
 from dsad.data.pipeline import Pipeline, make_pipeline
 from dsad.models import pretrained
-from dsad.train.cache import device_store
+from dsad.train.cache import device_store, rows_here
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.log import Clock, Work
 from dsad.train.loop import Loop, train
@@ -133,6 +133,10 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
         classes=len({r.category for r in source.records}),
     )
     objective = module.build(method, info)
+    facts = image_facts.check(getattr(objective, "facts", ()))  # optional, of each image
+    on_device, rows = cfg.data.cache == "device", None
+    if on_device and distributed.count() > 1:
+        rows = rows_here(stored_shapes(len(source), cfg.data.canvas, facts), mesh)
     read = functools.partial(
         make_pipeline,
         source,
@@ -142,7 +146,8 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
         seed=cfg.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        facts=getattr(objective, "facts", ()),  # optional: what it wants to know of each image
+        facts=facts,
+        rows=rows,
         workers=cfg.data.workers,
         prefetch=cfg.data.prefetch,
         progress=progress,
@@ -158,8 +163,9 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
     specs = Specs(batch_size=cfg.batch_size, canvas=cfg.data.canvas)
     abstract = abstract_state(objective, tx, specs, mesh, cfg.mesh.min_fsdp_size, cfg.mesh.rules)
     store, fetch = None, None
-    if cfg.data.cache == "device":
+    if on_device:
         store, fetch = device_store(pipeline.store or {}, mesh)
+        pipeline = dataclasses.replace(pipeline, store=None)  # one copy is enough
     step = make_step(
         objective, tx, schedule, abstract, mesh=mesh, seed=cfg.seed, fetch=fetch,
         accumulate=cfg.accumulate,
@@ -168,6 +174,20 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
         config=cfg, objective=objective, mesh=mesh, pipeline=pipeline, info=info, specs=specs,
         tx=tx, schedule=schedule, abstract=abstract, step=step, store=store, fetch=fetch,
     )  # fmt: skip
+
+
+def stored_shapes(samples: int, canvas: int, facts: Any = ()) -> dict[str, Any]:
+    """Shapes of what the pipeline stores for so many samples: a batch without index and epoch."""
+    number = jax.ShapeDtypeStruct((samples,), jnp.int32)
+    return {
+        "image": jax.ShapeDtypeStruct((samples, canvas, canvas, 3), jnp.uint8),
+        "size": jax.ShapeDtypeStruct((samples, 2), jnp.int32),
+        "category": number,
+        "facts": {
+            name: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype)
+            for name, a in image_facts.empty(facts, 1).items()
+        },
+    }
 
 
 def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Run:
@@ -226,14 +246,10 @@ def _pretrain(run: Run, path: epath.Path, out: Console, resume: bool, source: An
 
 def _work(run: Run) -> Work:
     """What an image costs the model, and what a device could do."""
-    side, count = run.config.data.canvas, run.info.batch_size
-    facts = image_facts.empty(getattr(run.objective, "facts", ()), count)
+    count, facts = run.info.batch_size, getattr(run.objective, "facts", ())
     number = jax.ShapeDtypeStruct((count,), jnp.int32)
-    batch = {
-        "image": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8),
-        "size": jax.ShapeDtypeStruct((count, 2), jnp.int32),
-        "index": number, "epoch": number, "category": number, "facts": facts,
-    }  # fmt: skip
+    batch = stored_shapes(count, run.config.data.canvas, facts)
+    batch |= {"index": number, "epoch": number}
     chip = chip_of(jax.devices()[0])
     params, extra = run.abstract.params, run.abstract.extra
     return Work(

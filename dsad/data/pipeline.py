@@ -1,9 +1,9 @@
 """The input pipeline: canvases, one global sample order, resumable batches of host arrays.
 
-The order is a grain MapDataset over range(N): seeded, shuffled anew every epoch, repeated, cut by
-process last. It is the same in all cache modes, for any number of worker processes and of training
-processes, and so is the position that a checkpoint keeps: the number of the next batch. The only
-module that knows grain, imported when a pipeline is made because that takes seconds.
+The order is a grain MapDataset over range(N): seeded, shuffled anew every epoch, repeated, batched,
+cut by process last. It is the same in all cache modes, for any number of worker processes and of
+training processes, and so is the position that a checkpoint keeps: the number of the next batch.
+The only module that knows grain, imported when a pipeline is made because that takes seconds.
 """
 
 import contextlib
@@ -98,23 +98,29 @@ def _fill(arrays: dict[str, Any], row: int, reader: Reader, index: int) -> None:
 
 
 def canvases(
-    source: Source, side: int, *, facts: Sequence[str] = (), progress: Progress | None = None
+    source: Source,
+    side: int,
+    *,
+    facts: Sequence[str] = (),
+    rows: Sequence[int] | np.ndarray | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """All samples of a source as arrays, decoded by threads.
 
     ``image`` (N, side, side, 3) uint8, ``size`` (N, 2) int32 valid height and width, ``category``
     (N,) int32 position in the sorted names of the source's categories, ``facts``: a dict of arrays
     (N, ...), those of ``dsad.data.facts`` that are asked for, of the images before they are
-    scaled. Raises DataError naming the first file that cannot be read.
+    scaled. Only ``rows`` are read, if given; the others stay zero, which costs no memory where the
+    system gives pages on first use. Raises DataError naming the first file that cannot be read.
     """
-    total, reader = len(source), _reader(source, side, facts)
-    arrays = _arrays(total, side, facts)
+    reader, arrays = _reader(source, side, facts), _arrays(len(source), side, facts)
+    rows = range(len(source)) if rows is None else [int(row) for row in rows]
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
-            placed = pool.map(lambda i: _fill(arrays, i, reader, i), range(total))
+            placed = pool.map(lambda i: _fill(arrays, i, reader, i), rows)
             for done, _ in enumerate(placed, start=1):
                 if progress is not None:
-                    progress(done, total, "decoding images")
+                    progress(done, len(rows), "decoding images")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -299,6 +305,7 @@ def make_pipeline(
     process_index: int = 0,
     process_count: int = 1,
     facts: Sequence[str] = (),
+    rows: Sequence[int] | np.ndarray | None = None,
     workers: int = 0,
     prefetch: int = 2,
     progress: Progress | None = None,
@@ -309,8 +316,10 @@ def make_pipeline(
     (B, canvas, canvas, 3) uint8, ``size`` (B, 2) and ``category`` (B,) int32, and ``facts``, a dict
     of arrays (B, ...) with the named facts of ``dsad.data.facts``, found once per image (by every
     worker); with "device" the caller gathers from ``store`` by index. Batches run across the ends
-    of epochs, nothing is dropped. Process p of P takes the elements p, p + P, ... of the global
-    order. With cache "none", ``workers`` processes decode; ``prefetch`` batches are kept ready.
+    of epochs, nothing is dropped. Process p of P takes the p-th of P equal parts of every batch, so
+    that the global batch is the same array for any number of processes. Of the store only ``rows``
+    are read, if given. With cache "none", ``workers`` processes decode; ``prefetch`` batches are
+    kept ready.
     """
     import grain
 
@@ -325,7 +334,7 @@ def make_pipeline(
         threads = max(1, _THREADS // max(1, workers))
         batches = _Stream(_reader(source, canvas, facts), canvas, facts, threads)
     else:
-        store = canvases(source, canvas, facts=facts, progress=progress)
+        store = canvases(source, canvas, facts=facts, rows=rows, progress=progress)
         batches = _Store(store)
     category = _category_ids(source)
 
@@ -337,7 +346,9 @@ def make_pipeline(
         return {**batch, **batches.batch(index), "category": category[index]}
 
     order = grain.MapDataset.range(samples).seed(seed).shuffle().repeat().map_with_index(number)
-    order = order[process_index::process_count].batch(batch_size // process_count)
+    part = batch_size // process_count
+    own = slice(process_index * part, (process_index + 1) * part)
+    order = order.batch(batch_size).map(lambda batch: {k: v[own] for k, v in batch.items()})
     if cache != "device":
         order = order.map(with_images)
     # Images are spread over the threads of a batch; a second batch in the making fills the gap

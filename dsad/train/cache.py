@@ -50,11 +50,30 @@ def device_store(
     places, fetch = abstract_store(host, mesh, replicate_below=replicate_below)
 
     def put(array: Any, place: jax.ShapeDtypeStruct) -> jax.Array:
-        more = place.shape[0] - len(array)
-        filled = np.pad(array, [(0, more)] + [(0, 0)] * (array.ndim - 1)) if more else array
-        return jax.device_put(filled, place.sharding)
+        # By shard: every process touches the rows of its own devices only, and nothing is
+        # compared or copied between processes.
+        return jax.make_array_from_callback(
+            place.shape, place.sharding, lambda where: _filled(array, where)
+        )
 
     return jax.tree.map(put, host, places), fetch
+
+
+def rows_here(shapes: Any, mesh: Mesh, *, replicate_below: int = REPLICATE_BELOW) -> np.ndarray:
+    """Which rows of arrays (N, ...) this process's devices will hold, in ascending order."""
+    places, _ = abstract_store(shapes, mesh, replicate_below=replicate_below)
+    count, place = jax.tree.leaves(shapes)[0].shape[0], jax.tree.leaves(places)[0]
+    owned = place.sharding.addressable_devices_indices_map(place.shape).values()
+    held = {row for where in owned for row in range(*where[0].indices(place.shape[0]))}
+    return np.asarray(sorted(row for row in held if row < count), np.int64)
+
+
+def _filled(array: np.ndarray, where: tuple[slice, ...]) -> np.ndarray:
+    """The rows of a shard, of which the last may lie behind the end: zeros."""
+    start, stop = where[0].start or 0, where[0].stop
+    found = array[start:stop]
+    more = (len(found) if stop is None else stop - start) - len(found)
+    return np.pad(found, [(0, more)] + [(0, 0)] * (array.ndim - 1)) if more else found
 
 
 def _take(store: Any, index: jax.Array) -> Any:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dsad.cli.main import main
+from dsad.launch_local import free_port
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.writer import read_metrics
 from tests.helpers import alone, dsad
@@ -107,6 +108,46 @@ def test_a_failure_of_one_process_ends_all_with_its_message(tmp_path, images, ca
         told = [line for line in out.splitlines() if line.startswith(f"[{number}] error:")]
         assert len(told) == 1, out
         assert "a/07.png: [K8] cannot be decoded" in told[0]
+
+
+SPLIT_STORE = """
+import sys
+import jax
+import numpy as np
+from dsad.core import distributed
+from dsad.core.mesh import MeshConfig, make_mesh, place_batch
+from dsad.train.cache import device_store, rows_here
+
+distributed.start(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+mesh = make_mesh(MeshConfig())
+whole = np.random.default_rng(0).integers(0, 256, (13, 5, 5, 3)).astype(np.uint8)
+own = rows_here({"image": whole}, mesh, replicate_below=0)
+assert own.tolist() == [list(range(8)), list(range(8, 13))][distributed.index()]
+known = np.zeros_like(whole)
+known[own] = whole[own]
+store, fetch = device_store({"image": known}, mesh, replicate_below=0)
+index = np.array([12, 0, 7, 8, 3, 3, 11, 1], np.int32)
+mine = index[4 * distributed.index() :][:4]
+batch = jax.jit(fetch)(store, place_batch({"index": mine, "epoch": mine}, mesh))["image"]
+for shard in batch.addressable_shards:
+    np.testing.assert_array_equal(shard.data, whole[index[shard.index[0]]])
+"""
+
+
+@pytest.mark.multihost
+def test_a_split_store_needs_of_each_process_its_own_rows():
+    port = free_port()
+    environment = {**alone(), "JAX_NUM_CPU_DEVICES": "2"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SPLIT_STORE, f"localhost:{port}", str(i)], env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for process in running:
+        code, out = finished(process)
+        assert code == 0, out
 
 
 @pytest.mark.slow

@@ -73,7 +73,9 @@ def test_agrees_with_xla_without_loops():
 
 def module(*lines):
     """A module whose entry has these instructions."""
-    return "\n".join(["HloModule m, num_partitions=1", "", "ENTRY %main () -> f32[] {", *lines, "}"])
+    return "\n".join(
+        ["HloModule m, num_partitions=1", "", "ENTRY %main () -> f32[] {", *lines, "}"]
+    )
 
 
 def test_products_of_a_tpu_are_convolutions_over_holes():

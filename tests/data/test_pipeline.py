@@ -248,7 +248,7 @@ def test_checkpoint_through_orbax(tmp_path):
 
 @pytest.mark.parametrize("cache", ["device", "none"])
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_interleave_to_the_one_stream(cache, count):
+def test_the_parts_of_the_processes_make_the_one_stream(cache, count):
     whole = take(pipeline(cache, batch_size=8, facts=FACTS).iterator(), 6)
     parts = [
         take(
@@ -261,8 +261,17 @@ def test_processes_interleave_to_the_one_stream(cache, count):
     ]
     for step, batch in enumerate(map(leaves, whole)):
         for name in batch:
-            pieces = np.stack([leaves(part[step])[name] for part in parts], 1)
-            np.testing.assert_array_equal(pieces.reshape(batch[name].shape), batch[name])
+            pieces = np.concatenate([leaves(part[step])[name] for part in parts])
+            np.testing.assert_array_equal(pieces, batch[name])
+
+
+def test_a_store_of_some_rows_leaves_the_others_unread():
+    whole = pipeline("device", facts=FACTS).store
+    some = pipeline("device", facts=FACTS, rows=[1, 4]).store
+    for name, values in leaves(some).items():
+        if name != "category":  # of the index, no image is read for it
+            np.testing.assert_array_equal(values[[1, 4]], leaves(whole)[name][[1, 4]])
+            assert not values[[0, 2, 3]].any()
 
 
 def test_refused_settings():

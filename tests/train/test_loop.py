@@ -14,7 +14,7 @@ import pytest
 from dsad.core.errors import ConfigError, NonFiniteError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.types import Specs
-from dsad.train.cache import device_store
+from dsad.train.cache import device_store, rows_here
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.loop import Loop, train
 from dsad.train.state import TrainState, abstract_state, initial_state
@@ -177,6 +177,7 @@ def test_device_store_returns_the_asked_rows(limit, shape):
     }
     index = g.integers(0, 13, 16).astype(np.int32)
     inputs = place_batch({"index": index, "epoch": np.zeros(16, np.int32)}, mesh)
+    np.testing.assert_array_equal(rows_here(host, mesh, replicate_below=limit), np.arange(13))
     store, fetch = device_store(host, mesh, replicate_below=limit)
     batch = jax.jit(fetch)(store, inputs)
     for name, values in host.items():
