@@ -58,7 +58,8 @@ def _take(
     text = json.dumps({"command": command, "config": config}, indent=2) + "\n"
     if path.exists() and not path.is_dir():
         raise WorkdirError(f"--workdir={workdir}: expected a directory, found a file.")
-    if path.exists() and any(path.iterdir()):
+    # A kill while the config was first written leaves nothing that would be worth keeping.
+    if path.exists() and any(p.name != f"{CONFIG}.writing" for p in path.iterdir()):
         if resume:
             _check_same(path, text)
             paths.write_whole(path / CONFIG, text)
