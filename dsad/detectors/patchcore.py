@@ -265,7 +265,11 @@ def _unfolded(features: jax.Array, size: int) -> jax.Array:
 
 
 def _weight(
-    cell: jax.Array, state: Tree, row: jax.Array, neighbours: int, mesh: jax.sharding.Mesh | None
+    cell: jax.Array,
+    state: Tree,
+    row: jax.Array,
+    neighbours: int,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
     """Eq. 7's factor (b,) for worst cells (b, d) with nearest bank rows ``row`` (b,).
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dsad.core import distributed
@@ -56,7 +55,10 @@ class Hosts:
         )
 
     def total(self, values: Any) -> np.ndarray:
-        """Sums over the processes, element by element, of int64 or float64 arrays of one shape."""
+        """Sums over the processes, element by element, of arrays of one shape and dtype.
+
+        Exact for integers that fit the dtype; memory beyond the arrays as in ``to_main``.
+        """
         values = np.asarray(values)
         if not self.several:
             return values
@@ -85,11 +87,11 @@ class Hosts:
         """
         if not self.several:
             return dict(arrays)
-        mine = {k: np.ascontiguousarray(a) for k, a in arrays.items()}
+        mine = dict(arrays)
         heads = distributed.gather_objects([[k, a.shape, a.dtype.str] for k, a in mine.items()])
         sizes = [sum(_bytes(shape, dtype) for _, shape, dtype in head) for head in heads]
         # Those of process 0 are there already.
-        own = [] if self.main else [a.reshape(-1).view(np.uint8) for a in mine.values()]
+        own = [] if self.main else [_raw(a) for a in mine.values()]
         data = np.concatenate(own) if own else np.zeros(0, np.uint8)
         step = max(LEAST, BYTES // distributed.count())
         pieces: list[list[np.ndarray]] = [[] for _ in heads]
@@ -124,7 +126,8 @@ class Hosts:
                 "the processes fitted detectors of different shapes to the same features. Are "
                 "their machines and versions of one kind?"
             )
-        whole = [np.asarray(multihost_utils.broadcast_one_to_all(x)) for x in leaves]
+        sent = [self.total(_raw(x) if self.main else np.zeros_like(_raw(x))) for x in leaves]
+        whole = [s.view(x.dtype).reshape(x.shape) for s, x in zip(sent, leaves, strict=True)]
         return jax.tree.unflatten(structure, whole)
 
     def same(self, leaves: Sequence[np.ndarray]) -> bool:
@@ -134,7 +137,7 @@ class Hosts:
         digest = hashlib.sha256()
         for leaf in leaves:
             digest.update(f"{leaf.shape} {leaf.dtype} ".encode())
-            digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+            digest.update(_raw(leaf).data)
         return len(set(distributed.gather_objects(digest.hexdigest()))) == 1
 
 
@@ -144,6 +147,10 @@ ALONE = Hosts()
 
 def _padded(size: int) -> int:
     return max(LEAST, 1 << max(0, size - 1).bit_length())
+
+
+def _raw(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _bytes(shape: Sequence[int], dtype: str) -> int:

@@ -121,7 +121,7 @@ EXTRA = {
 CASES = (*DETECTORS, *EXTRA)
 
 
-def evaluated(case, folder, broken=""):
+def evaluated(case, folder, broken="", devices=None):
     """Run one case; process 0 writes its results."""
     name, _, way = case.partition(":")
     options = dict(EXTRA.get(case, {}))
@@ -135,9 +135,10 @@ def evaluated(case, folder, broken=""):
         sigma=0.0 if name == "isstad" else 1.0,
         method="streaming" if way == "streaming" else "exact", **options,
     )  # fmt: skip
+    weights = np.random.default_rng(0).normal(size=(3, 16))
     found = localize(
-        Backbone(jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)),
-        detector, Images(broken), config, mesh=make_mesh(MeshConfig()), key=jax.random.key(1),
+        Backbone(jnp.asarray(weights, jnp.float32)), detector, Images(broken), config,
+        mesh=make_mesh(MeshConfig(), devices), key=jax.random.key(1),
         folder=folder, progress=(lambda *_: None) if distributed.is_main() else None, **several,
     )  # fmt: skip
     if distributed.is_main():
@@ -148,10 +149,11 @@ def evaluated(case, folder, broken=""):
 def main():
     """``hosts_worker FOLDER BROKEN PROCESS PROCESSES PORT CASE ...``."""
     folder, broken, index, count, port, *cases = sys.argv[1:]
-    if int(count) > 1:
-        distributed.start(
-            coordinator=f"localhost:{port}", num_processes=int(count), process_id=int(index)
-        )
+    jax.config.update("jax_default_matmul_precision", "highest")  # as in the tests' process
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    distributed.start(
+        coordinator=f"localhost:{port}", num_processes=int(count), process_id=int(index)
+    )
     for case in cases:
         try:
             found = evaluated(case, pathlib.Path(folder, case), broken)

@@ -1,6 +1,8 @@
 """Thresholds: the quantiles, their guarantee, the rates they achieve, and that no test image
 enters."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -63,7 +65,7 @@ def test_rates_are_counted_on_the_test_images():
     assert (found["pixel_false_alarms"], found["pixel_recall"]) == (0.5, 0.5)
     assert found["image_bound"] == 0.5
     with pytest.raises(MetricError, match="expected annotated defect pixels"):
-        thresholds.measure(scored._replace(masks=[~mask & mask] * 3), normal, 0.5)
+        thresholds.measure(dataclasses.replace(scored, masks=[~mask & mask] * 3), normal, 0.5)
 
 
 def test_thresholds_come_from_held_out_training_images_alone():
