@@ -29,7 +29,7 @@
 #   SSH_FLAGS           more flags for gcloud's ssh and scp, for example --internal-ip
 #   REPOSITORY          where the workers clone dsad from; without it this checkout is copied
 #   REVISION            commit, tag or branch of either (HEAD)
-#   EXTRAS              pip extras (tpu)
+#   EXTRAS              pip extras (tpu,gcs)
 #   PYTHON_VERSION      Python on the workers (3.12)
 #   SETUP               command line that every worker runs after the installation, to bring data:
 #                       "mkdir -p ~/mvtec && gcloud storage rsync -r gs://BUCKET/mvtec ~/mvtec"
@@ -172,7 +172,7 @@ wait_() {
 
 install() {
   local setup
-  setup=$(printf '%q %q' "${EXTRAS:-tpu}" "${PYTHON_VERSION:-3.12}")
+  setup=$(printf '%q %q' "${EXTRAS:-tpu,gcs}" "${PYTHON_VERSION:-3.12}")
   setup="bash ~/dsad/launch/worker.sh install $setup${SETUP:+ && $SETUP}"
   if [[ -n ${REPOSITORY:-} ]]; then
     on_worker all "rm -rf ~/dsad && git clone --quiet $(printf '%q' "$REPOSITORY") ~/dsad && \

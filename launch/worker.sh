@@ -2,7 +2,7 @@
 # One worker of a slice, or any machine reached by ssh: installs dsad, and starts, watches and stops
 # a command there that goes on when the connection ends. tpu_vm.sh calls it on every worker.
 #
-#   bash ~/dsad/launch/worker.sh install [EXTRAS [PYTHON]]   a virtual environment (tpu, 3.12)
+#   bash ~/dsad/launch/worker.sh install [EXTRAS [PYTHON]]   an environment (tpu,gcs and 3.12)
 #   bash ~/dsad/launch/worker.sh start pretrain --config=... dsad with these arguments, detached
 #   bash ~/dsad/launch/worker.sh status                      one line, see below
 #   bash ~/dsad/launch/worker.sh log [LINES]                 the end of the log (20 lines)
@@ -41,7 +41,7 @@ alive() {
 }
 
 install() {
-  local extras=${1:-tpu} python=${2:-3.12}
+  local extras=${1:-tpu,gcs} python=${2:-3.12}
   # The images bring an older Python than dsad needs; uv fetches the one that is asked for.
   python3 -m pip install --quiet --user --upgrade uv
   python3 -m uv venv --quiet --clear --python "$python" "$environment"

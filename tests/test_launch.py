@@ -149,7 +149,9 @@ def documented() -> list[list[str]]:
     for path in sorted(LAUNCH.rglob("*")):
         if path.is_file() and path.suffix != ".pyc":
             text = re.sub(r"\\\n#? *", "", path.read_text())
-            for match in re.finditer(r"\b(pretrain|evaluate|plan)((?: --[\w.-]+(?:=\S+)?)+)", text):
+            for match in re.finditer(
+                r"\b(pretrain|evaluate|plan|prepare)((?: --[\w.-]+(?:=\S+)?)+)", text
+            ):
                 if "..." not in match[0]:
                     found.append(shlex.split(match[0].rstrip("`")))
     return found
@@ -169,7 +171,7 @@ def test_keys_in_the_table_of_faults_exist(monkeypatch):
     assert len(keys) >= 5
     for key in keys:
         method = "mae" if "remat" in key else "ds2"
-        parse(["pretrain", f"--config=configs/{method}.py", key], monkeypatch)
+        parse(["pretrain", f"--config=configs/{method}.py", *key.split()], monkeypatch)
 
 
 def test_the_walk_through(bench, monkeypatch):
