@@ -3,12 +3,14 @@
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from tests.data import trees
-from tests.helpers import ROOT, dsad
+from tests.helpers import ROOT, alone
 from tests.models.test_models import fold, torch_names
 
 TEXT = (ROOT / "README.md").read_text()
@@ -35,6 +37,17 @@ SHORT = {
         "--config.objective.decoder.width=24", "--config.objective.side=32",
     ],
     "evaluate": ["--config.evaluation.image_size=32", "--config.evaluation.batch_size=4"],
+    # Compiling for a slice needs libtpu and minutes: tests of its own do that.
+    "plan": ["--topology=local", "--cache=off", "--config.mesh.fsdp=1"],
+    "plan --config=configs/mae_imagenet.py": [
+        "--config.batch_size=4", "--config.data.canvas=32",
+        "--config.objective.encoder.width=64", "--config.objective.encoder.depth=2",
+        "--config.objective.decoder.width=64", "--config.objective.decoder.depth=1",
+    ],
+    "plan --config=configs/mae.py": [
+        "--config.objective.encoder.width=24", "--config.objective.encoder.depth=1",
+        "--config.objective.decoder.width=24", "--config.objective.decoder.depth=1",
+    ],
     "bench step": ["--rounds=1", "--config.batch_size=4"],
     "bench step --config=configs/ds2.py": ["--config.objective.hidden=8"],
     "bench neighbors": ["--rounds=1", "--queries=64", "--rows=99", "--depth=8", "--k=1"],
@@ -90,7 +103,10 @@ RUNNABLE = [block for block in BLOCKS if not set(commands(block)) <= SETUP]
 
 def case(block: str):
     """The long blocks, all results and the benchmarks, are left to the slow run."""
-    long = ("runs/ds2-mtd", "bottle-patchcore", "runs/mae-bottle", "config.shots", "dsad bench")
+    long = (
+        "runs/ds2-mtd", "bottle-patchcore", "runs/mae-bottle", "config.shots", "dsad bench",
+        "dsad plan",
+    )  # fmt: skip
     marks = [pytest.mark.slow] if any(part in block for part in long) else []
     return pytest.param(block, marks=marks, id=commands(block)[0][:60])
 
@@ -104,9 +120,14 @@ def test_block(block, folder):
         every = [next(c for c in ALL if BASE in c.split()), *every]
     for command in every:
         words = shlex.split(command)
-        assert words[0] == "dsad", f"no test knows how to run {command!r}"
-        name, rest = words[1], words[2:]
-        done = dsad(name, *rest, *shortened(words[1:]), cwd=folder)
+        module = words[1:3] if words[0] == "python" else ["-m", "dsad"]
+        rest = words[words.index("--") + 1 :] if "--" in words else words[1:]
+        before = words[3 : words.index("--") + 1] if "--" in words else []
+        assert words[0] in ("dsad", "python"), f"no test knows how to run {command!r}"
+        done = subprocess.run(
+            [sys.executable, *module, *before, *rest, *shortened(rest)],
+            cwd=folder, env=alone(), capture_output=True, text=True,
+        )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         for flag in rest:
             if flag.startswith(("--workdir=", "--out=")):
