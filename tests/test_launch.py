@@ -1,87 +1,26 @@
-"""launch/: clean scripts, valid manifests, dsad command lines that exist, loops that end.
+"""launch/: clean scripts, dsad command lines that exist, the walk-through, Cloud TPU.
 
-No cloud is reached: gcloud and the others are tests/launch_fake.py, and PATH holds nothing else of
-theirs. What the scripts send to workers is executed, by the fake, in directories of the test.
+No cloud is reached, see tests/launch_bench.py.
 """
 
-import json
 import os
 import pathlib
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
-import jsonschema
 import pytest
 import yaml
 
 from dsad.cli import evaluate, flags, main, pretrain
-from tests.helpers import ROOT, alone
+from tests.helpers import ROOT
+from tests.launch_bench import HARD, LAUNCH, RUN, Bench, container_of
 
-LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
-FAKES = [
-    "gcloud", "git", "python3", "python", "dsad", "srun", "scontrol", "sbatch", "xpk", "kubectl",
-    "docker", "pip", "ssh-add", "squeue", "tensorboard",
-]  # fmt: skip
-#: What else the scripts may call; the real gcloud and kubectl must stay out of reach.
-TOOLS = [
-    "bash", "cat", "cksum", "cut", "date", "dirname", "grep", "gzip", "head", "hostname", "mkdir",
-    "mktemp", "mv", "rm", "sed", "setsid", "sleep", "sort", "tail", "tar", "touch", "tr",
-]  # fmt: skip
-SLICE = {"PROJECT": "my-project", "ZONE": "us-west4-b", "NAME": "ds2"}
-RUN = {**SLICE, "TOPOLOGY": "v5e:4x4", "WORKDIR": "gs://my bucket/ds2", "POLL": "0"}
 WHERE = ["--zone=us-west4-b", "--project=my-project"]
-#: Arguments that every shell on the way has to leave alone.
-HARD = ["--config.objective.layers=('layer3', 'layer4')", "--config.data.root=~/a b/$HOME/*"]
-
-
-class Bench:
-    """A directory in which launch/ runs with fakes on PATH."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        (folder / "bin").mkdir()
-        source = (ROOT / "tests" / "launch_fake.py").read_text()
-        for name in FAKES:
-            path = folder / "bin" / name
-            path.write_text(f"#!{sys.executable} -IS\n{source}")
-            path.chmod(0o755)
-        for name in TOOLS:
-            (folder / "bin" / name).symlink_to(str(shutil.which(name)))
-        (folder / "launch").symlink_to(LAUNCH)
-        self.env = {
-            "PATH": str(folder / "bin"), "HOME": str(folder), "FAKE": str(folder),
-            "FAKE_LAUNCH": str(LAUNCH), "FAKE_PYTHON": sys.executable,
-        }  # fmt: skip
-
-    def run(self, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            argv, cwd=self.folder, env={**self.env, **env}, capture_output=True, text=True,
-            stdin=subprocess.DEVNULL, timeout=300,
-        )  # fmt: skip
-
-    def tpu(self, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return self.run("bash", "launch/tpu_vm.sh", *argv, **{**RUN, **env})
-
-    def calls(self, name: str) -> list[list[str]]:
-        """Arguments of every call of a program so far."""
-        path = self.folder / "calls"
-        lines = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-        return [args for program, *args in lines if program == name]
-
-    def tpus(self) -> list[str]:
-        """What was done to the slice, without looking: create, install, pretrain, delete, ..."""
-        out = []
-        for args in self.calls("gcloud"):
-            command = next((a for a in args if a.startswith("--command=")), "")
-            word = re.search(r"worker\.sh (\w+)", command)
-            out.append(word[1] if word else args[3])
-        return [x for x in out if x not in ("list", "status", "scp")]
 
 
 @pytest.fixture
@@ -186,7 +125,7 @@ def test_the_walk_through(bench, monkeypatch):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [args for args in bench.calls("dsad") if args != ["--version"]]
     with (bench.folder / "runs" / "ds2.yaml").open() as file:
-        lines.append(containers(yaml.safe_load(file))["args"])
+        lines.append(container_of(yaml.safe_load(file))["args"])
     for args in bench.calls("xpk"):
         command = next((a for a in args if a.startswith("--command=")), None)
         if command:
@@ -437,230 +376,3 @@ def test_resume_gives_up_on_requests_that_fail(bench):
     done = bench.tpu("resume", "--", "pretrain", MAX_FAILURES="1")
     assert done.returncode == 1
     assert bench.tpus() == ["create", "delete", "create"]
-
-
-# ---- exit codes for schedulers ----
-
-
-@pytest.mark.parametrize(
-    ("plan", "code"), [("complete", 0), ("stopped", 75), ("crash", 1), ("refuse", 2)]
-)
-def test_exit_codes(bench, plan, code):
-    (bench.folder / "plan").write_text(plan)
-    argv = ["pretrain", f"--workdir={bench.folder}/a b", "--continue"]
-    assert bench.run("bash", "launch/run.sh", *argv).returncode == code
-    assert bench.calls("dsad") == [argv]
-
-
-@pytest.mark.slow
-def test_exit_codes_of_the_real_program(tmp_path):
-    """Stopped by SIGTERM: 75; continued to the end: 0."""
-    dsad = tmp_path / "dsad"
-    dsad.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dsad "$@"\n')
-    dsad.chmod(0o755)
-    path = f"{tmp_path}:{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    work = tmp_path / "run"
-    argv = ["bash", str(LAUNCH / "run.sh"), "pretrain", "--config=configs/ds2.py:smoke",
-            "--config.steps=200", f"--workdir={work}", "--continue"]  # fmt: skip
-    env = {**alone(), "PATH": path}
-    running = subprocess.Popen(argv, cwd=tmp_path, env=env)
-    while running.poll() is None and not (work / "metrics.jsonl").exists():
-        time.sleep(0.1)
-    while running.poll() is None and not (work / "metrics.jsonl").read_text():
-        time.sleep(0.1)
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(300) == 75
-    assert not (work / "complete.json").exists()
-    assert subprocess.run(argv, cwd=tmp_path, env=env, timeout=300).returncode == 0
-    assert json.loads((work / "complete.json").read_text())["step"] == 200
-
-
-# ---- SLURM ----
-
-
-def slurm(bench, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-    job = {
-        "SLURM_JOB_ID": "41", "SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_PER_NODE": "h100:8",
-        "WORKDIR": str(bench.folder / "run"),
-    }  # fmt: skip
-    return bench.run("bash", "launch/slurm.sbatch", *argv, **{**job, **env})
-
-
-def test_slurm_runs_to_the_end(bench):
-    assert slurm(bench, "pretrain", *HARD).returncode == 0
-    args = ["pretrain", *HARD, "--distributed", f"--workdir={bench.folder}/run", "--continue"]
-    assert bench.calls("srun") == [["--kill-on-bad-exit=1", "dsad", *args]]
-    assert bench.calls("dsad") == [args]
-    assert not bench.calls("scontrol")
-
-
-@pytest.mark.parametrize(
-    ("array", "job"),
-    [({}, "41"), ({"SLURM_ARRAY_JOB_ID": "39", "SLURM_ARRAY_TASK_ID": "2"}, "39_2")],
-)
-def test_slurm_requeues_itself_when_stopped(bench, array, job):
-    (bench.folder / "plan").write_text("stopped")
-    assert slurm(bench, "pretrain", **array).returncode == 0
-    assert bench.calls("scontrol") == [["requeue", job]]
-    called = bench.calls("dsad")[0]
-    if array:
-        assert {"--config.seed=2", f"--workdir={bench.folder}/run/2"} <= set(called)
-
-
-def test_slurm_requeues_nothing_that_failed(bench):
-    (bench.folder / "plan").write_text("crash")
-    assert slurm(bench, "pretrain").returncode == 1
-    assert not bench.calls("scontrol")
-
-
-@pytest.mark.parametrize(
-    ("env", "named"),
-    [
-        ({"WORKDIR": ""}, "WORKDIR"),
-        ({"WORKDIR": "gs://b/r"}, "WORKDIR"),
-        ({"SLURM_JOB_ID": ""}, "sbatch"),
-        ({"SLURM_GPUS_PER_NODE": "4"}, "--gpus-per-node"),
-    ],
-)
-def test_slurm_names_what_is_missing(bench, env, named):
-    done = slurm(bench, "pretrain", **env)
-    assert done.returncode == 2
-    assert named in done.stderr
-    assert not bench.calls("srun")
-
-
-def test_slurm_options_exist():
-    lines = re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", (LAUNCH / "slurm.sbatch").read_text(), re.M)
-    options = dict(lines)
-    assert len(options) == (LAUNCH / "slurm.sbatch").read_text().count("#SBATCH")
-    assert options["ntasks-per-node"] == options["gpus-per-node"]
-    assert options["signal"].startswith("TERM@")  # without B: to dsad, not to the shell
-    assert "requeue" in options
-    assert not {"gpus-per-task", "gpu-bind"} & set(options)  # JAX has to see all of a node
-
-
-# ---- Kubernetes ----
-
-RENDER = [
-    "--name=ds2", "--image=host/dsad:1", "--topology=v5e:4x4", "--data-bucket=images",
-    "--workdir=gs://b/r",
-]  # fmt: skip
-
-
-def containers(manifest):
-    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
-    return job["template"]["spec"]["containers"][0]
-
-
-def render(*argv: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-IS", LAUNCH / "gke" / "render.py", *argv]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def schema():
-    return json.loads((ROOT / "tests" / "jobset_schema.json").read_text())
-
-
-@pytest.mark.parametrize(
-    ("topology", "more", "accelerator", "shape", "hosts"),
-    [
-        ("v5e:4x4", [], "tpu-v5-lite-podslice", "4x4", 4),
-        ("v5e:2x4", ["--chips-per-host=8"], "tpu-v5-lite-podslice", "2x4", 1),
-        ("v5p:2x2x1", [], "tpu-v5p-slice", "2x2x1", 1),
-        ("v6e:16x16", [], "tpu-v6e-slice", "16x16", 64),
-    ],
-)
-def test_manifests_are_valid(topology, more, accelerator, shape, hosts):
-    done = render(*RENDER, f"--topology={topology}", *more, "--", "pretrain", *HARD)
-    assert done.returncode == 0, done.stderr
-    manifest = yaml.safe_load(done.stdout)
-    jsonschema.validate(manifest, schema())
-    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
-    pod = job["template"]["spec"]
-    assert (job["completions"], job["parallelism"], job["backoffLimit"]) == (hosts, hosts, 0)
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": accelerator,
-        "cloud.google.com/gke-tpu-topology": shape,
-    }
-    container = containers(manifest)
-    chips = container["resources"]["limits"]["google.com/tpu"]
-    assert hosts * chips == eval(shape.replace("x", "*"))
-    assert container["args"] == [
-        "pretrain", *HARD, "--distributed", "--workdir=gs://b/r", "--continue",
-    ]  # fmt: skip
-    # run.sh's code for "saved, not complete" restarts the run without counting as a crash.
-    codes = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
-    assert (codes["values"], codes["containerName"]) == ([75], container["name"])
-    mounts = {m["name"] for m in container["volumeMounts"]}
-    assert mounts == {v["name"] for v in pod["volumes"]}
-
-
-def test_the_schema_refuses_what_it_does_not_know():
-    manifest = yaml.safe_load(render(*RENDER, "--", "pretrain").stdout)
-    containers(manifest)["arguments"] = []
-    with pytest.raises(jsonschema.ValidationError, match="arguments"):
-        jsonschema.validate(manifest, schema())
-
-
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        *((["--", "pretrain"], flag.partition("=")[0]) for flag in RENDER),
-        (["--name=Not_this", "--", "pretrain"], "--name"),
-        (["--topology=v5e", "--", "pretrain"], "--topology"),
-        (["--topology=v5e:1x1", "--", "pretrain"], "--chips-per-host"),
-        (["--max-restarts=many", "--", "pretrain"], "--max-restarts"),
-        (["--", "pretrain", "--workdir=x"], "--workdir"),
-        ([], "pretrain"),
-    ],
-)
-def test_render_names_what_is_missing(argv, named):
-    kept = [a for a in RENDER if argv[:1] != ["--"] or argv[1:] != ["pretrain"]
-            or a.partition("=")[0] != named]  # fmt: skip
-    done = render(*kept, *argv)
-    assert done.returncode == 2
-    assert named in done.stderr.splitlines()[-1]
-    assert not done.stdout
-
-
-XPK = {
-    "PROJECT": "my-project", "ZONE": "us-west4-b", "CLUSTER": "c", "NAME": "ds2",
-    "IMAGE": "host/dsad:1", "TPU_TYPE": "v5litepod-16", "WORKDIR": "gs://b/r",
-}  # fmt: skip
-
-
-def test_xpk(bench):
-    argv = ["create", "--", "pretrain", *HARD]
-    dry = bench.run("bash", "launch/gke/xpk.sh", "--dry-run", *argv, **XPK)
-    assert not bench.calls("xpk")
-    assert bench.run("bash", "launch/gke/xpk.sh", *argv, **XPK).returncode == 0
-    called = bench.calls("xpk")[0]
-    assert shlex.split(dry.stdout) == ["xpk", *called]
-    command = next(a for a in called if a.startswith("--command=")).partition("=")[2]
-    called = [a for a in called if not a.startswith("--command=")]
-    assert called == [
-        "workload", "create", "--workload=ds2", "--tpu-type=v5litepod-16", "--num-slices=1",
-        "--docker-image=host/dsad:1", "--max-restarts=20", "--restart-on-user-code-failure",
-        "--termination-grace-period-seconds=300", "--cluster=c", "--project=my-project",
-        "--zone=us-west4-b",
-    ]  # fmt: skip
-    # xpk puts the command into a shell script.
-    assert bench.run("bash", "-c", f"({command})", HOME="/nowhere").returncode == 0
-    assert bench.calls("dsad") == [
-        ["pretrain", *HARD, "--distributed", "--workdir=gs://b/r", "--continue"]
-    ]
-    where = ["--cluster=c", "--project=my-project", "--zone=us-west4-b"]
-    for argv, expected in [
-        (["list"], ["workload", "list", *where]),
-        (["delete"], ["workload", "delete", "--workload=ds2", *where]),
-    ]:
-        assert bench.run("bash", "launch/gke/xpk.sh", *argv, **XPK).returncode == 0
-        assert bench.calls("xpk")[-1] == expected
-
-
-@pytest.mark.parametrize("name", XPK)
-def test_xpk_names_what_is_missing(bench, name):
-    done = bench.run("bash", "launch/gke/xpk.sh", "create", "--", "pretrain", **{**XPK, name: ""})
-    assert done.returncode == 2
-    assert name in done.stderr
-    assert not bench.calls("xpk")
