@@ -10,7 +10,7 @@ _planned: contextvars.ContextVar[str] = contextvars.ContextVar("planned", defaul
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": for code that is written one way for one and another for others.
+    """One of "cpu", "gpu" and "tpu", for code that is written differently for each.
 
     Unlike ``jax.default_backend()`` it can be told of hardware that is not there.
     """

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,18 @@ class AbstractRun:
     def platform(self) -> str:
         """Of the mesh's devices: cpu, gpu or tpu."""
         return self.mesh.devices.flat[0].platform
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes of one device's part of what stays there from step to step, by kind."""
+        state = self.abstract
+        kinds = {
+            "weights": state.params, "optimiser": state.opt_state,
+            "statistics, teacher and other state": (state.extra, state.step),
+            "batch": self.inputs, "data set on the device": self.store,
+        }  # fmt: skip
+        found = {k: sum(map(_part_bytes, jax.tree.leaves(tree))) for k, tree in kinds.items()}
+        return {kind: size for kind, size in found.items() if size}
 
     def lower(self) -> jax.stages.Lowered:
         """The step traced and lowered for the platform of its mesh."""
@@ -118,6 +131,10 @@ def abstract_run(
         store=store, batch=batch, samples=samples,
         total_steps=total if samples is not None or cfg.steps else None,
     )  # fmt: skip
+
+
+def _part_bytes(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _batch(rows: int, canvas: int, names: Any, sharding: Any) -> dict[str, Any]:

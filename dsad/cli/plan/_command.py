@@ -53,6 +53,7 @@ class Plan:
     model_flops_per_image: float
     limit: int
     fits: bool
+    held: dict[str, int]
     effort: str
     cached: bool
     program: _compile.Program
@@ -114,7 +115,7 @@ def make(config: Any, options: Options, devices: list[Any], out: Console) -> Pla
         epochs=cfg.epochs if not cfg.steps else None, steps=run.total_steps,
         model_flops_per_image=model_flops, limit=limit,
         fits=not program.refused and (not limit or program.total <= limit),
-        effort=options.effort, cached=cached, program=program, estimate=estimate,
+        held=run.held, effort=options.effort, cached=cached, program=program, estimate=estimate,
         warnings=tuple(unintended(run, program)),
     )  # fmt: skip
 

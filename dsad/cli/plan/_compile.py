@@ -76,7 +76,10 @@ class Program:
 
     @property
     def total(self) -> int:
-        """Memory that the step needs: the compiler's peak, or the sum where it states none."""
+        """Memory that the step needs: the sum, because temporaries are taken as one block.
+
+        The peak of what lives at once may be below it, and on CPUs leaves the temporaries out.
+        """
         whole = self.arguments + self.outputs - self.alias + self.temporaries + self.code
         return self.peak if self.refused else max(self.peak, whole)
 
@@ -116,6 +119,8 @@ def _compile(lowered: jax.stages.Lowered, effort: Effort) -> Program:
     seconds = time.monotonic() - start
     text, memory, analysis = made.as_text() or "", made.memory_analysis(), made.cost_analysis()
     cost, own = hlo_cost.cost(text), analysis if isinstance(analysis, dict) else {}
+    if memory is None:
+        raise ConfigError("this version of jax states no memory figures for these devices.")
     return Program(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 #: Rows of the table of collectives; the rest is summed up.
 ROWS = 12
-_GIB = 2**30
 
 
 def one(plan: "Plan", out: Console) -> None:
@@ -24,7 +23,8 @@ def one(plan: "Plan", out: Console) -> None:
         f"{plan.batch_size} images a step, {plan.batch_size / plan.chips:g} a chip",
         markup=False,
     )
-    known = "known from an earlier run" if plan.cached else "compiled"
+    known = "refused" if plan.program.refused else "compiled"
+    known = f"{known} in an earlier run" if plan.cached else known
     out.print(f"{known} ({plan.effort} effort, {plan.program.seconds:.0f} s)")
     _memory(plan, out)
     if not plan.program.refused:
@@ -38,42 +38,55 @@ def one(plan: "Plan", out: Console) -> None:
         out.print("The estimate supposes:")
         for line in ASSUMPTIONS:
             out.print(f"  - {line}", markup=False)
-        source = CHIPS[plan.chip].source if plan.chip in CHIPS else "measured on this machine"
+        known = CHIPS.get(plan.chip)
+        source = known.source if known else "measured on this machine"
         out.print(f"  - figures of the chip: {source}", markup=False)
 
 
 def fits(plan: "Plan") -> str:
     """One line: whether a chip can hold it."""
-    need, limit = plan.program.total / _GIB, plan.limit / _GIB
+    need, limit = plan.program.total, plan.limit
     if plan.program.refused:
-        least = f"at least {need:.2f}" if need else "more"
-        return (
-            f"DOES NOT FIT: {least} GiB a chip needed, {limit:.2f} GiB there. Take a smaller batch "
-            "or more chips, split the weights (config.mesh.fsdp), or keep less for the backward "
-            "pass where the objective has a key remat."
-        )
-    if not plan.limit:
-        return f"{need:.2f} GiB a chip; the memory of {plan.chip} is not known to dsad."
-    share = f"{need:.2f} of {limit:.2f} GiB a chip ({need / limit:.0%})"
-    return f"fits: {share}" if plan.fits else f"DOES NOT FIT: {share}"
+        least = f"at least {size(need)}" if need else "more than there is"
+        text = f"{least} a chip needed, {size(limit)} there"
+    elif not limit:
+        return f"{size(need)} a chip; the memory of {plan.chip} is not known to dsad."
+    else:
+        text = f"{size(need)} of {size(limit)} a chip ({need / limit:.0%})"
+    if plan.fits:
+        return f"fits: {text}"
+    return (
+        f"DOES NOT FIT: {text}. Take more chips or a smaller batch, work through the batch in parts"
+        " (config.accumulate) or split the weights (config.mesh.fsdp)."
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people: GiB, or MiB below a tenth of one."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.1f} MiB"
 
 
 def _memory(plan: "Plan", out: Console) -> None:
     program = plan.program
+    table = _table("memory per chip", "")
+    for name, held in plan.held.items():
+        table.add_row(f"  {name}", size(held))
     if not program.refused:
-        table = _table("memory per chip", "GiB")
-        for name, size in (
-            ("arguments: state, inputs, data on the device", program.arguments),
-            ("temporaries", program.temporaries),
-            ("outputs that reuse no argument", program.outputs - program.alias),
-            ("generated code", program.code),
-        ):
-            table.add_row(name, f"{size / _GIB:.3f}")
+        table.add_row(
+            "arguments, all of these as the compiler lays them out", size(program.arguments)
+        )
         table.add_section()
-        peak = "peak, as the compiler states it" if program.peak else "sum"
-        table.add_row(peak, f"{program.total / _GIB:.3f}")
-        out.print(table)
-    out.print(fits(plan), style="bold green" if plan.fits else "bold red")
+        table.add_row("temporaries", size(program.temporaries))
+        table.add_row(
+            "outputs that take no argument's place", size(program.outputs - program.alias)
+        )
+        table.add_row("generated code", size(program.code))
+        table.add_section()
+        table.add_row("sum, which has to be there", size(program.total))
+        if program.peak:
+            table.add_row("live at the fullest moment, says the compiler", size(program.peak))
+    out.print(table)
+    out.print(fits(plan), style="bold green" if plan.fits else "bold red", markup=False)
     if program.refused:
         out.print(f"the compiler says: {program.refused}", markup=False)
 
@@ -142,40 +155,45 @@ def _times(plan: "Plan", out: Console) -> None:
 
 
 def sweep(plans: "list[Plan | str]", out: Console) -> "Plan | None":
-    """A line for each, the fastest that fits marked; returns that one."""
-    fitting = [p for p in plans if not isinstance(p, str) and p.fits and p.estimate]
-    best = max(fitting, key=_speed, default=None)
+    """A line for each, the fastest that fits marked; returns that one.
+
+    Texts among the plans say why a combination could not be built.
+    """
+    made = [p for p in plans if not isinstance(p, str)]
+    best = max((p for p in made if p.fits and p.estimate), key=_speed, default=None)
     table = _table(
-        "mesh", "images", "GiB a chip", "step ms", "bound by", "images/s", "MFU", "hours", ""
+        "mesh", "images", "memory a chip", "step ms", "bound by", "images/s", "MFU", "hours", ""
     )
-    for plan in plans:
-        if isinstance(plan, str):
-            continue
-        made = plan.estimate
-        mesh = " × ".join(map(str, plan.mesh.values()))
-        need = f"{plan.program.total / _GIB:.2f} of {plan.limit / _GIB:.2f}"
-        cells = [mesh, str(plan.batch_size), need]
-        if made is None:
-            cells += ["", "", "", "", ""]
-        else:
-            hours = "?" if made.hours is None else f"{made.hours:,.2f}"
-            cells += [f"{made.step * 1e3:,.2f}", made.bound_by, f"{made.images_per_s:,.0f}"]
-            cells += [f"{made.mfu:.1%}", hours]
+    for plan in made:
         mark = "← best" if plan is best else "" if plan.fits else "does not fit"
-        table.add_row(*cells, mark)
+        table.add_row(*_cells(plan), mark)
     out.print(table)
     for plan in plans:
         if isinstance(plan, str):
             out.print(f"left out: {plan}", markup=False)
-    for plan in plans:
-        if not isinstance(plan, str) and plan.warnings:
-            mesh = " × ".join(map(str, plan.mesh.values()))
-            more = f" and {len(plan.warnings) - 1} more" if len(plan.warnings) > 1 else ""
-            line = f"warning: {mesh}, {plan.batch_size} images: {plan.warnings[0]}{more}"
+        elif plan.warnings:
+            first, *others = plan.warnings
+            more = f" (and {len(others)} more)" if others else ""
+            line = f"warning: {_mesh(plan)}, {plan.batch_size} images: {first}{more}"
             out.print(line, markup=False)
     if best is None:
         out.print("none of them fits", style="bold red")
     return best
+
+
+def _cells(plan: "Plan") -> list[str]:
+    cells = [_mesh(plan), str(plan.batch_size)]
+    cells.append(f"{size(plan.program.total)} of {size(plan.limit)}")
+    made = plan.estimate
+    if made is None:
+        return [*cells, "", "", "", "", ""]
+    hours = "?" if made.hours is None else f"{made.hours:,.2f}"
+    speed = f"{made.images_per_s:,.0f}"
+    return [*cells, f"{made.step * 1e3:,.2f}", made.bound_by, speed, f"{made.mfu:.1%}", hours]
+
+
+def _mesh(plan: "Plan") -> str:
+    return " × ".join(map(str, plan.mesh.values()))
 
 
 def _speed(plan: Any) -> float:
