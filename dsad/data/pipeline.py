@@ -1,9 +1,9 @@
 """The input pipeline: canvases, one global sample order, resumable batches of host arrays.
 
-The order is a grain MapDataset over range(N): seeded, shuffled anew every epoch, repeated, batched,
-cut by process last. It is the same in all cache modes, for any number of worker processes and of
-training processes, and so is the position that a checkpoint keeps: the number of the next batch.
-The only module that knows grain, imported when a pipeline is made because that takes seconds.
+The order (``dsad.data.order``) is the same in all cache modes, for any number of worker processes
+and of training processes, and so is the position that a checkpoint keeps: the number of the next
+batch. Grain reads the batches ahead, in threads and processes; this is the only module that knows
+it, and imports it when a pipeline is made because that takes seconds.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from PIL import Image
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import Progress, Source
 from dsad.data import facts as image_facts
+from dsad.data.order import Order
 
 CacheMode = Literal["device", "host", "none"]
 _THREADS = max(2, min(16, os.cpu_count() or 2))
@@ -338,17 +339,11 @@ def make_pipeline(
         batches = _Store(store)
     category = _category_ids(source)
 
-    def number(position: int, index: int) -> dict[str, np.integer]:
-        return {"index": np.int32(index), "epoch": np.int32(position // samples)}
-
     def with_images(batch: dict[str, Any]) -> dict[str, Any]:
         index = batch["index"]
         return {**batch, **batches.batch(index), "category": category[index]}
 
-    order = grain.MapDataset.range(samples).seed(seed).shuffle().repeat().map_with_index(number)
-    part = batch_size // process_count
-    own = slice(process_index * part, (process_index + 1) * part)
-    order = order.batch(batch_size).map(lambda batch: {k: v[own] for k, v in batch.items()})
+    order = grain.MapDataset.source(Order(samples, batch_size, seed, process_index, process_count))
     if cache != "device":
         order = order.map(with_images)
     # Images are spread over the threads of a batch; a second batch in the making fills the gap
