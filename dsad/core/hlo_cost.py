@@ -19,7 +19,7 @@ _FREE = frozenset(
     (
         "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
         "call", "after-all", "optimization-barrier", "partition-id", "replica-id", "iota",
-        "copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "async-done",
+        "async-start", "copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "async-done",
         "async-update", "send-done", "recv-done",
     )
 )  # fmt: skip
@@ -164,8 +164,8 @@ def _bytes(module: Module, computation: Computation, op: Op) -> float:
         return 3.0 * sizes[-1] + sum(sizes[1:-1])  # updates, and what they change twice
     if op.opcode == "copy-start":
         return float(_placed_parts(op))
-    if op.opcode.endswith("-start"):
-        return float(sum(sizes)) * 2.0
+    if op.opcode.endswith("-start") and op.type.nested:
+        return float(written)  # the operands are part of what it returns
     return float(written + sum(sizes))
 
 

@@ -76,6 +76,8 @@ def test_other_topologies_are_refused(text, capsys):
     error = capsys.readouterr().err
     assert f"--topology={text}" in error
     assert "for example" in error
+    assert main.main(["plan", "--topology", text]) == 2
+    assert capsys.readouterr().err == error
 
 
 def test_the_missing_compiler_is_named_with_its_command(monkeypatch, capsys):
@@ -268,7 +270,7 @@ def test_a_program_needs_what_its_model_needs():
 
 def test_unintended_traffic_is_named():
     large = config("mae_imagenet:large", "--config.mesh.fsdp=8", "--config.batch_size=2048")
-    run = _abstract.abstract_run(large, jax.devices(), samples=1000)
+    run = _abstract.abstract_run(large, jax.devices(), samples=5000)
 
     def gathers(shapes, size=2**24):
         row = {**rows(0.0)[0], "kind": "all-gather", "shapes": shapes, "result_bytes": size}
@@ -283,6 +285,8 @@ def test_unintended_traffic_is_named():
     assert not gathers("s32[2048,2]", size=2**14)
     other = _compile.Program(collectives=rows(1.0), messages=("f32[8] at a",))
     assert "involuntary full rematerialization" in _warnings.unintended(run, other)[0]
+    few = dataclasses.replace(run, samples=1000)
+    assert "images repeat" in _warnings.unintended(few, _compile.Program())[0]
 
 
 def test_copies_by_the_partitioner_are_read_from_its_log():

@@ -56,8 +56,9 @@ def fits(plan: "Plan") -> str:
     if plan.fits:
         return f"fits: {text}"
     return (
-        f"DOES NOT FIT: {text}. Take more chips or a smaller batch, work through the batch in parts"
-        " (config.accumulate) or split the weights (config.mesh.fsdp)."
+        f"DOES NOT FIT: {text}. Take more chips or a smaller batch, split the weights "
+        "(config.mesh.fsdp) or, where the loss does not couple its images, go through the batch in "
+        "parts (config.accumulate)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Traffic that the sharding rule did not mean."""
+"""Traffic that the sharding rule did not mean, and batches larger than the data set."""
 
 import math
 import re
@@ -13,11 +13,17 @@ SMALL = 2**20
 
 
 def unintended(run: AbstractRun, program: Program) -> list[str]:
-    """A line for each: whole stacks of blocks or all samples collected on every chip, and copies.
+    """A line for each fault: whole stacks of blocks or all samples collected on every chip, and copies.
 
     Weights that are split over "fsdp" are meant to be collected where they are used, one block of a
     stack at a time; samples are meant to stay where they are.
     """
+    lines = []
+    if run.samples is not None and run.samples < run.config.batch_size:
+        lines.append(
+            f"a step takes {run.config.batch_size} images, more than the {run.samples} of the data "
+            "set: images repeat within a step"
+        )
     params = flatten({"params": run.abstract.params, "extra": run.abstract.extra})
     stacks, known = {}, set()
     for path, leaf in params.items():
@@ -25,7 +31,6 @@ def unintended(run: AbstractRun, program: Program) -> list[str]:
         known |= {shape, _plain(leaf.shape[1:])}
         if "blocks" in path.split("/") and leaf.ndim > 2 and "fsdp" in leaf.sharding.spec:
             stacks[shape] = path
-    lines = []
     for row in program.collectives:
         if row["kind"] != "all-gather":
             continue
