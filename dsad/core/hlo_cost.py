@@ -19,8 +19,8 @@ _FREE = frozenset(
     (
         "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
         "call", "after-all", "optimization-barrier", "partition-id", "replica-id", "iota",
-        "async-start", "copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "async-done",
-        "async-update", "send-done", "recv-done",
+        "async-start", "async-update", "async-done", "copy-done", "all-gather-done",
+        "all-reduce-done", "collective-permute-done", "send-done", "recv-done",
     )
 )  # fmt: skip
 #: Operations that read no more of their first operand than they return.

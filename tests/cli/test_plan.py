@@ -114,6 +114,7 @@ def test_numbers_of_images():
         return _samples.count(DataConfig(**data), spec, told)
 
     assert of("configs/mae_imagenet.py:large", name="folder")[0] == 1_281_167
+    assert of("mae", name="imagenet")[0] == 1_281_167
     assert of("ds2", name="mvtec")[0] == 3629
     assert of("ds2", name="mvtec", root="/nonexistent/mvtec")[0] == 3629
     assert of("ds2", name="mvtec", categories=("bottle", "cable"))[0] == 209 + 224
@@ -158,6 +159,9 @@ def test_a_set_on_the_device_needs_its_size():
 def test_the_step_is_that_of_the_run(spec, overrides):
     """Same program text as what ``dsad pretrain`` compiles, from shapes alone."""
     chosen = config(spec, *overrides)
+    if spec.startswith("mae"):
+        chosen.mesh.fsdp = 2
+        chosen.mesh.rules = (("decoder/.*/fc1/kernel", "-,-,fsdp"),)
     real = pretrain.build(chosen)
     samples, classes, _ = _samples.count(real.config.data, spec, 0)
     planned = _abstract.abstract_run(chosen, jax.devices(), samples=samples, classes=classes)

@@ -108,7 +108,9 @@ def abstract_run(
     tx = make_optimizer(cfg.optim, schedule)
     specs = Specs(batch_size=cfg.batch_size, canvas=cfg.data.canvas)
     with planned_for(mesh.devices.flat[0].platform):
-        abstract = abstract_state(objective, tx, specs, mesh, cfg.mesh.min_fsdp_size)
+        abstract = abstract_state(
+            objective, tx, specs, mesh, cfg.mesh.min_fsdp_size, cfg.mesh.rules
+        )
     names = image_facts.check(getattr(objective, "facts", ()))
     batch = _batch(cfg.batch_size, cfg.data.canvas, names, batch_sharding(mesh))
     inputs, store, fetch = batch, None, None
@@ -118,9 +120,8 @@ def abstract_run(
                 "config.data.cache=device keeps all images on the devices; say how many with "
                 "--samples=N."
             )
-        rows = _batch(samples, cfg.data.canvas, names, None)
-        del rows["index"], rows["epoch"]
-        store, fetch = abstract_store(rows, mesh)
+        stored = pretrain.stored_shapes(samples, cfg.data.canvas, names)
+        store, fetch = abstract_store(stored, mesh)
         inputs = {name: batch[name] for name in ("index", "epoch")}
     step = make_step(
         objective, tx, schedule, abstract, mesh=mesh, seed=cfg.seed, fetch=fetch,
@@ -139,16 +140,6 @@ def _part_bytes(leaf: Any) -> int:
 
 def _batch(rows: int, canvas: int, names: Any, sharding: Any) -> dict[str, Any]:
     """What ``data.pipeline`` yields for so many rows."""
-
-    def of(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
-
-    facts = image_facts.empty(names, 1)
-    return {
-        "image": of(canvas, canvas, 3, dtype=jnp.uint8),
-        "size": of(2),
-        "index": of(),
-        "epoch": of(),
-        "category": of(),
-        "facts": {n: of(*a.shape[1:], dtype=a.dtype) for n, a in facts.items()},
-    }
+    number = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    shapes = {**pretrain.stored_shapes(rows, canvas, names), "index": number, "epoch": number}
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

@@ -11,8 +11,8 @@ ASSUMPTIONS = (
     "and each ran at its published peak; real steps take longer (--efficiency)",
     "compute: matrix products and convolutions at the peak for bfloat16 (on TPUs, float32 operands "
     "at higher precision in 3 or 6 passes); elementwise work costs memory traffic only",
-    "memory: every operation that the compiler left apart reads its operands and writes its results "
-    "once, except what it placed in on-chip memory",
+    "memory: every operation that the compiler left apart reads its operands and writes its "
+    "results once, except what it placed in on-chip memory",
     "interconnect: ring algorithms, each chip sending over all its ports that the slice connects, "
     "the same for groups along one axis of the mesh; latency is left out",
     "input from the host keeps up",

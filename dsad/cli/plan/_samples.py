@@ -5,10 +5,8 @@ import pathlib
 
 from dsad.core.types import Dataset
 from dsad.data import base as data_base
-from dsad.data import mtd, mvtec
+from dsad.data import imagenet, mtd, mvtec
 
-#: Training images of ImageNet-1K.
-IMAGENET = 1_281_167
 #: Shipped configs that are for a data set which their ``data.name`` does not tell.
 CONFIGS = {"mae_imagenet": "imagenet"}
 
@@ -33,7 +31,7 @@ def published(data: data_base.DataConfig, config: str = "") -> int | None:
     """Normal training images (of ImageNet-1K all) of a published data set; None for others."""
     name = CONFIGS.get(config, data.name)
     if name == "imagenet" and not data.categories:
-        return IMAGENET
+        return imagenet.IMAGES
     if name == "mvtec" and set(data.categories) <= set(mvtec.OFFICIAL):
         return sum(mvtec.OFFICIAL[c][0] for c in data.categories or mvtec.OFFICIAL)
     if name == "mtd:random":

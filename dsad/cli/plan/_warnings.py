@@ -13,7 +13,7 @@ SMALL = 2**20
 
 
 def unintended(run: AbstractRun, program: Program) -> list[str]:
-    """A line for each fault: whole stacks of blocks or all samples collected on every chip, and copies.
+    """A line for each: stacks of blocks or all samples on every chip, copies, repeated images.
 
     Weights that are split over "fsdp" are meant to be collected where they are used, one block of a
     stack at a time; samples are meant to stay where they are.
