@@ -359,6 +359,20 @@ def test_only_a_lack_of_memory_is_a_result():
         _compile._compile(Refusing("INTERNAL: something else"), "fast")
 
 
+def test_later_versions_are_asked_in_their_own_words():
+    asked = []
+
+    class Newer:
+        def compile(self, compiler_options):
+            asked.append(compiler_options)
+            if "optimization_level" not in compiler_options:
+                raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option: 'x'")
+            return "made"
+
+    assert _compile._made(Newer(), "fast") == "made"
+    assert len(asked) == 2
+
+
 # --- the command ----------------------------------------------------------------------------
 
 SMALL = ("--config=mae:smoke", "--config.data.cache=none", "--config.steps=0",

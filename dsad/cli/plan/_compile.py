@@ -24,11 +24,14 @@ from dsad.core import hlo, hlo_cost
 from dsad.core.errors import ConfigError
 
 Effort = Literal["fast", "full"]
-#: What the compilers take for "finish soon": on few cores a third of the time, with the same
-#: memory and FLOPs where both were tried.
-OPTIONS: dict[Effort, dict[str, Any]] = {
-    "fast": {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
-    "full": {},
+#: What the compilers take for "finish soon", as jax 0.10 spells it and as later versions do. On
+#: few cores a third of the time, with the same memory and FLOPs where both were tried.
+OPTIONS: dict[Effort, tuple[dict[str, Any], ...]] = {
+    "fast": (
+        {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
+        {"optimization_level": "O1", "memory_fitting_level": "O1"},
+    ),
+    "full": ({},),
 }
 #: Below so many cores "fast" is the default.
 FEW_CORES = 16
@@ -108,7 +111,7 @@ def _compile(lowered: jax.stages.Lowered, effort: Effort) -> Program:
     start = time.monotonic()
     with captured_stderr() as log:
         try:
-            made = lowered.compile(compiler_options=dict(OPTIONS[effort]))
+            made = _made(lowered, effort)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise ConfigError(f"the compiler refuses the step: {error}") from error
@@ -137,6 +140,17 @@ def _compile(lowered: jax.stages.Lowered, effort: Effort) -> Program:
         messages=tuple(partitioner_messages(log.text)),
         seconds=seconds,
     )
+
+
+def _made(lowered: jax.stages.Lowered, effort: Effort) -> jax.stages.Compiled:
+    *earlier, last = OPTIONS[effort]
+    for options in earlier:
+        try:
+            return lowered.compile(compiler_options=dict(options))
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+    return lowered.compile(compiler_options=dict(last))
 
 
 def _collectives(text: str) -> list[dict[str, Any]]:
