@@ -1,0 +1,99 @@
+"""Collectives of a step at a fixed batch per device: their list does not grow with the devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsad.core import config as core_config
+from dsad.core.hlo import collectives, summary, wire_bytes
+from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
+from dsad.train.state import abstract_state
+from dsad.train.step import make_step
+from tests.contracts.test_objectives import RUN, SMALL, SPECS, batch
+from tests.train.equality import CHANGES, MIN_SIZE, NAMES, QUICK, keep_gradients
+
+PER_DEVICE = 2
+SLOW = {"marks": pytest.mark.slow}
+#: Objective, and whether its parameters are split over all devices or none.
+CASES = [("mae", True), *((n, False) for n in NAMES)]
+
+
+@functools.cache
+def moved(name, devices, split):
+    """Collectives of the step, and its gradients' bytes on each device without any split."""
+    mesh = make_mesh(MeshConfig(fsdp=devices if split else 1), jax.devices()[:devices])
+    module = core_config.resolve("objectives", name)
+    config = module.Config(**{**SMALL[name], **CHANGES.get(name, {})})
+    objective, tx = module.build(config, RUN), keep_gradients()
+    abstract = abstract_state(objective, tx, SPECS, mesh, MIN_SIZE)
+    step = make_step(objective, tx, lambda n: jnp.float32(0), abstract, mesh=mesh, seed=0)
+
+    def shape(x):
+        dims = (PER_DEVICE * devices, *x.shape[1:])
+        return jax.ShapeDtypeStruct(dims, x.dtype, sharding=batch_sharding(mesh))
+
+    compiled = step.lower(abstract, jax.tree.map(shape, batch()), None).compile(QUICK)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
+    return collectives(compiled.as_text()), size
+
+
+def table(name, split, counts):
+    """For readers, with -s."""
+    print(f"\n{name}, parameters {'split over all' if split else 'whole'}")
+    for devices in counts:
+        found, size = moved(name, devices, split)
+        sent = sum(c.count * wire_bytes(c) for c in found)
+        print(
+            f"  {devices} devices: {len(found)} collectives, {sum(c.count for c in found)} "
+            f"executions, {sent:,.0f} bytes sent per device; gradients {size:,} bytes"
+        )
+    for kind, shapes, _, count, sent in summary(moved(name, counts[-1], split)[0]):
+        shapes = shapes if len(shapes) < 60 else f"{shapes[:56]} ..."
+        print(f"    {kind:15} {count:3} × {shapes:60} {sent:12,.0f}")
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "counts"),
+    [
+        pytest.param("mae", True, (2, 8), id="mae-split"),
+        pytest.param("mae", False, (2, 8), id="mae"),
+        *(pytest.param(*case, (2, 4, 8), **SLOW) for case in CASES),
+    ],
+)
+def test_the_list_does_not_grow_and_bytes_follow_the_ring(name, split, counts):
+    table(name, split, counts)
+    lists, sent = {}, {}
+    for devices in counts:
+        found, _ = moved(name, devices, split)
+        assert all(c.exact for c in found)
+        assert {c.group_size for c in found} == {devices}
+        lists[devices] = [r[:2] + r[3:4] for r in sorted(summary(found))]
+        sent[devices] = sum(c.count * wire_bytes(c) for c in found)
+    first = counts[0]
+    for devices in counts[1:]:
+        assert lists[devices] == lists[first]
+        # Equal shapes, so that bytes may grow with (n − 1) / n only: never above twice those of 2.
+        ratio = (devices - 1) / devices / ((first - 1) / first)
+        assert sent[devices] == pytest.approx(sent[first] * ratio, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", [n if n == "mae" else pytest.param(n, **SLOW) for n in NAMES])
+def test_each_gradient_is_summed_once(name):
+    """All-reduces are the gradients, statistics and scalars: no samples, and none of them twice."""
+    found, size = moved(name, 8, False)
+    assert {c.kind for c in found} == {"all-reduce"}
+    total = sum(c.count * c.result_bytes for c in found)
+    # ISSTAD's one classifier is summed for each of the two blocks that it stands behind, DS2
+    # sums batch statistics as well.
+    extra = {"mae": 0.01, "isstad": 0.12, "ds2": 0.05}
+    assert size <= total < (1 + extra[name]) * size
+
+
+def test_split_weights_are_gathered_for_the_forward_and_the_backward_pass():
+    found, size = moved("mae", 8, True)
+    gathered = sum(c.count * c.result_bytes for c in found if c.kind == "all-gather")
+    assert 1.5 * size < gathered < 2.1 * size
+    assert {c.kind for c in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert max(c.result_bytes for c in found if c.kind == "all-gather") < size / 4
