@@ -113,7 +113,6 @@ EXTRA = {
     "knn:streaming": {"false_alarm_rate": 0.3, "save_maps": "png", "holdout": 3},
     "knn:pooled": {"seeds": (0, 1), "pooled": True, "shots": 4, "save_maps": "tiff"},
     "patchcore:streaming": {"seeds": (0, 1)},
-    "isstad:streaming": {},
     "knn:exact": {"false_alarm_rate": 0.3, "holdout": 3},
     "knn:cached": {"feature_cache": "CACHE"},
     "knn:recomputed": {"seeds": (0, 1), "cache_mb": 0},
