@@ -68,8 +68,8 @@ def rows_here(shapes: Any, mesh: Mesh, *, replicate_below: int = REPLICATE_BELOW
     return np.asarray(sorted(row for row in held if row < count), np.int64)
 
 
-def _filled(array: np.ndarray, where: tuple[slice, ...]) -> np.ndarray:
-    """The rows of a shard, of which the last may lie behind the end: zeros."""
+def _filled(array: np.ndarray, where: Any) -> np.ndarray:
+    """The rows of a shard (a tuple of slices), of which the last may lie behind the end: zeros."""
     start, stop = where[0].start or 0, where[0].stop
     found = array[start:stop]
     more = (len(found) if stop is None else stop - start) - len(found)
