@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # On few cores a collective may wait long for its peers; the default aborts the process.
@@ -27,6 +28,26 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def devices(request):
     """The first 1 or 8 simulated devices."""
     return jax.devices()[: request.param]
+
+
+def pytest_report_header():
+    if part := os.environ.get("DSAD_SLOW_PART"):
+        return f"of the slow tests only part {part} (DSAD_SLOW_PART)"
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    """With DSAD_SLOW_PART=I/N only the I-th (from 0) of N parts of the slow tests, by name."""
+    if not (part := os.environ.get("DSAD_SLOW_PART")):
+        return
+    number, count = map(int, part.split("/"))
+    left = [
+        item
+        for item in items
+        if item.get_closest_marker("slow") and zlib.crc32(item.nodeid.encode()) % count != number
+    ]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
 
 
 def pytest_unconfigure(config):
