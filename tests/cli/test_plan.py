@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from dsad.cli import flags, main, pretrain
+from dsad.cli import console, flags, main, pretrain
 from dsad.cli.plan import _abstract, _compile, _estimate, _hardware, _samples, _topology, _warnings
 from dsad.core.chips import CHIPS, Chip
 from dsad.core.errors import ConfigError
@@ -41,9 +42,9 @@ def quick_machine(monkeypatch):
     monkeypatch.setattr(_hardware, "chip", lambda devices: chip)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("plans")
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "plans"
 
 
 def plan(*argv, cache):
@@ -379,7 +380,7 @@ SMALL = ("--config=mae:smoke", "--config.data.cache=none", "--config.steps=0",
          "--config.mesh.min_fsdp_size=2048")  # fmt: skip
 
 
-def test_prints_memory_work_and_time(cache, capsys, tmp_path):
+def test_prints_memory_work_and_time(cache, capsys, monkeypatch, tmp_path):
     file = tmp_path / "plan.json"
     assert plan(*SMALL, "--config.mesh.fsdp=8", f"--json={file}", cache=cache) == 0
     text = capsys.readouterr().out
@@ -407,27 +408,40 @@ def test_prints_memory_work_and_time(cache, capsys, tmp_path):
     gathers = [r for r in program["collectives"] if r["kind"] == "all-gather"]
     assert sum(r["count"] for r in gathers) > 8  # of blocks, in each pass of their loop
 
-
-def test_results_are_kept(cache, capsys, monkeypatch, tmp_path):
-    argv = (*SMALL, "--config.mesh.fsdp=8")
-    plan(*argv, cache=cache)
-    first = capsys.readouterr().out
     monkeypatch.setattr(_compile, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert plan(*argv, cache=cache) == 0
+    assert plan(*SMALL, "--config.mesh.fsdp=8", cache=cache) == 0
     again = capsys.readouterr().out
     assert "compiled in an earlier run" in again
-    assert again.split("fits:")[1] == first.split("fits:")[1]
-    compiled = []
+    assert again.split("fits:")[1] == text.split("fits:")[1]
+
+
+def test_results_are_kept_by_what_was_compiled(cache, monkeypatch):
+    run = _abstract.abstract_run(config("mae:smoke"), jax.devices(), samples=40)
     program = _compile.Program(arguments=1, peak=5, seconds=1.0)
+    compiled, text = [], ""
     monkeypatch.setattr(_compile, "_compile", lambda *_: compiled.append(1) or program)
-    for number, more in enumerate(
-        (("--effort=full",), ("--config.seed=1",), (f"--cache={tmp_path}",)), start=1
-    ):
-        plan(*argv, *more, cache=cache)
-        assert len(compiled) == number, more
-    for number in (4, 5):  # a folder named off would be found the second time
-        plan(*argv, "--cache=off", cache=cache)
-        assert len(compiled) == number
+    monkeypatch.setattr(
+        _abstract.AbstractRun, "lower", lambda _: SimpleNamespace(as_text=lambda: text)
+    )
+
+    def ask(effort="fast", about="v5e:2x2", where=cache):
+        before = len(compiled)
+        found, known = _compile.compiled(run, effort, console.console(), where, about)
+        assert found == program
+        assert known == (len(compiled) == before)
+        return known
+
+    assert not ask()
+    assert ask()
+    assert not ask(effort="full")
+    assert not ask(about="v6e:2x2")
+    assert not ask(where=None)
+    assert not ask(where=None)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_other=1")
+    assert not ask()
+    text = "another program"
+    assert not ask()
+    assert ask()
 
 
 def test_a_spoilt_result_is_made_again(tmp_path):
@@ -442,8 +456,11 @@ def test_a_spoilt_result_is_made_again(tmp_path):
 
 def test_what_does_not_fit_ends_with_1(cache, capsys, monkeypatch):
     monkeypatch.setattr(_hardware, "limit", lambda devices: 1000)
-    assert plan(*SMALL, "--config.mesh.fsdp=8", cache=cache) == 1
-    assert "DOES NOT FIT" in capsys.readouterr().out
+    for need, code, words in ((900, 0, "fits: "), (1100, 1, "DOES NOT FIT")):
+        program = _compile.Program(temporaries=need - 100, arguments=100)
+        monkeypatch.setattr(_compile, "_compile", lambda *_, made=program: made)
+        assert plan(*SMALL, "--cache=off", cache=cache) == code
+        assert words in capsys.readouterr().out
     program = _compile.Program(refused="RESOURCE_EXHAUSTED: no", peak=2**31)
     monkeypatch.setattr(_compile, "_compile", lambda *_: program)
     assert plan(*SMALL, "--cache=off", cache=cache) == 1
