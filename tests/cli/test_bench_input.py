@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from dsad.augment.views import ViewConfig
 from dsad.cli import bench
 from dsad.cli.bench import _host_views, input
+from dsad.cli.console import console
 from dsad.core.errors import ConfigError
 
 TINY = [
@@ -34,17 +36,18 @@ def test_prints_every_mode_and_the_missing_peer(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_waiting_in_steps_of_own_images(capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
+def test_waiting_in_steps_of_own_images(capsys, tmp_path):
     (tmp_path / "set").mkdir()
     for i in range(4):
         Image.fromarray(input.picture(40, 50, i)).save(tmp_path / f"set/{i}.png")
-    argv = [*TINY[:-1], "--steps=1", "--workers=1", "--config=configs/ds2.py:smoke",
-            "--config.batch_size=8", f"--root={tmp_path}"]  # fmt: skip
-    assert bench.main(argv) == 0
+    config, _, _ = input._command().parse(["--config=configs/mae.py:smoke"])
+    values = types.SimpleNamespace(workers=1, steps=1)
+    rows = input.waiting("set", tmp_path / "set", tmp_path / "work", config, values, console())
     text = " ".join(capsys.readouterr().out.split())
-    assert "root: waiting for the input in 1 steps" in text
-    assert "ds2, 8 images a step, canvases of 64 px" in text
+    assert "set: waiting for the input in 1 steps" in text
+    assert f"mae, {config.batch_size} images a step, canvases of {config.data.canvas} px" in text
+    assert len(rows) == 7
+    assert all(0 <= wait <= total for wait, total in rows.values())
 
 
 def test_time_is_that_of_the_batches_alone():

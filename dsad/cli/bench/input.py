@@ -30,8 +30,7 @@ from dsad.train.state import initial_state
 KINDS = {"jpeg": (400, 500, ".jpg"), "png": (1024, 1024, ".png")}
 
 
-def main(argv: list[str]) -> int:
-    """The command: ``dsad bench input``."""
+def _command() -> flags.Command:
     command = flags.Command(
         "bench input", "images/s of every input mode, beside a torch DataLoader.",
         config="configs/ds2.py:small",
@@ -44,6 +43,12 @@ def main(argv: list[str]) -> int:
     command.integer("workers", 2, "Worker processes of the rows with workers.")
     command.integer("rounds", 3, "Rounds; each times every mode once, medians are shown.")
     command.integer("steps", 8, "Steps of the config in which the input is waited for (0: none).")
+    return command
+
+
+def main(argv: list[str]) -> int:
+    """The command: ``dsad bench input``."""
+    command = _command()
     least = {"images": 1, "canvas": 1, "batch": 1, "batches": 1, "workers": 1, "rounds": 1}
     config, values = _measure.parsed(command, argv, {**least, "steps": 0})
     if config.objective.name != "ds2":
