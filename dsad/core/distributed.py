@@ -148,9 +148,12 @@ def together(function: Callable[[], T]) -> T:
     found = gather_objects(str(failure) if failure else None)
     told = [f"process {i}: {text}" for i, text in enumerate(found) if text is not None]
     if failure is not None and len(set(found)) == 1:
+        failure.shared = True
         raise failure  # everyone found the same fault, such as a mistyped key
     if told:
-        raise DsadError("\n".join(told)) from failure
+        error = DsadError("\n".join(told))
+        error.shared = True
+        raise error from failure
     return result  # type: ignore[return-value]
 
 
@@ -191,9 +194,15 @@ def failing_together(directory: epath.PathLike) -> Iterator[None]:
     except BaseException as error:
         over.set()
         watcher.join()
+        if isinstance(error, DsadError) and error.shared:
+            time.sleep(_LOOK_EVERY if is_main() else 0)
+            raise
         # A failed collective may be the other end of a failure that has a better message.
         time.sleep(0 if isinstance(error, DsadError) else 2 * _LOOK_EVERY)
         if note := _note(folder, own):
+            time.sleep(_LOOK_EVERY if is_main() else 0)
+            if note.partition(": ")[2] == str(error):
+                raise  # all found the same fault
             raise DsadError(note) from error
         own.write_text(str(error) or type(error).__name__)
         time.sleep((3 if is_main() else 1.5) * _LOOK_EVERY)

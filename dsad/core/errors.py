@@ -7,6 +7,9 @@ class DsadError(Exception):
     The message names the file or key, what was expected, what was found and what to do.
     """
 
+    #: Whether every process of a run raises it, so that nobody needs to be told.
+    shared = False
+
 
 class ConfigError(DsadError):
     """A configuration value, key or file that cannot be used."""

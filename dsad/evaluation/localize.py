@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core.config import listed
-from dsad.core.errors import ConfigError, MetricError
+from dsad.core.errors import ConfigError, DsadError, MetricError
 from dsad.core.rng import named
 from dsad.core.types import Dataset, Detector, Progress, Source, Tree
 from dsad.evaluation import gallery, maps, metrics, panels, stamp, support, thresholds
@@ -320,29 +320,29 @@ def measure(
     kept, hosts = [i for i, m in enumerate(scored.masks) if m is not None], scored.hosts
     sorting = hosts.several and config.method == "exact"
 
-    def pixel_metrics() -> dict[str, Any]:
-        return metrics.pixel_metrics(
-            [scored.maps[i] for i in kept],
-            [scored.masks[i] for i in kept],
-            config.fpr_limits,
-            curve_points=curve_points,
-            method=config.method,
-            hosts=ALONE if sorting else hosts,
-        )
+    def numbers() -> dict[str, Any]:
+        try:
+            row = _image_numbers(scored.scores, scored.labels)
+            pixel = metrics.pixel_metrics(
+                [scored.maps[i] for i in kept],
+                [scored.masks[i] for i in kept],
+                config.fpr_limits,
+                curve_points=curve_points,
+                method=config.method,
+                hosts=ALONE if sorting else hosts,
+            )
+        except DsadError as error:  # of several processes perhaps
+            told = MetricError(f"category {category}: {error}")
+            told.shared = error.shared
+            raise told from error
+        return {**row, **pixel}
 
-    try:
-        row = _image_numbers(scored.scores, scored.labels)
-        if sorting:
-            pixel = hosts.together(pixel_metrics if hosts.main else dict)
-        else:
-            pixel = pixel_metrics()
-    except MetricError as error:
-        raise MetricError(f"category {category}: {error}") from error
+    pixel = hosts.together(numbers if hosts.main else dict) if sorting else numbers()
     curves = pixel.pop("curves", {})
     if sorting:
         pixel = hosts.from_main(pixel)
     flat = {f"{c}/{axis}": v for c, axes in curves.items() for axis, v in axes.items()}
-    return {**row, **pixel}, flat
+    return pixel, flat
 
 
 def _image_numbers(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -9,6 +9,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from dsad.cli.main import main as dsad_main
 from dsad.core import distributed
@@ -365,3 +366,37 @@ def test_the_command_in_two_processes(tmp_path, detector, method, capsys):
     assert_same_results(tmp_path / "one", tmp_path / "two")
     names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("one", "two")]
     assert names[0] == names[1]
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_the_command_tells_of_a_broken_file_in_both_processes(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def save(name, pixels):
+        path = tmp_path / "data/nut" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        return path
+
+    for kind, count in {"train/good": 5, "test/good": 3, "test/bent": 2}.items():
+        for i in range(count):
+            path = save(f"{kind}/{i:03}.png", rng.integers(0, 256, (40, 40, 3), np.uint8))
+            if kind == "test/bent":
+                mask = np.zeros((40, 40), np.uint8)
+                mask[5:20, 5:20] = 255
+                save(f"ground_truth/bent/{i:03}_mask.png", mask)
+    path.write_bytes(path.read_bytes()[:-900])
+    done = subprocess.run(
+        [sys.executable, "-m", "dsad.launch_local", "-n", "2", "--devices", "2", "--", "evaluate",
+         "--config.data.name=mvtec", f"--config.data.root={tmp_path}/data",
+         "--config.evaluation.image_size=32", "--config.evaluation.batch_size=4",
+         f"--workdir={tmp_path}/out"],
+        env=alone(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    for number in (0, 1):
+        told = [t for t in done.stdout.splitlines() if t.startswith(f"[{number}] error:")]
+        assert len(told) == 1, done.stdout
+        assert "nut/test/bent/001.png: [K8] cannot be decoded" in told[0]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["config.json"]
