@@ -46,19 +46,14 @@ NAMES = core_config.members("objectives")
 
 @functools.cache
 def built(name):
-    """The objective with perturbed parameters."""
+    """The objective with perturbed parameters: fresh ones hide gradients behind zero scales."""
     module = core_config.resolve("objectives", name)
     objective = module.build(module.Config(**SMALL[name]), RUN)
-    return objective, *perturbed(objective)
-
-
-def perturbed(objective):
-    """Parameters away from their start, and extra: fresh ones hide gradients behind zeros."""
     params, extra = jax.jit(lambda k: objective.init(k, SPECS))(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(9), len(leaves))
     noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy), extra
+    return objective, jax.tree.unflatten(tree, noisy), extra
 
 
 def batch(epoch=0):

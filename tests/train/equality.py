@@ -1,6 +1,7 @@
 """One step of an objective on any mesh: its loss, gradients and hard choices, for comparison."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,17 +11,19 @@ import optax
 
 from dsad.core import config as core_config
 from dsad.core.mesh import place_batch, replicated
-from dsad.core.tree import flatten
+from dsad.core.tree import flatten, path_name
 from dsad.objectives import ds2
 from dsad.objectives._dense import positive_pairs
 from dsad.train.state import TrainState, abstract_state
 from dsad.train.step import make_step
-from tests.contracts.test_objectives import NAMES, RUN, SMALL, SPECS, batch, perturbed
+from tests.contracts.test_objectives import NAMES, RUN, SMALL, SPECS, batch
 
 #: Small enough that the small networks are really split.
 MIN_SIZE = 64
 #: Compiling takes most of the time here, running none.
 QUICK: Any = {"xla_backend_optimization_level": "0"}
+if jax.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = "False"
 #: Two stages compile in half the time, and have more cells to choose among.
 CHANGES = {"ds2": {"layers": ("layer1", "layer2")}}
 __all__ = ["CHANGES", "MIN_SIZE", "NAMES", "QUICK", "assert_equal", "one_step", "parts", "recorded"]
@@ -60,11 +63,26 @@ class RecordedDS2(ds2.DS2):
 
 @functools.cache
 def recorded(name):
-    """The objective, perturbed parameters and extra as host arrays."""
+    """The objective, and parameters and extra as host arrays."""
     module = core_config.resolve("objectives", name)
     config = module.Config(**{**SMALL[name], **CHANGES.get(name, {})})
     made = RecordedDS2(config, RUN) if name == "ds2" else module.build(config, RUN)
-    return made, *jax.device_get(perturbed(made))
+    return made, *drawn(made)
+
+
+def drawn(objective):
+    """Random values of the sizes that initial ones have, which no compiler is needed for."""
+    g = np.random.default_rng(7)
+
+    def draw(keys, leaf):
+        noise, path = g.standard_normal(leaf.shape).astype(leaf.dtype), path_name(keys)
+        if path.endswith(("scale", "var")):
+            return 1 + np.abs(noise) / 10
+        fan_in = math.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[max(leaf.ndim - 2, 0)]
+        return noise / math.sqrt(fan_in) if path.endswith("kernel") else noise / 10
+
+    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0), SPECS))
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def parts(name, mesh, min_size=MIN_SIZE, accumulate=1, rules=()):
