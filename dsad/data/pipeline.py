@@ -6,7 +6,6 @@ batch. Grain reads the batches ahead, in threads and processes; this is the only
 it, and imports it when a pipeline is made because that takes seconds.
 """
 
-import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
@@ -239,8 +238,10 @@ class WorkerBatches:
         self._stop()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # the interpreter may be half gone
+        try:  # noqa: SIM105 - the interpreter may be half gone, and contextlib with it
             self.close()
+        except Exception:
+            pass
 
 
 def _settle_worker(number: int, count: int) -> None:
