@@ -1,9 +1,7 @@
 """``dsad bench input`` at a tiny size, and the peer's views."""
 
-import multiprocessing
+import importlib.util
 import random
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -12,42 +10,33 @@ from PIL import Image
 from dsad.augment.views import ViewConfig
 from dsad.cli import bench
 from dsad.cli.bench import _host_views, input
-from dsad.cli.console import console
 from dsad.core.errors import ConfigError
+from tests.helpers import dsad
 
-TINY = [
-    "input", "--images=4", "--canvas=32", "--batch=2", "--batches=1", "--rounds=1", "--steps=0",
-]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_prints_every_mode_and_the_missing_peer(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
-    monkeypatch.setitem(input.KINDS, "jpeg", (20, 30, ".jpg"))
-    monkeypatch.delitem(input.KINDS, "png")
-    assert bench.main([*TINY, "--workers=1"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "jpeg: 4 images, the first 30×20" in text
-    for mode in ("device", "host", "none: files", "none: records", "none: canvases 32",
-                 "none: files, 1 workers", "none: canvases 32, 1 workers"):  # fmt: skip
-        assert mode in text
-    assert "torch DataLoader: not installed: pip install torch torchvision" in text
-    assert not multiprocessing.active_children()
+MISSING = "torch DataLoader: not installed: pip install torch torchvision"
 
 
 @pytest.mark.slow
-def test_waiting_in_steps_of_own_images(capsys, tmp_path):
-    (tmp_path / "set").mkdir()
+def test_prints_every_mode_and_the_peer(tmp_path):
+    """In a process of its own, with one device."""
+    (tmp_path / "images/set").mkdir(parents=True)
     for i in range(4):
-        Image.fromarray(input.picture(40, 50, i)).save(tmp_path / f"set/{i}.png")
-    config, _, _ = input._command().parse(["--config=configs/mae.py:smoke"])
-    values = types.SimpleNamespace(workers=1, steps=1)
-    rows = input.waiting("set", tmp_path / "set", tmp_path / "work", config, values, console())
-    text = " ".join(capsys.readouterr().out.split())
-    assert "set: waiting for the input in 1 steps" in text
-    assert f"mae, {config.batch_size} images a step, canvases of {config.data.canvas} px" in text
-    assert len(rows) == 7
-    assert all(0 <= wait <= total for wait, total in rows.values())
+        Image.fromarray(input.picture(40, 50, i)).save(tmp_path / f"images/set/{i}.png")
+    run = dsad(
+        "bench", "input", "--root=images", "--canvas=32", "--batch=2", "--batches=1", "--rounds=1",
+        "--steps=1", "--workers=1", "--config=configs/mae.py:smoke", cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    text = " ".join(run.stdout.split())
+    assert "root: 4 images, the first 50×40" in text
+    assert "root: waiting for the input in 1 steps" in text
+    for mode in ("device", "host", "none: files", "none: records", "none: files, 1 workers"):
+        assert text.count(f"│ {mode} │") == 2, mode
+    for side in (32, 64):
+        assert f"none: canvases {side} │" in text
+        assert f"none: canvases {side}, 1 workers │" in text
+    peer = "torch DataLoader, " if importlib.util.find_spec("torch") else MISSING
+    assert peer in text
 
 
 def test_time_is_that_of_the_batches_alone():
@@ -103,5 +92,5 @@ def test_the_peers_view_changes_colours():
 def test_bad_flags():
     with pytest.raises(ConfigError, match="--workers: expected at least 1, found 0"):
         bench.main(["input", "--workers=0"])
-    with pytest.raises(ConfigError, match="the peer makes the views of ds2, not of 'mae'"):
-        bench.main(["input", "--config=configs/mae.py:smoke"])
+    with pytest.raises(ConfigError, match="unexpected argument 'more'"):
+        bench.main(["input", "more"])

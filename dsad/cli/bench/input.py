@@ -1,7 +1,6 @@
 """``dsad bench input``: images/s of every input mode, beside a torch DataLoader."""
 
 import contextlib
-import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -19,11 +18,11 @@ from scipy import ndimage
 
 from dsad.cli import console, flags, pretrain
 from dsad.cli.bench import _host_views, _measure
-from dsad.core.errors import ConfigError
 from dsad.core.mesh import place_batch
 from dsad.data import records, records_builder
 from dsad.data.base import DataConfig, load
 from dsad.data.pipeline import CacheMode, make_pipeline
+from dsad.objectives import ds2
 from dsad.train.state import initial_state
 
 #: What is generated: name, height and width, suffix.
@@ -51,11 +50,6 @@ def main(argv: list[str]) -> int:
     command = _command()
     least = {"images": 1, "canvas": 1, "batch": 1, "batches": 1, "workers": 1, "rounds": 1}
     config, values = _measure.parsed(command, argv, {**least, "steps": 0})
-    if config.objective.name != "ds2":
-        raise ConfigError(
-            f"config.objective.name: the peer makes the views of ds2, not of "
-            f"{config.objective.name!r}."
-        )
     out = console.console()
     with tempfile.TemporaryDirectory() as scratch:
         folders = (
@@ -67,7 +61,7 @@ def main(argv: list[str]) -> int:
         )
         for name, folder in folders.items():
             work = pathlib.Path(scratch) / f"work-{name}"
-            measure(name, folder, work, config, values, out)
+            measure(name, folder, work, values, out)
             if values.steps:
                 waiting(name, folder, work, config, values, out)
     return 0
@@ -164,12 +158,11 @@ def _modes(found: dict[str, Any], side: int, batch: int, workers: int) -> dict[s
 
 
 def measure(
-    name: str, folder: pathlib.Path, work: pathlib.Path, config: Any, values: Any, out: Any
+    name: str, folder: pathlib.Path, work: pathlib.Path, values: Any, out: Any
 ) -> dict[str, Spent]:
     """Time every mode and the peer, print a table, return the sums over rounds by mode."""
     records.tfds()
-    _, _, method = pretrain.parse(config)
-    method = _with_side(method)
+    method = ds2.Config()
     found = sources(folder, work, values.canvas)
     batch, count = values.batch, values.batches
     calls = {}
@@ -185,12 +178,6 @@ def measure(
     rows = _rounds(calls, values.rounds, name, out)
     _print(name, files, rows, list(peers), values, method, out)
     return rows
-
-
-def _with_side(method: Any) -> Any:
-    """DS2's published views: 224 pixels, whatever a small config makes of them."""
-    views = (dataclasses.replace(view, side=224) for view in (method.view1, method.view2))
-    return dataclasses.replace(method, **dict(zip(("view1", "view2"), views, strict=True)))
 
 
 def _peers(files: list[str], method: Any, batch: int, values: Any) -> dict[str, Any]:
