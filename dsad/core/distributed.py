@@ -120,7 +120,8 @@ def gather_objects(value: Any) -> list[Any]:
         return [value]
     data = json.dumps(value).encode()
     sizes = gather(np.int64(len(data)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
+    # A power of two, since every size compiles a program of its own.
+    padded = np.zeros(1 << (int(sizes.max()) - 1).bit_length(), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     rows = gather(padded)
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
