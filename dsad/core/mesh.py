@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsad.core.errors import ConfigError
@@ -52,9 +53,14 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"{len(devices)} devices; set one axis to -1."
         )
     # The types stay Auto: with Explicit axes convolutions ask for an output sharding.
-    return jax.make_mesh(
-        tuple(shape), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices
-    )
+    types = (AxisType.Auto,) * 2
+    try:
+        return jax.make_mesh(tuple(shape), ("data", "fsdp"), axis_types=types, devices=devices)
+    except NotImplementedError:
+        # Such as 32 × 8 on a torus of 16 × 16: an axis of the mesh has to be part of one of the
+        # torus, which costs bandwidth but works.
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, ("data", "fsdp"), axis_types=types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
