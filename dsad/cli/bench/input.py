@@ -152,8 +152,9 @@ def _modes(found: dict[str, Any], side: int, batch: int, workers: int) -> dict[s
         label = f"{cache}: {name}" if cache == "none" else cache
         label += f", {count} workers" if count else ""
         modes[label] = make_pipeline(
-            found[name], canvas=side, cache=cache, batch_size=batch, seed=0, workers=count
-        )
+            found[name], canvas=side, cache=cache, batch_size=batch, seed=0, workers=count,
+            prefetch=1 if count else 2,
+        )  # fmt: skip
     return modes
 
 
@@ -167,10 +168,11 @@ def measure(
     batch, count = values.batch, values.batches
     calls = {}
     for label, pipeline in _modes(found, values.canvas, batch, values.workers).items():
-        # What threads and processes read ahead: each worker makes and keeps some batches.
-        warm = 1 + 8 * (values.workers if "workers" in label else 1)
-        # Cached modes are so fast that a round needs more of them.
+        # Each worker keeps about four batches ready, beside those in the making: they are used up
+        # first, and more are timed than could have been ready. Cached modes need many to be seen.
+        ahead = 5 * (values.workers if "workers" in label else 1)
         many = count * {"device": 200, "host": 20}.get(label, 1)
+        warm, many = 1 + ahead, max(many, 2 * ahead if "workers" in label else 1)
         calls[label] = lambda p=pipeline, w=warm, n=many: spent(p.iterator, w, n, batch)
     files = [str(folder / r.path) for r in found["files"].records]
     peers = _peers(files, method, batch, values)
