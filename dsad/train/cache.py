@@ -8,25 +8,37 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from dsad.core.chips import chip_of
 from dsad.core.mesh import BATCH_SPEC, batch_sharding, replicated
 from dsad.core.types import Batch
 from dsad.train.step import Fetch
 
 #: Copies up to this many bytes are kept whole on every device; larger sets are split.
 REPLICATE_BELOW = 2**30
+#: The same as a share of the device's memory, where that is known and gives more: MVTec AD at 512
+#: pixels, 2.9 GB, stays whole on a TPU v5e. Splitting saves memory but moves every batch.
+REPLICATE_SHARE = 0.25
+
+
+def replicated_bytes(mesh: Mesh) -> int:
+    """Up to how many bytes a data set is kept whole on every device of a mesh."""
+    chip = chip_of(mesh.devices.flat[0])
+    return max(REPLICATE_BELOW, int(REPLICATE_SHARE * chip.hbm_bytes) if chip else 0)
 
 
 def abstract_store(
-    shapes: Any, mesh: Mesh, *, replicate_below: int = REPLICATE_BELOW
+    shapes: Any, mesh: Mesh, *, replicate_below: int | None = None
 ) -> tuple[Any, Fetch]:
     """Shapes and shardings that arrays (N, ...), in nested dicts, get on the mesh, and ``fetch``.
 
     Of the arrays only shape and dtype matter. ``fetch(store, {"index", "epoch"})`` gives the batch
     with the rows of ``index`` (b,), split over the mesh. Whole copies are gathered locally. Split
     sets, whose rows are filled up to a multiple of the devices, exchange only the batch: every
-    device contributes the rows it owns and a reduce-scatter in the arrays' own type (uint8 for
-    images) adds them up, exactly because all but one contribution are zero.
+    device contributes the rows it owns and a reduce-scatter adds them up as integers (four pixels
+    in one, see ``_packed``), exactly because all but one contribution are zero.
     """
+    if replicate_below is None:
+        replicate_below = replicated_bytes(mesh)
     arrays = jax.tree.leaves(shapes)
     size = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
     if size <= replicate_below or mesh.size == 1:
@@ -44,7 +56,7 @@ def abstract_store(
 
 
 def device_store(
-    host: dict[str, Any], mesh: Mesh, *, replicate_below: int = REPLICATE_BELOW
+    host: dict[str, Any], mesh: Mesh, *, replicate_below: int | None = None
 ) -> tuple[Any, Fetch]:
     """Put arrays (N, ...), in nested dicts, on the mesh; (store, fetch) as ``abstract_store``."""
     places, fetch = abstract_store(host, mesh, replicate_below=replicate_below)
@@ -59,7 +71,7 @@ def device_store(
     return jax.tree.map(put, host, places), fetch
 
 
-def rows_here(shapes: Any, mesh: Mesh, *, replicate_below: int = REPLICATE_BELOW) -> np.ndarray:
+def rows_here(shapes: Any, mesh: Mesh, *, replicate_below: int | None = None) -> np.ndarray:
     """Which rows of arrays (N, ...) this process's devices will hold, in ascending order."""
     places, _ = abstract_store(shapes, mesh, replicate_below=replicate_below)
     count, place = jax.tree.leaves(shapes)[0].shape[0], jax.tree.leaves(places)[0]
@@ -90,9 +102,27 @@ def _owned_rows(store: Any, index: jax.Array) -> Any:
         mine = jnp.take(a, jnp.clip(local, 0, rows - 1), axis=0)
         keep = owned.reshape(owned.shape + (1,) * (a.ndim - 1))
         mine = jnp.where(keep, mine, jnp.zeros((), a.dtype))
-        return jax.lax.psum_scatter(mine, axes, scatter_dimension=0, tiled=True)
+        if not _packs(mine):
+            return jax.lax.psum_scatter(mine, axes, scatter_dimension=0, tiled=True)
+        sent = jax.lax.psum_scatter(_packed(mine), axes, scatter_dimension=0, tiled=True)
+        return _unpacked(sent).reshape(-1, *a.shape[1:])
 
     return jax.tree.map(exchange, store)
+
+
+def _packs(rows: jax.Array) -> bool:
+    return rows.dtype == jnp.uint8 and rows.ndim > 2 and rows.shape[1] % 4 == 0
+
+
+def _packed(rows: jax.Array) -> jax.Array:
+    """Uint8 (b, 4h, ...) as uint32 (b, h, -1), of four lines each: TPUs add bytes as 32 bits."""
+    lines = rows.reshape(rows.shape[0], rows.shape[1] // 4, 4, -1).astype(jnp.uint32)
+    return sum((lines[:, :, i] << (8 * i) for i in range(1, 4)), lines[:, :, 0])
+
+
+def _unpacked(rows: jax.Array) -> jax.Array:
+    """Back to uint8 (b, h, 4, -1)."""
+    return jnp.stack([(rows >> (8 * i)).astype(jnp.uint8) for i in range(4)], axis=2)
 
 
 def _with_inputs(rows: Any, inputs: Any) -> Batch:

@@ -172,7 +172,8 @@ def test_device_store_returns_the_asked_rows(limit, shape):
     mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1]))
     g = np.random.default_rng(0)
     host = {
-        "image": g.integers(0, 256, (13, 5, 5, 3)).astype(np.uint8),
+        "image": g.integers(0, 256, (13, 8, 5, 3)).astype(np.uint8),
+        "odd": g.integers(0, 256, (13, 5, 5, 3)).astype(np.uint8),
         "size": g.integers(1, 5, (13, 2)).astype(np.int32),
     }
     index = g.integers(0, 13, 16).astype(np.int32)
