@@ -287,11 +287,25 @@ def test_unintended_traffic_is_named():
     assert "fc1" in gathers("bf16[24,1024,4096]")[0]
     assert "all samples" in gathers("bf16[2048,50,1024]")[0]
     assert "all samples" in gathers("bf16[102400,1024]")[0]  # their tokens as rows
+    assert not gathers("f32[2048,512]", size=2**22)  # a kernel of the decoder, not 2048 samples
     assert not gathers("s32[2048,2]", size=2**14)
     other = _compile.Program(collectives=rows(1.0), messages=("f32[8] at a",))
     assert "involuntary full rematerialization" in _warnings.unintended(run, other)[0]
     few = dataclasses.replace(run, samples=1000)
     assert "images repeat" in _warnings.unintended(few, _compile.Program())[0]
+
+
+def test_a_split_data_set_costs_every_chip_the_whole_batch():
+    argv = (
+        "--config.batch_size=2048",
+        "--config.objective.hidden=32",
+        "--config.data.cache=device",
+    )
+    for samples, count in ((300, 0), (3629, 1)):  # up to 1 GiB of images every chip has its own
+        run = _abstract.abstract_run(config("ds2", *argv), jax.devices(), samples=samples)
+        found = [w for w in _warnings.unintended(run, _compile.Program()) if "split" in w]
+        assert len(found) == count
+        assert all("1,536 MiB" in w for w in found)
 
 
 def test_copies_by_the_partitioner_are_read_from_its_log():

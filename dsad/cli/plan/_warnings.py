@@ -10,6 +10,8 @@ from dsad.core.tree import flatten
 
 #: Collected arrays below this size are not worth a word.
 SMALL = 2**20
+#: A batch of raw images from which on collecting it is.
+MANY = 2**28
 
 
 def unintended(run: AbstractRun, program: Program) -> list[str]:
@@ -24,11 +26,13 @@ def unintended(run: AbstractRun, program: Program) -> list[str]:
             f"a step takes {run.config.batch_size} images, more than the {run.samples} of the data "
             "set: images repeat within a step"
         )
+    lines += _fetching(run)
     params = flatten({"params": run.abstract.params, "extra": run.abstract.extra})
     stacks, known = {}, set()
     for path, leaf in params.items():
         shape = _plain(leaf.shape)
-        known |= {shape, _plain(leaf.shape[1:])}
+        # Compilers reshape at will: a kernel of 16 × 16 × 3 pixels is a matrix of 768 rows.
+        known |= {math.prod(shape), math.prod(leaf.shape[1:])}
         if "blocks" in path.split("/") and leaf.ndim > 2 and "fsdp" in leaf.sharding.spec:
             stacks[shape] = path
     for row in program.collectives:
@@ -38,13 +42,31 @@ def unintended(run: AbstractRun, program: Program) -> list[str]:
             shape = _plain(int(n) for n in re.findall(r"\d+", text.partition("[")[2]))
             if shape in stacks:
                 lines.append(_line(text, row, f"all blocks of {stacks[shape]} at once"))
-            elif shape not in known and row["result_bytes"] >= SMALL and _all_samples(run, shape):
+            elif (
+                math.prod(shape) not in known
+                and row["result_bytes"] >= SMALL
+                and _all_samples(run, shape)
+            ):
                 lines.append(_line(text, row, "activations of all samples"))
     lines += [
         f"the partitioner copies {message} whole to every chip (involuntary full rematerialization)"
         for message in program.messages
     ]
     return list(dict.fromkeys(lines))
+
+
+def _fetching(run: AbstractRun) -> list[str]:
+    """About a data set that is split over the chips, which all pass on the images of a step."""
+    if run.store is None or run.store["image"].sharding.is_fully_replicated:
+        return []
+    moved = run.config.batch_size * math.prod(run.store["image"].shape[1:])
+    if moved < MANY:
+        return []
+    return [
+        f"the data set is split over the chips, and each of them handles all images of a step to "
+        f"find its own: {moved / 2**20:,.0f} MiB, however many chips there are. "
+        "config.data.cache=host brings every chip only its part."
+    ]
 
 
 def _line(text: str, row: dict[str, Any], what: str) -> str:
