@@ -150,8 +150,8 @@ def _times(plan: "Plan", out: Console) -> None:
     length = f"{plan.epochs:g} epochs" if plan.epochs else "the steps"
     samples = f" of {plan.samples:,} images ({plan.samples_from})" if plan.samples else ""
     out.print(
-        f"{length}{samples}: {plan.steps:,} steps, {made.hours:,.2f} hours, "
-        f"{made.chip_hours:,.1f} chip-hours"
+        f"{length}{samples}: {plan.steps:,} steps, {_few(made.hours)} hours, "
+        f"{_few(made.chip_hours or 0.0)} chip-hours"
     )
 
 
@@ -188,9 +188,14 @@ def _cells(plan: "Plan") -> list[str]:
     made = plan.estimate
     if made is None:
         return [*cells, "", "", "", "", ""]
-    hours = "?" if made.hours is None else f"{made.hours:,.2f}"
+    hours = "?" if made.hours is None else _few(made.hours)
     speed = f"{made.images_per_s:,.0f}"
     return [*cells, f"{made.step * 1e3:,.2f}", made.bound_by, speed, f"{made.mfu:.1%}", hours]
+
+
+def _few(number: float) -> str:
+    """Three digits."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _mesh(plan: "Plan") -> str:
