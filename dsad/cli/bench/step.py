@@ -74,10 +74,7 @@ def _parts(
     """The views, and they and the objective's own parts as calls, each compiled by itself."""
     batch = place_batch(inputs, run.mesh)
     if run.store is not None:
-        batch = {
-            **jax.tree.map(lambda v: v[batch["index"]], run.store),
-            "index": batch["index"], "epoch": batch["epoch"],
-        }  # fmt: skip
+        batch = jax.jit(run.fetch)(run.store, batch)
     key = rng.named(jax.random.key(run.config.seed), "views")
     make_views = jax.jit(run.objective.views)
     views = make_views(batch, key)
