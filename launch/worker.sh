@@ -35,9 +35,9 @@ usage() {
 boot() { cat /proc/sys/kernel/random/boot_id; }
 
 alive() {
-  [[ -f $run_dir/pid && ! -f $run_dir/code ]] || return 1
+  [[ -f $run_dir/pid && -f $run_dir/group ]] || return 1
   # After a reboot the same number may belong to any other process.
-  [[ $(cat "$run_dir/boot") == "$(boot)" ]] && kill -0 "$(cat "$run_dir/pid")" 2>/dev/null
+  [[ $(cat "$run_dir/boot") == "$(boot)" ]] && kill -0 "$(cat "$run_dir/group")" 2>/dev/null
 }
 
 install() {
@@ -54,7 +54,7 @@ start() {
   [[ -x $environment/bin/dsad ]] || die "dsad is not installed here; install it first."
   ! alive || die "a run goes on here (process $(cat "$run_dir/pid")); stop it first."
   mkdir -p "$run_dir"
-  rm -f "$run_dir/code" "$run_dir/pid"
+  rm -f "$run_dir/code" "$run_dir/pid" "$run_dir/group"
   boot >"$run_dir/boot"
   printf '%s\0' "$@" | cksum | cut -d' ' -f1 >"$run_dir/run"
   { printf '%q ' dsad "$@" && echo; } >>"$run_dir/log"
@@ -83,10 +83,11 @@ _run() {
 status() {
   local state=none code=- line="" run=-
   [[ ! -f $run_dir/run ]] || run=$(cat "$run_dir/run")
-  if [[ -f $run_dir/code ]]; then
-    state=exited code=$(cat "$run_dir/code")
-  elif alive; then
+  # In this order: the shell beside the run writes its exit code before it ends.
+  if alive; then
     state=running
+  elif [[ -f $run_dir/code ]]; then
+    state=exited code=$(cat "$run_dir/code")
   elif [[ -f $run_dir/boot ]]; then
     state=lost
   fi
