@@ -7,6 +7,7 @@ on with another mesh after every kill. $DSAD_CHAOS_SEED (0) draws the moments.
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import random
 import re
@@ -54,7 +55,7 @@ def kills_of(run: str) -> list[Kill]:
     drawn = []
     for number in range(KILLS):
         phase = PHASES[number // 2 % len(PHASES)]
-        longest = {"start": 5.0, "step": 0.1, "save": 0.03}[phase]
+        longest = {"start": 3.0, "step": 0.1, "save": 0.03}[phase]
         drawn.append(
             Kill(
                 (signal.SIGKILL, signal.SIGTERM)[number % 2],
@@ -230,8 +231,10 @@ def run_through(folder, run):
     """All kills of a run, then the rest of it; returns the kills with where they landed."""
     g, kills, now = random.Random(f"{SEED} {run}"), kills_of(run), 0
 
+    meshes = itertools.cycle(g.sample(MESHES, len(MESHES)))  # never one twice in a row
+
     def mesh():
-        return g.choice(MESHES) if run == "mixed" else (int(run), 1)
+        return next(meshes) if run == "mixed" else (int(run), 1)
 
     for number, kill in enumerate(kills):
         now = killed(folder, run, mesh(), kill, now, len(kills) - number)
