@@ -161,7 +161,7 @@ def _modes(found: dict[str, Any], side: int, batch: int, workers: int) -> dict[s
 def measure(
     name: str, folder: pathlib.Path, work: pathlib.Path, values: Any, out: Any
 ) -> dict[str, Spent]:
-    """Time every mode and the peer, print a table, return the sums over rounds by mode."""
+    """Time every mode and the peer, print a table, return the medians over rounds by mode."""
     records.tfds()
     method = ds2.Config()
     found = sources(folder, work, values.canvas)
