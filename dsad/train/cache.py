@@ -49,24 +49,15 @@ def abstract_store(
         gather = jax.shard_map(
             _owned_rows, mesh=mesh, in_specs=(BATCH_SPEC, PartitionSpec()), out_specs=BATCH_SPEC
         )
-    # Not the host arrays themselves, which would stay in memory with ``fetch``.
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes)
     store = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((rows, *_flat(a.shape)[1:]), a.dtype, sharding=sharding),
-        shapes,
+        lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype, sharding=sharding), shapes
     )
 
     def fetch(store: Any, inputs: Any) -> Batch:
         found = gather(store, inputs["index"])
-        found = jax.tree.map(lambda x, a: x.reshape(-1, *a.shape[1:]), found, shapes)
         return {"facts": {}, **found, "index": inputs["index"], "epoch": inputs["epoch"]}
 
     return store, fetch
-
-
-def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape (n, h, w, c) as (n, h, wc): of pixels with 3 channels TPUs would copy the whole set."""
-    return (*shape[:2], shape[2] * shape[3]) if len(shape) == 4 else shape
 
 
 def device_store(
@@ -78,9 +69,8 @@ def device_store(
     def put(array: Any, place: jax.ShapeDtypeStruct) -> jax.Array:
         # By shard: every process touches the rows of its own devices only, and nothing is
         # compared or copied between processes.
-        flat = array.reshape(_flat(array.shape))
         return jax.make_array_from_callback(
-            place.shape, place.sharding, lambda where: _filled(flat, where)
+            place.shape, place.sharding, lambda where: _filled(array, where)
         )
 
     return jax.tree.map(put, host, places), fetch
