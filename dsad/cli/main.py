@@ -23,7 +23,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 1 for faults found, 2 for unusable input."""
+    """Run one command; returns its exit code.
+
+    0, 1 for faults found, 2 for unusable input, 3 for storage that failed during a run.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return module.main(argv[1:])
     except DsadError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.code
 
 
 def usage() -> str:

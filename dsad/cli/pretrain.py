@@ -18,7 +18,7 @@ from dsad.cli import console, flags, workdir
 from dsad.core import config as core_config
 from dsad.core import distributed, paths
 from dsad.core.chips import chip_of
-from dsad.core.errors import ConfigError
+from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.flops import training_flops_per_image
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.types import Dataset, Objective, RunInfo, Specs
@@ -33,6 +33,7 @@ from dsad.train.loop import Loop, train
 from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
 from dsad.train.state import abstract_state, initial_state
 from dsad.train.step import make_step
+from dsad.train.stop import end_on_sigterm
 from dsad.train.writer import MetricWriter
 
 
@@ -118,6 +119,11 @@ def build(config: Any, dataset: Dataset | None = None, progress: Any = None) -> 
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cfg.compilation_cache))
     if cfg.precision != "default":
         jax.config.update("jax_default_matmul_precision", cfg.precision)
+    if jax.process_count() > 1 and not distributed.started():
+        raise ConfigError(
+            f"{jax.process_count()} processes share the devices here: give --distributed to each "
+            "of them."
+        )
     mesh = make_mesh(cfg.mesh)
     if cfg.batch_size % mesh.size:
         raise ConfigError(
@@ -206,7 +212,11 @@ def pretrain(
     ``source`` is what ``read_source`` found, if that was asked already.
     """
     with distributed.failing_together(path):
-        complete = _pretrain(run, path, out, resume, source)
+        try:
+            complete = _pretrain(run, path, out, resume, source)
+        except WorkdirError as error:
+            error.code = 3
+            raise
     if complete:
         workdir.mark_complete(path, run.info.total_steps)
     return complete
@@ -364,6 +374,7 @@ def main(argv: list[str]) -> int:
     if rest:
         raise ConfigError(f"dsad pretrain: unexpected argument {rest[0]!r}.")
     flags.start_distributed(values)
+    end_on_sigterm()
     again = bool(values["continue"].value) and workdir.holds_run(values.workdir)
     resume = bool(values.resume) or again
     out = console.console()
@@ -376,7 +387,7 @@ def main(argv: list[str]) -> int:
     dataset = distributed.together(lambda: console.loaded(cfg.data, out))
     run = prepare(config, out, dataset)
     # A run that goes on has its weights already; the earlier stage may be gone.
-    continued = resume and _is_run(values.workdir)
+    continued = resume and bool(distributed.on_main(lambda: _is_run(values.workdir)))
     source = None if continued else distributed.together(lambda: read_source(run))
     path = workdir.claim(
         values.workdir, "pretrain", config.to_dict(), resume=resume, overwrite=values.overwrite

@@ -61,7 +61,9 @@ def _take(
     # A kill while the config was first written leaves nothing that would be worth keeping.
     if path.exists() and any(p.name != f"{CONFIG}.writing" for p in path.iterdir()):
         if resume:
-            _check_same(path, text)
+            # Without a checkpoint nothing depends on the old config, such as one that did not fit
+            # into memory.
+            _check_same(path, text, free=not _has_checkpoint(path))
             paths.write_whole(path / CONFIG, text)
             return
         if not overwrite:
@@ -103,14 +105,19 @@ def mark_complete(path: epath.Path, step: int) -> None:
         paths.write_whole(path / COMPLETE, json.dumps({"step": step}) + "\n")
 
 
-def _check_same(path: epath.Path, text: str) -> None:
+def _has_checkpoint(path: epath.Path) -> bool:
+    folder = path / "checkpoints"
+    return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+
+
+def _check_same(path: epath.Path, text: str, *, free: bool) -> None:
     found, wanted = read(path), json.loads(text)
     if found["command"] != wanted["command"]:
         raise WorkdirError(
             f"{path}: holds a run of dsad {found['command']}, not of dsad {wanted['command']}."
         )
     changed = differences(found["config"], wanted["config"])
-    lines = [line for line in changed if not _is_free(line.partition(":")[0])]
+    lines = [line for line in changed if not free and not _is_free(line.partition(":")[0])]
     if lines:
         raise WorkdirError(
             f"{path}: --resume needs the run's own config; these keys differ (found there → now):"

@@ -5,26 +5,29 @@ mesh. Everything here is trivial with a single process.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsad.core import paths
 from dsad.core.errors import ConfigError, DsadError
 
 T = TypeVar("T")
 
-#: Seconds between two looks for the failure of another process.
-_LOOK_EVERY = 2.0
+#: Seconds between two looks for the failure of another process, on a disk and in a bucket.
+_LOOK_EVERY, _LOOK_EVERY_REMOTE = 2.0, 10.0
 
 
 def start(
@@ -114,6 +117,26 @@ def gather(array: Any) -> np.ndarray:
     return np.stack([np.frombuffer(r.tobytes(), array.dtype).reshape(array.shape) for r in rows])
 
 
+def largest(values: Sequence[float]) -> Any:
+    """Element-wise maximum over the processes, as something for ``np.asarray`` to wait for.
+
+    Unlike ``gather`` this returns at once: devices that are busy are not waited for.
+    """
+    local = np.asarray(values, np.float32)
+    if count() == 1:
+        return local
+    mesh = Mesh(np.asarray(jax.devices()), ("all",))
+    rows = np.broadcast_to(local, (jax.local_device_count(), len(local)))
+    split = NamedSharding(mesh, PartitionSpec("all"))
+    found = jax.make_array_from_process_local_data(split, rows)
+    return _maximum(found, NamedSharding(mesh, PartitionSpec()))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _maximum(rows: jax.Array, whole: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(rows.max(axis=0), whole)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """What every process passed, anything JSON can hold, in the order of the processes."""
     if count() == 1:
@@ -144,18 +167,26 @@ def together(function: Callable[[], T]) -> T:
     result, failure = None, None
     try:
         result = function()
-    except DsadError as error:
+    except Exception as error:
         failure = error
-    found = gather_objects(str(failure) if failure else None)
+    found = gather_objects(_text(failure) if failure else None)
     told = [f"process {i}: {text}" for i, text in enumerate(found) if text is not None]
-    if failure is not None and len(set(found)) == 1:
+    if isinstance(failure, DsadError) and len(set(found)) == 1:
         failure.shared = True
         raise failure  # everyone found the same fault, such as a mistyped key
+    if failure is not None and not isinstance(failure, DsadError):
+        raise failure  # a defect: with its traceback here, with its message elsewhere
     if told:
         error = DsadError("\n".join(told))
         error.shared = True
         raise error from failure
     return result  # type: ignore[return-value]
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, DsadError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def on_main(function: Callable[[], Any]) -> Any:
@@ -172,7 +203,7 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def failing_together(directory: epath.PathLike) -> Iterator[None]:
-    """Within this block the failure of one process ends all of them, with its message.
+    """Within this block the failure of one process ends all of them, with its message and code.
 
     A process that fails leaves a note in the directory, which all share, and a thread of every
     other looks for one: those sit in a collective that will never end and cannot be interrupted.
@@ -181,54 +212,82 @@ def failing_together(directory: epath.PathLike) -> Iterator[None]:
     if count() == 1:
         yield
         return
-    folder = epath.Path(directory)
-    own = folder / f"failure-{index()}.txt"
+    notes = _Notes(epath.Path(directory))
     if is_main():
-        for stale in folder.glob("failure-*.txt"):
-            stale.unlink()
+        notes.clear()
     barrier("failure notes are cleared")
     over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(folder, own, over), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(notes, over), daemon=True)
     watcher.start()
     try:
         yield
     except BaseException as error:
         over.set()
         watcher.join()
-        if isinstance(error, DsadError) and error.shared:
-            time.sleep(_LOOK_EVERY if is_main() else 0)
-            raise
-        # A failed collective may be the other end of a failure that has a better message.
-        time.sleep(0 if isinstance(error, DsadError) else 2 * _LOOK_EVERY)
-        if note := _note(folder, own):
-            time.sleep(_LOOK_EVERY if is_main() else 0)
-            if note.partition(": ")[2] == str(error):
-                raise  # all found the same fault
-            raise DsadError(note) from error
-        own.write_text(str(error) or type(error).__name__)
-        time.sleep((3 if is_main() else 1.5) * _LOOK_EVERY)
+        _tell(notes, error)
         raise
     finally:
         over.set()
 
 
-def _watch(folder: epath.Path, own: epath.Path, over: threading.Event) -> None:
-    while not over.wait(_LOOK_EVERY):
-        if note := _note(folder, own):
-            print(f"error: {note}", file=sys.stderr, flush=True)
-            time.sleep(2 * _LOOK_EVERY if is_main() else 0)
-            os._exit(2)
+def _tell(notes: "_Notes", error: BaseException) -> None:
+    """Leave a note, or raise what another process says if that is where it began."""
+    if isinstance(error, DsadError) and error.shared:
+        time.sleep(notes.look_every if is_main() else 0)
+        return
+    # A failed collective may be the other end of a failure that has a better message.
+    time.sleep(0 if isinstance(error, DsadError) else 2 * notes.look_every)
+    if found := notes.of_others():
+        code, text = found
+        time.sleep(notes.look_every if is_main() else 0)
+        if text.partition(": ")[2] == str(error):
+            return  # all found the same fault
+        told = DsadError(text)
+        told.code = code
+        raise told from error
+    notes.leave(error)
+    time.sleep((3 if is_main() else 1.5) * notes.look_every)
 
 
-def _note(folder: epath.Path, own: epath.Path) -> str:
-    """What another process says of its failure, or ""."""
-    try:
-        for path in sorted(folder.glob("failure-*.txt")):
-            if path.name != own.name:
-                return f"process {path.stem.partition('-')[2]}: {path.read_text()}"
-    except OSError:  # a shared file system that hiccups is no failure of the run
-        return ""
-    return ""
+def _watch(notes: "_Notes", over: threading.Event) -> None:
+    while not over.wait(notes.look_every):
+        if found := notes.of_others():
+            print(f"error: {found[1]}", file=sys.stderr, flush=True)
+            time.sleep(2 * notes.look_every if is_main() else 0)
+            os._exit(found[0])
+
+
+class _Notes:
+    """Files in which processes say why they fail; the exit code in the first line."""
+
+    def __init__(self, folder: epath.Path):
+        self.folder = folder
+        self.own = folder / f"failure-{index()}.txt"
+        self.look_every = _LOOK_EVERY_REMOTE if paths.is_remote(folder) else _LOOK_EVERY
+
+    def clear(self) -> None:
+        """Remove those of an earlier run."""
+        for stale in self.folder.glob("failure-*.txt"):
+            stale.unlink()
+
+    def leave(self, error: BaseException) -> None:
+        """Say it; a storage that fails, which may be the very error, must not hide the error."""
+        code = error.code if isinstance(error, DsadError) else 1
+        try:
+            self.own.write_text(f"{code}\n{_text(error)}")
+        except Exception as problem:
+            print(f"cannot tell the other processes: {problem}", file=sys.stderr, flush=True)
+
+    def of_others(self) -> tuple[int, str] | None:
+        """(exit code, message) of another process that failed."""
+        try:
+            for path in sorted(self.folder.glob("failure-*.txt")):
+                code, _, text = path.read_text().partition("\n")
+                if path.name != self.own.name and text:
+                    return int(code), f"process {path.stem.partition('-')[2]}: {text}"
+        except Exception:  # of any storage library; its hiccup is no failure of the run
+            return None
+        return None
 
 
 def leave(code: int) -> None:

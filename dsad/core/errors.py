@@ -9,6 +9,9 @@ class DsadError(Exception):
 
     #: Whether every process of a run raises it, so that nobody needs to be told.
     shared = False
+    #: What the command exits with: 2 for input that has to be changed, 3 for storage that failed
+    #: during a run, which may be tried again.
+    code = 2
 
 
 class ConfigError(DsadError):

@@ -28,7 +28,8 @@ class Order:
 
     Batch b of B samples holds the elements bB to (b + 1)B - 1 of the endless sequence of epochs;
     process p of P has the p-th of P equal parts of them, so that the global batch is the same array
-    for any number of processes. Safe to use from several threads, and goes to worker processes.
+    for any number of processes, where the devices of a mesh follow the processes. Safe to use from
+    several threads, and goes to worker processes.
     """
 
     def __init__(self, samples: int, batch_size: int, seed: int, process: int, processes: int):

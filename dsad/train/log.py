@@ -5,13 +5,16 @@ On every line, besides the objective's scalars (means over the line's steps; ``l
     images_per_s            images of all devices per second of wall time
     images_per_s_per_chip   the same per device
     step_ms                 wall time per update
-    input_wait_ms           of it, waiting for the next batch (the slowest process)
+    input_wait_ms           of it, waiting for the next batch
     model_gflops_per_chip   matrix products and convolutions of the model, forward and backward,
                             without recomputation, in 10^9 per second and device
     mfu                     that as a share of the device's peak (where the peak is known)
     peak_memory_mib         most memory in use on a device so far (of the process, on CPUs)
     goodput                 share of the wall time since the run was first started, with pauses and
                             repeated steps, in which updates were computed that still count
+
+Of several processes, memory is that of the fullest and the wait that of the slowest one, both as
+they were at the line before: to ask for them now would wait for the devices.
 """
 
 import resource
@@ -108,6 +111,7 @@ class Log:
         self.pending: list[tuple[int, Any]] = []
         self.rows: list[dict[str, float]] = []
         self.steps_timed = 0
+        self.asked: Any = None
 
     def add(self, step: int, scalars: Any) -> None:
         """Take the scalars of a step that may still be running."""
@@ -151,22 +155,29 @@ class Log:
     def _write(self, step: int) -> None:
         row = {k: float(np.mean([r[k] for r in self.rows])) for k in self.rows[0]}
         row["lr"] = self.rows[-1]["lr"]
+        waited = 0.0
         if self.steps_timed > 0:
-            row |= self._speed(*self.clock.interval())
-        row["peak_memory_mib"] = float(distributed.gather(peak_memory() / 2**20).max())
+            seconds, waited = self.clock.interval()
+            row |= self._speed(seconds)
+            waited *= 1e3 / self.steps_timed
+        asked = distributed.largest([waited, peak_memory() / 2**20])
+        late = asked if distributed.count() == 1 or self.asked is None else self.asked
+        self.asked = asked
+        worst, memory = np.asarray(late).tolist()
+        if "step_ms" in row:
+            row["input_wait_ms"] = worst
+        row["peak_memory_mib"] = memory
         row["goodput"] = self.clock.goodput()
         self.rows, self.steps_timed = [], 0
         self.writer.write(step, row)
         self.on_log(step, self.total_steps, row)
 
-    def _speed(self, seconds: float, waited: float) -> dict[str, float]:
+    def _speed(self, seconds: float) -> dict[str, float]:
         speed = self.steps_timed * self.batch_size / seconds
-        waited = float(distributed.gather(waited).max())
         row = {
             "images_per_s": speed,
             "images_per_s_per_chip": speed / jax.device_count(),
             "step_ms": 1e3 * seconds / self.steps_timed,
-            "input_wait_ms": 1e3 * waited / self.steps_timed,
         }
         if cost := self.work.flops_per_image:
             flops = row["images_per_s_per_chip"] * cost

@@ -9,6 +9,22 @@ from jax.experimental import multihost_utils
 from dsad.core import distributed
 
 
+def end_on_sigterm() -> None:
+    """Until the loop begins, SIGTERM ends the command at once with 0: there is nothing to save.
+
+    Schedulers then know that they may start it again. With several processes JAX keeps the notice
+    until the first step.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        del number, frame
+        print("stopped before the first step", flush=True)
+        raise SystemExit(0)
+
+    if distributed.count() == 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
+
+
 class StopSignal:
     """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step.
 

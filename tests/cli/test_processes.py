@@ -150,6 +150,53 @@ def test_a_split_store_needs_of_each_process_its_own_rows():
         assert code == 0, out
 
 
+CRASH = """
+import sys
+from dsad.cli import main
+from dsad.core import distributed
+from dsad.core.errors import WorkdirError
+
+class Command:
+    @staticmethod
+    def main(argv):
+        distributed.start(coordinator=words[1], num_processes=2, process_id=int(words[2]))
+        with distributed.failing_together(words[3]):
+            if distributed.index() == int(words[4]):
+                error = WorkdirError("disk") if words[5] == "3" else RuntimeError("defect")
+                error.code = 3
+                raise error
+            distributed.barrier("never reached by the other one")
+
+words, sys.argv = sys.argv, ["dsad", "report"]
+sys.modules["dsad.cli.report"] = Command
+main.entry()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+@pytest.mark.parametrize(
+    ("failing", "code", "text"), [(0, 1, "RuntimeError: defect"), (1, 3, "disk")]
+)
+def test_all_end_with_the_code_of_the_one_that_failed(tmp_path, failing, code, text):
+    """Also where it can be tried again, so that schedulers do."""
+    port = free_port()
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", CRASH, f"localhost:{port}", str(i), str(tmp_path),
+             str(failing), str(code)],
+            env=alone(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for number, process in enumerate(running):
+        found, out = finished(process)
+        assert found == code, out
+        assert text in out
+        if number != failing:
+            assert f"error: process {failing}: {text}" in out
+
+
 @pytest.mark.slow
 @pytest.mark.multihost
 def test_processes_stop_together_on_sigterm_and_end_when_one_is_killed(tmp_path, images):

@@ -44,11 +44,21 @@ def test_how_it_is_computed_and_kept_may_change_and_is_told(tmp_path, capsys, ke
 )  # fmt: skip
 def test_what_is_computed_may_not_change(tmp_path, key, value):
     claim(tmp_path, config(), resume=False)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     before = (tmp_path / workdir.CONFIG).read_bytes()
     with pytest.raises(WorkdirError, match=rf"config\.{key.replace('__', '.')}: ") as caught:
         claim(tmp_path, config(**{key: value}, log_every=3))
     assert "log_every" not in str(caught.value)  # only what stands in the way
     assert (tmp_path / workdir.CONFIG).read_bytes() == before
+
+
+def test_before_the_first_checkpoint_everything_may_change(tmp_path, capsys):
+    """Such as a batch that did not fit into memory."""
+    claim(tmp_path, config(), resume=False)
+    (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
+    claim(tmp_path, config(batch_size=8))
+    assert capsys.readouterr().out == "resumed with config.batch_size: 256 → 8\n"
+    assert workdir.read(tmp_path)["config"]["batch_size"] == 8
 
 
 def test_a_directory_whose_claim_was_killed_is_free(tmp_path):

@@ -402,7 +402,7 @@ def test_the_command_ends_with_an_error_where_the_disk_fills_up(small_disk):
          f"--workdir={disk / 'run'}"],
         env=alone(), capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 3, done.stderr
     assert "will not all fit" in done.stdout  # said before the start
     assert done.stderr.splitlines()[-1].startswith(f"error: {disk}")
     assert "disk or quota is full" in done.stderr
