@@ -266,8 +266,12 @@ def waiting(
     cached = _run(config, folder, "device")
     out.print(f"compiling two steps of {batch} images ...")
     rows = {}
-    for label, pipeline in _modes(found, side, batch, values.workers).items():
-        rows[label] = _steps(cached if label == "device" else streamed, pipeline, values.steps)
+    with console.progress(f"training on {name}", out) as tell:
+        modes = _modes(found, side, batch, values.workers)
+        for number, (label, pipeline) in enumerate(modes.items(), start=1):
+            made = cached if label == "device" else streamed
+            rows[label] = _steps(made, pipeline, values.steps)
+            tell(number, len(modes), label)
     table = _measure.table(
         f"{name}: waiting for the input in {values.steps} steps", "mode", "ms a step",
         "ms waited", "share",
