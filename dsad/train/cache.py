@@ -34,8 +34,9 @@ def abstract_store(
     Of the arrays only shape and dtype matter. ``fetch(store, {"index", "epoch"})`` gives the batch
     with the rows of ``index`` (b,), split over the mesh. Whole copies are gathered locally. Split
     sets, whose rows are filled up to a multiple of the devices, exchange only the batch: every
-    device contributes the rows it owns and a reduce-scatter adds them up as integers (four pixels
-    in one, see ``_packed``), exactly because all but one contribution are zero.
+    device contributes the rows it owns and a reduce-scatter in the arrays' own type (uint8 for
+    images) adds them up, exactly because all but one contribution are zero. That traffic is the
+    whole batch for every device, however many there are.
     """
     if replicate_below is None:
         replicate_below = replicated_bytes(mesh)
@@ -107,24 +108,6 @@ def _owned_rows(store: Any, index: jax.Array) -> Any:
         mine = jnp.take(a, jnp.clip(local, 0, rows - 1), axis=0)
         keep = owned.reshape(owned.shape + (1,) * (a.ndim - 1))
         mine = jnp.where(keep, mine, jnp.zeros((), a.dtype))
-        if not _packs(mine):
-            return jax.lax.psum_scatter(mine, axes, scatter_dimension=0, tiled=True)
-        sent = jax.lax.psum_scatter(_packed(mine), axes, scatter_dimension=0, tiled=True)
-        return _unpacked(sent).reshape(-1, *a.shape[1:])
+        return jax.lax.psum_scatter(mine, axes, scatter_dimension=0, tiled=True)
 
     return jax.tree.map(exchange, store)
-
-
-def _packs(rows: jax.Array) -> bool:
-    return rows.dtype == jnp.uint8 and rows.ndim > 2 and rows.shape[1] % 4 == 0
-
-
-def _packed(rows: jax.Array) -> jax.Array:
-    """Uint8 (b, 4h, ...) as uint32 (b, h, -1), of four lines each: TPUs add bytes as 32 bits."""
-    lines = rows.reshape(rows.shape[0], rows.shape[1] // 4, 4, -1).astype(jnp.uint32)
-    return sum((lines[:, :, i] << (8 * i) for i in range(1, 4)), lines[:, :, 0])
-
-
-def _unpacked(rows: jax.Array) -> jax.Array:
-    """Back to uint8 (b, h, 4, -1)."""
-    return jnp.stack([(rows >> (8 * i)).astype(jnp.uint8) for i in range(4)], axis=2)
