@@ -5,20 +5,27 @@
 #   bash launch/run.sh pretrain --config=... --workdir=DIR --continue
 #
 # dsad itself exits with 0 both when a pretraining is complete and when it was asked to stop and
-# saved. Here 0 means complete, 75 means saved but not complete; all other codes are dsad's: 2 for
-# unusable input, 1 for crashes. SIGTERM is passed on.
+# saved. Here 0 means complete, 75 means that it stopped as it was asked to and is not complete; all
+# other codes are dsad's: 1 for crashes, 2 for unusable input, 3 for faults of the storage. SIGTERM
+# is passed on.
 set -euo pipefail
 
+child="" asked=no
+trap 'told=yes asked=yes; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
 dsad "$@" &
 child=$!
+[[ $asked == no ]] || kill -TERM "$child" 2>/dev/null || true # asked before there was a child
 told=yes
-trap 'told=yes; kill -TERM "$child" 2>/dev/null || true' TERM
 while [[ $told == yes ]]; do # a signal ends wait, not dsad
   told=no code=0
   wait "$child" || code=$?
 done
 
-if [[ $code == 0 && ${1:-} == pretrain ]]; then
+if [[ $code == 143 && $asked == yes && ${1:-} == pretrain ]]; then
+  # SIGTERM came before Python could catch it: no crash, and nothing to save yet.
+  echo "run.sh: stopped before it began"
+  code=75
+elif [[ $code == 0 && ${1:-} == pretrain ]]; then
   for argument in "$@"; do
     [[ $argument != --workdir=* ]] || workdir=${argument#--workdir=}
   done

@@ -34,7 +34,8 @@
 #   SETUP               command line that every worker runs after the installation, to bring data:
 #                       "mkdir -p ~/mvtec && gcloud storage rsync -r gs://BUCKET/mvtec ~/mvtec"
 #   POLL                seconds between two looks (60)
-#   MAX_FAILURES        crashes, or failed requests, after which resume gives up (3)
+#   MAX_FAILURES        crashes, or failed requests, after which resume gives up (3); the slice that
+#                       is there then stays, and costs until it is deleted
 #   KEEP                1: resume leaves the slice running when the run is complete
 #
 # Needs: bash 4.4 or newer (macOS: brew install bash); gcloud, logged in, with the TPU API and quota
@@ -128,7 +129,7 @@ runtime() {
 create() {
   local slice generation capacity=() more=() version
   slice_flags
-  version=$(runtime "$generation")
+  version=$(runtime "$generation") || exit # set -e does not hold where resume calls this
   case ${CAPACITY:-spot} in
     spot) capacity=(--spot) ;;
     reserved) capacity=(--reserved) ;;
@@ -187,8 +188,9 @@ git -C ~/dsad rev-parse HEAD > ~/dsad/REVISION && $setup"
   [[ -n ${REVISION:-} || -z $(git -C "$root" status --porcelain) ]] ||
     die "$root has changes that no commit holds. Commit them, or set REVISION=HEAD to leave them out."
   archive=$(mktemp -d)/dsad.tar.gz
-  do_ git -C "$root" archive --output="$archive" "$revision"
-  tpus tpu-vm scp "$archive" "$NAME:dsad.tar.gz" "${ssh_flags[@]}" --worker=all
+  # return: set -e does not hold where resume calls this.
+  do_ git -C "$root" archive --output="$archive" "$revision" || return
+  tpus tpu-vm scp "$archive" "$NAME:dsad.tar.gz" "${ssh_flags[@]}" --worker=all || return
   rm -rf "$(dirname "$archive")"
   on_worker all "rm -rf ~/dsad && mkdir ~/dsad && tar -xzf ~/dsad.tar.gz -C ~/dsad && \
 echo $revision > ~/dsad/REVISION && $setup"
@@ -234,7 +236,8 @@ stop() { on_worker all "bash ~/dsad/launch/worker.sh stop"; }
 
 fail() {
   say "$*"
-  say "$NAME may still exist and cost money; look at launch/tpu_vm.sh logs, then delete it."
+  say "$NAME may still exist and cost money until it is deleted: look at launch/tpu_vm.sh logs," \
+    "then launch/tpu_vm.sh delete"
   exit 1
 }
 
@@ -244,17 +247,32 @@ count_failure() {
   say "$1 (failure $failures of at most ${MAX_FAILURES:-3})"
 }
 
+ask() { create || count_failure "$NAME could not be asked for"; }
+
+# What fails here is tried again in the next round.
 anew() {
   say "$NAME is $1: asking for it anew"
-  delete
-  create
+  if delete; then ask; else count_failure "$NAME could not be deleted"; fi
+}
+
+# The last deletion, which nothing comes after.
+give_back() {
+  local left state
+  for left in 5 4 3 2 1 0; do
+    if delete; then return; fi
+    # What failed may have been the answer alone.
+    if state=$(slice_state) && [[ -z $state ]]; then return; fi
+    say "$NAME could not be deleted; $left more attempts"
+    [[ $left == 0 ]] || sleep "${POLL:-60}"
+  done
+  fail "the run is complete, but $NAME could not be deleted."
 }
 
 start_again() { run "$@" || say "not every worker started; looking again"; }
 
 # What to do about an ACTIVE slice. Sets complete=yes when the run is.
 tend() {
-  local report codes=() code mine
+  local report codes=() code bad=() mine
   if ! report=$(workers 2>&1); then
     say "the workers do not answer: $(tail -n 1 <<<"$report")"
     return
@@ -267,21 +285,20 @@ tend() {
   if [[ $report == *state=absent* ]]; then
     say "installing dsad"
     if install; then start_again "$@"; else count_failure "the installation failed"; fi
-  elif [[ " ${codes[*]} " == *" 2 "* ]]; then
-    fail "dsad refused its input (exit code 2); repeating would not help."
   elif grep state=running <<<"$report" | grep -qv " run=$mine "; then
     fail "another run goes on there; stop it first."
   elif [[ $report == *state=running* ]]; then
     tend_running "$report"
   elif [[ ${codes[*]} == 0 && $report != *state=lost* && $report != *state=none* ]]; then
     complete=yes
+  elif [[ ${codes[*]} == 2 && $report != *state=lost* && $report != *state=none* ]]; then
+    # Of all workers: one alone may have lost its peers or its disk.
+    fail "dsad refused its input (exit code 2 on all workers); repeating would not help."
   else
     for code in "${codes[@]}"; do
-      if [[ $code != 0 && $code != "$stopped" ]]; then
-        count_failure "dsad ended with exit code $code"
-        break
-      fi
+      [[ $code == 0 || $code == "$stopped" ]] || bad+=("$code")
     done
+    [[ ${#bad[@]} == 0 ]] || count_failure "dsad ended with exit code ${bad[*]}"
     say "continuing the run"
     start_again "$@"
   fi
@@ -296,7 +313,7 @@ tend_running() {
     partial=0
   elif [[ $((partial += 1)) -gt 10 ]]; then
     say "the others do not end; killing them"
-    on_worker all "bash ~/dsad/launch/worker.sh kill"
+    on_worker all "bash ~/dsad/launch/worker.sh kill" || say "not every worker was reached"
     partial=0
   fi
 }
@@ -322,7 +339,7 @@ resume() {
       ACTIVE) tend "$@" ;;
       "")
         say "asking for $NAME"
-        create
+        ask
         ;;
       SUSPENDED) anew "$state" ;;
       FAILED)
@@ -335,7 +352,7 @@ resume() {
     sleep "${POLL:-60}"
   done
   say "the run in $WORKDIR is complete"
-  [[ ${KEEP:-0} == 1 ]] || delete
+  [[ ${KEEP:-0} == 1 ]] || give_back
 }
 
 if [[ ${1:-} == --dry-run ]]; then

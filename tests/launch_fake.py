@@ -2,11 +2,19 @@
 
 One file under many names. Every call is recorded in $FAKE/calls as a line of JSON. Two workers are
 simulated by two home directories: what gcloud's ssh is given is really executed there. What dsad
-does is said by $FAKE/plan, a word for each slice that was created, or each run where there is none:
+does is said by $FAKE/plan, a word for each slice that was created, or each run where there is none;
+$FAKE/plan-N is that of worker N, or of process N of srun:
 
   complete  makes all steps          stopped  saves and exits, as after SIGTERM
   crash     exits with 1             refuse   exits with 2
   wait      runs until SIGTERM       preempt  SUSPENDED, runs until the slice is deleted
+  deaf      runs, does not catch     early    it and all beside it get SIGTERM, which it does not
+            SIGTERM                           catch
+  lost      its machine loses it     flaky    exits with 3 the first time, completes then
+  killed    SIGTERM, it alone
+
+Verbs of gcloud that are named in $FAKE/fail fail, once for each time that they stand there. srun
+starts as many processes as $FAKE/tasks says.
 """
 
 import json
@@ -39,9 +47,14 @@ def gcloud(args: list[str]) -> int:
         print('{"step": 10}')
     if args[:2] != ["compute", "tpus"]:
         return 0
-    if args[2] == "tpu-vm":
-        return {"ssh": ssh, "scp": scp}[args[3]](args)
     verb = args[3]
+    failing = read("fail", "").split()
+    if verb in failing:
+        failing.remove(verb)
+        (FAKE / "fail").write_text(" ".join(failing))
+        return 1
+    if args[2] == "tpu-vm":
+        return {"ssh": ssh, "scp": scp}[verb](args)
     if verb == "create":
         if read("state", "WAITING_FOR_RESOURCES") not in ("", "WAITING_FOR_RESOURCES"):
             return 1  # the name is taken
@@ -117,7 +130,9 @@ def dsad(args: list[str]) -> int:
     if args[0] != "pretrain":
         print("done")
         return 0
-    words = read("plan", "complete").split()
+    home = pathlib.Path(os.environ["HOME"])
+    number = os.environ.get("SLURM_PROCID", home.name.rpartition("-")[2])
+    words = read(f"plan-{number}", read("plan", "complete")).split()
     word = words[min(int(read("created", "1")), len(words)) - 1]
     if word in ("wait", "preempt"):
         asked = []
@@ -126,11 +141,25 @@ def dsad(args: list[str]) -> int:
         if word == "preempt":
             (FAKE / "state").write_text("SUSPENDED")
         end = time.monotonic() + 60
-        home = pathlib.Path(os.environ["HOME"])
         while not asked and time.monotonic() < end and (home / "dsad-run").exists():
             time.sleep(0.02)
         print("stopped and saved")
-    elif word == "complete":
+    elif word == "deaf":
+        (FAKE / "deaf").touch()
+        time.sleep(60)
+    elif word == "killed":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif word == "early":
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(60)
+    elif word == "lost":
+        while not (home / "dsad-run" / "pid").exists():
+            time.sleep(0.02)
+        os.killpg(int((home / "dsad-run" / "group").read_text()), signal.SIGKILL)
+    elif word == "flaky" and not (home / "failed").exists():
+        (home / "failed").touch()
+        return 3
+    elif word in ("complete", "flaky"):
         workdir = value(args, "--workdir").replace("gs://", f"{FAKE}/")
         pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
         pathlib.Path(workdir, "complete.json").write_text('{"step": 10}')
@@ -139,7 +168,22 @@ def dsad(args: list[str]) -> int:
 
 
 def srun(args: list[str]) -> int:
-    return subprocess.run([a for a in args if not a.startswith("--kill")]).returncode
+    """Ends all processes when one fails; a signal is a worse end than any code, as in SLURM."""
+    assert args[0] == "--kill-on-bad-exit=1"
+    running = [
+        subprocess.Popen(
+            args[1:], env={**os.environ, "SLURM_PROCID": str(i)}, start_new_session=True
+        )
+        for i in range(int(read("tasks", "1")))
+    ]
+    while None in [process.poll() for process in running]:
+        if any(process.returncode for process in running):
+            for process in running:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.02)
+    codes = [process.returncode for process in running]
+    return 128 - min(codes) if min(codes) < 0 else max(codes)
 
 
 def sbatch(args: list[str]) -> int:

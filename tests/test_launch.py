@@ -357,12 +357,19 @@ def test_resume_is_not_misled_by_another_run(bench):
 
 
 @pytest.mark.parametrize(
-    ("plan", "starts", "told"),
-    [("refuse", 1, "refused its input"), ("crash", 3, "failure 3, giving up")],
+    ("plan", "other", "starts", "told"),
+    [
+        ("refuse", "refuse", 1, "refused its input"),
+        ("crash", "crash", 2, "failure 2, giving up"),
+        # Two is not final where others ended in another way: it may follow from that.
+        ("refuse", "crash", 2, "exit code 1 2; that is failure 2"),
+        ("refuse", "lost", 2, "exit code 2; that is failure 2"),
+    ],
 )
-def test_resume_gives_up(bench, plan, starts, told):
+def test_resume_gives_up(bench, plan, other, starts, told):
     (bench.folder / "plan").write_text(plan)
-    done = bench.tpu("resume", "--", "pretrain", MAX_FAILURES="2")
+    (bench.folder / "plan-1").write_text(other)
+    done = bench.tpu("resume", "--", "pretrain", MAX_FAILURES="1")
     assert done.returncode == 1
     assert told in done.stdout
     assert bench.tpus().count("start") == starts
@@ -376,3 +383,75 @@ def test_resume_gives_up_on_requests_that_fail(bench):
     done = bench.tpu("resume", "--", "pretrain", MAX_FAILURES="1")
     assert done.returncode == 1
     assert bench.tpus() == ["create", "delete", "create"]
+
+
+def test_resume_goes_on_after_a_storage_fault(bench):
+    (bench.folder / "plan").write_text("flaky")
+    done = bench.tpu("resume", "--", "pretrain", KEEP="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "exit code 3 (failure 1" in done.stdout
+    assert bench.tpus() == ["create", "install", "start", "start"]
+
+
+def test_resume_outlives_requests_that_fail(bench):
+    """gcloud fails once in each place; the run is still completed and the slice given back."""
+    (bench.folder / "plan").write_text("preempt complete")
+    (bench.folder / "fail").write_text("list create delete")
+    done = bench.tpu("resume", "--", "pretrain")
+    assert done.returncode == 0, done.stdout + done.stderr
+    once = ["create", "install", "start"]
+    assert bench.tpus() == ["create", *once, "delete", "delete", *once, "delete"]
+    assert (bench.folder / "state").read_text() == ""
+    assert "failure 2 of" in done.stdout
+
+
+def test_resume_asks_again_for_what_it_deleted(bench):
+    """The slice is gone and its successor was not granted at once."""
+    for argv in (["create"], ["wait"]):
+        assert bench.tpu(*argv).returncode == 0
+    (bench.folder / "state").write_text("SUSPENDED")
+    (bench.folder / "fail").write_text("create")
+    done = bench.tpu("resume", "--", "pretrain")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert bench.tpus() == ["create", "delete", "create", "create", "install", "start", "delete"]
+
+
+def test_resume_gives_up_where_nothing_can_be_created(bench):
+    (bench.folder / "fail").write_text("create " * 10)
+    done = bench.tpu("resume", "--", "pretrain", MAX_FAILURES="2")
+    assert done.returncode == 1
+    assert "giving up" in done.stdout
+    assert bench.tpus() == ["create"] * 3
+    # A mistake of the user's is not repeated.
+    named = bench.tpu("resume", "--", "pretrain", TOPOLOGY="", ACCELERATOR="v9-8")
+    assert named.returncode == 2
+    assert "RUNTIME" in named.stderr
+    assert bench.tpus() == ["create"] * 3
+
+
+def test_resume_deletes_until_the_slice_is_gone(bench):
+    (bench.folder / "fail").write_text("delete " * 2)
+    done = bench.tpu("resume", "--", "pretrain")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert bench.tpus()[-3:] == ["delete"] * 3
+    assert (bench.folder / "state").read_text() == ""
+    assert "cost" not in done.stdout
+
+
+def test_resume_says_that_a_slice_is_left(bench):
+    (bench.folder / "fail").write_text("delete " * 20)
+    done = bench.tpu("resume", "--", "pretrain")
+    assert done.returncode == 1
+    assert "is complete, but" in done.stdout
+    assert "cost money until it is deleted" in done.stdout.splitlines()[-1]
+    assert bench.tpus().count("delete") == 6
+
+
+def test_an_installation_without_its_files_is_not_continued(bench):
+    """Where the copy failed, what an earlier one left must not be installed."""
+    (bench.folder / "fail").write_text("scp")
+    done = bench.tpu("resume", "--", "pretrain", KEEP="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "installation failed (failure 1" in done.stdout
+    assert bench.tpus() == ["create", "install", "start"]
+    assert len([x for x in bench.calls("gcloud") if "scp" in x]) == 2

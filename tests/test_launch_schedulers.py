@@ -36,6 +36,21 @@ def test_exit_codes(bench, plan, code):
     assert bench.calls("dsad") == [argv]
 
 
+def test_asked_to_stop_before_it_began(bench):
+    """SIGTERM that dsad does not catch yet is no crash, unless nobody asked run.sh to stop."""
+    argv = ["bash", "launch/run.sh", "pretrain", f"--workdir={bench.folder}/run"]
+    (bench.folder / "plan").write_text("deaf")
+    running = subprocess.Popen(argv, cwd=bench.folder, env=bench.env)
+    for _ in range(600):
+        if (bench.folder / "deaf").exists():
+            break
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 75
+    (bench.folder / "plan").write_text("killed")
+    assert bench.run(*argv).returncode == 143
+
+
 @pytest.mark.slow
 def test_exit_codes_of_the_real_program(tmp_path):
     """Stopped by SIGTERM: 75; continued to the end: 0."""
@@ -73,9 +88,10 @@ def slurm(bench, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_slurm_runs_to_the_end(bench):
     assert slurm(bench, "pretrain", *HARD).returncode == 0
     args = ["pretrain", *HARD, "--distributed", f"--workdir={bench.folder}/run", "--continue"]
-    assert bench.calls("srun") == [["--kill-on-bad-exit=1", "dsad", *args]]
+    assert len(bench.calls("srun")) == 1
     assert bench.calls("dsad") == [args]
     assert not bench.calls("scontrol")
+    assert not list(bench.folder.glob("run.*"))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +110,24 @@ def test_slurm_requeues_itself_when_stopped(bench, array, job):
 def test_slurm_requeues_nothing_that_failed(bench):
     (bench.folder / "plan").write_text("crash")
     assert slurm(bench, "pretrain").returncode == 1
+    assert not bench.calls("scontrol")
+    assert not list(bench.folder.glob("run.*"))
+
+
+def test_slurm_requeues_what_was_stopped_before_it_began(bench):
+    (bench.folder / "tasks").write_text("2")
+    (bench.folder / "plan").write_text("early")
+    assert slurm(bench, "pretrain").returncode == 0
+    assert bench.calls("scontrol") == [["requeue", "41"]]
+
+
+@pytest.mark.parametrize("plan", ["crash", "refuse"])
+def test_slurm_does_not_take_a_crash_for_a_stop(bench, plan):
+    """srun ends the others by SIGTERM then, and that is the code it tells."""
+    (bench.folder / "tasks").write_text("3")
+    (bench.folder / "plan").write_text("deaf")
+    (bench.folder / "plan-1").write_text(plan)
+    assert slurm(bench, "pretrain").returncode == 143
     assert not bench.calls("scontrol")
 
 
@@ -170,14 +204,24 @@ def test_manifests_are_valid(topology, more, accelerator, shape, hosts):
     # run.sh's code for "saved, not complete" restarts the run without counting as a crash.
     codes = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
     assert (codes["values"], codes["containerName"]) == ([75], container["name"])
-    mounts = {m["name"] for m in container["volumeMounts"]}
-    assert mounts == {v["name"] for v in pod["volumes"]}
+    mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+    volumes = {v["name"]: v for v in pod["volumes"]}
+    assert set(mounts.values()) == set(volumes)
+    # Worker processes pass batches through it.
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
 
 
 def test_the_schema_refuses_what_it_does_not_know():
     manifest = yaml.safe_load(render(*RENDER, "--", "pretrain").stdout)
     container_of(manifest)["arguments"] = []
     with pytest.raises(jsonschema.ValidationError, match="arguments"):
+        jsonschema.validate(manifest, schema())
+    manifest = yaml.safe_load(render(*RENDER, "--", "pretrain").stdout)
+    volumes = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+        "volumes"
+    ]
+    volumes[-1]["emptyDir"]["medium"] = "memory"
+    with pytest.raises(jsonschema.ValidationError, match="memory"):
         jsonschema.validate(manifest, schema())
 
 
