@@ -53,6 +53,10 @@ SHORT = {
     "bench neighbors": ["--rounds=1", "--queries=64", "--rows=99", "--depth=8", "--k=1"],
     "bench coreset": ["--rounds=1", "--rows=200", "--dim=8"],
     "bench aupro": ["--rounds=1", "--maps=4", "--size=32"],
+    "bench input": [
+        "--config=configs/mae.py:smoke", "--rounds=1", "--images=8", "--batch=4", "--batches=1",
+        "--canvas=64", "--workers=1", "--steps=1",
+    ],
     "bench gde": ["--rounds=1", "--images=8", "--side=3", "--channels=6", "--components=3"],
     # The small data have three training images a category.
     "--config.shots=4": ["--config.shots=2"],

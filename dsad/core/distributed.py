@@ -64,11 +64,13 @@ def start(
             jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
         where = coordinator or "the cluster's coordinator"
-        raise ConfigError(
+        failed = ConfigError(
             f"cannot join {where}: {str(error).splitlines()[0]} Are all processes running the same "
             "command, and is the port open? Without a cluster that JAX knows give "
             "--coordinator=HOST:PORT --num-processes=N --process-id=I."
-        ) from error
+        )
+        failed.code = 3  # the others may only be late
+        raise failed from error
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
