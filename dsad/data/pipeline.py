@@ -6,12 +6,15 @@ batch. Grain reads the batches ahead, in threads and processes; this is the only
 it, and imports it when a pipeline is made because that takes seconds.
 """
 
+import atexit
 import dataclasses
+import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -198,11 +201,12 @@ class WorkerBatches:
                 raise
             raise DataError(
                 f"a process of config.data.workers={self._workers} ended while it read images "
-                f"({problem}). It was probably out of memory: lower config.data.workers, "
-                "config.data.prefetch or config.batch_size."
+                f"({problem}). It was probably out of memory, or /dev/shm is too small (containers "
+                "give it 64 MB): lower config.data.workers, config.data.prefetch or "
+                "config.batch_size, or give the container more (docker run --shm-size)."
             ) from problem
         self._next += 1
-        return batch
+        return _kept(batch)
 
     def _started(self) -> Any:
         import grain
@@ -216,6 +220,7 @@ class WorkerBatches:
         options = grain.MultiprocessingOptions(
             num_workers=self._workers, per_worker_buffer_size=self._prefetch
         )
+        _OPEN.add(self)
         return iter(rest.mp_prefetch(options, worker_init_fn=_settle_worker))
 
     def get_state(self) -> dict[str, Any]:
@@ -231,6 +236,8 @@ class WorkerBatches:
         batches, self._batches = self._batches, None
         if batches is not None:
             batches.close()
+            del batches  # and what it had read ahead
+            _wait_for_unlinks()
 
     def close(self) -> None:
         """End the worker processes."""
@@ -242,6 +249,53 @@ class WorkerBatches:
             self.close()
         except Exception:
             pass
+
+
+#: Those with workers. They are closed before multiprocessing ends the threads that grain needs to
+#: remove its shared memory: the last registered is called first.
+_OPEN: "weakref.WeakSet[WorkerBatches]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for batches in list(_OPEN):
+        batches.close()
+
+
+def _kept(value: Any) -> Any:
+    """The same memory without grain's array around it, nested dicts as they are.
+
+    That array removes the name of its memory when it is deleted, which is too late for a batch that
+    lives as long as the interpreter; here grain's array goes at once, and the memory with the last
+    plain array that maps it.
+    """
+    from grain.multiprocessing import SharedMemoryArray
+
+    if isinstance(value, dict):
+        return {name: _kept(part) for name, part in value.items()}
+    if not isinstance(value, SharedMemoryArray):
+        return value
+    try:
+        with open(f"/dev/shm/{value.metadata.name}", "r+b") as file:
+            memory = mmap.mmap(file.fileno(), 0)
+    except FileNotFoundError:  # a system that has no directory of its shared memory
+        return np.array(value)
+    return np.ndarray(value.shape, value.dtype, buffer=memory)
+
+
+def _wait_for_unlinks() -> None:
+    """Until grain has removed the shared memory of all deleted arrays, which a thread of it does.
+
+    There is no public way to wait; without its thread there is nothing to wait for.
+    """
+    from grain.multiprocessing import SharedMemoryArray
+
+    pool = getattr(SharedMemoryArray, "_del_thread_pool", None)
+    if pool is not None:
+        try:
+            pool.apply(int)  # its only thread takes the requests in order
+        except ValueError:  # ended already
+            return
 
 
 def _settle_worker(number: int, count: int) -> None:

@@ -129,7 +129,7 @@ def test_a_worker_that_dies_is_no_hang(source):
     batches = iterator(source, workers=2)
     take(batches, 1)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"config.data.workers=2 ended .* out of memory"):
+    with pytest.raises(DataError, match=r"workers=2 ended .* out of memory, or /dev/shm"):
         take(batches, 100)
     assert not multiprocessing.active_children()
 
@@ -196,3 +196,42 @@ def test_workers_live_as_long_as_the_run(source, tmp_path, how):
     while any(map(_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(_running, pids))
+
+
+_SHORT = """
+import sys
+from tests.data.test_workers import iterator
+from dsad.data.base import DataConfig, load
+
+if __name__ == "__main__":
+    source = load(DataConfig(name="mvtec", root=sys.argv[1])).source("train")
+    batches = iterator(source, workers=2)
+    kept = [next(batches) for _ in range(5)]  # they live as long as the interpreter
+    view = kept[0]["image"][1:]
+    places = {word for line in open("/proc/self/maps") for word in line.split()[5:6]}
+    print(*(place for place in places if place.startswith("/dev/shm/psm_")))
+    if sys.argv[2] == "close":
+        batches.close()
+    print(sum(int(batch["image"].sum()) for batch in kept), int(view.sum()))
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/shm").is_dir(), reason="needs Linux")
+@pytest.mark.parametrize("how", ["close", pytest.param("leave", marks=pytest.mark.slow)])
+def test_shared_memory_goes_with_the_run(source, tmp_path, how):
+    """No name is left in /dev/shm, and nobody has to clean up and complain about it."""
+    script = tmp_path / "run.py"
+    script.write_text(_SHORT)
+    whole = take(iterator(source), 5)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), how],
+        env={**alone(), "PYTHONWARNINGS": "default"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "leaked" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    expected = sum(int(batch["image"].sum()) for batch in whole), whole[0]["image"][1:].sum()
+    names, sums = done.stdout.splitlines()
+    assert sums.split() == [str(number) for number in expected]
+    assert len(names.split()) >= 5
+    assert not [name for name in names.split() if pathlib.Path(name).exists()]
