@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import re
@@ -24,6 +25,11 @@ _COMMITTED = "commit_success.txt"
 _MARK = "dsad"
 #: Checkpoints in the making, and those that are being deleted.
 _LEFTOVER = re.compile(r"\d+\.orbax-checkpoint-tmp.*|deleted-\d+")
+#: How tensorstore begins what it says of files that are missing, cut off or do not decode; the
+#: second kind may also be a refused request, unless the words after it tell of decoding.
+_DAMAGE = re.compile(r"DATA_LOSS|OUT_OF_RANGE|NOT_FOUND")
+_REFUSED = re.compile(r"FAILED_PRECONDITION|INVALID_ARGUMENT")
+_DECODING = re.compile(r"compress|decod|truncat|checksum|crc|corrupt|json", re.I)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,8 @@ class Checkpointer:
 
     A checkpoint that was not completely written is never seen, and removed when the directory is
     opened; old ones disappear in one instant as well. ``read_only`` leaves the directory as it is,
-    also what a running training is just writing there. ``say`` takes notes for the user.
+    also what a running training is just writing there, and reads for this process alone: others
+    need not take part. ``say`` takes notes for the user.
 
     Raises WorkdirError if there is nothing to read, or if the directory cannot be written; what
     fails in the background is raised by the next ``save`` or ``wait``.
@@ -85,10 +92,14 @@ class Checkpointer:
             distributed.on_main(self._open)
             distributed.together(self._shared)
         logging.getLogger("absl").addFilter(_not_of_orbax)
+        processes = _this_process() if read_only else ocp.options.MultiprocessingOptions()
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
-                state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
+                state=ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+                meta=ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+                composite_options=ocp.CompositeOptions(multiprocessing_options=processes),
             ),
+            multiprocessing_options=processes,
             # Made in the background, a directory that cannot be made leaves threads waiting for it.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
@@ -256,7 +267,8 @@ class Checkpointer:
         """State on the shardings of ``abstract``, and the meta dict with its ``data`` entry.
 
         Any mesh and any number of processes may have written it. Raises WorkdirError for another
-        model's checkpoint, by paths, and for a damaged one, with the way back.
+        model's checkpoint, by paths, for a damaged one, with the way back, and for one that could
+        not be read this time.
         """
         step = self._require(step)
         args = ocp.args.Composite(
@@ -271,30 +283,40 @@ class Checkpointer:
                 raise WorkdirError(
                     f"{self._path(step)}: the checkpoint does not fit this config's model:\n{lines}"
                 ) from error
-            raise self._damaged(step, error) from error
+            more = "Use more devices, or spread the state over them with config.mesh.fsdp."
+            raise self._unread(step, error, more) from error
 
     def weights(self, step: int | None = None) -> tuple[Any, Any, int]:
-        """(params, extra, step) as host arrays, whatever devices wrote them."""
+        """(params, extra, step) as host arrays, whatever devices wrote them.
+
+        Raises WorkdirError like ``restore``.
+        """
         step = self._require(step)
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        device = jax.local_devices()[0]
+        sharding = jax.sharding.SingleDeviceSharding(device)
         try:
             target = jax.tree.map(
-                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device),
+                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding),
                 self._shapes(step),
             )
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target))  # type: ignore[call-arg]
             found = self._orbax.restore(self._path(step), args=args)["state"]
+            params, extra = jax.device_get((found["params"], found["extra"]))
         except Exception as error:
-            raise self._damaged(step, error) from error
-        params, extra = jax.device_get((found["params"], found["extra"]))
+            more = f"All of it is read through one device, {device}: use one with more memory."
+            raise self._unread(step, error, more) from error
         return params, extra, step
 
     def _path(self, step: int) -> epath.Path:
         return self.directory / str(step)
 
     def _shapes(self, step: int) -> Any:
-        with ocp.StandardCheckpointer() as reader:
-            return reader.metadata(self._path(step) / "state").item_metadata.tree
+        # The handler itself: a checkpointer around it would hide why it could not read.
+        reader = ocp.StandardCheckpointHandler(multiprocessing_options=_this_process())
+        try:
+            return reader.metadata(self._path(step) / "state").tree
+        finally:
+            reader.close()
 
     def _mismatch(self, step: int, abstract: TrainState) -> str:
         """What differs between a checkpoint and a state; nothing if it cannot be read at all."""
@@ -307,6 +329,20 @@ class Checkpointer:
         except Exception:
             return ""
         return "\n".join(tree.diff(_items(abstract), shapes, describe)[:20])
+
+    def _unread(self, step: int, error: BaseException, more_memory: str) -> WorkdirError:
+        """Advises to delete a checkpoint only if it is surely of no use to anybody."""
+        causes = _causes(error)
+        with contextlib.suppress(OSError):  # it, or the whole disk, may be gone by now
+            damage = next(filter(_is_damage, causes), None)
+            if damage and not any(map(_is_outside, causes)) and _whole(self._path(step)):
+                return self._damaged(step, damage)
+        why = next(filter(_is_outside, causes), causes[-1])
+        advice = f" {more_memory}" if _is_device_memory(why) else ""
+        return WorkdirError(
+            f"{self._path(step)}: could not be read: {paths.cause(why)}; the checkpoint was left "
+            f"as it is.{advice}"
+        )
 
     def _damaged(self, step: int, error: BaseException) -> WorkdirError:
         older = [s for s in self.steps() if s < step]
@@ -330,6 +366,48 @@ class Checkpointer:
             have = ", ".join(map(str, found))
             raise WorkdirError(f"{self.directory}: no checkpoint of step {step}; found {have}.")
         return found[-1] if step is None else step
+
+
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    """No process waits for another one: orbax has barriers even around reading."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and those it came from, the first of all last."""
+    found: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in found:
+        found.append(at)
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    return found
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether a file of a checkpoint is missing, cut off, or cannot be decoded."""
+    if isinstance(error, (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError)):
+        return True
+    text = str(error)
+    if isinstance(error, KeyError):
+        return "was not found in the checkpoint" in text
+    # Neither the names of files nor the description of the arrays, which names their compression.
+    told = re.sub('"[^"]*"', "", text.partition("[tensorstore_spec")[0])
+    undecoded = _REFUSED.match(told) and _DECODING.search(told) and "os_error_code" not in text
+    return bool(_DAMAGE.match(told) or undecoded)
+
+
+def _is_outside(error: BaseException) -> bool:
+    """Whether the disk, the network or the memory failed, whatever is in the files."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    return isinstance(error, (MemoryError, jax.errors.JaxRuntimeError))
+
+
+def _is_device_memory(error: BaseException) -> bool:
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -1,5 +1,7 @@
 """Checkpoints: which stay, when, what survives kills, damage and full disks, and other meshes."""
 
+import errno
+import functools
 import os
 import pathlib
 import subprocess
@@ -15,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsad.core import paths
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.launch_local import free_port
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.loop import train
 from dsad.train.state import TrainState
@@ -222,6 +225,77 @@ def test_a_truncated_file_is_named_and_never_read_as_something_else(tmp_path, op
     assert {largest, broken / "meta" / "metadata"} <= refused
 
 
+OUTSIDE = {
+    "device memory": jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
+    ),
+    "host memory": MemoryError("Unable to allocate 16 GiB"),
+    "rights": PermissionError(errno.EACCES, "Permission denied", "state/manifest.ocdbt"),
+    "disk": OSError(errno.EIO, "Input/output error"),
+    "stale handle": OSError(errno.ESTALE, "Stale file handle"),
+    "403": ValueError(
+        'PERMISSION_DENIED: Error opening "zarr" driver: Error reading "step/.zarray": HTTP '
+        "response code: 403 [tensorstore_spec='{compressor: 1}']"
+    ),
+    "503": ValueError('UNAVAILABLE: Error reading "corrupt/step/.zarray": HTTP response code: 503'),
+    "a condition": ValueError(
+        'FAILED_PRECONDITION: Error reading "truncated/crc/0.0": HTTP response code: 412 '
+        "[tensorstore_spec='{compressor: 1}']"
+    ),
+    "unknown": RuntimeError("cannot schedule new futures after shutdown"),
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("what", OUTSIDE)
+def test_what_is_no_damage_never_advises_to_delete(tmp_path, opened, monkeypatch, what, wrapped):
+    save(opened(tmp_path), 3, 6)
+    reader = opened(tmp_path, read_only=True)
+
+    def fail(*args, **how):
+        if not wrapped:
+            raise OUTSIDE[what]
+        try:
+            raise FileNotFoundError("a file that is looked for first")
+        except FileNotFoundError:
+            raise Exception("Encountered error while reading array index: ...") from OUTSIDE[what]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader._orbax, "restore", fail)
+        for read in (lambda: reader.restore(abstract(state(6))), reader.weights):
+            with pytest.raises(WorkdirError) as caught:
+                read()
+            text = str(caught.value)
+            assert f"checkpoints/6: could not be read: {paths.cause(OUTSIDE[what])}; the" in text
+            assert "left as it is" in text
+            assert "damaged" not in text
+            assert "rm -r" not in text
+            assert ("more devices" in text or "more memory" in text) == (what == "device memory")
+    assert equal(reader.restore(abstract(state(6)))[0], state(6))
+
+
+def test_what_a_running_training_removed_meanwhile_is_no_damage(tmp_path, opened, monkeypatch):
+    writer = opened(tmp_path)
+    save(writer, 3, 6)
+    reader = opened(tmp_path, read_only=True)
+    monkeypatch.setattr(reader, "_require", lambda step: (writer._path(6).rmtree(), 6)[1])
+    with pytest.raises(WorkdirError, match=r"6: could not be read: .*not found"):
+        reader.restore(abstract(state(6)))
+
+
+@pytest.mark.parametrize("part", ["meta", "state", "state/d", "state/_METADATA"])
+def test_a_part_that_is_missing_is_damage(tmp_path, opened, part):
+    save(opened(tmp_path), 3, 6)
+    (tmp_path / "checkpoints" / "6" / part).rename(tmp_path / "away")
+    reader = opened(tmp_path, read_only=True)
+    read = reader.weights
+    if part == "meta":  # needed to go on only
+        assert equal(read()[0], state(6).params)
+        read = functools.partial(reader.restore, abstract(state(6)))
+    with pytest.raises(WorkdirError, match=r"6: this checkpoint is damaged: .*rm -r .*step 3"):
+        read()
+
+
 def test_going_back_from_a_damaged_one_as_the_message_says(tmp_path, opened):
     save(opened(tmp_path), 3, 6)
     for path in files(tmp_path / "checkpoints" / "6"):
@@ -276,6 +350,53 @@ def test_a_state_goes_from_every_mesh_to_every_other(tmp_path, opened, before):
     params, extra, step = opened(tmp_path, read_only=True).weights()
     assert equal((params, extra), (state(5).params, state(5).extra))
     assert step == 5
+
+
+ALONE = """
+import sys
+import numpy as np
+from dsad.core import distributed
+distributed.start(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+
+def read():
+    if distributed.index() == 1:
+        return "something else"
+    reader = Checkpointer(sys.argv[3], CheckpointConfig(), read_only=True)
+    params, extra, step = reader.weights()
+    np.testing.assert_array_equal(params["w"], np.load(sys.argv[4]))
+    reader.close()
+    return step
+
+found = distributed.together(read)  # collectives that do not match would end the program here
+print(distributed.gather_objects(found))
+"""
+
+
+@pytest.mark.multihost
+def test_a_reader_needs_no_other_process(tmp_path, opened):
+    """One of two reads, the other goes straight on to the next collective."""
+    save(opened(tmp_path), 5)
+    np.save(tmp_path / "w.npy", state(5).params["w"])
+    coordinator = f"localhost:{free_port()}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALONE, coordinator, str(index), str(tmp_path),
+             str(tmp_path / "w.npy")],
+            env={**alone(), "JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    try:
+        for process in running:
+            out, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err
+            assert out.splitlines()[-1] == "[5, 'something else']"
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 # --- full disks
