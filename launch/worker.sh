@@ -76,6 +76,8 @@ _run() {
   mv "$run_dir/pid.new" "$run_dir/pid"
   local code=0
   wait $! || code=$?
+  # Stopped before run.sh could see to it: nothing was lost, and it may be started again.
+  [[ $code != 143 ]] || code=75
   echo "$code" >"$run_dir/code.new"
   mv "$run_dir/code.new" "$run_dir/code"
 }

@@ -118,6 +118,7 @@ def test_a_used_workdir_is_refused(tmp_path):
 def test_resume_needs_the_same_config(tmp_path):
     claim(tmp_path / "run")
     claim(tmp_path / "run", resume=True)
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(WorkdirError, match="config.a.b: 1 → 2"):
         claim(tmp_path / "run", {"a": {"b": 2}}, resume=True)
     with pytest.raises(WorkdirError, match="nothing to resume"):

@@ -39,7 +39,7 @@ def launched(*argv, processes=2, devices=2):
 
 
 def finished(process):
-    out, _ = process.communicate(timeout=240)
+    out, _ = process.communicate(timeout=600)
     return process.returncode, out
 
 
@@ -230,7 +230,7 @@ def test_processes_stop_together_on_sigterm_and_end_when_one_is_killed(tmp_path,
 
 
 def wait_for_checkpoint(workdir, process, after):
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     while True:
         found = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
         if max(found, default=0) > after:

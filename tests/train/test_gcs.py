@@ -179,9 +179,9 @@ def test_a_bucket_is_claimed_like_a_directory(store):
     assert workdir.read(RUN)["config"] == {"a": 1}
     with pytest.raises(WorkdirError, match="in use"):
         claim({"a": 1})
+    store.put("bucket", "some/run/checkpoints/3/x", b"")
     with pytest.raises(WorkdirError, match=r"config.a: 1 → 2"):
         claim({"a": 2}, resume=True)
-    store.put("bucket", "some/run/checkpoints/3/x", b"")
     claim({"a": 2}, overwrite=True)
     assert store.names() == ["some/run/config.json"]
 
