@@ -33,6 +33,13 @@ HOMES = [FAKE / "worker-0", FAKE / "worker-1"]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
+def become(state: str) -> None:
+    """Set the slice's state at once: other stand-ins look at it all the time."""
+    new = FAKE / f"state.{os.getpid()}"
+    new.write_text(state)
+    new.replace(FAKE / "state")
+
+
 def read(name: str, default: str) -> str:
     path = FAKE / name
     return path.read_text() if path.exists() else default
@@ -59,14 +66,14 @@ def gcloud(args: list[str]) -> int:
         if read("state", "WAITING_FOR_RESOURCES") not in ("", "WAITING_FOR_RESOURCES"):
             return 1  # the name is taken
         (FAKE / "created").write_text(str(int(read("created", "0")) + 1))
-        (FAKE / "state").write_text("WAITING_FOR_RESOURCES")
+        become("WAITING_FOR_RESOURCES")
     elif verb == "list":
         state = read("state", "")
         print(state)
         if state == "WAITING_FOR_RESOURCES":
-            (FAKE / "state").write_text(read("granted", "ACTIVE"))
+            become(read("granted", "ACTIVE"))
     elif verb == "delete":
-        (FAKE / "state").write_text("")
+        become("")
         for home in HOMES:
             shutil.rmtree(home, ignore_errors=True)
     return 0
@@ -139,7 +146,7 @@ def dsad(args: list[str]) -> int:
         signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
         print("step 1", flush=True)
         if word == "preempt":
-            (FAKE / "state").write_text("SUSPENDED")
+            become("SUSPENDED")
         end = time.monotonic() + 60
         while not asked and time.monotonic() < end and (home / "dsad-run").exists():
             time.sleep(0.02)
