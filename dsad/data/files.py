@@ -1,5 +1,6 @@
 """Data sets made of files: listing folders, the index as a data set, samples on demand."""
 
+import abc
 import dataclasses
 import hashlib
 import os
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dsad.core.config import listed, suggestion
-from dsad.core.errors import ConfigError
+from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import Record, Sample
 from dsad.data import decode
 from dsad.data.base import DataConfig, Fault, FaultError, error, warning
@@ -144,7 +145,7 @@ def select(
     return tuple(r for r in splits[split] if r.category == category)
 
 
-class EncodedSource:
+class EncodedSource(abc.ABC):
     """Samples decoded on access from the bytes of image and mask files, wherever these lie.
 
     Safe to use from several threads. Subclasses say where the bytes come from.
@@ -157,13 +158,13 @@ class EncodedSource:
     def __len__(self) -> int:
         return len(self.records)
 
+    @abc.abstractmethod
     def encoded(self, index: int) -> bytes:
         """The content of an image's file; raises DataError naming it (K8)."""
-        raise NotImplementedError
 
     def encoded_mask(self, index: int) -> bytes:
         """The content of the mask file of a sample that has a ``mask_path``."""
-        raise NotImplementedError
+        raise DataError(f"{self.records[index].path}: a mask is named, but none is stored here.")
 
     def size_of(self, index: int) -> int:
         """Bytes of a sample's files."""

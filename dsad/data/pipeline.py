@@ -1,4 +1,4 @@
-"""The input pipeline: canvases, one global sample order, resumable batches of host arrays.
+"""The input pipeline: one global sample order, resumable batches of host arrays.
 
 The order (``dsad.data.order``) is the same in all cache modes, for any number of worker processes
 and of training processes, and so is the position that a checkpoint keeps: the number of the next
@@ -15,125 +15,25 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import Progress, Source
+from dsad.data import canvases as images
 from dsad.data import facts as image_facts
 from dsad.data.order import Order
 
 CacheMode = Literal["device", "host", "none"]
-_THREADS = max(2, min(16, os.cpu_count() or 2))
-
-
-def canvas(image: np.ndarray, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image (h, w, 3) uint8 on a zero canvas (side, side, 3), top left, and its size there.
-
-    An image larger than the canvas is scaled down to fit (aspect kept, Pillow's antialiased
-    bilinear filter); a smaller one stays as it is.
-    """
-    out = np.zeros((side, side, 3), np.uint8)
-    return out, _place(image, out)
-
-
-def _place(image: np.ndarray, out: np.ndarray) -> tuple[int, int]:
-    """Put an image on a canvas of zeros; returns its height and width there."""
-    side = len(out)
-    height, width = image.shape[:2]
-    scale = min(1.0, side / max(height, width))
-    if scale < 1.0:
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-        height, width = image.shape[:2]
-    out[:height, :width] = image
-    return height, width
-
-
-def _category_ids(source: Source) -> np.ndarray:
-    names = sorted({record.category for record in source.records})
-    number = {name: i for i, name in enumerate(names)}
-    return np.asarray([number[record.category] for record in source.records], np.int32)
-
-
-#: Height and width of an image on its canvas, and its facts.
-Placed = tuple[tuple[int, int], dict[str, np.ndarray]]
-#: Puts sample ``index`` on a canvas of zeros (side, side, 3).
-Reader = Callable[[int, np.ndarray], Placed]
-
-
-class _Decode:
-    """Canvases from the samples of a source; the facts of an image are found the first time."""
-
-    def __init__(self, source: Source, facts: Sequence[str]):
-        self.source, self.facts = source, facts
-        self.known: dict[int, dict[str, np.ndarray]] = {}
-
-    def __call__(self, index: int, out: np.ndarray) -> Placed:
-        original = self.source[index].image
-        if self.facts and index not in self.known:  # two threads may find them, and find the same
-            self.known[index] = image_facts.find(self.facts, original)
-        return _place(original, out), self.known.get(index, {})
-
-
-def _reader(source: Source, side: int, facts: Sequence[str]) -> Reader:
-    """How samples get onto canvases: a source may hold them ready, see ``dsad.data.records``."""
-    ready = getattr(source, "canvas_reader", None)
-    return ready(side, facts) if ready else _Decode(source, facts)
-
-
-def _arrays(count: int, side: int, facts: Sequence[str]) -> dict[str, Any]:
-    return {
-        "image": np.zeros((count, side, side, 3), np.uint8),
-        "size": np.zeros((count, 2), np.int32),
-        "facts": image_facts.empty(facts, count),
-    }
-
-
-def _fill(arrays: dict[str, Any], row: int, reader: Reader, index: int) -> None:
-    arrays["size"][row], facts = reader(index, arrays["image"][row])
-    for name, value in facts.items():
-        arrays["facts"][name][row] = value
-
-
-def canvases(
-    source: Source,
-    side: int,
-    *,
-    facts: Sequence[str] = (),
-    rows: Sequence[int] | np.ndarray | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """All samples of a source as arrays, decoded by threads.
-
-    ``image`` (N, side, side, 3) uint8, ``size`` (N, 2) int32 valid height and width, ``category``
-    (N,) int32 position in the sorted names of the source's categories, ``facts``: a dict of arrays
-    (N, ...), those of ``dsad.data.facts`` that are asked for, of the images before they are
-    scaled. Only ``rows`` are read, if given; the others stay zero, which costs no memory where the
-    system gives pages on first use. Raises DataError naming the first file that cannot be read.
-    """
-    reader, arrays = _reader(source, side, facts), _arrays(len(source), side, facts)
-    rows = range(len(source)) if rows is None else [int(row) for row in rows]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            placed = pool.map(lambda i: _fill(arrays, i, reader, i), rows)
-            for done, _ in enumerate(placed, start=1):
-                if progress is not None:
-                    progress(done, len(rows), "decoding images")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return {**arrays, "category": _category_ids(source)}
 
 
 class _Stream:
     """Batches decoded when they are asked for, by the threads of whichever process asks."""
 
-    def __init__(self, reader: Reader, side: int, facts: Sequence[str], threads: int):
+    def __init__(self, reader: images.Reader, side: int, facts: Sequence[str], threads: int):
         self.reader, self.side, self.facts, self.threads = reader, side, facts, threads
         self._start()
 
@@ -148,17 +48,17 @@ class _Stream:
         self._start()
 
     def batch(self, index: np.ndarray) -> dict[str, Any]:
-        arrays = _arrays(len(index), self.side, self.facts)
+        arrays = images.empty(len(index), self.side, self.facts)
         run = self._pool.map if self._pool else map
         for _ in run(
-            lambda row: _fill(arrays, row, self.reader, int(index[row])), range(len(index))
+            lambda row: images.fill(arrays, row, self.reader, int(index[row])), range(len(index))
         ):
             pass
         return arrays
 
 
 class _Store:
-    """Batches gathered from the arrays of :func:`canvases`."""
+    """Batches gathered from the arrays of ``canvases``."""
 
     def __init__(self, store: dict[str, Any]):
         self.store = store
@@ -317,7 +217,7 @@ def _follow_parent() -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """Batches in a fixed order; ``store`` holds the cached arrays of :func:`canvases`, or None."""
+    """Batches in a fixed order; ``store`` holds the cached arrays of ``canvases``, or None."""
 
     store: dict[str, Any] | None
     samples: int
@@ -387,12 +287,12 @@ def make_pipeline(
         raise ConfigError(f"config.data.workers={workers}: expected 0 with cache {cache!r}.")
     store = None
     if cache == "none":
-        threads = max(1, _THREADS // max(1, workers))
-        batches = _Stream(_reader(source, canvas, facts), canvas, facts, threads)
+        threads = max(1, images.THREADS // max(1, workers))
+        batches = _Stream(images.reader_of(source, canvas, facts), canvas, facts, threads)
     else:
-        store = canvases(source, canvas, facts=facts, rows=rows, progress=progress)
+        store = images.canvases(source, canvas, facts=facts, rows=rows, progress=progress)
         batches = _Store(store)
-    category = _category_ids(source)
+    category = images.category_ids(source)
 
     def with_images(batch: dict[str, Any]) -> dict[str, Any]:
         index = batch["index"]

@@ -20,8 +20,8 @@ from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.types import Dataset, Progress
 from dsad.data import facts as image_facts
 from dsad.data import records
+from dsad.data.canvases import canvas as on_canvas
 from dsad.data.decode import MaskRule
-from dsad.data.pipeline import canvas as on_canvas
 
 #: Bytes after which a new file begins; about as much memory is used while one is written.
 SHARD_BYTES = 256 * 2**20

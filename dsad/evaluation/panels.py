@@ -17,7 +17,8 @@ import PIL.Image
 
 from dsad.core.types import Source
 from dsad.evaluation import gallery
-from dsad.evaluation.scoring import Device, EvalConfig, batches
+from dsad.evaluation.config import EvalConfig
+from dsad.evaluation.scoring import Device, batches
 from dsad.evaluation.support import Subset
 
 #: Keys of the scales, before the name of a panel: a value of the detector's, or of the cases.

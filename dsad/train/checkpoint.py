@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import re
@@ -17,6 +16,7 @@ from etils import epath
 
 from dsad.core import distributed, paths, tree
 from dsad.core.errors import ConfigError, WorkdirError
+from dsad.train import _damage
 from dsad.train.state import TrainState
 
 #: What marks a checkpoint in a bucket as complete; on a disk its directory's name does.
@@ -25,11 +25,6 @@ _COMMITTED = "commit_success.txt"
 _MARK = "dsad"
 #: Checkpoints in the making, and those that are being deleted.
 _LEFTOVER = re.compile(r"\d+\.orbax-checkpoint-tmp.*|deleted-\d+")
-#: How tensorstore begins what it says of files that are missing, cut off or do not decode; the
-#: second kind may also be a refused request, unless the words after it tell of decoding.
-_DAMAGE = re.compile(r"DATA_LOSS|OUT_OF_RANGE|NOT_FOUND")
-_REFUSED = re.compile(r"FAILED_PRECONDITION|INVALID_ARGUMENT")
-_DECODING = re.compile(r"compress|decod|truncat|checksum|crc|corrupt|json", re.I)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -332,13 +327,13 @@ class Checkpointer:
 
     def _unread(self, step: int, error: BaseException, more_memory: str) -> WorkdirError:
         """Advises to delete a checkpoint only if it is surely of no use to anybody."""
-        causes = _causes(error)
+        causes = _damage.causes(error)
         with contextlib.suppress(OSError):  # it, or the whole disk, may be gone by now
-            damage = next(filter(_is_damage, causes), None)
-            if damage and not any(map(_is_outside, causes)) and _whole(self._path(step)):
+            damage = next(filter(_damage.is_damage, causes), None)
+            if damage and not any(map(_damage.is_outside, causes)) and _whole(self._path(step)):
                 return self._damaged(step, damage)
-        why = next(filter(_is_outside, causes), causes[-1])
-        advice = f" {more_memory}" if _is_device_memory(why) else ""
+        why = next(filter(_damage.is_outside, causes), causes[-1])
+        advice = f" {more_memory}" if _damage.is_device_memory(why) else ""
         return WorkdirError(
             f"{self._path(step)}: could not be read: {paths.cause(why)}; the checkpoint was left "
             f"as it is.{advice}"
@@ -374,40 +369,6 @@ def _this_process() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
     )
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """An error and those it came from, the first of all last."""
-    found: list[BaseException] = []
-    at: BaseException | None = error
-    while at is not None and at not in found:
-        found.append(at)
-        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
-    return found
-
-
-def _is_damage(error: BaseException) -> bool:
-    """Whether a file of a checkpoint is missing, cut off, or cannot be decoded."""
-    if isinstance(error, (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError)):
-        return True
-    text = str(error)
-    if isinstance(error, KeyError):
-        return "was not found in the checkpoint" in text
-    # Neither the names of files nor the description of the arrays, which names their compression.
-    told = re.sub('"[^"]*"', "", text.partition("[tensorstore_spec")[0])
-    undecoded = _REFUSED.match(told) and _DECODING.search(told) and "os_error_code" not in text
-    return bool(_DAMAGE.match(told) or undecoded)
-
-
-def _is_outside(error: BaseException) -> bool:
-    """Whether the disk, the network or the memory failed, whatever is in the files."""
-    if isinstance(error, OSError):
-        return not isinstance(error, FileNotFoundError)
-    return isinstance(error, (MemoryError, jax.errors.JaxRuntimeError))
-
-
-def _is_device_memory(error: BaseException) -> bool:
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

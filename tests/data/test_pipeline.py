@@ -10,7 +10,8 @@ from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.types import Record, Sample
 from dsad.data import facts
 from dsad.data.base import load
-from dsad.data.pipeline import canvas, canvases, make_pipeline
+from dsad.data.canvases import canvas, canvases
+from dsad.data.pipeline import make_pipeline
 from dsad.train.cache import device_store
 from tests.data import trees
 
@@ -194,7 +195,7 @@ def test_a_stream_finds_the_facts_of_an_image_once(monkeypatch):
 
     fact = facts.FACTS["original_size"]._replace(function=counted)
     monkeypatch.setattr(facts, "FACTS", {"original_size": fact})
-    monkeypatch.setattr("dsad.data.pipeline._THREADS", 1)
+    monkeypatch.setattr("dsad.data.canvases.THREADS", 1)
     stream = pipeline("none", batch_size=11, source=source, facts=("original_size",)).iterator()
     batches = take(stream, 3)
     assert sorted(calls) == sorted((6 + i, 17 - i) for i in range(11))

@@ -13,7 +13,8 @@ from PIL import Image
 from dsad.core.errors import ConfigError, DataError, WorkdirError
 from dsad.data import records, records_builder
 from dsad.data.base import DataConfig, SyntheticConfig, load
-from dsad.data.pipeline import canvas, make_pipeline
+from dsad.data.canvases import canvas
+from dsad.data.pipeline import make_pipeline
 from tests.data import trees
 
 FACTS = ("foreground_box", "original_size")

@@ -29,7 +29,7 @@ class Shuffled(Planted):
 
 
 def run(dataset=None, detector=None, devices=1, mesh=None, **given):
-    names = scoring.EvalConfig.__dataclass_fields__
+    names = EvalConfig.__dataclass_fields__
     config = {n: given.pop(n) for n in list(given) if n in names}
     settings = {"image_size": 48, "batch_size": 4, "sigma": 1.0, "workers": 2} | config
     return localize(

@@ -8,8 +8,8 @@ import pytest
 
 from dsad.core.errors import ConfigError, MetricError
 from dsad.evaluation import thresholds
+from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.scored import Scored
-from dsad.evaluation.scoring import EvalConfig
 from tests.evaluation.test_localize import Planted
 from tests.evaluation.test_support import run
 

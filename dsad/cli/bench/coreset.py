@@ -17,7 +17,8 @@ from dsad.cli.bench import _measure
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base as data_base
 from dsad.detectors import patchcore
-from dsad.evaluation.scoring import Device, EvalConfig, Features, Reader
+from dsad.evaluation.config import EvalConfig
+from dsad.evaluation.scoring import Device, Features, Reader
 from dsad.ops.coreset import coreset_memory, greedy_coreset
 from dsad.ops.neighbors import nearest
 
