@@ -17,7 +17,8 @@ from dsad.train.optim import Schedule
 from dsad.train.state import TrainState
 
 Fetch = Callable[[Any, Any], Batch]
-Step = Callable[[TrainState, Any, Any], tuple[TrainState, Scalars]]
+#: ``step(state, inputs, store) -> (state, scalars)``, jitted.
+Step = jax.stages.Wrapped
 
 
 def make_step(

@@ -62,7 +62,7 @@ class AbstractRun:
     def lower(self) -> jax.stages.Lowered:
         """The step traced and lowered for the platform of its mesh."""
         with self._tracing():
-            return self.step.lower(self.abstract, self.inputs, self.store)  # type: ignore
+            return self.step.lower(self.abstract, self.inputs, self.store)
 
     def model_flops_per_image(self) -> float:
         """See ``core.flops.training_flops_per_image``."""
