@@ -430,7 +430,8 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_last_checkpoint(small_
     checkpointer = opened(disk, permanent=1)
     save(checkpointer, 1, size=2**13)  # 1 MiB each
     save(checkpointer, 2, size=2**13)
-    with pytest.raises(WorkdirError, match=r"disk or quota is full .*\d \w+ free.*step 2; --resume"):
+    told = r"disk or quota is full .*\d \w+ free.*step 2; --resume"
+    with pytest.raises(WorkdirError, match=told):
         save(checkpointer, 3, size=2**13)
     checkpointer.wait()  # told once
     again = opened(disk, permanent=1)
