@@ -6,7 +6,7 @@ dsad demo --config=configs/demo.py:tiny --workdir=tiny      seconds, for tests
 
 import ml_collections
 
-from dsad.cli import evaluate, pretrain
+from dsad.assembly import evaluate, pretrain
 from dsad.core.errors import ConfigError
 
 

@@ -16,7 +16,7 @@ Variants, after a colon and joined by commas:
     smoke      a few steps on small synthetic images
 """
 
-from dsad.cli.pretrain import default_config
+from dsad.assembly.pretrain import default_config
 from dsad.core.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ The published settings: whole maps of layer 3 at 256 pixels, pooled by 2, 97 % o
 smoothing. For textures: --config.detector.mode=patch.
 """
 
-from dsad.cli.evaluate import default_config
+from dsad.assembly.evaluate import default_config
 
 
 def get_config():

@@ -21,7 +21,7 @@ classes (200 components), one for all positions otherwise (500); at most 350 nor
 The last three leave config.data.name to you.
 """
 
-from dsad.cli.evaluate import default_config
+from dsad.assembly.evaluate import default_config
 from dsad.core.errors import ConfigError
 
 OBJECTS = (

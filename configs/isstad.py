@@ -26,7 +26,7 @@ Variants, after a colon and joined by commas:
 import json
 import pathlib
 
-from dsad.cli.pretrain import default_config
+from dsad.assembly.pretrain import default_config
 from dsad.core.errors import ConfigError
 
 TABLES = pathlib.Path(__file__).parent / "isstad_tables.json"

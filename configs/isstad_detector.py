@@ -21,7 +21,7 @@ The first code multiplies the map by 255, which changes no number: --config.dete
 import json
 import pathlib
 
-from dsad.cli.evaluate import default_config
+from dsad.assembly.evaluate import default_config
 from dsad.core.errors import ConfigError
 
 #: Variant: (pixel map, image score)

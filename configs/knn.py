@@ -7,7 +7,7 @@
 By default the data are those of the run; every normal training patch is in the bank.
 """
 
-from dsad.cli.evaluate import default_config
+from dsad.assembly.evaluate import default_config
 
 
 def get_config():

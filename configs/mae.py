@@ -16,7 +16,7 @@ Variants, after a colon and joined by commas; any other word is a category of th
     smoke      a few steps on small synthetic images
 """
 
-from dsad.cli.pretrain import default_config
+from dsad.assembly.pretrain import default_config
 
 
 def get_config(variants: str = ""):

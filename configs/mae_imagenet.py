@@ -12,7 +12,7 @@ Variants: base, large (default), huge: the encoder; norm_pix: targets normalised
 published final models (better features, but no absolute brightness); bf16 compute in all.
 """
 
-from dsad.cli.pretrain import default_config
+from dsad.assembly.pretrain import default_config
 from dsad.core.errors import ConfigError
 
 

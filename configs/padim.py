@@ -10,7 +10,7 @@ upsampling, Gaussian smoothing of 4 pixels. All channels, exactly:
     --config.detector.channels=0
 """
 
-from dsad.cli.evaluate import default_config
+from dsad.assembly.evaluate import default_config
 
 
 def get_config():

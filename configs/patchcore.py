@@ -8,7 +8,7 @@ Variants: ``patchcore.py:published`` takes what the public code does differently
 (pooling to 1,024, zeros beyond borders, projection to 128, ten starts, squared distances).
 """
 
-from dsad.cli.evaluate import default_config
+from dsad.assembly.evaluate import default_config
 
 
 def get_config(variant: str = ""):

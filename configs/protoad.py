@@ -10,7 +10,7 @@ The published features: layers 1 to 3 at 224 pixels. How far the published proto
 is not stated; here each image is clustered two levels deep, then all of them one level.
 """
 
-from dsad.cli.evaluate import default_config
+from dsad.assembly.evaluate import default_config
 
 
 def get_config():

@@ -8,7 +8,7 @@ The published settings: cells of layers 1 to 3, images by layer 4, K = 50. Weigh
 need --config.detector.pooled=layer3.
 """
 
-from dsad.cli.evaluate import default_config
+from dsad.assembly.evaluate import default_config
 
 
 def get_config():

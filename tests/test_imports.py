@@ -7,6 +7,9 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "dsad"
 
+BELOW = {
+    "core", "ops", "augment", "models", "objectives", "data", "detectors", "evaluation", "train",
+}  # fmt: skip
 MAY_IMPORT = {
     "core": set(),
     "ops": {"core"},
@@ -15,11 +18,14 @@ MAY_IMPORT = {
     "objectives": {"core", "ops", "augment", "models"},
     "data": {"core"},
     "detectors": {"core", "ops", "models", "augment"},
-    "evaluation": {"core", "ops", "data", "detectors"},
+    "evaluation": {"core", "ops", "data", "detectors", "models"},
     "train": {"core"},
-    "cli": {"core", "ops", "augment", "models", "objectives", "data", "detectors", "evaluation",
-            "train"},
-}  # fmt: skip
+    "terminal": {"core"},
+    "assembly": {*BELOW, "terminal"},
+    "plan": {*BELOW, "terminal", "assembly", "bench"},
+    "bench": {*BELOW, "terminal", "assembly"},
+    "cli": {*BELOW, "terminal", "assembly", "plan", "bench"},
+}
 ONLY_IN = {
     "flax": "models/",
     "orbax": "train/checkpoint.py",

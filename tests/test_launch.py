@@ -15,7 +15,9 @@ import time
 import pytest
 import yaml
 
-from dsad.cli import evaluate, flags, main, pretrain
+from dsad.assembly import evaluate, pretrain
+from dsad.cli import main
+from dsad.terminal import flags
 from tests.helpers import ROOT
 from tests.launch_bench import HARD, LAUNCH, RUN, Bench, container_of
 

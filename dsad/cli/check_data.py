@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dsad.cli import flags
 from dsad.core import config as core_config
 from dsad.core.errors import ConfigError
 from dsad.data.base import DataConfig
 from dsad.data.checks import TITLES, CheckReport, check
+from dsad.terminal import flags
 
 _COLOURS = {"error": "bold red", "warning": "yellow"}
 

@@ -7,12 +7,13 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from dsad.cli import console, evaluate, flags, pretrain, workdir
+from dsad.assembly import evaluate, pretrain, workdir
 from dsad.core import config as core_config
 from dsad.core.errors import ConfigError
 from dsad.data import base as data_base
 from dsad.evaluation.localize import Results
-from dsad.evaluation.report import write_report
+from dsad.evaluation.report.page import write_report
+from dsad.terminal import console, flags
 
 COMMAND_CONFIG = "configs/demo.py"
 

@@ -1,174 +1,16 @@
 """``dsad evaluate``: a backbone, a detector and a data set to numbers and pictures."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
-from etils import epath
-from rich.console import Console
 from rich.table import Table
 
-from dsad.cli import backbones, console, flags, pretrain, workdir
-from dsad.core import config as core_config
+from dsad.assembly import evaluate, workdir
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
-from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Dataset
-from dsad.data import base as data_base
-from dsad.evaluation import support, thresholds
-from dsad.evaluation.localize import (
-    EvalConfig,
-    Results,
-    check_labels,
-    check_smoothing,
-    localize,
-    write_results,
-)
-
-#: As data name: the data of the run that the backbone comes from.
-SAME = "run"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Everything of an evaluation but its detector, whose keys belong to the method.
-
-    ``backbone`` is an architecture (with ``weights``, anything that ``models.pretrained.read``
-    takes, or random ones by ``seed``) or ``run:DIR[@STEP]``, where "{category}" in DIR names one
-    run per category; ``patches:SIZE/STRIDE:`` before either applies it to every patch of an image.
-    ``data.name`` "run" takes the data of that run. ``shots`` training images of each category are
-    used (0: all); ``seeds`` draw them and the detector's random choices, several give mean and
-    standard deviation. ``one_for_all`` fits a single detector on the training images of all
-    categories.
-    """
-
-    backbone: str = "resnet18"
-    weights: str = ""
-    seed: int = 0
-    shots: int = 0
-    seeds: tuple[int, ...] = (0,)
-    one_for_all: bool = False
-    data: data_base.DataConfig = dataclasses.field(
-        default_factory=lambda: data_base.DataConfig(name=SAME)
-    )
-    evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-
-
-def default_config(detector: str) -> ml_collections.ConfigDict:
-    """Every key of an evaluation with its default, for config files to change."""
-    module = core_config.resolve("detectors", detector)
-    config = ml_collections.ConfigDict(core_config.as_dict(EvaluateConfig()))
-    config.detector = {"name": detector, **core_config.as_dict(module.Config())}
-    return config.lock()
-
-
-def parse(config: Any) -> tuple[EvaluateConfig, Any]:
-    """(evaluation config, detector) from nested dicts; strict."""
-    values = dict(core_config.require(config, "detector", "configs/knn.py").items())
-    method = dict(values.pop("detector").items())
-    module = core_config.resolve("detectors", method.pop("name"))
-    detector = module.build(core_config.build_dataclass(module.Config, method, "config.detector"))
-    return core_config.build_dataclass(EvaluateConfig, values), detector
-
-
-def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
-    """The data config to use; with name "run" the run's own, at another root if one is given."""
-    if cfg.data.name != SAME:
-        return cfg.data
-    if not backbones.innermost(cfg.backbone).startswith("run:"):
-        raise ConfigError(
-            f"config.data.name: with backbone {cfg.backbone!r} there is no run to take the data "
-            "from; name a data set, for example --config.data.name=mvtec --config.data.root=DIR."
-        )
-    if backbones.per_category(cfg.backbone):
-        raise ConfigError(
-            f"config.data.name: with one run per category ({cfg.backbone!r}) no single run has "
-            "the data; name the data set, for example --config.data.name=mvtec."
-        )
-    path = backbones.run_directory(cfg.backbone)
-    found, _, _ = pretrain.parse(backbones.run_config(path))
-    return dataclasses.replace(found.data, root=cfg.data.root or found.data.root)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The loaded parts of an evaluation; with one run per category ``backbone`` is None."""
-
-    config: EvaluateConfig
-    backbone: Any
-    detector: Any
-    dataset: Dataset
-
-
-def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evaluation:
-    """Load everything that can be refused, before a directory is touched."""
-    cfg, detector = parse(config)
-    _check_patches(cfg.backbone, detector)
-    check_smoothing(detector, cfg.evaluation)
-    dataset = dataset or console.loaded(data_config(cfg), out)
-    check_labels(dataset, dataset.categories)
-    holdout = cfg.evaluation.holdout if cfg.evaluation.false_alarm_rate > 0 else 0
-    support.choose(dataset, dataset.categories, shots=cfg.shots, seeds=cfg.seeds, holdout=holdout)
-    if backbones.per_category(cfg.backbone):
-        if cfg.one_for_all:
-            raise ConfigError("config.one_for_all: one run per category cannot share a detector.")
-        for category in dataset.categories:
-            spec = backbones.of_category(cfg.backbone, category)
-            backbones.run_config(backbones.run_directory(spec))
-        first = backbones.of_category(cfg.backbone, dataset.categories[0])
-        side = backbones.image_size(first) if not cfg.evaluation.image_size else None
-        backbone = None
-    else:
-        backbone = backbones.load(cfg.backbone, cfg.weights, cfg.seed)
-        side = getattr(backbone, "image_size", None)
-    if not cfg.evaluation.image_size:
-        if not side:
-            raise ConfigError(
-                f"config.evaluation.image_size: {cfg.backbone} does not tell the size of its "
-                "images; set it."
-            )
-        own = dataclasses.replace(cfg.evaluation, image_size=side)
-        cfg = dataclasses.replace(cfg, evaluation=own)
-    return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset)
-
-
-def _check_patches(spec: str, detector: Any) -> None:
-    """Refuse a detector of patches on features of others: its map would lie beside the image."""
-    wanted = getattr(detector, "patches", None)
-    if wanted is None or spec.startswith(f"patches:{wanted}:"):
-        return
-    raise ConfigError(
-        f"config.backbone: this detector draws its maps for patches:{wanted}:BACKBONE (its keys "
-        f"patch and stride), found {spec!r}. Set --config.backbone=patches:{wanted}:..., or "
-        "--config.detector.patch and --config.detector.stride to those of the backbone."
-    )
-
-
-def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "") -> Results:
-    """Localize with one backbone and write results below a claimed directory.
-
-    Of several processes the first one writes, and has the gallery and the curves.
-    """
-    cfg = parts.config
-
-    def of_category(category: str) -> Any:
-        spec = backbones.of_category(cfg.backbone, category)
-        return backbones.load(spec, cfg.weights, cfg.seed)
-
-    title = name or "localizing"
-    with distributed.failing_together(path), console.progress(title, out) as tell:
-        results = localize(
-            parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
-            mesh=make_mesh(cfg.mesh), key=backbones.key_for(cfg.seed), progress=tell,
-            name=name or cfg.backbone, shots=cfg.shots, seeds=cfg.seeds, pooled=cfg.one_for_all,
-            folder=path, backbone_of=None if parts.backbone is not None else of_category,
-        )  # fmt: skip
-        distributed.together(
-            lambda: write_results(results, path) if distributed.is_main() else None
-        )
-    return results
+from dsad.evaluation import thresholds
+from dsad.evaluation.localize import Results
+from dsad.terminal import console, flags
 
 
 def table(results: Results, title: str = "") -> Table:
@@ -240,11 +82,11 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"dsad evaluate: unexpected argument {rest[0]!r}.")
     flags.start_distributed(values)
     out = console.console()
-    parts = distributed.together(lambda: prepare(config, out))
+    parts = distributed.together(lambda: evaluate.prepare(config, out))
     path = workdir.claim(
         values.workdir, "evaluate", config.to_dict(), resume=False, overwrite=values.overwrite
     )
-    results = evaluate(parts, path, out, name=values.name)
+    results = evaluate.evaluate(parts, path, out, name=values.name)
     out.print(table(results))
     counted = [row["error_bound"] for row in results.categories.values() if "error_bound" in row]
     if counted:

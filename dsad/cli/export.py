@@ -1,10 +1,12 @@
 """``dsad export``: an encoder as files that timm, torchvision and anomalib load."""
 
-from dsad.cli import backbones, flags
+from dsad.assembly import backbones
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count
 from dsad.evaluation import stamp
-from dsad.models import export, registry
+from dsad.models import registry
+from dsad.models.weights import export
+from dsad.terminal import flags
 
 #: How the other library loads what was written.
 _USE = {

@@ -2,11 +2,12 @@
 
 import time
 
-from dsad.cli import console, flags
+from dsad.assembly import datasets
 from dsad.core import config as core_config
 from dsad.core.errors import ConfigError
 from dsad.data import records, records_builder
 from dsad.data.base import DataConfig
+from dsad.terminal import console, flags
 
 
 def main(argv: list[str]) -> int:
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
     )
     out = console.console()
     records.tfds()  # before anything is read
-    dataset = console.loaded(data, out)
+    dataset = datasets.loaded(data, out)
     with console.progress("measuring", out) as tell:
         planned = records_builder.plan(dataset, values.canvas, tell)
     out.print(f"{dataset.protocol['dataset']}: {planned}", markup=False)

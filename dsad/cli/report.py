@@ -3,9 +3,10 @@
 import pathlib
 from typing import Any
 
-from dsad.cli import flags, workdir
+from dsad.assembly import workdir
 from dsad.core.errors import ConfigError
-from dsad.evaluation.report import write_report
+from dsad.evaluation.report.page import write_report
+from dsad.terminal import flags
 
 
 def main(argv: list[str]) -> int:

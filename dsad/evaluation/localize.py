@@ -14,10 +14,11 @@ from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DsadError, MetricError
 from dsad.core.rng import named
 from dsad.core.types import Dataset, Detector, Progress, Source, Tree
-from dsad.evaluation import gallery, maps, metrics, panels, stamp, support, thresholds
+from dsad.evaluation import maps, metrics, stamp, support, thresholds
 from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.config import EvalConfig, check_smoothing
 from dsad.evaluation.hosts import ALONE
+from dsad.evaluation.report import gallery, panels
 from dsad.evaluation.results import Results, read_results, write_results
 from dsad.evaluation.scored import Scored, score
 from dsad.evaluation.scoring import Device, Features, Reader

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from dsad.core.errors import MetricError
-from dsad.evaluation import bins
 from dsad.evaluation.hosts import ALONE, Hosts
+from dsad.evaluation.metrics import bins
+from dsad.evaluation.metrics.streaming import LEADING
 from dsad.evaluation.scored import Scored
-from dsad.evaluation.streaming import LEADING
 
 #: Said in the stamp.
 IMAGE_RULE = "conformal quantile of held-out training images"

@@ -12,7 +12,8 @@ from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
 from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core.types import FeatureMaps
-from dsad.models import pretrained, registry
+from dsad.models import registry
+from dsad.models.weights import pretrained
 
 
 @functools.partial(

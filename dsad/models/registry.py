@@ -2,8 +2,8 @@
 
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
-from dsad.models import _family_vit, _names_plain, _names_resnet
 from dsad.models.family import Family
+from dsad.models.weights import _family_vit, _names_plain, _names_resnet
 
 FAMILIES: tuple[Family, ...] = (
     _names_resnet.ResNets(),

@@ -19,7 +19,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
 from dsad.models import heads, resnet
 from dsad.models.family import Encoder, Preprocessing
-from dsad.models.pretrained import resnet_trees
+from dsad.models.weights.pretrained import resnet_trees
 from dsad.objectives._dense import Similarity, dense_loss, pair_loss, positive_pairs
 from dsad.ops.similarity import effective_rank, feature_std, self_attention, unit
 

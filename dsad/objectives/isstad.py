@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from dsad.augment.color import normalize
-from dsad.augment.corrupt import CorruptionConfig, corrupt
 from dsad.augment.crops import resized_crop
+from dsad.augment.isstad_corruption import CorruptionConfig, corrupt
 from dsad.augment.views import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core import rng, tree
 from dsad.core.config import check_options
@@ -27,8 +27,8 @@ from dsad.models import transformer, vit
 from dsad.models.decoder import Decoder, DecoderConfig, patchify, unpatchify
 from dsad.models.draws import uniform_draws
 from dsad.models.family import Encoder, Preprocessing
-from dsad.models.pretrained import mae_trees
 from dsad.models.transformer import Remat
+from dsad.models.weights.pretrained import mae_trees
 from dsad.objectives.mae import EncoderConfig, adopt_encoder, check_facts
 from dsad.ops.ssim import ssim
 

@@ -20,8 +20,8 @@ from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
 from dsad.models import transformer, vit
 from dsad.models.decoder import Decoder, DecoderConfig, patchify
 from dsad.models.family import Encoder, Preprocessing
-from dsad.models.pretrained import mae_trees
 from dsad.models.transformer import Remat
+from dsad.models.weights.pretrained import mae_trees
 
 #: Random crop and flip: MAE needs no other augmentation, and colour changes harm it.
 CROP = ViewConfig(area=(0.2, 1.0), jitter_probability=0.0, blur_probability=0.0, filter="bicubic")

@@ -21,6 +21,7 @@ from dsad.core import distributed, hosts, rng
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import Progress
 from dsad.ops import _kcentre
+from dsad.ops.neighbors import nearest
 
 #: Seconds of work between two reports of progress; starting points of the published start rule.
 REPORT_EVERY, STARTS = 0.5, 10
@@ -146,8 +147,6 @@ def kmeans_rows(
     At most ``steps`` rounds, fewer if no row changes its centre. A centre that loses all its rows
     stays where it was. Centres are means, not rows of the bank.
     """
-    from dsad.ops.neighbors import nearest
-
     rows, _ = _checked(bank, size, 0)
     values = jnp.asarray(bank, jnp.float32)
     centres = values[random_rows(rng.named(key, "k-means start"), rows, size)]

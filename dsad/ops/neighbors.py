@@ -14,7 +14,6 @@ from dsad.core import hosts
 from dsad.core.errors import ConfigError
 from dsad.ops import _neighbors_search
 from dsad.ops._neighbors_search import GROUP, Plan
-from dsad.ops.coreset import greedy_coreset as greedy_coreset
 
 #: Queries × bank rows compared at once on a device, at most.
 AREA = 448 * 32768

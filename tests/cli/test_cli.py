@@ -5,10 +5,12 @@ import re
 
 import pytest
 
-from dsad.cli import flags, main, pretrain, workdir
+from dsad.assembly import pretrain, workdir
+from dsad.cli import main
 from dsad.core.config import build_dataclass
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.data.base import DataConfig
+from dsad.terminal import flags
 from tests.helpers import dsad
 
 
@@ -86,7 +88,8 @@ def test_variants_combine_and_overrides_win():
 
 @pytest.mark.parametrize("name", flags.shipped_configs())
 def test_shipped_configs_are_complete(name):
-    from dsad.cli import demo, evaluate
+    from dsad.assembly import evaluate
+    from dsad.cli import demo
 
     config, _, _ = flags.Command("x", "", config=name).parse([])
     if "pretrain" in config:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dsad.cli import backbones, main, pretrain, workdir
+from dsad.assembly import backbones, pretrain, workdir
+from dsad.cli import main
 from dsad.core.errors import DsadError
 from dsad.core.tree import flatten
-from dsad.models import backbone, export, pretrained
-from dsad.models.pretrained import Weights
+from dsad.models import backbone
+from dsad.models.weights import export, pretrained
+from dsad.models.weights.pretrained import Weights
 from tests.models import published
 
 SMALL = {"width": 24, "depth": 2, "heads": 3, "patch": 8, "image": 32}

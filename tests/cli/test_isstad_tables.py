@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from dsad.augment.corrupt import CorruptionConfig
-from dsad.cli import flags
+from dsad.augment.isstad_corruption import CorruptionConfig
 from dsad.core.config import build_dataclass
 from dsad.data import mvtec
+from dsad.terminal import flags
 
 TABLES = json.loads((flags.config_directory() / "isstad_tables.json").read_text())
 MPDD = {"bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"}

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsad.cli import pretrain
+from dsad.assembly import pretrain
 from dsad.core.errors import ConfigError
 from dsad.data import facts
 from dsad.objectives import ds2

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsad.cli import pretrain, workdir
+from dsad.assembly import pretrain, workdir
 from dsad.core.errors import WorkdirError
 
 

@@ -11,11 +11,13 @@ import pytest
 import safetensors.numpy
 
 from dsad import models
-from dsad.cli import backbones, console, flags, main, pretrain
+from dsad.assembly import backbones, pretrain
+from dsad.cli import main
 from dsad.core.mesh import make_mesh
 from dsad.core.tree import flatten
 from dsad.data.pipeline import Pipeline
-from dsad.models.pretrained import mae_state
+from dsad.models.weights.pretrained import mae_state
+from dsad.terminal import console, flags
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from tests.models.test_models import torch_names
 

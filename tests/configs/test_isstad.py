@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from dsad.cli import evaluate, flags, pretrain
+from dsad.assembly import evaluate, pretrain
 from dsad.core.errors import ConfigError
+from dsad.terminal import flags
 
 TABLES = json.loads((flags.config_directory() / "isstad_tables.json").read_text())
 RELEASES = [(d, r) for d in TABLES if d not in ("about", "default") for r in TABLES[d]]

@@ -9,7 +9,7 @@ from sklearn import metrics as sk
 
 from dsad.core.errors import MetricError
 from dsad.evaluation.metrics import METRICS, STREAMING, Exact
-from dsad.evaluation.streaming import TOLERANCE, Streaming
+from dsad.evaluation.metrics.streaming import TOLERANCE, Streaming
 from tests.evaluation.test_metrics import blobs, brute_aupro, brute_f1, brute_spro
 
 #: Independent oracles; a metric without one cannot be registered.

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dsad.augment.corrupt import CorruptionConfig
+from dsad.augment.isstad_corruption import CorruptionConfig
 from dsad.augment.views import ViewConfig
 from dsad.core import config as core_config
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsad.cli import flags, pretrain
+from dsad.assembly import pretrain
 from dsad.core.chips import CHIPS, chip_of
 from dsad.core.flops import model_flops, training_flops_per_image, without_remat
 from dsad.core.mesh import BATCH_SPEC, MeshConfig, make_mesh
 from dsad.core.types import RunInfo, Specs
 from dsad.models import resnet
+from dsad.terminal import flags
 
 
 def f32(*shape):

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsad.cli import evaluate, flags
+from dsad.assembly import evaluate
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.detectors import isstad
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.ops.resize import gaussian_smooth
+from dsad.terminal import flags
 from tests.contracts.detectors.common import KEY, Batches, close, made
 from tests.contracts.detectors.isstad import maps_of, oracle
 from tests.evaluation.test_localize import Planted

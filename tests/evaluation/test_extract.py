@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsad.cli.backbones import RunBackbone
+from dsad.assembly.backbones import RunBackbone
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.evaluation.extract import Extractor

@@ -15,8 +15,9 @@ from sklearn import metrics as oracle
 from dsad.core.errors import ConfigError, DataError, MetricError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Record, Sample, Scores
-from dsad.evaluation import gallery, geometry
+from dsad.evaluation import geometry
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
+from dsad.evaluation.report import gallery
 
 NUMBERS = {
     *("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max"),

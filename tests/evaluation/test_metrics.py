@@ -8,8 +8,8 @@ from sklearn import metrics as sk
 
 from dsad.core.errors import MetricError
 from dsad.evaluation import metrics
-from dsad.evaluation.report import metric_label
-from dsad.evaluation.spro import Saturation, units
+from dsad.evaluation.metrics.spro import Saturation, units
+from dsad.evaluation.report.page import metric_label
 
 LIMITS = (0.05, 0.3, 1.0)
 

@@ -13,10 +13,10 @@ import pytest
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.detectors import isstad
-from dsad.evaluation import panels
 from dsad.evaluation.geometry import resize_image
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
-from dsad.evaluation.report import write_report
+from dsad.evaluation.report import panels
+from dsad.evaluation.report.page import write_report
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
 

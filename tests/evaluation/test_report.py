@@ -15,9 +15,9 @@ import pytest
 
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.evaluation import comparison, figures, report
 from dsad.evaluation.localize import EvalConfig, localize, write_results
-from dsad.evaluation.report import write_report
+from dsad.evaluation.report import comparison, figures, page
+from dsad.evaluation.report.page import write_report
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
 
@@ -154,7 +154,7 @@ def test_runs_lie_side_by_side_on_the_same_images(runs, double):
 def test_images_that_one_run_localizes_better(runs):
     """The first heading names what the second run gains, ordered by the gain itself."""
     _, found = runs
-    given = [report.Run(n, found[k], "#000") for n, k in (("A", "all"), ("B", "blue"))]
+    given = [page.Run(n, found[k], "#000") for n, k in (("A", "all"), ("B", "blue"))]
     made = comparison.sections(given, "disc", 9, 64)
     own = [{x["path"]: x["pixel_auroc"] for x in r.results.images["disc"]} for r in given]
     gains = {p: own[1][p] - own[0][p] for p in own[0] if own[0][p] is not None}
@@ -256,7 +256,7 @@ def test_the_page_shrinks_to_its_limit_and_is_reproducible(runs, single, tmp_pat
     again = write_report(tmp_path / "a.html", [("all", root / "all")])
     assert again.read_bytes() == single.read_bytes()
     full = single.stat().st_size
-    monkeypatch.setattr(report, "LIMIT", full * 2 // 3)
+    monkeypatch.setattr(page, "LIMIT", full * 2 // 3)
     small = write_report(tmp_path / "b.html", [("all", root / "all")]).stat().st_size
     assert small < full * 2 // 3
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsad.cli.backbones import RunBackbone
+from dsad.assembly.backbones import RunBackbone
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
@@ -241,7 +241,7 @@ def test_files_are_not_decoded_again(tree, tmp_path, seen, monkeypatch):
     monkeypatch.setattr(
         FileSource, "__getitem__", lambda self, i: decoded.append(i) or get(self, i)
     )
-    monkeypatch.setattr("dsad.evaluation.gallery.pictures", lambda *rest: {})
+    monkeypatch.setattr("dsad.evaluation.report.gallery.pictures", lambda *rest: {})
     moved = tmp_path / "elsewhere"
     shutil.copytree(tree, moved)  # other paths and times, the same bytes
     again = run(tmp_path, files(moved), gallery=0)

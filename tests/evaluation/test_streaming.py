@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from dsad.core.errors import MetricError
-from dsad.evaluation import bins, metrics, ranking, streaming
-from dsad.evaluation.metrics import STREAMING
-from dsad.evaluation.spro import Saturation
+from dsad.evaluation import metrics
+from dsad.evaluation.metrics import STREAMING, bins, ranking, streaming
+from dsad.evaluation.metrics.spro import Saturation
 from tests.evaluation.test_metrics import blobs, score_kinds
 
 PIXELS = {"auroc": "auroc", "ap": "ap", "f1": "f1_max", "pro30": 0.3, "pro05": 0.05}

@@ -13,7 +13,7 @@ from PIL import Image
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count, flatten
 from dsad.models import backbone, conv, mobilenet
-from dsad.models._names_plain import MobileNet
+from dsad.models.weights._names_plain import MobileNet
 from tests.helpers import real_data
 
 #: Input channels, expanded channels, output channels and stride of each block, written out.

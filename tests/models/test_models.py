@@ -11,10 +11,11 @@ import pytest
 
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count
-from dsad.models import backbone, conv, pretrained, resnet
+from dsad.models import backbone, conv, resnet
 from dsad.models.functional import Functional
 from dsad.models.norm import EPSILON, BatchNorm
 from dsad.models.resnet import ARCHS
+from dsad.models.weights import pretrained
 from tests.helpers import ROOT, real_data
 
 COUNTS = {

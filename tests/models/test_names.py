@@ -6,7 +6,7 @@ import pytest
 
 from dsad.core.errors import ConfigError
 from dsad.core.tree import flatten
-from dsad.models import names
+from dsad.models.weights import names
 
 ENTRIES = [
     names.one("params/patch/kernel", "embed.weight", names.CONV),

@@ -12,7 +12,8 @@ import pytest
 import safetensors.numpy
 
 from dsad.core.errors import ConfigError
-from dsad.models import backbone, pretrained
+from dsad.models import backbone
+from dsad.models.weights import pretrained
 from tests.models import published
 
 

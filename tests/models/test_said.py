@@ -11,8 +11,9 @@ import safetensors.numpy
 
 from dsad.core.errors import ConfigError
 from dsad.core.types import RunInfo
-from dsad.models import backbone, export, pretrained, registry, vit
+from dsad.models import backbone, registry, vit
 from dsad.models.decoder import DecoderConfig
+from dsad.models.weights import export, pretrained
 from tests.models import published
 
 MODEL_ARGS = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 32}

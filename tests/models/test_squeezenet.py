@@ -8,7 +8,7 @@ import pytest
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count, flatten
 from dsad.models import backbone, squeezenet
-from dsad.models._names_plain import SqueezeNet
+from dsad.models.weights._names_plain import SqueezeNet
 from tests.helpers import real_data
 
 #: Input channels, squeezed channels and channels of each expansion, written out.

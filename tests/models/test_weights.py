@@ -11,9 +11,10 @@ from scipy.special import erf
 from dsad.core.errors import ConfigError
 from dsad.core.tree import flatten
 from dsad.core.types import RunInfo
-from dsad.models import backbone, names, pretrained, registry, vit
+from dsad.models import backbone, registry, vit
 from dsad.models.decoder import DecoderConfig
-from dsad.models.pretrained import Weights
+from dsad.models.weights import names, pretrained
+from dsad.models.weights.pretrained import Weights
 from tests.helpers import ROOT
 from tests.models import published
 
@@ -199,7 +200,7 @@ def test_residual_networks_in_out_in_bit_for_bit(arch):
     first = known.load(arch, state)
     assert first.left_out == {"classifier": ("fc.weight", "fc.bias")}
     shape = known.network(arch, **first.options).shapes()
-    from dsad.models import _names_resnet
+    from dsad.models.weights import _names_resnet
 
     written = names.to_state(_names_resnet.entries(shape), first.params, first.extra)
     assert {n: t.shape for n, t in written.items()} == {

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from dsad import models
-from dsad.cli import backbones, evaluate, flags
+from dsad.assembly import backbones, evaluate
 from dsad.core.errors import ConfigError
 from dsad.core.types import BackboneWrapper
 from dsad.models import wrappers
+from dsad.terminal import flags
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsad.augment.corrupt import CorruptionConfig
+from dsad.augment.isstad_corruption import CorruptionConfig
 from dsad.core import tree
 from dsad.core.errors import ConfigError
 from dsad.core.types import RunInfo

@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsad.core.errors import ConfigError
-from dsad.core.hlo import collectives
 from dsad.core.mesh import BATCH_SPEC, MeshConfig, make_mesh
 from dsad.ops.contrast import enqueue, info_nce, make_queue, nt_xent
+from dsad.plan.hlo import collectives
 
 N, D, K = 16, 12, 40
 MESHES = [(1, 1), (2, 1), (4, 2), (8, 8)]

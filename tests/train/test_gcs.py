@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsad.cli import backbones, workdir
+from dsad.assembly import backbones, workdir
 from dsad.core import paths
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer

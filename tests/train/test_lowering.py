@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from dsad.cli import flags, pretrain
+from dsad.assembly import pretrain
 from dsad.core.mesh import BATCH_SPEC, MeshConfig, make_mesh, place_batch
 from dsad.core.tree import count, flatten
 from dsad.core.types import RunInfo, Specs
+from dsad.terminal import flags
 from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
 from dsad.train.state import abstract_state, initial_state
 from dsad.train.step import make_step

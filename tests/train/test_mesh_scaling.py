@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from dsad.core import config as core_config
-from dsad.core.hlo import collectives, summary, wire_bytes
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
+from dsad.plan.hlo import collectives, summary, wire_bytes
 from dsad.train.state import abstract_state
 from dsad.train.step import make_step
 from tests.contracts.test_objectives import RUN, SMALL, SPECS, batch

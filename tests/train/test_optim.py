@@ -187,7 +187,8 @@ def test_unusable_settings_name_their_key(values):
 
 def test_the_published_variant_counts_steps_as_the_published_code():
     """Through the command's own arithmetic: 14 whole steps an epoch, 5,600 in all."""
-    from dsad.cli import flags, pretrain
+    from dsad.assembly import pretrain
+    from dsad.terminal import flags
 
     config, _, _ = flags.Command("pretrain", "", config="ds2:published").parse([])
     run, _, method = pretrain.parse(config)

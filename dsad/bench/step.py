@@ -1,0 +1,121 @@
+"""``dsad bench step``: images/s of a training step, and where its time goes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dsad.assembly import pretrain
+from dsad.bench import _measure, _transformer
+from dsad.core import config as core_config
+from dsad.core import rng
+from dsad.core.errors import ConfigError
+from dsad.core.mesh import place_batch
+from dsad.objectives.mae import MAE
+from dsad.terminal import console, flags
+from dsad.train.state import initial_state
+
+
+def main(argv: list[str]) -> int:
+    """The command: ``dsad bench step``."""
+    command = flags.Command(
+        "bench step", "images/s of a training step, and where its time goes.",
+        config="configs/ds2.py:synthetic",
+    )  # fmt: skip
+    command.string("objective", "", "Short for --config=configs/OBJECTIVE.py:synthetic.")
+    command.integer("rounds", 5, "Timed rounds; each times every part once, medians are shown.")
+    command.switch("brief", "Leave out, for transformers, masking, memory and compile times.")
+    named = [a.partition("=")[2] for a in argv if a.startswith("--objective=")]
+    if named and not any(a.startswith("--config=") for a in argv):
+        core_config.resolve("objectives", named[-1])
+        argv = [f"--config=configs/{named[-1]}.py:synthetic", *argv]
+    config, values = _measure.parsed(command, argv, {"rounds": 1})
+    if values.objective and values.objective != config.objective.name:
+        raise ConfigError(
+            f"--objective={values.objective}: the config's objective is {config.objective.name}."
+        )
+    step(config, values.rounds, details=not values.brief)
+    return 0
+
+
+def step(config: Any, rounds: int, *, details: bool = False) -> dict[str, float]:
+    """Time the step of a config and its parts; prints a table, returns median seconds by name.
+
+    ``details`` adds what is particular to transformers, see ``_transformer``.
+    """
+    out = console.console()
+    with console.progress("reading images", out) as tell:
+        run = pretrain.build(config, progress=tell)
+    state = initial_state(run.objective, run.tx, run.specs, run.abstract, run.config.seed)
+    batches = run.pipeline.iterator()
+    params, extra = jax.tree.map(lambda x: x.copy(), (state.params, state.extra))
+    views, timed = _parts(run, params, extra, next(batches))
+    out.print(f"compiling the step and {len(timed)} parts ...")
+
+    def whole() -> Any:
+        nonlocal state
+        state, scalars = run.step(state, place_batch(next(batches), run.mesh), run.store)
+        return scalars
+
+    found = _measure.interleaved({**timed, "step": whole}, rounds)
+    median = {name: timing.median for name, timing in found.items()}
+    _print(out, median, run, rounds)
+    if isinstance(run.objective, MAE) and details:
+        _transformer.masking(out, run.objective, params, extra, views, rounds)
+    if details and hasattr(getattr(run.objective, "cfg", None), "remat"):
+        _transformer.memory(out, run, views, (params, extra))
+    if isinstance(run.objective, MAE) and details:
+        _transformer.compile_times(out)
+    return median
+
+
+def _parts(
+    run: pretrain.Run, params: Any, extra: Any, inputs: Any
+) -> tuple[Any, dict[str, Callable[[], Any]]]:
+    """The views, and they and the objective's own parts as calls, each compiled by itself."""
+    batch = place_batch(inputs, run.mesh)
+    if run.store is not None:
+        batch = jax.jit(run.fetch)(run.store, batch)
+    key = rng.named(jax.random.key(run.config.seed), "views")
+    make_views = jax.jit(run.objective.views)
+    views = make_views(batch, key)
+    timed: dict[str, Callable[[], Any]] = {"views": lambda: make_views(batch, key)}
+    parts = getattr(run.objective, "parts", None)  # optional: not part of the seam
+    if parts is None:
+        return views, timed
+    for name, (function, arguments) in parts(params, extra, views).items():
+        compiled = jax.jit(function)
+        timed[name] = lambda compiled=compiled, arguments=arguments: compiled(*arguments)
+    return views, timed
+
+
+def _print(out: Any, median: dict[str, float], run: pretrain.Run, rounds: int) -> None:
+    parts = sum(v for name, v in median.items() if name != "step")
+    table = _measure.table(None, "part", "ms", "share of parts")
+    for name, value in median.items():
+        share = "" if name == "step" else f"{value / parts:.1%}"
+        if name == "step":
+            table.add_section()
+        table.add_row(name, f"{value * 1e3:.1f}", share)
+    out.print(table)
+    device = jax.devices()[0]
+    _utilisation(out, run, run.config.batch_size / median["step"])
+    out.print(
+        f"{run.config.batch_size / median['step']:.1f} images/s ({run.config.batch_size} images a "
+        f"step, {run.mesh.size} × {device.device_kind}); medians of {rounds} interleaved rounds. "
+        "Each part is compiled by itself, encoder and losses with their backward passes, so the "
+        "parts need not add up to the step, which also updates the weights."
+    )
+
+
+def _utilisation(out: Any, run: pretrain.Run, speed: float) -> None:
+    """Model FLOPs utilisation, where the objective says what an image costs."""
+    flops = getattr(run.objective, "flops_per_image", None)
+    if flops is None:
+        return
+    peak = _measure.machine().operations * run.mesh.size
+    out.print(
+        f"{flops / 1e9:.2f} GFLOP of matrix products an image, forward and backward without "
+        f"recomputation: {speed * flops / 1e9:.1f} GFLOP/s, {speed * flops / peak:.1%} of a plain "
+        f"float32 matmul on the same device(s) ({peak / 1e9:.0f} GFLOP/s)"
+    )

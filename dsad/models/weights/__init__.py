@@ -1,0 +1,1 @@
+"""Published weights: names, files, the hub, and the way between them and trees."""

@@ -1,0 +1,249 @@
+"""The vision transformers of ``vit.ARCHS`` with their weights."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsad.core.config import listed
+from dsad.core.errors import ConfigError
+from dsad.core.types import FeatureMaps
+from dsad.models import positions, vit
+from dsad.models.decoder import Decoder, DecoderConfig
+from dsad.models.family import Family, Loaded, Preprocessing
+from dsad.models.weights import _names_vit, names
+from dsad.models.weights._names_vit import Style
+
+_HALF = (0.5, 0.5, 0.5)
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+#: Fields of ``vit.Arch`` that a run may change, by the names of timm's arguments.
+TIMM_ARGUMENTS = {
+    "width": "embed_dim", "depth": "depth", "heads": "num_heads", "patch": "patch_size",
+    "image": "img_size",
+}  # fmt: skip
+
+
+#: What a checkpoint of a masked autoencoder may hold besides.
+MAE_IGNORED = {r"head\.": "classifier"}
+
+
+class ViTs(Family):
+    """Vision transformers; ``options`` replace fields of ``vit.Arch``."""
+
+    @property
+    def archs(self) -> Collection[str]:
+        return vit.ARCHS
+
+    def network(self, arch: str, **options: Any) -> vit.ViT:
+        return _network(arch, tuple(sorted(options.items())))
+
+    def maps(
+        self, network: Any, params: Any, extra: Any, images: Any, layers: tuple[str, ...] | None
+    ) -> FeatureMaps:
+        found, _ = network.apply(params, extra, images, layers=layers)
+        return found
+
+    def strides(self, arch: str, **options: Any) -> dict[str, int]:
+        spec = spec_of(arch, options)
+        return {name: spec.patch for name in vit.layer_names(spec)}
+
+    def channels(self, arch: str, **options: Any) -> int:
+        return spec_of(arch, options).width
+
+    def preprocessing(self, arch: str) -> Preprocessing:
+        side = vit.arch(arch).image
+        known = functools.partial(Preprocessing, image_size=side, interpolation="bicubic")
+        if "clip" in arch:
+            return known(mean=_CLIP_MEAN, std=_CLIP_STD, crop=1.0)
+        if "dinov2" in arch:
+            return known(crop=1.0)
+        if arch.startswith(("deit", "mae")):
+            return known(crop=0.9 if arch.startswith("deit") else 0.875)
+        return known(mean=_HALF, std=_HALF, crop=0.9)
+
+    def load(self, arch: str, state: Mapping[str, Any]) -> Loaded:
+        _check_names(arch, state)
+        _check_activation(arch, state)
+        style, prefix = _names_vit.style_of(state)
+        options = dict(getattr(state, "options", {}))
+        spec = spec_of(arch, options)
+        side = _side(spec, style, prefix, state)
+        if side != spec.image:
+            options["image"] = side
+        shapes = self.network(arch, **options).shapes()
+        _check_style(arch, spec, style)
+        ignored = _names_vit.ignored(style, prefix)
+        trees = names.to_trees(
+            _names_vit.encoder(shapes, style, prefix=prefix), state, shapes, ignored=ignored,
+            what=arch,
+        )  # fmt: skip
+        if spec.pos == "sincos":
+            _check_table(state, "pos_embed", dataclasses.replace(spec, **options), arch)
+        return Loaded(*trees, options, names.left_out(state, ignored))
+
+    def published(self, arch: str, **options: Any) -> tuple[str, dict[str, Any]]:
+        # In timm, a masked autoencoder's encoder is an ordinary transformer.
+        name = f"{arch.removeprefix('mae_')}_224" if arch.startswith("mae_") else arch
+        base, own = vit.arch(name), spec_of(arch, options)
+        values = {ours: (getattr(base, ours), getattr(own, ours)) for ours in TIMM_ARGUMENTS}
+        return name, {TIMM_ARGUMENTS[n]: new for n, (old, new) in values.items() if old != new}
+
+    def suitable(self, name: str, quick_gelu: bool | None = None) -> tuple[str, ...]:
+        if "clip" in name:  # timm's name does not tell the activation, which is checked by itself
+            plain = name.replace("_quickgelu", "")
+            both = (plain, _quick(plain))
+            return both[::-1] if quick_gelu else both
+        published = self.published(name)[0]
+        return tuple(arch for arch in self.archs if self.published(arch)[0] == published)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return ("timm",)
+
+    def save(
+        self, arch: str, params: Any, extra: Any, form: str, **options: Any
+    ) -> dict[str, np.ndarray]:
+        """Besides timm's, ``form`` may be "dinov2" or "clip", the original names."""
+        spec, shapes = spec_of(arch, options), self.network(arch, **options).shapes()
+        style: Any = form
+        _check_style(arch, spec, style)
+        if style == "timm" and spec.registers:
+            params = _names_vit.without_class_row(params)
+        prefix = "visual." if style == "clip" else ""
+        return names.to_state(_names_vit.encoder(shapes, style, prefix=prefix), params, extra)
+
+
+def spec_of(arch: str, options: Mapping[str, Any]) -> vit.Arch:
+    """The architecture with some fields replaced; unknown ones are refused."""
+    if unknown := sorted(set(options) - set(TIMM_ARGUMENTS)):
+        raise ConfigError(
+            f"{arch}: cannot change {listed(unknown)}; expected some of {listed(TIMM_ARGUMENTS)}."
+        )
+    return dataclasses.replace(vit.arch(arch), **options)
+
+
+@functools.cache
+def _network(arch: str, options: tuple[tuple[str, Any], ...]) -> vit.ViT:
+    return vit.ViT(spec_of(arch, dict(options)))
+
+
+def _check_names(arch: str, state: Mapping[str, Any]) -> None:
+    if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in state) or any(
+        ".self_attn.q_proj." in name for name in state
+    ):
+        raise ConfigError(
+            f"weights do not fit {arch}: these are the names of the library transformers, which "
+            "dsad does not read. The same weights are published in timm's names, such as "
+            "hf:timm/vit_small_patch14_dinov2.lvd142m, hf:timm/vit_base_patch16_224.mae (for "
+            "mae_vit_base_patch16) and hf:timm/vit_base_patch16_clip_224.openai (for "
+            "vit_base_patch16_clip_quickgelu_224)."
+        )
+
+
+def _quick(plain: str) -> str:
+    return plain.replace("_clip_", "_clip_quickgelu_")
+
+
+def _check_activation(arch: str, state: Mapping[str, Any]) -> None:
+    """No shape tells QuickGELU from GELU, and the wrong one gives plausible features."""
+    quick, own = getattr(state, "quick_gelu", None), vit.arch(arch).activation == "quick_gelu"
+    if "clip" in arch and quick is not None and quick != own:
+        other = arch.replace("_quickgelu", "") if own else _quick(arch)
+        raise ConfigError(
+            f"weights {getattr(state, 'source', '')}: by their config they were trained with "
+            f"{'QuickGELU' if quick else 'GELU'}, which {arch} does not have. Use {other}."
+        )
+
+
+def _check_style(arch: str, spec: vit.Arch, style: Style) -> None:
+    if style == "clip" and (spec.distilled or spec.registers or not spec.pre_norm):
+        raise ConfigError(f"{arch}: CLIP's names do not fit it; is {arch} the right architecture?")
+
+
+def _side(spec: vit.Arch, style: Style, prefix: str, state: Mapping[str, Any]) -> int:
+    """Side in pixels of the images that a file's table of positions is made for."""
+    name = f"{prefix}positional_embedding" if style == "clip" else "pos_embed"
+    if name not in state:
+        return spec.image
+    shape = np.shape(state[name])
+    rows = shape[-2] if len(shape) >= 2 else 0
+    cells = rows - (0 if style == "timm" and spec.registers else spec.table_prefix)
+    side = math.isqrt(max(cells, 0))
+    # Another count is a fault that the table of faults shows.
+    return side * spec.patch if side and side * side == cells else spec.image
+
+
+def mae_networks(
+    spec: vit.Arch, state: Mapping[str, Any], decoder: DecoderConfig | None
+) -> tuple[vit.ViT, Decoder | None]:
+    """Encoder and decoder that fit a checkpoint of a masked autoencoder.
+
+    ``decoder`` None takes width and depth from the tensors; without any there is no decoder. The
+    number of attention heads has no part in the tensors.
+    """
+    if spec.pos != "sincos" or spec.prefix != 1 or not spec.cls:
+        raise ConfigError(
+            "masked autoencoder: expected an encoder with fixed positions and a class token alone: "
+            f"{listed(n for n, a in vit.ARCHS.items() if a.pos == 'sincos')}."
+        )
+    spec = dataclasses.replace(spec, image=_side(spec, "timm", "", state))
+    own = [name for name in state if name.startswith("decoder_")]
+    if decoder is None and own:
+        blocks = {name.split(".")[1] for name in own if name.startswith("decoder_blocks.")}
+        width = np.shape(state.get("decoder_embed.bias", np.zeros(0)))
+        if not blocks or len(width) != 1 or not width[0] or width[0] % 4:
+            raise ConfigError(
+                "weights: expected the decoder of a masked autoencoder (decoder_embed.bias, "
+                f"decoder_blocks.0.norm1.weight, ..), found {listed(own[:3])}, ..."
+            )
+        decoder = DecoderConfig(width=width[0], depth=len(blocks), heads=1)
+    encoder = vit.ViT(spec)
+    if decoder is None:
+        return encoder, None
+    return encoder, decoder_for(spec, decoder)
+
+
+def decoder_for(spec: vit.Arch, cfg: DecoderConfig) -> Decoder:
+    """The decoder behind an encoder."""
+    return Decoder(cfg, source=spec.width, patch=spec.patch, grid=spec.grid)
+
+
+def check_tables(
+    encoder: vit.ViT, decoder: Decoder | None, state: Mapping[str, Any], what: str
+) -> None:
+    """Refuse tensors of the right shapes whose positions are not a masked autoencoder's."""
+    _check_table(state, "pos_embed", encoder.spec, what)
+    if decoder is not None:
+        _check_table(state, "decoder_pos_embed", encoder.spec, what)
+
+
+def _check_table(state: Mapping[str, Any], name: str, spec: vit.Arch, what: str) -> None:
+    """Only the table tells a supervised transformer from the encoder of a masked autoencoder."""
+    found = np.asarray(state[name])
+    width, half = found.shape[-1], float(jnp.finfo(found.dtype).eps)  # a file may be f16 or bf16
+    want = positions.sincos_table(width, (spec.grid, spec.grid), spec.table_prefix)
+    gap, allowed = np.abs(found[0].astype(np.float32) - want).max(), max(1e-4, half)
+    if not gap <= allowed:  # nor is NaN
+        raise ConfigError(
+            f"weights do not fit {what}: {name}: expected the fixed sine-cosine table of "
+            f"{spec.grid} × {spec.grid} cells within {allowed:.0e}, found one that differs by up "
+            f"to {gap:.3g}. These are not the weights of a masked autoencoder with fixed "
+            "positions. Learned positions need another architecture, such as vit_*, or deit_* for "
+            "DeiT; start a masked autoencoder from a checkpoint of its own kind, such as "
+            "hf:timm/vit_base_patch16_224.mae."
+        )
+
+
+def mae_entries(encoder: vit.ViT, decoder: Decoder | None) -> tuple[list[names.Entry], Any]:
+    """The mapping of both networks, under ``encoder`` and ``decoder``, and their shapes."""
+    parts = {"encoder": (_names_vit.encoder(encoder.shapes(), "timm"), encoder.shapes())}
+    if decoder is not None:
+        parts["decoder"] = (_names_vit.decoder(decoder.shapes()), decoder.shapes())
+    entries = [e for name, (found, _) in parts.items() for e in names.under(found, name)]
+    shapes = tuple({name: both[i] for name, (_, both) in parts.items()} for i in range(2))
+    return entries, shapes

@@ -1,0 +1,120 @@
+"""The flags of ``dsad plan``, and a sweep over several plans."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from rich.console import Console
+
+from dsad.core.errors import ConfigError
+from dsad.plan import _compile, _report, _topology
+from dsad.plan._plan import Options, Plan, make
+from dsad.terminal import console, flags
+
+USAGE = """memory, speed and cost of a config on accelerators that need not be there.
+
+  dsad plan --config=configs/mae_imagenet.py:large --topology=v5e:16x16 --config.mesh.fsdp=8
+  dsad plan --config=configs/ds2.py --topology=v5e:4x4 --sweep --fsdp=1,2 --batch=512,1024
+
+Compiles the training step for the topology, without a TPU and without the data set, and prints
+what a chip has to hold against what it has, and a lower bound of the time a step takes. Exit code
+1 if the step does not fit."""
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    command = flags.Command("plan", USAGE, config="configs/ds2.py")
+    command.string("topology", "local", "local, or a TPU slice: v5e:2x2, v5p:2x2x1, v6e:16x16 ...")
+    command.integer("samples", 0, "Training images, where neither data nor a published size tell.")
+    command.string("effort", "auto", "Of the compiler: fast, full, or auto (fast on few cores).")
+    command.string("efficiency", "1.0", "Share of the roofline that a run is supposed to reach.")
+    command.string("cache", "", "Folder for results, or off; without, the user's cache folder.")
+    command.string("json", "", "File for everything that is known, for other programs.")
+    command.switch("sweep", "Try several meshes and batch sizes and mark the best.")
+    command.string("fsdp", "", "With --sweep: values of config.mesh.fsdp, such as 1,4,8.")
+    command.string("batch", "", "With --sweep: values of config.batch_size, such as 1024,2048.")
+    config, values, rest = command.parse(argv)
+    if rest:
+        raise ConfigError(f"dsad plan: unexpected argument {rest[0]!r}.")
+    if (values.fsdp or values.batch) and not values.sweep:
+        raise ConfigError("--fsdp and --batch list what --sweep tries; add --sweep.")
+    out = console.console()
+    spec = [a.partition("=")[2] for a in argv if a.startswith("--config=")] or [command.config]
+    options = _options(values, spec[-1])
+    devices = _topology.devices(options.target)
+    if values.sweep:
+        return _sweep(config, options, devices, values, out)
+    plan = make(config, options, devices, out)
+    _report.one(plan, out)
+    _write(values.json, [plan])
+    return 0 if plan.fits else 1
+
+
+def _sweep(config: Any, options: Options, devices: list[Any], values: Any, out: Console) -> int:
+    fsdp = _numbers("fsdp", values.fsdp) or _default_fsdp(len(devices), config.mesh.fsdp)
+    batches = _numbers("batch", values.batch) or [config.batch_size]
+    combinations = [(f, b) for b in batches for f in fsdp]
+    plans: list[Plan | str] = []
+    for number, (shards, batch) in enumerate(combinations, start=1):
+        changed = config.copy_and_resolve_references()
+        changed.mesh.data, changed.mesh.fsdp, changed.batch_size = -1, shards, batch
+        out.print(f"{number} of {len(combinations)}: fsdp {shards}, {batch} images a step")
+        try:
+            plans.append(make(changed, options, devices, out))
+        except ConfigError as error:
+            plans.append(f"fsdp {shards}, {batch} images: {error}")
+    made = [p for p in plans if isinstance(p, Plan)]
+    if not made:
+        raise ConfigError(f"--sweep: none of the combinations can be built:\n  {plans[0]}")
+    best = _report.sweep(plans, out)
+    _write(values.json, made)
+    return 0 if best is not None else 1
+
+
+def _default_fsdp(chips: int, own: int) -> list[int]:
+    """1, the config's own, and all powers of two in between that divide the chips up to 8."""
+    powers = [2**n for n in range(4) if chips % 2**n == 0]
+    return sorted({*powers, own} if own > 0 else set(powers))
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = [0]
+    if any(n < 1 for n in found):
+        raise ConfigError(f"--{name}: expected positive numbers with commas, found {text!r}.")
+    return found
+
+
+def _options(values: Any, spec: str) -> Options:
+    few = (os.cpu_count() or 1) < _compile.FEW_CORES
+    effort = {"auto": "fast" if few else "full"}.get(values.effort, values.effort)
+    if effort not in _compile.OPTIONS:
+        raise ConfigError(f"--effort: expected auto, fast or full; found {values.effort!r}.")
+    if values.samples < 0:
+        raise ConfigError(f"--samples: expected at least 1, found {values.samples}.")
+    try:
+        efficiency = float(values.efficiency)
+    except ValueError:
+        efficiency = math.nan
+    if not 0 < efficiency <= 1:
+        raise ConfigError(f"--efficiency: expected a share in (0, 1], found {values.efficiency!r}.")
+    cache = pathlib.Path(os.path.expanduser(values.cache or str(_compile.default_cache())))
+    return Options(
+        spec=spec, target=_topology.parse(values.topology), samples=values.samples, effort=effort,
+        cache=None if values.cache == "off" else cache, efficiency=efficiency,
+    )  # fmt: skip
+
+
+def _write(file: str, plans: list[Plan]) -> None:
+    if not file:
+        return
+    path = pathlib.Path(os.path.expanduser(file))
+    try:
+        path.write_text(json.dumps([dataclasses.asdict(p) for p in plans], indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json={file}: cannot be written: {error.strerror}.") from error

@@ -1,0 +1,212 @@
+"""What people read: one plan in full, several as a table."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dsad.core.chips import CHIPS
+from dsad.plan._estimate import ASSUMPTIONS
+from dsad.plan._plan import Plan
+
+#: Rows of the table of collectives; the rest is summed up.
+ROWS = 12
+
+
+def one(plan: Plan, out: Console) -> None:
+    """Everything about one plan."""
+    mesh = " × ".join(f"{k} {v}" for k, v in plan.mesh.items())
+    out.print(
+        f"\n{plan.spec} on {plan.topology}: {plan.chips} × {plan.chip}, mesh {mesh}, "
+        f"{plan.batch_size} images a step, {plan.batch_size / plan.chips:g} a chip",
+        markup=False,
+    )
+    known = "refused" if plan.program.refused else "compiled"
+    known = f"{known} in an earlier run" if plan.cached else known
+    out.print(f"{known} ({plan.effort} effort, {plan.program.seconds:.0f} s)")
+    _memory(plan, out)
+    if not plan.program.refused:
+        _work(plan, out)
+        _collectives(plan, out)
+    if plan.estimate:
+        _times(plan, out)
+    for line in plan.warnings:
+        out.print(f"warning: {line}", markup=False)
+    if plan.estimate:
+        out.print("The estimate supposes:")
+        for line in ASSUMPTIONS:
+            out.print(f"  - {line}", markup=False)
+        known = CHIPS.get(plan.chip)
+        source = known.source if known else "measured on this machine"
+        out.print(f"  - figures of the chip: {source}", markup=False)
+
+
+def fits(plan: Plan) -> str:
+    """One line: whether a chip can hold it."""
+    need, limit = plan.program.total, plan.limit
+    if plan.program.refused:
+        least = f"at least {size(need)}" if need else "more than there is"
+        text = f"{least} a chip needed, {size(limit)} there"
+    elif not limit:
+        return f"{size(need)} a chip; the memory of {plan.chip} is not known to dsad."
+    else:
+        text = f"{size(need)} of {size(limit)} a chip ({need / limit:.0%})"
+    if plan.fits:
+        return f"fits: {text}"
+    return (
+        f"DOES NOT FIT: {text}. Take more chips or a smaller batch, split the weights "
+        "(config.mesh.fsdp) or, where the loss does not couple its images, go through the batch in "
+        "parts (config.accumulate)."
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people: GiB, or MiB below a tenth of one."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.1f} MiB"
+
+
+def _memory(plan: Plan, out: Console) -> None:
+    program = plan.program
+    table = _table("memory per chip", "")
+    for name, held in plan.held.items():
+        table.add_row(f"  {name}", size(held))
+    if not program.refused:
+        table.add_row(
+            "arguments, all of these as the compiler lays them out", size(program.arguments)
+        )
+        table.add_section()
+        table.add_row("temporaries", size(program.temporaries))
+        table.add_row(
+            "outputs that take no argument's place", size(program.outputs - program.alias)
+        )
+        table.add_row("generated code", size(program.code))
+        table.add_section()
+        table.add_row("sum, which has to be there", size(program.total))
+        if program.peak:
+            table.add_row("live at the fullest moment, says the compiler", size(program.peak))
+    out.print(table)
+    out.print(fits(plan), style="bold green" if plan.fits else "bold red", markup=False)
+    if program.refused:
+        out.print(f"the compiler says: {program.refused}", markup=False)
+
+
+def _work(plan: Plan, out: Console) -> None:
+    program = plan.program
+    needed = plan.model_flops_per_image * plan.batch_size / plan.chips
+    table = _table("work per chip and step", "")
+    table.add_row("matrix products and convolutions", f"{program.flops / 1e9:,.1f} GFLOP")
+    table.add_row("of these what the model needs", f"{needed / 1e9:,.1f} GFLOP")
+    table.add_row("memory traffic", f"{program.bytes / 1e9:,.2f} GB")
+    sent = sum(row["sent"] for row in program.collectives)
+    table.add_row("sent to other chips", f"{sent / 1e9:,.3f} GB")
+    out.print(table)
+    out.print(
+        f"model: {plan.model_flops_per_image / 1e9:,.2f} GFLOP an image, forward and backward; "
+        f"XLA itself counts {program.xla_flops / 1e9:,.1f} GFLOP and {program.xla_bytes / 1e9:,.2f}"
+        " GB a chip, every loop as one pass"
+    )
+
+
+def _collectives(plan: Plan, out: Console) -> None:
+    rows = plan.program.collectives
+    if not rows:
+        out.print("collectives: none")
+        return
+    table = _table("collectives", "result", "of chips", "a step", "MB each", "MB sent")
+    for row in rows[:ROWS]:
+        shapes = row["shapes"] if len(row["shapes"]) < 44 else f"{row['shapes'][:40]} ..."
+        table.add_row(
+            row["kind"], shapes, str(row["group_size"]), str(row["count"]),
+            f"{row['result_bytes'] / 1e6:,.2f}", f"{row['sent'] / 1e6:,.1f}",
+        )  # fmt: skip
+    if rest := rows[ROWS:]:
+        table.add_section()
+        table.add_row(
+            f"{len(rest)} more kinds", "", "", str(sum(r["count"] for r in rest)), "",
+            f"{sum(r['sent'] for r in rest) / 1e6:,.1f}",
+        )  # fmt: skip
+    out.print(table)
+
+
+def _times(plan: Plan, out: Console) -> None:
+    made = plan.estimate
+    assert made is not None
+    table = _table("a step at best", "ms")
+    for name in ("compute", "memory", "interconnect"):
+        mark = " ←" if name == made.bound_by else ""
+        table.add_row(name + mark, f"{getattr(made, name) * 1e3:,.2f}")
+    table.add_section()
+    table.add_row(f"step, bound by {made.bound_by}", f"{made.step * 1e3:,.2f}")
+    out.print(table)
+    out.print(
+        f"{made.images_per_s:,.0f} images/s, {made.images_per_s_per_chip:,.1f} images/s/chip, "
+        f"MFU {made.mfu:.1%}"
+    )
+    if made.hours is None:
+        out.print("hours: the number of images is not known; give --samples=N or config.data.root.")
+        return
+    length = f"{plan.epochs:g} epochs" if plan.epochs else "the steps"
+    samples = f" of {plan.samples:,} images ({plan.samples_from})" if plan.samples else ""
+    out.print(
+        f"{length}{samples}: {plan.steps:,} steps, {_few(made.hours)} hours, "
+        f"{_few(made.chip_hours or 0.0)} chip-hours"
+    )
+
+
+def sweep(plans: list[Plan | str], out: Console) -> Plan | None:
+    """A line for each, the fastest that fits marked; returns that one.
+
+    Texts among the plans say why a combination could not be built.
+    """
+    made = [p for p in plans if not isinstance(p, str)]
+    best = max((p for p in made if p.fits and p.estimate), key=_speed, default=None)
+    table = _table(
+        "mesh", "images", "memory a chip", "step ms", "bound by", "images/s", "MFU", "hours", ""
+    )
+    for plan in made:
+        mark = "← best" if plan is best else "" if plan.fits else "does not fit"
+        table.add_row(*_cells(plan), mark)
+    out.print(table)
+    for plan in plans:
+        if isinstance(plan, str):
+            out.print(f"left out: {plan}", markup=False)
+        elif plan.warnings:
+            first, *others = plan.warnings
+            more = f" (and {len(others)} more)" if others else ""
+            line = f"warning: {_mesh(plan)}, {plan.batch_size} images: {first}{more}"
+            out.print(line, markup=False)
+    if best is None:
+        out.print("none of them fits", style="bold red")
+    return best
+
+
+def _cells(plan: Plan) -> list[str]:
+    cells = [_mesh(plan), str(plan.batch_size)]
+    cells.append(f"{size(plan.program.total)} of {size(plan.limit)}")
+    made = plan.estimate
+    if made is None:
+        return [*cells, "", "", "", "", ""]
+    hours = "?" if made.hours is None else _few(made.hours)
+    speed = f"{made.images_per_s:,.0f}"
+    return [*cells, f"{made.step * 1e3:,.2f}", made.bound_by, speed, f"{made.mfu:.1%}", hours]
+
+
+def _few(number: float) -> str:
+    """Three digits."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _mesh(plan: Plan) -> str:
+    return " × ".join(map(str, plan.mesh.values()))
+
+
+def _speed(plan: Any) -> float:
+    return plan.estimate.images_per_s
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table()
+    table.add_column(title)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table

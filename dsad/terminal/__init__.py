@@ -1,0 +1,1 @@
+"""What every command shares: flags and config files, progress on the screen."""
