@@ -1,23 +1,36 @@
 """Eight simulated devices, strict numerics, warnings as errors."""
 
+import gc
+import getpass
 import os
 import pathlib
-import shutil
 import tempfile
 import zlib
+from importlib.metadata import version
 
+JAX = version("jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # On few cores a collective may wait long for its peers; the default aborts the process.
-_FLAGS = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+_FLAGS = ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]
+# Small programs that run a few times: compiling them takes most of the time of the suite.
+if not os.environ.get("DSAD_TEST_OPTIMISED"):
+    _FLAGS.append("--xla_backend_optimization_level=0")
+    if tuple(map(int, JAX.split(".")[:2])) < (0, 11):
+        _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Commands and notebooks run in processes of their own; what one compiled serves the others.
-_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-_CACHE = pathlib.Path(tempfile.gettempdir()) / f"dsad-tests-{_RUN}"
-os.environ["DSAD_TEST_CACHE"] = str(_CACHE)
+# Compiled programs serve all workers, the processes that tests start, and later runs.
+_CACHE = pathlib.Path(tempfile.gettempdir()) / f"dsad-tests-{getpass.getuser()}" / f"jax-{JAX}"
+_CACHE_BYTES = 1 << 30
+_LARGE = 3 << 29
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax
 import pytest
+
+from dsad.bench._measure import resident
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -50,15 +63,21 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in left]
 
 
-def pytest_unconfigure(config):
-    if not hasattr(config, "workerinput"):  # the process that started the workers
-        uid = getattr(config, "_xdist_uid", None)
-        shutil.rmtree(_CACHE, ignore_errors=True)
-        if uid:
-            shutil.rmtree(_CACHE.with_name(f"dsad-tests-{uid}"), ignore_errors=True)
+def pytest_configure(config):
+    """Programs that no run has used for long make room for new ones."""
+    if hasattr(config, "workerinput") or not _CACHE.is_dir():
+        return
+    size = 0
+    for file in sorted(_CACHE.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True):
+        size += file.stat().st_size
+        if size > _CACHE_BYTES:
+            file.unlink()
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node):
-    """Remember the run's name, under which the workers keep their cache."""
-    node.config._xdist_uid = node.workerinput["testrunuid"]
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Compiled programs of a module are forgotten after it once the worker is large."""
+    yield
+    if resident() > _LARGE:
+        jax.clear_caches()
+        gc.collect()
