@@ -44,7 +44,7 @@ def keep_gradients():
 @functools.cache
 def recorded(name):
     """The objective, and parameters and extra as host arrays."""
-    objective = common.build(name, quick=True, recorded=True)
+    objective = common.build(name, recorded=True)
     return objective, *drawn(objective)
 
 

@@ -24,7 +24,7 @@ CASES = [("mae", True), *((n, False) for n in REDUCING)]
 def moved(name, devices, split):
     """Collectives of the step, and its gradients' bytes on each device without any split."""
     mesh = make_mesh(MeshConfig(fsdp=devices if split else 1), jax.devices()[:devices])
-    objective, tx = build(name, quick=True), keep_gradients()
+    objective, tx = build(name), keep_gradients()
     abstract = abstract_state(objective, tx, mesh, MIN_SIZE)
     step = make_step(objective, tx, lambda n: jnp.float32(0), abstract, mesh=mesh, seed=0)
 

@@ -36,7 +36,6 @@ class Case:
       no_gradient: regex of the parameter paths that have no gradient, mathematically.
       fixed_views: paths of views that depend neither on the key nor on the epoch.
       warm_up: steps before the loss is expected to fall, until a queue is full for instance.
-      quick: changes to ``config`` where compiling takes most of the time.
       recorded: built instead of ``build`` where hard choices are compared; its scalars hold them
         under names that start with "chosen".
       collectives: kinds allowed in a step of whole parameters; none are asserted by default.
@@ -49,7 +48,6 @@ class Case:
     no_gradient: str = "$^"
     fixed_views: tuple[str, ...] = ()
     warm_up: int = 0
-    quick: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     recorded: Callable[[Any, RunInfo], Any] | None = None
     collectives: frozenset[str] | None = None
     summed: float = 0.0
@@ -80,11 +78,10 @@ def _module(name):
     return importlib.import_module(f"tests.{name}")
 
 
-def build(name, quick=False, recorded=False):
-    """The objective of a case, with its ``quick`` changes and ``recorded`` choices if asked."""
+def build(name, recorded=False):
+    """The objective of a case, with its ``recorded`` choices if asked."""
     _, module, case = cases()[name]
-    config = module.Config(**{**case.config, **(case.quick if quick else {})})
-    return ((recorded and case.recorded) or module.build)(config, RUN)
+    return ((recorded and case.recorded) or module.build)(module.Config(**case.config), RUN)
 
 
 def init(objective, key):
