@@ -1,9 +1,14 @@
 """Shared by the tests: where real data may lie, and small trees of files made on the spot."""
 
+import atexit
+import functools
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
+from typing import Any
 
 import pytest
 
@@ -21,13 +26,7 @@ def real_data(*parts: str) -> pathlib.Path:
 
 def alone() -> dict[str, str]:
     """Environment of a process with one device, that shares compiled programs with others."""
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": os.environ["DSAD_TEST_CACHE"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-    }
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def dsad(*argv: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
@@ -35,3 +34,24 @@ def dsad(*argv: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "dsad", *argv], cwd=cwd, env=alone(), capture_output=True, text=True
     )
+
+
+@functools.cache
+def _server() -> tuple[subprocess.Popen[str], Any]:
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.commands"], cwd=ROOT, env=alone(),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+    )  # fmt: skip
+    atexit.register(process.communicate)  # the end of its input is the end of the process
+    return process, errors
+
+
+def command(*argv: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in the one process that serves all such calls, where imports took place."""
+    process, errors = _server()
+    print(json.dumps([str(cwd), argv]), file=process.stdin, flush=True)
+    if not (answer := process.stdout.readline()):
+        errors.seek(0)
+        pytest.fail(f"the process died during {argv}: {errors.read()}")
+    return subprocess.CompletedProcess(argv, *json.loads(answer))

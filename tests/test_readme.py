@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.data import trees
-from tests.helpers import ROOT, alone
+from tests.helpers import ROOT, alone, command
 from tests.models.test_models import fold, torch_names
 
 TEXT = (ROOT / "README.md").read_text()
@@ -122,17 +122,18 @@ def test_block(block, folder):
     needed = f"run:{BASE.partition('=')[2]} " in block and BASE not in block.split()
     if needed and not (folder / "runs" / "ds2").exists():
         every = [next(c for c in ALL if BASE in c.split()), *every]
-    for command in every:
-        words = shlex.split(command)
-        module = words[1:3] if words[0] == "python" else ["-m", "dsad"]
+    for line in every:
+        words = shlex.split(line)
+        assert words[0] in ("dsad", "python"), f"no test knows how to run {line!r}"
         rest = words[words.index("--") + 1 :] if "--" in words else words[1:]
-        before = words[3 : words.index("--") + 1] if "--" in words else []
-        assert words[0] in ("dsad", "python"), f"no test knows how to run {command!r}"
-        done = subprocess.run(
-            [sys.executable, *module, *before, *rest, *shortened(rest)],
-            cwd=folder, env=alone(), capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        if words[0] == "dsad":
+            done = command(*rest, *shortened(rest), cwd=folder)
+        else:
+            done = subprocess.run(
+                [sys.executable, *words[1 : words.index("--") + 1], *rest, *shortened(rest)],
+                cwd=folder, env=alone(), capture_output=True, text=True,
+            )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
         for flag in rest:
             if flag.startswith(("--workdir=", "--out=")):
                 assert any((folder / flag.partition("=")[2]).iterdir())
