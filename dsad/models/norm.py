@@ -46,6 +46,6 @@ class BatchNorm(nnx.Module):
         shift = self.bias[...][None] - mean * factor
         y = split * factor[None, :, None, :] + shift[None, :, None, :]
         for view in range(views):
-            self.mean[...] = MOMENTUM * self.mean[...] + (1.0 - MOMENTUM) * mean[view]
-            self.var[...] = MOMENTUM * self.var[...] + (1.0 - MOMENTUM) * var[view]
+            self.mean.set_value(MOMENTUM * self.mean[...] + (1.0 - MOMENTUM) * mean[view])
+            self.var.set_value(MOMENTUM * self.var[...] + (1.0 - MOMENTUM) * var[view])
         return y.reshape(x.shape).astype(self.dtype)
