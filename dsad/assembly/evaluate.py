@@ -7,7 +7,7 @@ import ml_collections
 from etils import epath
 from rich.console import Console
 
-from dsad.assembly import backbones, datasets, pretrain
+from dsad.assembly import datasets, runs
 from dsad.core import config as core_config
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
@@ -76,19 +76,18 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
     """The data config to use; with name "run" the run's own, at another root if one is given."""
     if cfg.data.name != SAME:
         return cfg.data
-    if not backbones.innermost(cfg.backbone).startswith("run:"):
+    if not runs.is_run(cfg.backbone):
         raise ConfigError(
             f"config.data.name: with backbone {cfg.backbone!r} there is no run to take the data "
             "from; name a data set, for example --config.data.name=mvtec --config.data.root=DIR."
         )
-    if backbones.per_category(cfg.backbone):
+    if runs.per_category(cfg.backbone):
         raise ConfigError(
             f"config.data.name: with one run per category ({cfg.backbone!r}) no single run has "
             "the data; name the data set, for example --config.data.name=mvtec."
         )
-    path = backbones.run_directory(cfg.backbone)
-    found, _, _ = pretrain.parse(backbones.run_config(path))
-    return dataclasses.replace(found.data, root=cfg.data.root or found.data.root)
+    data = runs.opened(runs.place(cfg.backbone).directory).config.data
+    return dataclasses.replace(data, root=cfg.data.root or data.root)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,17 +109,14 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
     check_labels(dataset, dataset.categories)
     holdout = cfg.evaluation.holdout if cfg.evaluation.false_alarm_rate > 0 else 0
     support.choose(dataset, dataset.categories, shots=cfg.shots, seeds=cfg.seeds, holdout=holdout)
-    if backbones.per_category(cfg.backbone):
+    if runs.per_category(cfg.backbone):
         if cfg.one_for_all:
             raise ConfigError("config.one_for_all: one run per category cannot share a detector.")
-        for category in dataset.categories:
-            spec = backbones.of_category(cfg.backbone, category)
-            backbones.run_config(backbones.run_directory(spec))
-        first = backbones.of_category(cfg.backbone, dataset.categories[0])
-        side = backbones.image_size(first) if not cfg.evaluation.image_size else None
-        backbone = None
+        specs = [runs.of_category(cfg.backbone, category) for category in dataset.categories]
+        found = [runs.opened(runs.place(spec).directory) for spec in specs]
+        backbone, side = None, runs.image_size(found[0].objective)
     else:
-        backbone = backbones.load(cfg.backbone, cfg.weights, cfg.seed)
+        backbone = runs.backbone(cfg.backbone, cfg.weights, cfg.seed)
         side = getattr(backbone, "image_size", None)
     if not cfg.evaluation.image_size:
         if not side:
@@ -153,14 +149,14 @@ def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "
     cfg = parts.config
 
     def of_category(category: str) -> Any:
-        spec = backbones.of_category(cfg.backbone, category)
-        return backbones.load(spec, cfg.weights, cfg.seed)
+        spec = runs.of_category(cfg.backbone, category)
+        return runs.backbone(spec, cfg.weights, cfg.seed)
 
     title = name or "localizing"
     with distributed.failing_together(path), console.progress(title, out) as tell:
         results = localize(
             parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
-            mesh=make_mesh(cfg.mesh), key=backbones.key_for(cfg.seed), progress=tell,
+            mesh=make_mesh(cfg.mesh), key=runs.key_for(cfg.seed), progress=tell,
             name=name or cfg.backbone, shots=cfg.shots, seeds=cfg.seeds, pooled=cfg.one_for_all,
             folder=path, backbone_of=None if parts.backbone is not None else of_category,
         )  # fmt: skip

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from dsad.assembly import pretrain
+from dsad.assembly import training
 from dsad.bench import _host_views, _measure
+from dsad.core.batch import BatchSpec
 from dsad.core.mesh import place_batch
 from dsad.data import records, records_builder
 from dsad.data.base import DataConfig, load
@@ -153,8 +154,8 @@ def _modes(found: dict[str, Any], side: int, batch: int, workers: int) -> dict[s
         label = f"{cache}: {name}" if cache == "none" else cache
         label += f", {count} workers" if count else ""
         modes[label] = make_pipeline(
-            found[name], canvas=side, cache=cache, batch_size=batch, seed=0, workers=count,
-            prefetch=1 if count else 2,
+            found[name], BatchSpec(canvas=side), cache=cache, batch_size=batch, seed=0,
+            workers=count, prefetch=1 if count else 2,
         )  # fmt: skip
     return modes
 
@@ -294,9 +295,10 @@ def _run(config: Any, folder: pathlib.Path, cache: str) -> dict[str, Any]:
     """A compiled step of the config, and the state it goes on from."""
     mine = config.copy_and_resolve_references()
     mine.data.update(name="folder", root=str(folder), cache=cache, workers=0, categories=())
-    run = pretrain.build(mine)
-    state = initial_state(run.objective, run.tx, run.specs, run.abstract, run.config.seed)
-    return {"run": run, "state": state}
+    made = training.build(mine)
+    run = made.run
+    state = initial_state(run.objective, run.tx, run.abstract, run.config.seed)
+    return {"run": run, "store": made.store, "state": state}
 
 
 def _steps(made: dict[str, Any], pipeline: Any, count: int) -> tuple[float, float]:
@@ -313,7 +315,7 @@ def _steps(made: dict[str, Any], pipeline: Any, count: int) -> tuple[float, floa
             inputs = next(batches)
             wait += time.perf_counter() - asked
             made["state"], scalars = run.step(
-                made["state"], place_batch(inputs, run.mesh), run.store
+                made["state"], place_batch(inputs, run.mesh), made["store"]
             )
             jax.block_until_ready(before)
             before = scalars

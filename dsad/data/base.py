@@ -1,11 +1,13 @@
 """Configuration of data sets, faults found in them, and the way from a config to a data set."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from dsad.core import config as core_config
+from dsad.core.batch import BatchSpec
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import Dataset
+from dsad.core.types import CanvasSource, Dataset, Record, Sample, Source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,8 @@ class DataConfig:
     ``name`` is a module of dsad.data, with a variant after a colon ("mtd:grouped").
     ``categories`` empty means all. ``canvas`` is the side in pixels of the square uint8 canvases
     that training reads. ``lossy`` names image modes ("RGBA", "I;16", "RGB;16", "CMYK", ...) that
-    may be reduced to 8-bit RGB although this loses information. ``missing_masks="image_only"``
+    may be reduced to 8-bit RGB although this loses information. ``split`` says what is trained on;
+    methods that learn from defects take "test" or "all". ``missing_masks="image_only"``
     lets anomalous images without a mask take part in image-level metrics only. ``strict`` turns
     counts that differ from the published tables into errors. With ``cache="none"``, ``workers``
     processes read and decode the images (0: threads of this process); ``prefetch`` batches are
@@ -53,6 +56,7 @@ class DataConfig:
     categories: tuple[str, ...] = ()
     canvas: int = 256
     cache: Literal["device", "host", "none"] = "device"
+    split: Literal["train", "test", "all"] = "train"
     lossy: tuple[str, ...] = ()
     missing_masks: Literal["error", "image_only"] = "error"
     strict: bool = False
@@ -95,6 +99,19 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.path}: [{self.check}] {self.message}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexedDataset:
+    """What the data sets of an index have in common, see ``core.types.Dataset``."""
+
+    name: str
+    categories: tuple[str, ...]
+    protocol: Mapping[str, Any]
+    config: DataConfig
+    splits: Mapping[str, tuple[Record, ...]]
+    faults: tuple[Fault, ...] = ()
+    origin: str = ""
 
 
 class FaultError(DataError):
@@ -160,6 +177,43 @@ def chosen(config: DataConfig, known: tuple[str, ...]) -> tuple[str, ...]:
             "twice?"
         )
     return tuple(sorted(config.categories or known))
+
+
+class _Joined:
+    """The samples of several sources, one source after the other."""
+
+    def __init__(self, parts: Sequence[Source]):
+        self.records = [record for part in parts for record in part.records]
+        self._at = [(part, i) for part in parts for i in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        part, place = self._at[index]
+        return part[place]
+
+
+class _JoinedCanvases(_Joined):
+    """Likewise, of sources that hold canvases."""
+
+    def canvas_reader(self, spec: BatchSpec) -> Callable[[int, dict[str, Any]], None]:
+        readers = {id(part): part.canvas_reader(spec) for part, _ in self._at}  # type: ignore
+
+        def read(index: int, row: dict[str, Any]) -> None:
+            part, place = self._at[index]
+            readers[id(part)](place, row)
+
+        return read
+
+
+def training_source(dataset: Dataset, split: str) -> Source:
+    """What ``config.data.split`` asks for: a split of the data set, or both."""
+    if split != "all":
+        return dataset.source(split)
+    parts = [part for name in ("train", "test") if len(part := dataset.source(name))]
+    held = bool(parts) and all(isinstance(part, CanvasSource) for part in parts)
+    return (_JoinedCanvases if held else _Joined)(parts)
 
 
 def load(config: DataConfig) -> Dataset:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from dsad.core.batch import Field
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
 
@@ -98,20 +99,15 @@ FACTS: Mapping[str, Fact] = {
 }
 
 
-def check(names: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple; ConfigError names one that does not exist."""
+def fields(names: Sequence[str]) -> dict[str, Field]:
+    """Shape and type of the named facts; ConfigError names one that does not exist."""
     for name in names:
         if name not in FACTS:
             raise ConfigError(
                 f"no fact named {name!r}.{suggestion(name, FACTS)} "
                 f"dsad.data.facts has: {listed(FACTS)}."
             )
-    return tuple(names)
-
-
-def empty(names: Sequence[str], count: int) -> dict[str, np.ndarray]:
-    """Arrays for the facts of ``count`` images, to be filled row by row."""
-    return {name: np.zeros((count, *FACTS[name].shape), FACTS[name].dtype) for name in names}
+    return {name: Field(FACTS[name].shape, FACTS[name].dtype) for name in names}
 
 
 def find(names: Sequence[str], image: np.ndarray) -> dict[str, np.ndarray]:

@@ -130,7 +130,7 @@ class _Scan:
                     category=name,
                     label=label,
                     kind=kind,
-                    mask_path=mask if label else None,
+                    masks=(mask,) if label and mask else (),
                 )
             )
 

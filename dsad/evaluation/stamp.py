@@ -47,7 +47,7 @@ def records_hash(splits: Mapping[str, Sequence[Record]]) -> str:
     digest = hashlib.sha256()
     for split in sorted(splits):
         lines = (
-            f"{split}\t{r.category}\t{r.path}\t{r.label}\t{r.kind}\t{r.mask_path or ''}\n"
+            f"{split}\t{r.category}\t{r.path}\t{r.label}\t{r.kind}\t{','.join(r.masks)}\n"
             for r in splits[split]
         )
         for line in sorted(lines):

@@ -166,6 +166,6 @@ def check_labels(dataset: Dataset, categories: Sequence[str]) -> None:
 def _without_masks(source: Source) -> bool:
     """Whether no anomalous image has a mask; procedural sets have masks without files."""
     anomalous = [i for i, r in enumerate(source.records) if r.label == 1]
-    if any(source.records[i].mask_path is not None for i in anomalous):
+    if any(source.records[i].masks for i in anomalous):
         return False
     return source[anomalous[0]].mask is None
