@@ -16,7 +16,8 @@ Variants, after a colon and joined by commas:
     CATEGORY   train on this category, corrupted as its table says
     like_CATEGORY   the table's row alone, for data whose category has another name
     published  the quirks of the published code: tokens in random order, corrupted input as target,
-               another normalisation than the first stage's, unchanged regions labelled
+               another normalisation than the first stage's, unchanged regions labelled, boxes
+               moved from the image's left and top border
     small      after configs/mae.py:small: ViT-Ti, 8 narrow decoder blocks, 40 epochs
     mtd        magnetic tiles, grouped split; after small 14 epochs
     synthetic  the procedural data set, needs no file, after configs/mae.py:synthetic
@@ -84,7 +85,7 @@ def _published(config):
     config.objective.target = "input"
     config.objective.normalisation = "published"
     config.objective.ssim_range = "signed"
-    config.objective.corruption.label = "mask"
+    config.objective.corruption.update(label="mask", box="published")
 
 
 def _small(config):

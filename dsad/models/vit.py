@@ -282,21 +282,43 @@ class ViT:
         images: jax.Array,
         *,
         train: bool = False,
+        views: int = 1,
         layers: Sequence[str] | None = None,
     ) -> tuple[FeatureMaps, Any]:
         """Patch tokens after the blocks ``layers`` (None: all) as maps (b, rows, columns, d).
 
         ``block0`` is the output of the first block; no final norm, prefix tokens removed. Names
-        that no block has are left out, as a backbone tells its caller what exists.
+        that no block has are left out, as a backbone tells its caller what exists. Layer norms see
+        one token each, so that training and ``views`` change nothing.
         """
-        del train  # nothing differs
-        b, (rows, columns) = images.shape[0], self.grid(images)
-        x = self._start(params, extra, self.embed(params, extra, images))
+        del train, views
         taps = None if layers is None else _numbers(layers, self.spec.depth)
-        found = transformer.tap_blocks(params["blocks"], x, self.spec.blocks, taps, self.remat)
-        skip = self.spec.prefix
-        maps = {f"block{i}": y[:, skip:].reshape(b, rows, columns, -1) for i, y in found.items()}
-        return maps, extra
+        return self._maps(self._outputs(params, extra, images, taps), images), extra
+
+    def pooled(
+        self, params: Any, extra: Any, images: jax.Array, layers: Sequence[str] | None = None
+    ) -> tuple[FeatureMaps, jax.Array]:
+        """The maps of ``apply``, and one vector an image (b, d) f32, behind the final norm.
+
+        It is the class token where there is one, else the mean of the patch tokens.
+        """
+        s, last = self.spec, self.spec.depth - 1
+        taps = None if layers is None else _numbers(layers, s.depth)
+        outputs = self._outputs(params, extra, images, None if taps is None else (*taps, last))
+        tokens = outputs[last][:, :1] if s.cls else outputs[last][:, s.prefix :]
+        tokens = transformer.layer_norm(params["norm"], tokens, s.eps).astype(jnp.float32)
+        asked = {i: y for i, y in outputs.items() if taps is None or i in taps}
+        return self._maps(asked, images), jnp.mean(tokens, axis=1)
+
+    def _outputs(
+        self, params: Any, extra: Any, images: jax.Array, taps: tuple[int, ...] | None
+    ) -> dict[int, jax.Array]:
+        x = self._start(params, extra, self.embed(params, extra, images))
+        return transformer.tap_blocks(params["blocks"], x, self.spec.blocks, taps, self.remat)
+
+    def _maps(self, outputs: dict[int, jax.Array], images: jax.Array) -> FeatureMaps:
+        shape, skip = (images.shape[0], *self.grid(images), self.spec.width), self.spec.prefix
+        return {f"block{i}": y[:, skip:].reshape(shape) for i, y in outputs.items()}
 
     def _start(self, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
         x = self.with_prefix(params, extra, tokens)

@@ -180,7 +180,7 @@ class ISSTAD(EncoderObjective):
         facts = batch["facts"]
         image, label = corrupt(
             clean, keys("corruption"), self.cfg.corruption,
-            size=facts["original_size"], box=facts.get("foreground_box"),
+            size=facts["original_size"], box=facts.get(self.cfg.corruption.box_fact),
         )  # fmt: skip
         made = {
             "image": normalize(image, self.mean, self.std),

@@ -128,6 +128,8 @@ def test_isstad_as_published():
     assert (method.normalisation, method.ssim_range) == ("shared", "unit")
     _, quirks, _ = parsed("isstad.py:published")
     assert (quirks.normalisation, quirks.ssim_range) == ("published", "signed")
+    assert method.corruption.facts == ("original_size", "foreground_box")
+    assert quirks.corruption.facts == ("original_size", "foreground_box_published")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dsad.data.canvases import canvas
 from dsad.data.pipeline import make_pipeline
 from tests.data import trees
 
-FACTS = ("foreground_box", "original_size")
+FACTS = ("foreground_box", "foreground_box_published", "original_size")
 
 
 def prepared(config, out, *, side=0, **kwargs):
