@@ -157,7 +157,7 @@ class Run:
             yield
 
 
-def assemble(config: Any, devices: Sequence[Any] | None, data: DataFacts) -> Run:
+def assemble(config: Any, devices: list[Any] | None, data: DataFacts) -> Run:
     """Mesh, objective, optimiser and step of a config; nothing is read, allocated or compiled.
 
     ``devices`` need not exist; None takes those that are there. Raises ConfigError for what cannot

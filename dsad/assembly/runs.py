@@ -174,12 +174,10 @@ def earlier_weights(spec: str, objective: Objective) -> EarlierWeights:
         directory, step = place(spec)
         there = opened(directory)
         params, extra, step = there.weights(step)
-        able = isinstance(there.objective, HasEncoder)
-        facts = there.objective.stage_facts if isinstance(there.objective, HasStageFacts) else {}
-        return EarlierWeights(
-            there.objective.encoder_weights(params, extra) if able else None,
-            params, extra, facts, f"{directory} step {step}",
-        )  # fmt: skip
+        method: Any = there.objective
+        encoder = method.encoder_weights(params, extra) if isinstance(method, HasEncoder) else None
+        facts = method.stage_facts if isinstance(method, HasStageFacts) else {}
+        return EarlierWeights(encoder, params, extra, facts, f"{directory} step {step}")
     try:
         weights = pretrained.read(spec)
     except ConfigError as error:
@@ -189,7 +187,8 @@ def earlier_weights(spec: str, objective: Objective) -> EarlierWeights:
         ) from error
     known = {"mean": weights.mean, "std": weights.std, "side": weights.input_size}
     facts = {name: value for name, value in known.items() if value is not None}
-    return EarlierWeights(*_read(weights, objective, spec), facts, weights.source)
+    encoder, params, extra = _read(weights, objective, spec)
+    return EarlierWeights(encoder, params, extra, facts, weights.source)
 
 
 def _read(weights: pretrained.Weights, objective: Objective, spec: str) -> tuple[Encoder, Any, Any]:

@@ -44,8 +44,9 @@ def build(
     """A run of a config on the devices of this machine, with its images."""
     cfg, _, _ = parse(config)
     use_settings(cfg)
-    dataset = dataset or distributed.together(lambda: data_base.load(cfg.data))
-    source = distributed.together(lambda: data_base.training_source(dataset, cfg.data.split))
+    source = distributed.together(
+        lambda: data_base.training_source(dataset or data_base.load(cfg.data), cfg.data.split)
+    )
     run = assemble(config, None, DataFacts.of(source.records))
     if (needed := run.objective.traits.source) and not cfg.init_from:
         raise ConfigError(
@@ -57,7 +58,8 @@ def build(
 
 def read(run: Run, source: Source, progress: Progress | None = None) -> Training:
     """Read the images as ``config.data`` says; on the devices lies what they keep."""
-    cfg, spec, rows = run.config, dataclasses.replace(run.spec, features={}), None
+    cfg, rows = run.config, None
+    spec = dataclasses.replace(run.spec, features={})  # which are computed from what is read
     places = {name: place for name, place in (run.store or {}).items() if name != "features"}
     if places and distributed.count() > 1:
         rows = rows_here(places, len(source))

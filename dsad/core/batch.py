@@ -123,10 +123,10 @@ class BatchSpec:
         """All fields of a batch."""
         fields = {**self.stored, **self.drawn}
         if companions := self.needs.companions:
+            count = companions.count
             rows = {
-                name: _each(lambda f: Field((companions.count, *f.shape), f.dtype), field)
-                for name, field in self.stored.items()
-                if name in self.of_references
+                name: _each(lambda f: Field((count, *f.shape), f.dtype), self.stored[name])
+                for name in self.of_references
             }
             fields["references"] = {**fields["references"], **rows}
         return fields

@@ -73,11 +73,16 @@ class Dataset(Protocol):
     ``faults`` are what its index shows, ``origin`` says from what it was prepared, or nothing.
     """
 
-    name: str
-    categories: tuple[str, ...]
-    protocol: Mapping[str, Any]
-    faults: tuple[Any, ...]
-    origin: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def categories(self) -> tuple[str, ...]: ...
+    @property
+    def protocol(self) -> Mapping[str, Any]: ...
+    @property
+    def faults(self) -> tuple[Any, ...]: ...
+    @property
+    def origin(self) -> str: ...
 
     def source(self, split: str, category: str | None = None) -> Source:
         """Samples of ``split`` ("train", "test"), of one category or of all, sorted by path."""

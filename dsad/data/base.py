@@ -1,5 +1,6 @@
 """Configuration of data sets, faults found in them, and the way from a config to a data set."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -102,7 +103,7 @@ class Fault:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IndexedDataset:
+class IndexedDataset(abc.ABC):
     """What the data sets of an index have in common, see ``core.types.Dataset``."""
 
     name: str
@@ -112,6 +113,10 @@ class IndexedDataset:
     splits: Mapping[str, tuple[Record, ...]]
     faults: tuple[Fault, ...] = ()
     origin: str = ""
+
+    @abc.abstractmethod
+    def source(self, split: str, category: str | None = None) -> Any:
+        """Samples of "train" or "test", of one category or of all, sorted by path."""
 
 
 class FaultError(DataError):
@@ -183,7 +188,7 @@ class _Joined:
     """The samples of several sources, one source after the other."""
 
     def __init__(self, parts: Sequence[Source]):
-        self.records = [record for part in parts for record in part.records]
+        self.records: Sequence[Record] = [record for part in parts for record in part.records]
         self._at = [(part, i) for part in parts for i in range(len(part))]
 
     def __len__(self) -> int:
@@ -216,7 +221,7 @@ def training_source(dataset: Dataset, split: str) -> Source:
     return (_JoinedCanvases if held else _Joined)(parts)
 
 
-def load(config: DataConfig) -> Dataset:
+def load(config: DataConfig) -> IndexedDataset:
     """The data set of ``config``, its index checked, no image decoded.
 
     Raises ConfigError for a name or category that does not exist and DataError with ALL faults of

@@ -118,9 +118,7 @@ class CanvasSource:
         return len(self.records)
 
     def example(self, index: int) -> Mapping[str, Any]:
-        """``canvas`` (side, side, 3) uint8, ``size`` (2,), ``mask`` (side, side) uint8 and
-        ``masked`` where there are anomalous images, and a ``fact_...`` for every fact.
-        """
+        """``canvas``, ``size``, a ``fact_...`` for every fact, perhaps ``mask`` and ``masked``."""
         return self._stored.example(int(self._positions[index]), self.records[index].path)
 
     def __getitem__(self, index: int, /) -> Sample:

@@ -228,8 +228,9 @@ def _about(planned: Plan) -> dict[str, Any]:
 def _build(library: Any, planned: Plan, part: pathlib.Path, progress: Progress | None) -> None:
     """Run a builder over the plan, writing below ``part``."""
     counter = _Counter(sum(map(len, planned.sizes.values())), progress)
-    masks = planned.canvas and planned.anomalous
-    make = functools.partial(_canvas_example, masks=masks) if planned.canvas else _file_example
+    make: Any = _file_example
+    if planned.canvas:
+        make = functools.partial(_canvas_example, masks=planned.anomalous)
     shards = {
         split: [
             _Shard(planned.dataset.source(split), rows, planned.canvas, make, counter)

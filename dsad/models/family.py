@@ -84,17 +84,17 @@ class Family(abc.ABC):
         maps, _ = network.apply(params, extra, images, train=False)
         return _only(maps, layers)
 
-    def train(
-        self, network: Any, params: Any, extra: Any, images: Any, *, views: int = 1,
+    def run(
+        self, network: Any, params: Any, extra: Any, images: Any, *, train: bool, views: int = 1,
         layers: tuple[str, ...] | None = None,
     ) -> tuple[FeatureMaps, jax.Array, Any]:  # fmt: skip
-        """Maps as ``maps`` gives, pooled vectors (b, c) f32 and new extra, in training mode.
+        """Maps as ``maps`` gives, pooled vectors (b, c) f32 and the new extra.
 
-        The ``views`` of an image follow each other along the batch axis, and each has batch
+        In training the ``views`` of an image follow each other along the batch axis, and each has batch
         statistics of its own, see ``norm.BatchNorm``. Vectors are what a head for whole images
         takes: here the mean over the cells of the deepest map.
         """
-        maps, extra = network.apply(params, extra, images, train=True, views=views)
+        maps, extra = network.apply(params, extra, images, train=train, views=views)
         *_, deepest = maps.values()
         pooled = jnp.mean(deepest.astype(jnp.float32), axis=(1, 2))
         return _only(maps, layers), pooled, extra

@@ -253,7 +253,7 @@ class MAE(EncoderObjective):
             shared = ["encoder.heads", "mean", "std"]
             shared += [] if fresh else ["decoder.heads", "norm_pix"]
             check_facts(earlier, self.stage_facts, shared)
-        if fresh:
+        if decoder is None or fresh:
             return params, extra, f"{report}; the decoder starts anew"
         depth = self.cfg.decoder.depth
         others = jax.tree.leaves(decoder["blocks"])[0].shape[0]

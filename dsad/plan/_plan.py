@@ -73,6 +73,6 @@ def make(config: Any, options: Options, devices: list[Any], out: Console) -> Pla
         epochs=cfg.epochs if not cfg.steps else None, steps=run.total_steps,
         model_flops_per_image=model_flops, limit=limit,
         fits=not program.refused and (not limit or program.total <= limit),
-        held=_compile.held(run), effort=options.effort, cached=cached, program=program, estimate=estimate,
-        warnings=tuple(unintended(run, program)),
+        held=_compile.held(run), effort=options.effort, cached=cached, program=program,
+        estimate=estimate, warnings=tuple(unintended(run, program)),
     )  # fmt: skip

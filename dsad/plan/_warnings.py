@@ -21,9 +21,10 @@ def unintended(run: Run, program: Program) -> list[str]:
     stack at a time; samples are meant to stay where they are.
     """
     lines = []
-    if run.data.samples is not None and run.data.samples < run.config.batch_size:
+    samples = run.data.samples
+    if samples is not None and samples < run.config.batch_size:
         lines.append(
-            f"a step takes {run.config.batch_size} images, more than the {run.data.samples} of the data "
+            f"a step takes {run.config.batch_size} images, more than the {samples} of the data "
             "set: images repeat within a step"
         )
     lines += _fetching(run)

@@ -39,7 +39,7 @@ def fresh(net):
 
 def trained(family, net, params, extra, x, **settings):
     def forward(params, extra, x):
-        return family.train(net, params, extra, x, **settings)
+        return family.run(net, params, extra, x, train=True, **settings)
 
     return jax.jit(forward)(params, extra, x)
 
@@ -73,7 +73,9 @@ def test_the_vector_does_not_depend_on_the_maps_asked_for():
 def test_a_narrow_transformer_has_wide_vectors():
     net = vit.ViT(SMALL, dtype="bfloat16")
     shapes = (*net.shapes(), jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32))
-    maps, pooled, _ = jax.eval_shape(lambda *a: VIT.train(net, *a, layers=("block1",)), *shapes)
+    maps, pooled, _ = jax.eval_shape(
+        lambda *a: VIT.run(net, *a, train=True, layers=("block1",)), *shapes
+    )
     assert {n: (m.shape, m.dtype) for n, m in maps.items()} == {
         "block1": ((2, 4, 4, 24), "bfloat16")
     }
@@ -119,7 +121,9 @@ def test_vectors_carry_gradients_to_every_parameter_of_a_residual_network():
     weights = np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32)
 
     def loss(params):
-        maps, pooled, _ = RESNET.train(net, params, extra, images(16), views=VIEWS, layers=())
+        maps, pooled, _ = RESNET.run(
+            net, params, extra, images(16), train=True, views=VIEWS, layers=()
+        )
         assert maps == {}
         return jnp.sum(pooled * weights)
 
@@ -133,6 +137,6 @@ def test_networks_without_norms_have_vectors_too(arch, side):
     family = registry.family_of(arch)
     net = family.network(arch)
     shapes = (*net.shapes(), jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32))
-    maps, pooled, _ = jax.eval_shape(lambda *given: family.train(net, *given), *shapes)
+    maps, pooled, _ = jax.eval_shape(lambda *given: family.run(net, *given, train=True), *shapes)
     assert list(maps) == list(family.strides(arch))
     assert pooled.shape == (2, family.channels(arch))

@@ -49,11 +49,11 @@ class ViTs(Family):
         found, _ = network.apply(params, extra, images, layers=layers)
         return found
 
-    def train(
-        self, network: Any, params: Any, extra: Any, images: Any, *, views: int = 1,
+    def run(
+        self, network: Any, params: Any, extra: Any, images: Any, *, train: bool, views: int = 1,
         layers: tuple[str, ...] | None = None,
     ) -> tuple[FeatureMaps, jax.Array, Any]:  # fmt: skip
-        """As ``Family.train``, with the vectors of ``ViT.pooled``; ``extra`` stays as it is."""
+        """As ``Family.run``, with the vectors of ``ViT.pooled``; ``extra`` stays as it is."""
         maps, pooled = network.pooled(params, extra, images, layers)
         return maps, pooled, extra
 
