@@ -90,8 +90,8 @@ class Limits(TypedDict, total=False):
     filled: Literal[True]
 
 
-def field(default: T, **limits: Unpack[Limits]) -> T:
-    """A field of settings: its default, and limits that are checked wherever a value comes from.
+def field(default: T = dataclasses.MISSING, **limits: Unpack[Limits]) -> T:  # type: ignore[assignment]
+    """A field of settings: its default, if any, and limits checked wherever a value is from.
 
     The length of a tuple, options (``Literal``) and None are part of the field's type; numbers are
     finite.
@@ -152,11 +152,10 @@ def build_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "confi
     fitted = _fitted_fields(cls, values, f"{where}.")
     try:
         return cls(**fitted)
-    except Refused as fault:
-        if issubclass(cls, Settings) and fault.place == cls._place:
-            fault.place = f"{where}."
-        raise
     except ConfigError as error:  # what checks the values does not know where they stand
+        if isinstance(error, Refused) and error.place == getattr(cls, "_place", None):
+            error.place = f"{where}."
+            raise
         raise ConfigError(f"{where}: {error}") from error
 
 
@@ -197,13 +196,6 @@ def _fitted(value: Any, hint: Any, limits: Any, key: str) -> Any:
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
     raise Refused(key, _described(hint, limits), value)
-
-
-def check_options(config: Any, where: str) -> None:
-    """Refuse a dataclass one of whose ``Literal`` fields holds none of its options."""
-    for name, hint in _hints(type(config)).items():
-        if typing.get_origin(hint) is Literal:
-            _fitted(getattr(config, name), hint, (), f"{where}.{name}")
 
 
 def _kept(value: Any, limits: Any, *, of_tuple: bool) -> bool:

@@ -69,8 +69,6 @@ def plan(dataset: Dataset, canvas: int = 0, progress: Progress | None = None) ->
 
     Canvases are for training: only the training split is written.
     """
-    if canvas < 0:
-        raise ConfigError(f"--canvas: expected the side of a canvas, or 0, found {canvas}.")
     sizes = {}
     for split in ("train",) if canvas else ("train", "test"):
         source = dataset.source(split)

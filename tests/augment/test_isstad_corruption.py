@@ -208,8 +208,8 @@ def test_facts_are_those_the_function_needs(config):
     [
         ({"kind": "old"}, r"corruption\.kind: expected one of 'region', 'patch'"),
         ({"label": "all"}, r"corruption\.label: expected one of"),
-        ({"most_draw": 0}, r"corruption\.most_draw: expected at least 1, found 0"),
-        ({"n_max": 0}, r"corruption\.n_max: expected at least 1, found 0"),
+        ({"most_draw": 0}, r"corruption\.most_draw: expected an integer >= 1, found 0"),
+        ({"n_max": 0}, r"corruption\.n_max: expected an integer >= 1, found 0"),
         ({"original_side": 3.0}, r"corruption\.original_side: expected 0 or at least 16"),
         ({"original_side": float("inf")}, r"corruption\.original_side"),
         ({"original_side": float("nan")}, r"corruption\.original_side"),
