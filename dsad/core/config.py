@@ -73,6 +73,9 @@ _LIMITS = {
 }
 
 
+_MISSING: Any = dataclasses.MISSING
+
+
 class Limits(TypedDict, total=False):
     """What a field can declare beside its type; bounds hold for each number of a tuple."""
 
@@ -90,7 +93,7 @@ class Limits(TypedDict, total=False):
     filled: Literal[True]
 
 
-def field(default: T = dataclasses.MISSING, **limits: Unpack[Limits]) -> T:  # type: ignore[assignment]
+def field(default: T = _MISSING, **limits: Unpack[Limits]) -> T:
     """A field of settings: its default, if any, and limits checked wherever a value is from.
 
     The length of a tuple, options (``Literal``) and None are part of the field's type; numbers are
@@ -147,7 +150,7 @@ def build_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "confi
     for name, entry in fields.items():
         bare = entry.default is entry.default_factory is dataclasses.MISSING
         if bare and name not in values:
-            expected = _described(_hints(cls)[name], ())
+            expected = _described(_hints(cls)[name], entry.metadata.get("limits", ()))
             raise ConfigError(f"{where}.{name}: missing; expected {expected}.")
     fitted = _fitted_fields(cls, values, f"{where}.")
     try:

@@ -102,8 +102,8 @@ class Command:
         with self._readable(argv):
             rest = self.values(argv)[1:]
         for name, least in self._least.items():
-            if self.values[name].value < least:
-                raise Refused(f"--{name}", f"an integer >= {least}", self.values[name].value)
+            if (value := getattr(self.values, name)) < least:
+                raise Refused(f"--{name}", f"an integer >= {least}", value)
         config = self.values["config"].value if self.config else None
         return config, self.values, rest
 

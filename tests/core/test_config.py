@@ -157,3 +157,15 @@ def test_keys_of_nested_settings():
 def test_limits_that_do_not_exist():
     with pytest.raises(KeyError, match="at_leest"):
         field(3, at_leest=1)
+
+
+def test_a_limited_field_without_default():
+    class Sized(Settings, place="sized"):
+        size: int = field(at_least=1)
+
+    with pytest.raises(ConfigError, match=r"^config\.size: missing; expected an integer >= 1\.$"):
+        build_dataclass(Sized, {})
+    with pytest.raises(TypeError, match="size"):
+        Sized()
+    with pytest.raises(ConfigError, match=r"^sized\.size: expected an integer >= 1, found 0\.$"):
+        Sized(size=0)
