@@ -29,8 +29,7 @@ from dsad.terminal import console
 SAME = "run"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(core_config.Settings, place="config"):
     """Everything of an evaluation but its detector, whose keys belong to the method.
 
     ``backbone`` is an architecture (with ``weights``, anything that ``models.pretrained.read``
@@ -44,15 +43,13 @@ class EvaluateConfig:
 
     backbone: str = "resnet18"
     weights: str = ""
-    seed: int = 0
-    shots: int = 0
-    seeds: tuple[int, ...] = (0,)
+    seed: int = core_config.field(0, at_least=0)
+    shots: int = core_config.field(0, at_least=0)
+    seeds: tuple[int, ...] = core_config.field((0,), at_least=0, distinct=True, filled=True)
     one_for_all: bool = False
-    data: data_base.DataConfig = dataclasses.field(
-        default_factory=lambda: data_base.DataConfig(name=SAME)
-    )
-    evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    data: data_base.DataConfig = data_base.DataConfig(name=SAME)
+    evaluation: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
 
 
 def default_config(detector: str) -> ml_collections.ConfigDict:

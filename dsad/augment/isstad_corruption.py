@@ -4,15 +4,13 @@ Two kinds: "region" replaces a few large shapes by the same place of a transform
 changes up to 100 small rectangles one after another.
 """
 
-import dataclasses
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from dsad.augment import _isstad_patches, _isstad_regions
-from dsad.core.config import check_options
+from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
 
 #: Half of an 8-bit step. A value that differs by more has changed as a byte; rounding errors of a
@@ -20,8 +18,7 @@ from dsad.core.errors import ConfigError, DataError
 HALF_STEP = 0.5 / 255
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CorruptionConfig:
+class CorruptionConfig(Settings, place="corruption"):
     """How images are corrupted; the defaults are ISSTAD's for most categories.
 
     ``kind``: "region" or "patch". ``most_draw``: k, an integer is drawn from 0 .. k and 0 leaves
@@ -38,27 +35,17 @@ class CorruptionConfig:
     """
 
     kind: Literal["region", "patch"] = "region"
-    most_draw: int = 2
-    n_max: int = 3
+    most_draw: int = field(2, at_least=1)
+    n_max: int = field(3, at_least=1)
     limit_box: bool = True
     box: Literal["padded", "published"] = "padded"
     remove_background: bool = False
     label: Literal["changed", "mask"] = "changed"
-    original_side: float = 0.0
+    original_side: float = field(0.0, at_least=0)
 
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning; raises ConfigError naming the key."""
-        check_options(self, "corruption")
-        for name in ("most_draw", "n_max"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"corruption.{name}: expected at least 1, found {getattr(self, name)}."
-                )
-        if self.original_side != 0 and not 16 <= self.original_side < math.inf:
-            raise ConfigError(
-                "corruption.original_side: expected 0 or at least 16 pixels, "
-                f"found {self.original_side}."
-            )
+    def check(self) -> None:
+        if 0 < self.original_side < 16:
+            raise Refused("original_side", "0 or at least 16 pixels", self.original_side)
 
     @property
     def facts(self) -> tuple[str, ...]:

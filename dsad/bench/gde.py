@@ -39,14 +39,14 @@ def main(argv: list[str]) -> int:
     command = flags.Command(
         "bench gde", "one PCA and Ledoit-Wolf Gaussian per position, beside scikit-learn."
     )
-    command.integer("images", 60, "Images to fit, and as many others to score.")
-    command.integer("side", 57, "Positions per axis; 57 are those of 256 pixels.")
-    command.integer("channels", 512, "Features per patch.")
-    command.integer("components", 50, "Of the PCA.")
-    command.integer("rounds", 3, "Timed rounds; each runs every program once, medians are shown.")
-    names = ("images", "side", "channels", "components", "rounds")
-    _, values = _measure.parsed(command, argv, dict.fromkeys(names, 1))
-    bench(Sizes(**{n: getattr(values, n) for n in names[:4]}), values.rounds)
+    command.integer("images", 60, "Images to fit, and as many others to score.", at_least=1)
+    command.integer("side", 57, "Positions per axis; 57 are those of 256 pixels.", at_least=1)
+    command.integer("channels", 512, "Features per patch.", at_least=1)
+    command.integer("components", 50, "Of the PCA.", at_least=1)
+    command.integer("rounds", 3, "Timed rounds of every program; medians are shown.", at_least=1)
+    _, values = _measure.parsed(command, argv)
+    names = ("images", "side", "channels", "components")
+    bench(Sizes(**{n: getattr(values, n) for n in names}), values.rounds)
     return 0
 
 

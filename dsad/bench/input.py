@@ -37,12 +37,12 @@ def _command() -> flags.Command:
         config="configs/ds2.py:small",
     )  # fmt: skip
     command.string("root", "", "Folder of images to read; generated ones without it.")
-    command.integer("images", 96, "Images of each kind to generate.")
-    command.integer("canvas", 512, "Side of the canvases.")
-    command.integer("batch", 32, "Images of a batch.")
-    command.integer("batches", 6, "Timed batches in a round.")
-    command.integer("workers", 2, "Worker processes of the rows with workers.")
-    command.integer("rounds", 3, "Rounds; each times every mode once, medians are shown.")
+    command.integer("images", 96, "Images of each kind to generate.", at_least=1)
+    command.integer("canvas", 512, "Side of the canvases.", at_least=1)
+    command.integer("batch", 32, "Images of a batch.", at_least=1)
+    command.integer("batches", 6, "Timed batches in a round.", at_least=1)
+    command.integer("workers", 2, "Worker processes of the rows with workers.", at_least=1)
+    command.integer("rounds", 3, "Timed rounds of every mode; medians are shown.", at_least=1)
     command.integer("steps", 8, "Steps of the config in which the input is waited for (0: none).")
     return command
 
@@ -50,8 +50,7 @@ def _command() -> flags.Command:
 def main(argv: list[str]) -> int:
     """The command: ``dsad bench input``."""
     command = _command()
-    least = {"images": 1, "canvas": 1, "batch": 1, "batches": 1, "workers": 1, "rounds": 1}
-    config, values = _measure.parsed(command, argv, {**least, "steps": 0})
+    config, values = _measure.parsed(command, argv)
     out = console.console()
     with tempfile.TemporaryDirectory() as scratch:
         folders = (

@@ -27,13 +27,13 @@ def main(argv: list[str]) -> int:
         config="configs/ds2.py:synthetic",
     )  # fmt: skip
     command.string("objective", "", "Short for --config=configs/OBJECTIVE.py:synthetic.")
-    command.integer("rounds", 5, "Timed rounds; each times every part once, medians are shown.")
+    command.integer("rounds", 5, "Timed rounds of every part; medians are shown.", at_least=1)
     command.switch("brief", "Leave out, for transformers, masking, memory and compile times.")
     named = [a.partition("=")[2] for a in argv if a.startswith("--objective=")]
     if named and not any(a.startswith("--config=") for a in argv):
         core_config.resolve("objectives", named[-1])
         argv = [f"--config=configs/{named[-1]}.py:synthetic", *argv]
-    config, values = _measure.parsed(command, argv, {"rounds": 1})
+    config, values = _measure.parsed(command, argv)
     if values.objective and values.objective != config.objective.name:
         raise ConfigError(
             f"--objective={values.objective}: the config's objective is {config.objective.name}."

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsad.core.config import Refused
 from dsad.core.errors import ConfigError
 from dsad.core.tree import flatten, path_name
 
@@ -20,12 +21,12 @@ AXES = ("data", "fsdp")
 WHOLE = "whole"
 
 
-def parse_spec(spec: str | Sequence[str]) -> PartitionSpec | None:
+def parse_spec(spec: str | Sequence[str], key: str = "spec") -> PartitionSpec | None:
     """A spec as it is written in configs; None for "whole", which fits arrays of any rank.
 
     One entry per axis of the array, ``("-", "-", "fsdp")`` or in one text ``"-,-,fsdp"``: "-" keeps
     the axis in one piece, "data", "fsdp" or "data+fsdp" splits it over these axes of the mesh.
-    Raises ConfigError for anything else.
+    Raises Refused, naming the ``key``, for anything else.
     """
     if spec == WHOLE or tuple(spec) == (WHOLE,):
         return None
@@ -33,9 +34,11 @@ def parse_spec(spec: str | Sequence[str]) -> PartitionSpec | None:
     parts = [() if e == "-" else tuple(e.split("+")) for e in entries]
     used = [axis for part in parts for axis in part]
     if set(used) - set(AXES) or len(set(used)) < len(used) or not parts:
-        raise ConfigError(
-            f"expected one entry per axis of the array, '-' or each of {AXES} at most once (both "
-            f"on one axis as 'data+fsdp'), such as '-,-,fsdp', or 'whole'; found {spec!r}."
+        raise Refused(
+            key,
+            f"one entry per axis of the array, '-' or each of {AXES} at most once (both on one "
+            "axis as 'data+fsdp'), such as '-,-,fsdp', or 'whole'",
+            spec,
         )
     return PartitionSpec(*(p[0] if len(p) == 1 else p or None for p in parts))
 
@@ -45,9 +48,9 @@ def check_rules(rules: Sequence[Rule]) -> None:
     for i, (pattern, spec) in enumerate(rules):
         try:
             re.compile(pattern)
-            parse_spec(spec)
-        except (re.error, ConfigError) as error:
-            raise ConfigError(f"mesh.rules[{i}] {(pattern, spec)!r}: {error}") from error
+        except re.error as error:
+            raise Refused(f"rules[{i}][0]", f"a regular expression ({error})", pattern) from error
+        parse_spec(spec, f"rules[{i}][1]")
 
 
 def automatic(shape: tuple[int, ...], mesh: Mesh, min_size: int) -> NamedSharding:

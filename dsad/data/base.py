@@ -7,38 +7,26 @@ from typing import Any, Literal
 
 from dsad.core import config as core_config
 from dsad.core.batch import BatchSpec
+from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import CanvasSource, Dataset, Record, Sample, Source
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SyntheticConfig:
+class SyntheticConfig(Settings, place="config.data.synthetic"):
     """Size and counts of the procedural data set, per category.
 
     ``size`` is the side of the square images in pixels, ``train`` and ``good`` count normal
     training and test images, ``bad`` counts test images of EACH defect kind.
     """
 
-    size: int = 128
-    train: int = 32
-    good: int = 8
-    bad: int = 4
-    seed: int = 0
-
-    def __post_init__(self):
-        """Refuse sizes and counts that make no data set."""
-        if self.size < 16:
-            raise ConfigError(f"config.data.synthetic.size: expected at least 16, got {self.size}.")
-        for field, least in (("train", 1), ("good", 0), ("bad", 0), ("seed", 0)):
-            if getattr(self, field) < least:
-                raise ConfigError(
-                    f"config.data.synthetic.{field}: expected at least {least}, "
-                    f"found {getattr(self, field)}."
-                )
+    size: int = field(128, at_least=16)
+    train: int = field(32, at_least=1)
+    good: int = field(8, at_least=0)
+    bad: int = field(4, at_least=0)
+    seed: int = field(0, at_least=0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings, place="config.data"):
     """Which data set, from where, and what it is allowed to lose.
 
     ``name`` is a module of dsad.data, with a variant after a colon ("mtd:grouped").
@@ -54,34 +42,25 @@ class DataConfig:
 
     name: str = "synthetic"
     root: str = ""
-    categories: tuple[str, ...] = ()
-    canvas: int = 256
+    categories: tuple[str, ...] = field((), distinct=True)
+    canvas: int = field(256, at_least=1)
     cache: Literal["device", "host", "none"] = "device"
     split: Literal["train", "test", "all"] = "train"
     lossy: tuple[str, ...] = ()
     missing_masks: Literal["error", "image_only"] = "error"
     strict: bool = False
-    seed: int = 0
-    workers: int = 0
-    prefetch: int = 2
-    synthetic: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
+    seed: int = field(0, at_least=0)
+    workers: int = field(0, at_least=0)
+    prefetch: int = field(2, at_least=1)
+    synthetic: SyntheticConfig = SyntheticConfig()
 
-    def __post_init__(self):
-        """Refuse values outside their range."""
-        if self.canvas < 1:
-            raise ConfigError(f"config.data.canvas: expected a positive side, got {self.canvas}.")
-        if self.seed < 0:
-            raise ConfigError(f"config.data.seed: expected at least 0, found {self.seed}.")
-        if self.workers < 0 or self.prefetch < 1:
-            raise ConfigError(
-                "config.data.workers, config.data.prefetch: expected at least 0 and at least 1, "
-                f"found {self.workers} and {self.prefetch}."
-            )
+    def check(self) -> None:
         if self.workers and self.cache != "none":
-            raise ConfigError(
-                f"config.data.workers: {self.workers} processes would have nothing to read with "
-                f'config.data.cache="{self.cache}", which decodes every image once before the '
-                'training. Leave it 0, or set config.data.cache="none".'
+            raise Refused(
+                "workers",
+                f'0 with cache="{self.cache}", which decodes every image once before the training',
+                self.workers,
+                'More processes would have nothing to read; or set config.data.cache="none".',
             )
 
 
@@ -174,12 +153,6 @@ def chosen(config: DataConfig, known: tuple[str, ...]) -> tuple[str, ...]:
             f"config.data.categories: {core_config.listed(unknown)} not found."
             f"{core_config.suggestion(unknown[0], known)} "
             f"{config.root or config.name} has: {core_config.listed(known)}."
-        )
-    if twice := {c for c in config.categories if config.categories.count(c) > 1}:
-        raise ConfigError(
-            f"config.data.categories: expected every category once, found "
-            f"{core_config.listed(twice)} more than once in {config.categories}. Is the flag given "
-            "twice?"
         )
     return tuple(sorted(config.categories or known))
 

@@ -78,8 +78,6 @@ def plan(dataset: IndexedDataset, canvas: int = 0, progress: Progress | None = N
 
     Canvases are for training: of them only what ``config.data.split`` says is written.
     """
-    if canvas < 0:
-        raise ConfigError(f"--canvas: expected the side of a canvas, or 0, found {canvas}.")
     sizes = {}
     only = dataset.config.split if canvas else "all"
     for split in ("train", "test") if only == "all" else (only,):

@@ -26,23 +26,6 @@ class Cells(NamedTuple):
     category: str
 
 
-def check_layers(layers: Sequence[str]) -> None:
-    """Refuse an empty list of layers, and a layer twice (a flag given twice adds up)."""
-    if not layers:
-        raise ConfigError("detector.layers: expected at least one layer name, found none.")
-    if twice := sorted({n for n in layers if layers.count(n) > 1}):
-        raise ConfigError(
-            f"detector.layers: expected every layer once, found {listed(twice)} more than once in "
-            f"{tuple(layers)}. Is --config.detector.layers given twice?"
-        )
-
-
-def check_neighbourhood(side: int) -> None:
-    """Refuse a square of cells that has no centre."""
-    if side < 1 or side % 2 == 0:
-        raise ConfigError(f"detector.neighbourhood: expected an odd number >= 1, found {side}.")
-
-
 def select(features: FeatureMaps, layers: Sequence[str]) -> list[jax.Array]:
     """The maps of ``layers``, each (b, h, w, d); a missing one lists what exists."""
     missing = [name for name in layers if name not in features]

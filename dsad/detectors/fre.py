@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dsad.core.config import check_options
+from dsad.core.config import Settings, field
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
 from dsad.detectors._features import (
     Cells,
     cells,
-    check_layers,
     embedding,
     nothing_to_train,
     select,
@@ -36,8 +35,7 @@ COLUMNS = 8192
 FLOOR = 1e-10
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which features are reconstructed, and from how many axes.
 
     ``layers``: feature maps, each with a subspace of its own. ``mode``: "image" takes a whole map
@@ -49,22 +47,12 @@ class Config:
     a single layer keeps its squared errors.
     """
 
-    layers: tuple[str, ...] = ("layer3",)
+    layers: tuple[str, ...] = field(("layer3",), distinct=True, filled=True)
     mode: Literal["image", "patch"] = "image"
-    pool: int = 2
-    variance: float = 0.97
-    components: int = 0
+    pool: int = field(2, at_least=1)
+    variance: float = field(0.97, above=0, at_most=1)
+    components: int = field(0, at_least=0)
     balance: bool = True
-
-    def __post_init__(self):
-        check_layers(self.layers)
-        check_options(self, "detector")
-        if self.pool < 1:
-            raise ConfigError(f"detector.pool: expected >= 1, found {self.pool}.")
-        if not 0 < self.variance <= 1:
-            raise ConfigError(f"detector.variance: expected in (0, 1], found {self.variance}.")
-        if self.components < 0:
-            raise ConfigError(f"detector.components: expected >= 0, found {self.components}.")
 
 
 class Subspace(NamedTuple):

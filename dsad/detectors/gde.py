@@ -16,12 +16,12 @@ import numpy as np
 from jax import lax
 
 from dsad.core import rng
-from dsad.core.errors import ConfigError, DataError
+from dsad.core.config import Refused, Settings, field
+from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
 from dsad.detectors._features import (
     Cells,
     cells,
-    check_layers,
     embedding,
     joined,
     nothing_to_train,
@@ -32,8 +32,7 @@ from dsad.ops import gaussian, similarity
 ROWS = 2**14
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """How patches are modelled and how their scores become a map.
 
     ``layers``: embeddings to concatenate; the result is brought to unit length. ``per_position``:
@@ -49,27 +48,21 @@ class Config:
     them on the host between the passes where they fit into that many GB.
     """
 
-    layers: tuple[str, ...] = ("layer4",)
+    layers: tuple[str, ...] = field(("layer4",), distinct=True, filled=True)
     per_position: bool = True
-    components: int = 200
-    images: int = 350
-    patch: int = 32
-    stride: int = 4
+    components: int = field(200, at_least=0)
+    images: int = field(350, at_least=0)
+    patch: int = field(32, at_least=2)
+    stride: int = field(4, at_least=1)
     normalise: bool = True
-    floor: float = 0.01
-    cache_gb: float = 2.0
+    floor: float = field(0.01, at_least=0)
+    cache_gb: float = field(2.0, at_least=0)
 
-    def __post_init__(self):
-        check_layers(self.layers)
-        for name in ("components", "images", "floor", "cache_gb"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"detector.{name}: expected >= 0, found {getattr(self, name)}.")
-        gaussian.patch_kernel(self.patch)
-        if not 1 <= self.stride <= self.patch:
-            raise ConfigError(
-                f"detector.stride: expected 1 to detector.patch = {self.patch}, found "
-                f"{self.stride}."
-            )
+    def check(self) -> None:
+        if self.patch % 2:
+            raise Refused("patch", "an even number", self.patch)
+        if self.stride > self.patch:
+            raise Refused("stride", f"at most detector.patch = {self.patch}", self.stride)
 
 
 @dataclasses.dataclass(frozen=True)

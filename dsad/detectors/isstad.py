@@ -26,18 +26,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from dsad.core.config import check_options, listed
+from dsad.core.config import Refused, Settings, field, listed
 from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import check_layers, nothing_to_train, select
+from dsad.detectors._features import nothing_to_train, select
 from dsad.ops.resize import gaussian_smooth
 
 #: A further map of the network, shown in reports beside the two that are scored.
 RECONSTRUCTION = "reconstruction"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which published scores, and their constants.
 
     ``layers``: the maps of probabilities and of errors, in this order. ``pixel``, ``image``: see
@@ -47,43 +46,24 @@ class Config:
     with the edge pixel repeated; 0 leaves it out. ``scale``: factor on the map of "product".
     """
 
-    layers: tuple[str, ...] = ("probability", "error")
+    layers: tuple[str, str] = field(("probability", "error"), distinct=True)
     pixel: Literal["product", "alpha", "max"] = "product"
     image: Literal["product", "alpha", "weighted"] = "product"
-    alpha: float = 0.5
-    q: float = 0.1
-    a: float = 1.0
-    b: float = 1.0
+    alpha: float = field(0.5, within=(0, 1))
+    q: float = field(0.1, above=0, at_most=1)
+    a: float = field(1.0, at_least=0)
+    b: float = field(1.0, at_least=0)
     exponents: tuple[tuple[str, float, float, float], ...] = ()
-    sigma: float = 4.0
-    scale: float = 1.0
+    sigma: float = field(4.0, at_least=0)
+    scale: float = field(1.0, above=0)
 
-    def __post_init__(self):
-        check_layers(self.layers)
-        check_options(self, "detector")
-        if len(self.layers) != 2:
-            raise ConfigError(
-                "detector.layers: expected the maps of probabilities and of errors, found "
-                f"{self.layers}."
-            )
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"detector.alpha: expected in [0, 1], found {self.alpha}.")
-        if self.sigma < 0:
-            raise ConfigError(f"detector.sigma: expected >= 0, found {self.sigma}.")
-        if self.scale <= 0:
-            raise ConfigError(f"detector.scale: expected > 0, found {self.scale}.")
+    def check(self) -> None:
         names = [row[0] for row in self.exponents]
         if twice := {n for n in names if names.count(n) > 1}:
-            raise ConfigError(
-                f"detector.exponents: expected every category once, found {listed(twice)} more "
-                "than once."
-            )
-        for key, (q, a, b) in [("", self.rows[0]), *zip(names, self.rows[1:], strict=True)]:
-            where = f"detector.exponents, {key}" if key else "detector"
-            if not 0 < q <= 1:
-                raise ConfigError(f"{where}: expected q in (0, 1], found {q}.")
-            if min(a, b) < 0:
-                raise ConfigError(f"{where}: expected a and b >= 0, found {a} and {b}.")
+            raise Refused("exponents", "every category once", sorted(twice))
+        for i, (_, q, a, b) in enumerate(self.exponents):
+            if not (0 < q <= 1 and min(a, b) >= 0):
+                raise Refused(f"exponents[{i}]", "q in (0, 1], a and b >= 0", self.exponents[i])
 
     @property
     def rows(self) -> tuple[tuple[float, float, float], ...]:

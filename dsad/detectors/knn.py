@@ -13,15 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsad.core import rng
-from dsad.core.config import check_options
-from dsad.core.errors import ConfigError, DataError
+from dsad.core.config import Refused, Settings, field
+from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
 from dsad.detectors._features import (
     Subset,
     bank_state,
     cells,
-    check_layers,
-    check_neighbourhood,
     embedding,
     joined,
     nothing_to_train,
@@ -29,8 +27,7 @@ from dsad.detectors._features import (
 from dsad.ops.neighbors import Precision, nearest, pad_bank
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which features enter the bank and how distances become scores.
 
     ``layers``: feature maps to concatenate, on the grid of the first. ``neighbourhood``: side of
@@ -40,23 +37,15 @@ class Config:
     faster where the hardware multiplies bfloat16 (``ops.neighbors.nearest``).
     """
 
-    layers: tuple[str, ...] = ("layer2", "layer3")
-    neighbourhood: int = 3
-    k: int = 1
-    bank_rows: int = 0
+    layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)
+    neighbourhood: int = field(3, at_least=1, odd=True)
+    k: int = field(1, at_least=1)
+    bank_rows: int = field(0, at_least=0)
     precision: Precision = "exact"
 
-    def __post_init__(self):
-        check_layers(self.layers)
-        check_options(self, "detector")
-        check_neighbourhood(self.neighbourhood)
-        if self.k < 1:
-            raise ConfigError(f"detector.k: expected >= 1, found {self.k}.")
-        if self.bank_rows < 0 or 0 < self.bank_rows < self.k:
-            raise ConfigError(
-                f"detector.bank_rows: expected 0 (all rows) or at least k = {self.k}, found "
-                f"{self.bank_rows}."
-            )
+    def check(self) -> None:
+        if 0 < self.bank_rows < self.k:
+            raise Refused("bank_rows", f"0 (all rows) or at least k = {self.k}", self.bank_rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsad.core.config import check_options
+from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import cells, check_layers, joined, nothing_to_train
+from dsad.detectors._features import cells, joined, nothing_to_train
 from dsad.ops import gaussian
 from dsad.ops.resize import resize_maps
 
@@ -28,8 +28,7 @@ from dsad.ops.resize import resize_maps
 MULTIPLE = 32
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which features are modelled, and how.
 
     ``layers``: maps to read, on the grid of the first. ``channels``: size of the random subset of
@@ -42,25 +41,17 @@ class Config:
     distances are averaged (ADPretrain's variant, always with all channels).
     """
 
-    layers: tuple[str, ...] = ("layer1", "layer2", "layer3")
-    channels: int = 100
+    layers: tuple[str, ...] = field(("layer1", "layer2", "layer3"), distinct=True, filled=True)
+    channels: int = field(100, at_least=0)
     channel_seed: int = 1024
-    ridge: float = 0.01
+    ridge: float = field(0.01, above=0)
     form: Literal["auto", "full", "low_rank"] = "auto"
     joint: bool = True
 
-    def __post_init__(self):
-        check_layers(self.layers)
-        check_options(self, "detector")
-        if self.channels < 0:
-            raise ConfigError(f"detector.channels: expected 0 (all) or more, found {self.channels}")
-        if self.ridge <= 0:
-            raise ConfigError(f"detector.ridge: expected > 0, found {self.ridge}.")
+    def check(self) -> None:
         if not self.joint and self.channels:
-            raise ConfigError(
-                f"detector.channels: expected 0 (all) with joint = False, found {self.channels}; "
-                "a subset is drawn from the concatenated layers."
-            )
+            all_layers = "A subset is drawn from the concatenated layers."
+            raise Refused("channels", "0 (all) with joint = False", self.channels, all_layers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,14 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsad.core import hosts, rng
-from dsad.core.config import check_options
-from dsad.core.errors import ConfigError, DataError
+from dsad.core.config import Refused, Settings, field
+from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
     bank_state,
     cells,
-    check_layers,
-    check_neighbourhood,
     embedding,
     nothing_to_train,
     select,
@@ -31,8 +29,7 @@ from dsad.ops.neighbors import Precision, nearest, pad_bank
 from dsad.ops.resize import match_grid, neighbourhood_mean
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which features enter the memory, which rows stay in it and how distances become scores.
 
     ``layers``: feature maps to use, on the grid of the first. ``neighbourhood``: side of the square
@@ -53,42 +50,26 @@ class Config:
     hardware multiplies bfloat16 (``ops.neighbors.nearest``).
     """
 
-    layers: tuple[str, ...] = ("layer2", "layer3")
-    neighbourhood: int = 3
+    layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)
+    neighbourhood: int = field(3, at_least=1, odd=True)
     pooling: Literal["concat", "published"] = "concat"
-    level_dim: int = 1024
-    pooled_dim: int = 1024
+    level_dim: int = field(1024, at_least=1)
+    pooled_dim: int = field(1024, at_least=1)
     zero_borders: bool = False
     bank: Literal["coreset", "random", "kmeans", "all"] = "coreset"
-    bank_fraction: float = 0.1
-    bank_rows: int = 0
-    bank_bytes: int = 0
-    projection_dim: int = 0
+    bank_fraction: float = field(0.1, above=0, at_most=1)
+    bank_rows: int = field(0, at_least=0)
+    bank_bytes: int = field(0, at_least=0)
+    projection_dim: int = field(0, at_least=0)
     start: Literal["random", "published"] = "random"
     score: Literal["distance", "squared"] = "distance"
     image_score: Literal["max", "reweighted"] = "max"
-    neighbours: int = 9
+    neighbours: int = field(9, at_least=2)
     precision: Precision = "exact"
 
-    def __post_init__(self):
-        check_layers(self.layers)
-        check_options(self, "detector")
-        check_neighbourhood(self.neighbourhood)
-        if not 0 < self.bank_fraction <= 1:
-            raise ConfigError(
-                f"detector.bank_fraction: expected above 0 and at most 1, "
-                f"found {self.bank_fraction}."
-            )
-        least = {"level_dim": 1, "pooled_dim": 1, "bank_rows": 0, "bank_bytes": 0}
-        for name, low in {**least, "projection_dim": 0, "neighbours": 2}.items():
-            if getattr(self, name) < low:
-                raise ConfigError(
-                    f"detector.{name}: expected >= {low}, found {getattr(self, name)}."
-                )
+    def check(self) -> None:
         if self.bank_rows and self.bank_bytes:
-            raise ConfigError(
-                "detector.bank_rows, detector.bank_bytes: two sizes of one bank; set one to 0."
-            )
+            raise Refused("bank_bytes", "0 with detector.bank_rows above 0", self.bank_bytes)
 
 
 @dataclasses.dataclass(frozen=True)

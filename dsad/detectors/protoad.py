@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsad.core import rng
-from dsad.core.errors import ConfigError, DataError
+from dsad.core.config import Settings, field
+from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
 from dsad.detectors._features import (
     Subset,
     cells,
-    check_layers,
-    check_neighbourhood,
     embedding,
     joined,
     nothing_to_train,
@@ -30,8 +29,7 @@ from dsad.ops import finch
 from dsad.ops.neighbors import bucket, nearest
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which features are clustered, and how far.
 
     ``layers``: feature maps to concatenate, repeated onto the grid of the first and normalised
@@ -46,19 +44,12 @@ class Config:
     publication is not stated.
     """
 
-    layers: tuple[str, ...] = ("layer1", "layer2", "layer3")
-    neighbourhood: int = 1
-    image_levels: int = 2
-    rows: int = 0
-    level: int = 1
-    prototypes: int = 10_000
-
-    def __post_init__(self):
-        check_layers(self.layers)
-        check_neighbourhood(self.neighbourhood)
-        for name in ("image_levels", "rows", "level", "prototypes"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"detector.{name}: expected >= 0, found {getattr(self, name)}.")
+    layers: tuple[str, ...] = field(("layer1", "layer2", "layer3"), distinct=True, filled=True)
+    neighbourhood: int = field(1, at_least=1, odd=True)
+    image_levels: int = field(2, at_least=0)
+    rows: int = field(0, at_least=0)
+    level: int = field(1, at_least=0)
+    prototypes: int = field(10_000, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)

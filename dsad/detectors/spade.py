@@ -15,12 +15,12 @@ import numpy as np
 from jax import lax
 
 from dsad.core import rng
-from dsad.core.errors import ConfigError, DataError
+from dsad.core.config import Settings, field
+from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
 from dsad.detectors._features import (
     Subset,
     cells,
-    check_layers,
     embedding,
     nothing_to_train,
     select,
@@ -33,8 +33,7 @@ from dsad.ops.resize import resize_maps
 BUCKET = 64
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which features are compared, with how many images and cells.
 
     ``layers``: feature maps whose cells are compared, each with its own layer; the maps are
@@ -45,19 +44,11 @@ class Config:
     uniformly random subset.
     """
 
-    layers: tuple[str, ...] = ("layer1", "layer2", "layer3")
+    layers: tuple[str, ...] = field(("layer1", "layer2", "layer3"), distinct=True, filled=True)
     pooled: str = "layer4"
-    neighbours: int = 50
-    kappa: int = 1
-    gallery_images: int = 0
-
-    def __post_init__(self):
-        check_layers(self.layers)
-        for name, least in (("neighbours", 1), ("kappa", 1), ("gallery_images", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"detector.{name}: expected >= {least}, found {getattr(self, name)}."
-                )
+    neighbours: int = field(50, at_least=1)
+    kappa: int = field(1, at_least=1)
+    gallery_images: int = field(0, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsad.core.config import listed, suggestion
+from dsad.core.config import Refused, Settings, field, listed, suggestion
 from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureMaps
 from dsad.models import positions, transformer
@@ -26,8 +26,7 @@ from dsad.models.transformer import Activation, BlockSpec, Remat
 _BLOCK = re.compile(r"block(\d+)")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arch:
+class Arch(Settings, place="vision transformer"):
     """What tells one vision transformer from another.
 
     Attributes:
@@ -44,14 +43,14 @@ class Arch:
 
     """
 
-    width: int
-    depth: int
-    heads: int
-    patch: int = 16
-    image: int = 224
+    width: int = field(at_least=1)
+    depth: int = field(at_least=1)
+    heads: int = field(at_least=1)
+    patch: int = field(16, at_least=1)
+    image: int = field(224, at_least=1)
     cls: bool = True
     distilled: bool = False
-    registers: int = 0
+    registers: int = field(0, at_least=0)
     pos: str = "learned"
     pos_prefix: bool = True
     pre_norm: bool = False
@@ -61,24 +60,12 @@ class Arch:
     eps: float = 1e-6
     rule: Rule = "antialias"
 
-    def __post_init__(self) -> None:
-        for key in ("width", "depth", "heads", "patch", "image", "registers"):
-            value, least = getattr(self, key), 0 if key == "registers" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(
-                    f"vision transformer: {key}: expected a whole number of at least {least}, "
-                    f"found {value!r}."
-                )
+    def check(self) -> None:
         if self.width % self.heads or self.width % 4:
-            raise ConfigError(
-                f"vision transformer: expected a width that its {self.heads} heads and 4 divide, "
-                f"found {self.width}."
-            )
+            raise Refused("width", f"a number that its {self.heads} heads and 4 divide", self.width)
         if self.image % self.patch or self.image < self.patch:
-            raise ConfigError(
-                f"vision transformer: expected an image side that is a multiple of the patch's "
-                f"{self.patch} pixels, found {self.image}."
-            )
+            sides = f"a multiple of the patch's {self.patch} pixels"
+            raise Refused("image", sides, self.image)
 
     @property
     def grid(self) -> int:

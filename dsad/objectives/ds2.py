@@ -6,7 +6,6 @@ stricter spatial criterion and one more positive pair per image: the two cells w
 features are most similar. There are no negatives; the keys come from a momentum teacher.
 """
 
-import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from dsad.augment.views import ViewConfig, make_view
 from dsad.core import rng
 from dsad.core.batch import Batch
-from dsad.core.errors import ConfigError
+from dsad.core.config import Refused, Settings, field
 from dsad.core.types import EarlierWeights, ObjectiveTraits, RunInfo, Scalars
 from dsad.models import heads, resnet
 from dsad.models.family import Preprocessing
@@ -27,8 +26,7 @@ from dsad.ops.similarity import effective_rank, feature_std, self_attention, uni
 __all__ = ["DS2", "Config", "build", "dense_loss", "positive_pairs"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="objective"):
     """Settings of DS2; the defaults are the paper's method, other values its ablations.
 
     Attributes:
@@ -49,37 +47,32 @@ class Config:
     """
 
     arch: str = "resnet18"
-    layers: tuple[str, ...] = ("layer3", "layer4")
-    hidden: int = 4096
-    out: int = 256
-    threshold: float = 0.1
+    layers: tuple[str, ...] = field(("layer3", "layer4"), distinct=True, filled=True)
+    hidden: int = field(4096, at_least=1)
+    out: int = field(256, at_least=1)
+    threshold: float = field(0.1, at_least=0)
     top1: Literal["image", "cell", "off"] = "image"
     top1_similarity: Similarity = "dot"
     propagation: bool = True
-    power: float = 2.0
+    power: float = field(2.0, at_least=0)
     value_transform: Literal["identity", "linear", "mlp"] = "linear"
     teacher: Literal["momentum", "none"] = "momentum"
-    momentum: float = 0.99
-    momentum_steps: int = 0
+    momentum: float = field(0.99, within=(0, 1))
+    momentum_steps: int = field(0, at_least=0)
     average_directions: bool = True
     zero_init_last: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
-    view1: ViewConfig = dataclasses.field(default_factory=ViewConfig)
-    view2: ViewConfig = dataclasses.field(default_factory=lambda: ViewConfig(blur_probability=0.1))
+    view1: ViewConfig = ViewConfig()
+    view2: ViewConfig = ViewConfig(blur_probability=0.1)
 
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.layers) - set(resnet.STRIDES))
-        if unknown or not self.layers:
-            raise ConfigError(
-                f"objective.layers: expected some of {tuple(resnet.STRIDES)}, found {self.layers}."
-            )
-        if self.threshold <= 0 and self.top1 == "off":
-            raise ConfigError("objective.threshold, objective.top1: one must give positive pairs.")
+    def check(self) -> None:
+        if not set(self.layers) <= set(resnet.STRIDES):
+            raise Refused("layers", f"some of {tuple(resnet.STRIDES)}", self.layers)
+        if self.threshold == 0 and self.top1 == "off":
+            raise Refused("threshold", "more than 0 with top1='off'", self.threshold)
         if self.view1.side != self.view2.side:
-            raise ConfigError(
-                f"objective.view2.side: expected view1's {self.view1.side}, "
-                f"found {self.view2.side}; both grids must have the same cells."
-            )
+            cells = "Both grids must have the same cells."
+            raise Refused("view2.side", f"view1's {self.view1.side}", self.view2.side, cells)
 
 
 class DS2(EncoderObjective):

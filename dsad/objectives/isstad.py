@@ -7,8 +7,6 @@ decoder grows, whole images are corrupted at random, and every decoder block cla
 as normal or corrupted while the last one also paints the image.
 """
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,7 +19,7 @@ from dsad.augment.isstad_corruption import CorruptionConfig, corrupt
 from dsad.augment.views import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core import rng, tree
 from dsad.core.batch import Batch, Needs
-from dsad.core.config import check_options
+from dsad.core.config import Settings, field
 from dsad.core.errors import ConfigError
 from dsad.core.types import EarlierWeights, FeatureMaps, ObjectiveTraits, RunInfo, Scalars
 from dsad.models import transformer, vit
@@ -37,8 +35,7 @@ from dsad.ops.ssim import ssim
 PIXEL_MAPS = ("probability", "error", "reconstruction")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="objective"):
     """Settings of the second stage; encoder and decoder as in the first, with more blocks.
 
     Attributes:
@@ -63,42 +60,26 @@ class Config:
 
     """
 
-    encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = dataclasses.field(default_factory=lambda: DecoderConfig(depth=12))
-    side: int = 224
-    corruption: CorruptionConfig = dataclasses.field(default_factory=CorruptionConfig)
+    encoder: EncoderConfig = EncoderConfig()
+    decoder: DecoderConfig = DecoderConfig(depth=12)
+    side: int = field(224, within=(16, 2048))
+    corruption: CorruptionConfig = CorruptionConfig()
     permute: Literal["none", "shuffle"] = "none"
-    permutations: int = 4
+    permutations: int = field(4, at_least=1)
     target: Literal["clean", "input"] = "clean"
     normalisation: Literal["shared", "published"] = "shared"
     ssim_range: Literal["unit", "signed"] = "unit"
-    class_weights: tuple[float, float] = (3.0, 1.0)
-    reconstruction: float = 0.5
-    similarity: float = 0.1
+    class_weights: tuple[float, float] = field((3.0, 1.0), above=0)
+    reconstruction: float = field(0.5, at_least=0)
+    similarity: float = field(0.1, at_least=0)
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[float, float, float] = field(IMAGENET_STD, above=0)
     adopt_check: Literal["strict", "shapes"] = "strict"
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
-    def __post_init__(self) -> None:
-        check_options(self, "objective")
+    def check(self) -> None:
         self.encoder.spec(self.side)
-        if not 16 <= self.side <= 2048:
-            raise ConfigError(f"side: expected 16 to 2048 pixels, found {self.side}.")
-        if not all(0 < s < math.inf for s in self.std) or not all(map(math.isfinite, self.mean)):
-            raise ConfigError(
-                f"mean, std: expected finite means and positive deviations, found {self.mean}, "
-                f"{self.std}."
-            )
-        if self.permutations < 1:
-            raise ConfigError(f"permutations: expected at least 1, found {self.permutations}.")
-        if min(self.class_weights) <= 0 or min(self.reconstruction, self.similarity) < 0:
-            raise ConfigError(
-                "class_weights, reconstruction, similarity: expected positive class weights and no "
-                f"negative weight, found {self.class_weights}, {self.reconstruction}, "
-                f"{self.similarity}."
-            )
 
     @property
     def arch(self) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dsad.augment.views import ViewConfig, make_view
 from dsad.core import rng, tree
 from dsad.core.batch import Batch
-from dsad.core.config import check_options
+from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError
 from dsad.core.types import EarlierWeights, RunInfo, Scalars
 from dsad.models import transformer, vit
@@ -29,8 +29,7 @@ from dsad.objectives.encoder import EncoderObjective, check_facts
 CROP = ViewConfig(area=(0.2, 1.0), jitter_probability=0.0, blur_probability=0.0, filter="bicubic")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(Settings, place="objective.encoder"):
     """A vision transformer with fixed positions.
 
     ``arch`` is one of ``models.vit.ARCHS`` named ``mae_vit_*``; ``width``, ``depth``, ``heads``
@@ -38,10 +37,10 @@ class EncoderConfig:
     """
 
     arch: str = "mae_vit_base_patch16"
-    width: int = 0
-    depth: int = 0
-    heads: int = 0
-    patch: int = 0
+    width: int = field(0, at_least=0)
+    depth: int = field(0, at_least=0)
+    heads: int = field(0, at_least=0)
+    patch: int = field(0, at_least=0)
 
     def spec(self, side: int) -> vit.Arch:
         """The architecture for square images of ``side`` pixels."""
@@ -49,15 +48,12 @@ class EncoderConfig:
         found = vit.arch(self.arch)
         if found.pos != "sincos" or not found.cls or found.prefix != 1:
             fitting = (n for n, a in vit.ARCHS.items() if a.pos == "sincos")
-            raise ConfigError(
-                "objective.encoder.arch: expected a transformer with fixed positions and a class "
-                f"token alone ({', '.join(fitting)}), found {self.arch}."
-            )
+            expected = "a transformer with fixed positions and a class token alone"
+            raise Refused("encoder.arch", f"{expected} ({', '.join(fitting)})", self.arch)
         return dataclasses.replace(found, image=side, **changed)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="objective"):
     """Settings of MAE; the defaults are the paper's.
 
     Attributes:
@@ -74,9 +70,9 @@ class Config:
 
     """
 
-    encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
-    mask_ratio: float = 0.75
+    encoder: EncoderConfig = EncoderConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    mask_ratio: float = field(0.75, at_least=0, below=1)
     norm_pix: bool = False
     adopt_decoder: Literal["strict", "leading", "none"] = "strict"
     adopt_check: Literal["strict", "shapes"] = "strict"
@@ -84,15 +80,11 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     view: ViewConfig = CROP
 
-    def __post_init__(self) -> None:
-        check_options(self, "objective")
-        if not 0.0 <= self.mask_ratio < 1.0:
-            raise ConfigError(f"mask_ratio: expected a share in [0, 1), found {self.mask_ratio}.")
+    def check(self) -> None:
         cells = self.encoder.spec(self.view.side).grid ** 2
-        if not 0 < kept_count(cells, self.mask_ratio) < cells and self.mask_ratio:
-            raise ConfigError(
-                f"mask_ratio: {self.mask_ratio} of {cells} patches leaves none to see or to hide."
-            )
+        if self.mask_ratio and not 0 < kept_count(cells, self.mask_ratio) < cells:
+            expected = f"a share that leaves some of {cells} patches to see and some to hide"
+            raise Refused("mask_ratio", expected, self.mask_ratio)
 
     @property
     def arch(self) -> str:

@@ -95,8 +95,6 @@ def _options(values: Any, spec: str) -> Options:
     effort = {"auto": "fast" if few else "full"}.get(values.effort, values.effort)
     if effort not in _compile.OPTIONS:
         raise ConfigError(f"--effort: expected auto, fast or full; found {values.effort!r}.")
-    if values.samples < 0:
-        raise ConfigError(f"--samples: expected at least 1, found {values.samples}.")
     try:
         efficiency = float(values.efficiency)
     except ValueError:

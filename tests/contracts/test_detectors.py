@@ -152,7 +152,7 @@ def test_normal_scores_lie_below_corrupted_ones(case, request):
 
 @pytest.mark.parametrize("name", members("detectors"))
 def test_layers_are_named_once(name):
-    with pytest.raises(ConfigError, match=r"detector\.layers: .*found layer2 more than once"):
+    with pytest.raises(ConfigError, match=r"detector\.layers: .* each once .*found .*2.*3.*2"):
         made(name, layers=("layer2", "layer3", "layer2"))
 
 

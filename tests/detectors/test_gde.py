@@ -80,7 +80,7 @@ def test_gde_refuses_bad_configurations():
         ({"images": -1}, r"detector\.images"),
         ({"patch": 31}, "even number"),
         ({"stride": 0}, r"detector\.stride"),
-        ({"stride": 33}, r"1 to detector\.patch = 32"),
+        ({"stride": 33}, r"stride: expected at most detector\.patch = 32, found 33"),
     ]:
         with pytest.raises(ConfigError, match=message):
             made("gde", **config)

@@ -50,7 +50,7 @@ def test_knn_of_its_own_normals_is_zero():
 def test_knn_refuses_bad_configurations():
     for config, message in [
         ({"layers": ()}, "layers"),
-        ({"neighbourhood": 2}, "odd number"),
+        ({"neighbourhood": 2}, "neighbourhood: expected an integer >= 1, odd, found 2"),
         ({"k": 0}, r"detector\.k"),
         ({"k": 5, "bank_rows": 3}, "bank_rows"),
         ({"bank_rows": -1}, "bank_rows"),

@@ -91,10 +91,10 @@ def test_fit_tells_its_progress():
 def test_refuses_bad_configurations():
     for config, message in [
         ({"layers": ()}, "layers"),
-        ({"neighbourhood": 2}, "odd number"),
+        ({"neighbourhood": 2}, "neighbourhood: expected an integer >= 1, odd, found 2"),
         ({"bank_fraction": 0.0}, "bank_fraction"),
         ({"bank_rows": -1}, "bank_rows"),
-        ({"bank_rows": 5, "bank_bytes": 9}, "two sizes of one bank"),
+        ({"bank_rows": 5, "bank_bytes": 9}, "bank_bytes: expected 0 with .*bank_rows .*found 9"),
         ({"projection_dim": -1}, "projection_dim"),
         ({"neighbours": 1}, "neighbours"),
     ]:

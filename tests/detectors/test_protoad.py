@@ -103,7 +103,7 @@ def test_images_split_over_a_mesh():
 def test_refuses_bad_configurations():
     for config, message in [
         ({"layers": ()}, "layers"),
-        ({"neighbourhood": 2}, "odd number"),
+        ({"neighbourhood": 2}, "neighbourhood: expected an integer >= 1, odd, found 2"),
         ({"image_levels": -1}, "image_levels"),
         ({"rows": -1}, r"detector\.rows"),
         ({"level": -1}, r"detector\.level"),

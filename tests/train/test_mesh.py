@@ -149,10 +149,10 @@ def test_the_first_rule_wins_and_frozen_weights_have_rules_too():
             ("encoder/blocks/fc1/bias", "data,-"),
             r"fc1/bias has the shape \(2, 192\); its axis 0 of 2 cannot be split over data of 4",
         ),
-        (("blocks", "-,model"), r"rules\[0\] .*expected one entry per axis .*found '-,model'"),
+        (("blocks", "-,model"), r"rules\[0\]\[1\]: expected one entry per axis .*found '-,model'"),
         (("blocks", "fsdp,fsdp"), "at most once"),
         (("blocks", ""), "expected one entry per axis"),
-        (("blo(cks", "-,fsdp"), r"rules\[0\] .*unterminated"),
+        (("blo(cks", "-,fsdp"), r"rules\[0\]\[0\]: .*unterminated.*found 'blo\(cks'"),
     ],
 )
 def test_rules_that_do_not_fit_are_refused(rule, message):
