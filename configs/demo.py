@@ -18,8 +18,10 @@ def get_config(variant: str = ""):
     train.batch_size = 32
     train.steps = 80
     train.log_every = 10
-    train.optim.schedule = "cosine"
-    train.optim.warmup_epochs = 2.0
+    train.optim.update(
+        name="lars", lr=2.0, lr_batch=256, weight_decay=1e-5, schedule="cosine", min_lr=1e-6,
+        warmup_epochs=2.0, warmup_multiplier=100.0, milestones=(120.0, 160.0, 200.0),
+    )  # fmt: skip
     train.objective.hidden = 512
     # At 64 px layer1 and layer2 have 16 and 8 cells a side, near the 14 and 7 of the published DS2;
     # deeper stages have too few, and at 128 px their cells are larger than the defects.

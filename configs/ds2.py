@@ -24,6 +24,10 @@ def get_config(variants: str = ""):
     config = default_config("ds2")
     config.data.name = "mvtec"
     config.data.canvas = 512
+    config.optim.update(
+        name="lars", lr=2.0, lr_batch=256, weight_decay=1e-5, schedule="step", min_lr=1e-6,
+        warmup_epochs=5.0, warmup_multiplier=100.0, milestones=(120.0, 160.0, 200.0),
+    )  # fmt: skip
     for name in filter(None, (variants or "").split(",")):
         if name not in VARIANTS:
             raise ConfigError(f"configs/ds2.py has the variants {sorted(VARIANTS)}, not {name!r}.")

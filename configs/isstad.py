@@ -43,6 +43,7 @@ def get_config(variants: str = ""):
     config.optim.update(
         name="adamw", lr=1e-3, lr_batch=0, momentum=0.9, b2=0.95, weight_decay=0.05,
         schedule="periodic", period_epochs=30.0, min_lr=1e-6, warmup_epochs=0.0,
+        warmup_multiplier=100.0,
     )  # fmt: skip
     config.objective.encoder.arch = "mae_vit_large_patch16"
     words = [w for w in (variants or "").split(",") if w]

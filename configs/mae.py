@@ -23,15 +23,10 @@ def get_config(variants: str = ""):
     config = default_config("mae")
     config.data.name = "mvtec"
     config.data.canvas = 512
-    config.optim.name = "adamw"
-    config.optim.momentum, config.optim.b2 = 0.9, 0.95
-    config.optim.weight_decay = 0.05
-    config.optim.lr = 1.5e-4
-    config.optim.lr_batch = 256
-    config.optim.schedule = "cosine"
-    config.optim.min_lr = 0.0
-    config.optim.warmup_epochs = 40.0
-    config.optim.warmup_multiplier = 0.0
+    config.optim.update(
+        name="adamw", lr=1.5e-4, lr_batch=256, momentum=0.9, b2=0.95, weight_decay=0.05,
+        schedule="cosine", min_lr=0.0, warmup_epochs=40.0, warmup_multiplier=0.0,
+    )  # fmt: skip
     config.epochs = 800.0
     _size(config, "large")
     words = [w for w in (variants or "").split(",") if w]

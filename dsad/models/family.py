@@ -90,9 +90,9 @@ class Family(abc.ABC):
     ) -> tuple[FeatureMaps, jax.Array, Any]:  # fmt: skip
         """Maps as ``maps`` gives, pooled vectors (b, c) f32 and the new extra.
 
-        In training the ``views`` of an image follow each other along the batch axis, and each has batch
-        statistics of its own, see ``norm.BatchNorm``. Vectors are what a head for whole images
-        takes: here the mean over the cells of the deepest map.
+        In training the ``views`` of an image follow each other along the batch axis, and each has
+        batch statistics of its own, see ``norm.BatchNorm``. Vectors are what a head for whole
+        images takes: here the mean over the cells of the deepest map.
         """
         maps, extra = network.apply(params, extra, images, train=train, views=views)
         *_, deepest = maps.values()
