@@ -1,4 +1,13 @@
-"""What every member of dsad.data promises, whatever its source."""
+"""What every member of dsad.data promises, whatever its source.
+
+A member ``dsad/data/NAME.py`` needs ``tests/contracts/datasets/NAME.py`` with
+``small(name, root)``, which writes a small instance below ``root`` and returns its DataConfig.
+``NAMES`` are the names under which it is loaded, where these are not its own;
+``HAS_TEST = False`` says that it is for pretraining alone.
+"""
+
+import dataclasses
+import importlib
 
 import numpy as np
 import pytest
@@ -6,53 +15,16 @@ import pytest
 from dsad.core.config import members
 from dsad.core.errors import ConfigError
 from dsad.core.types import Dataset
-from dsad.data import mtd, records_builder
-from dsad.data.base import DataConfig, SyntheticConfig, load
+from dsad.data.base import load
 from dsad.data.checks import check
-from tests.data import trees
 
-
-def _mtd(root):
-    rows = mtd.group_list()
-    sides = {"train": [], "test": []}
-    for path, row in rows.items():
-        if path.startswith("MT_Free/"):
-            sides[row["split"]].append(path)
-    defects = [next(p for p in rows if p.startswith(f"MT_{d}/")) for d in mtd.COUNTS]
-    trees.mtd(root, sorted({*sides["train"][:4], *sides["test"][:3], *defects}))
-
-
-def _config(name, root):
-    """A small instance of a member; a new member needs a line here."""
-    if name == "synthetic":
-        tiny = SyntheticConfig(size=32, train=2, good=1, bad=1)
-        return DataConfig(name=name, synthetic=tiny, categories=("washer", "weave"))
-    if name == "mvtec":
-        return trees.mvtec(root)
-    if name == "folder":
-        return trees.folder(root)
-    if name == "imagenet":
-        return trees.imagenet(root)
-    if name == "records":
-        source = load(trees.mvtec(root / "files"))
-        records_builder.write(records_builder.plan(source), str(root / "records"))
-        return DataConfig(name=name, root=str(root / "records"))
-    if name.startswith("mtd"):
-        _mtd(root)
-        return DataConfig(name=name, root=str(root))
-    pytest.fail(f"dsad.data has a member {name!r}: give the contract a small instance of it")
-
-
-#: Sets for pretraining alone.
-WITHOUT_TEST = ("folder", "imagenet")
-NAMES = [
-    n for m in members("data") for n in (("mtd:grouped", "mtd:random") if m == "mtd" else (m,))
-]
+CASES = {m: importlib.import_module(f"tests.contracts.datasets.{m}") for m in members("data")}
+NAMES = {n: case for m, case in CASES.items() for n in getattr(case, "NAMES", (m,))}
 
 
 @pytest.fixture(params=NAMES)
 def config(request, tmp_path):
-    return _config(request.param, tmp_path)
+    return NAMES[request.param].small(request.param, tmp_path)
 
 
 @pytest.fixture
@@ -73,11 +45,12 @@ def test_protocol_of_the_numbers(data):
     assert list(data.categories) == sorted(set(data.categories))
 
 
-def test_training_is_normal_and_disjoint_from_test(data):
+def test_training_is_normal_and_disjoint_from_test(config, data):
     train, test = data.source("train").records, data.source("test").records
     assert len(train) > 0
     assert {r.label for r in train} == {0}
-    assert {r.label for r in test} == (set() if data.name in WITHOUT_TEST else {0, 1})
+    has_test = getattr(NAMES[config.name], "HAS_TEST", True)
+    assert {r.label for r in test} == ({0, 1} if has_test else set())
     assert not {r.path for r in train} & {r.path for r in test}
 
 
@@ -122,8 +95,6 @@ def test_loading_twice_gives_the_same(config, data):
 
 
 def test_one_category_alone(config, data):
-    import dataclasses
-
     first = data.categories[0]
     alone = load(dataclasses.replace(config, categories=(first,)))
     assert alone.categories == (first,)

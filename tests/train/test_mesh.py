@@ -13,8 +13,9 @@ from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.tree import flatten
 from dsad.launch_local import free_port
+from tests.contracts.objectives.common import cases, couples_batch
 from tests.helpers import ROOT, alone
-from tests.train.equality import NAMES, Found, assert_equal, one_step, parts, recorded
+from tests.train.equality import Found, assert_equal, one_step, parts, recorded
 
 #: (devices, fsdp); the one of the default run is the first.
 MESHES = [(4, 2), (2, 1), (2, 2), (4, 1), (8, 1), (8, 2), (8, 8)]
@@ -33,8 +34,8 @@ def stepped(name, devices, fsdp=1):
 @pytest.mark.parametrize(
     ("name", "devices", "fsdp"),
     [
-        pytest.param(name, *mesh, **({} if mesh == MESHES[0] and name != "isstad" else SLOW))
-        for name in NAMES
+        pytest.param(name, *mesh, **(SLOW if mesh != MESHES[0] or case.long_compile else {}))
+        for name, _, case in cases().values()
         for mesh in MESHES
     ],
 )
@@ -43,7 +44,7 @@ def test_loss_and_gradients_are_those_of_one_device(name, devices, fsdp):
     assert_equal(stepped(name, 1), stepped(name, devices, fsdp))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases())
 def test_the_comparison_is_of_split_parameters(name):
     _, abstract, _ = parts(name, mesh_of(8, 8))
     split = [x for x in jax.tree.leaves(abstract.params) if not x.sharding.is_fully_replicated]
@@ -58,7 +59,7 @@ def test_the_comparison_is_of_real_choices():
 
 
 @pytest.mark.multihost
-@pytest.mark.parametrize("name", [n if n == "mae" else pytest.param(n, **SLOW) for n in NAMES])
+@pytest.mark.parametrize("name", [n if n == "mae" else pytest.param(n, **SLOW) for n in cases()])
 def test_two_processes_of_two_devices_are_one_of_four(name, tmp_path):
     port = free_port()
     environment = {**alone(), "JAX_NUM_CPU_DEVICES": "2"}
@@ -85,10 +86,10 @@ def test_two_processes_of_two_devices_are_one_of_four(name, tmp_path):
         assert_equal(here, Found(loss=arrays["loss"], **fields))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases())
 def test_accumulation_is_exact_or_refused(name):
     mesh = mesh_of(2)
-    if getattr(recorded(name)[0], "couples_batch", False):
+    if couples_batch(recorded(name)[0]):
         with pytest.raises(ConfigError, match=r"config\.accumulate=4"):
             parts(name, mesh, accumulate=4)
     else:

@@ -6,28 +6,26 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsad.core import config as core_config
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
 from dsad.plan.hlo import collectives, summary, wire_bytes
-from dsad.train.state import abstract_state
 from dsad.train.step import make_step
-from tests.contracts.test_objectives import RUN, SMALL, SPECS, batch
-from tests.train.equality import CHANGES, MIN_SIZE, NAMES, QUICK, keep_gradients
+from tests.contracts.objectives.common import abstract_state, batch, build, cases
+from tests.train.equality import MIN_SIZE, QUICK, keep_gradients
 
 PER_DEVICE = 2
 SLOW = {"marks": pytest.mark.slow}
+#: Those that gather samples (a queue's) move more with every device.
+REDUCING = [n for n, _, case in cases().values() if case.collectives == {"all-reduce"}]
 #: Objective, and whether its parameters are split over all devices or none.
-CASES = [("mae", True), *((n, False) for n in NAMES)]
+CASES = [("mae", True), *((n, False) for n in REDUCING)]
 
 
 @functools.cache
 def moved(name, devices, split):
     """Collectives of the step, and its gradients' bytes on each device without any split."""
     mesh = make_mesh(MeshConfig(fsdp=devices if split else 1), jax.devices()[:devices])
-    module = core_config.resolve("objectives", name)
-    config = module.Config(**{**SMALL[name], **CHANGES.get(name, {})})
-    objective, tx = module.build(config, RUN), keep_gradients()
-    abstract = abstract_state(objective, tx, SPECS, mesh, MIN_SIZE)
+    objective, tx = build(name, quick=True), keep_gradients()
+    abstract = abstract_state(objective, tx, mesh, MIN_SIZE)
     step = make_step(objective, tx, lambda n: jnp.float32(0), abstract, mesh=mesh, seed=0)
 
     def shape(x):
@@ -79,16 +77,21 @@ def test_the_list_does_not_grow_and_bytes_follow_the_ring(name, split, counts):
         assert sent[devices] == pytest.approx(sent[first] * ratio, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", [n if n == "mae" else pytest.param(n, **SLOW) for n in NAMES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n == "mae" else pytest.param(n, **SLOW)
+        for n, _, case in cases().values()
+        if case.collectives is not None
+    ],
+)
 def test_each_gradient_is_summed_once(name):
     """All-reduces are the gradients, statistics and scalars: no samples, and none of them twice."""
     found, size = moved(name, 8, False)
-    assert {c.kind for c in found} == {"all-reduce"}
-    total = sum(c.count * c.result_bytes for c in found)
-    # ISSTAD's one classifier is summed for each of the two blocks that it stands behind, DS2
-    # sums batch statistics as well.
-    extra = {"mae": 0.01, "isstad": 0.12, "ds2": 0.05}
-    assert size <= total < (1 + extra[name]) * size
+    case = cases()[name].case
+    assert {c.kind for c in found} <= case.collectives
+    total = sum(c.count * c.result_bytes for c in found if c.kind == "all-reduce")
+    assert size <= total < (1 + case.summed) * size
 
 
 def test_split_weights_are_gathered_for_the_forward_and_the_backward_pass():

@@ -13,7 +13,7 @@ def main(port, count, index, file, *names):
     distributed.start(
         coordinator=f"localhost:{port}", num_processes=int(count), process_id=int(index)
     )
-    from tests.contracts.test_objectives import BATCH
+    from tests.contracts.objectives.common import BATCH
     from tests.train.equality import one_step
 
     assert jax.process_count() == int(count)

@@ -1,0 +1,7 @@
+from tests.data import trees
+
+HAS_TEST = False
+
+
+def small(name, root):
+    return trees.folder(root)

@@ -1,0 +1,133 @@
+"""What the tests of objectives share: the cases, and the batch, run and state they start from."""
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dsad.augment.views import ViewConfig
+from dsad.core import config as core_config
+from dsad.core.types import RunInfo, Specs
+from dsad.models.decoder import DecoderConfig
+from dsad.objectives import mae
+from dsad.train import state
+from tests import seams
+
+BATCH, CANVAS, SIDE = 8, 40, 32
+RUN = RunInfo(total_steps=30, batch_size=BATCH, samples=BATCH, classes=2)
+SPECS = Specs(batch_size=BATCH, canvas=CANVAS)
+VIEW = ViewConfig(side=SIDE, area=(0.3, 1.0))
+ENCODER = mae.EncoderConfig(arch="mae_vit_tiny_patch16", width=48, depth=2, heads=4, patch=8)
+DECODER = DecoderConfig(width=32, depth=2, heads=4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """How the contract tests treat one objective.
+
+    Attributes:
+      config: keywords of its ``Config``: the small settings that are tested.
+      no_gradient: regex of the parameter paths that have no gradient, mathematically.
+      fixed_views: paths of views that depend neither on the key nor on the epoch.
+      warm_up: steps before the loss is expected to fall, until a queue is full for instance.
+      quick: changes to ``config`` where compiling takes most of the time.
+      recorded: built instead of ``build`` where hard choices are compared; its scalars hold them
+        under names that start with "chosen".
+      collectives: kinds allowed in a step of whole parameters; none are asserted by default.
+      summed: share of the gradients' bytes that such a step may sum in addition.
+      long_compile: compared with other meshes in the slow run only.
+
+    """
+
+    config: Mapping[str, Any]
+    no_gradient: str = "$^"
+    fixed_views: tuple[str, ...] = ()
+    warm_up: int = 0
+    quick: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    recorded: Callable[[Any, RunInfo], Any] | None = None
+    collectives: frozenset[str] | None = None
+    summed: float = 0.0
+    long_compile: bool = False
+
+
+class Member(NamedTuple):
+    """An objective under test: ``module`` has ``Config`` and ``build``."""
+
+    name: str
+    module: types.ModuleType
+    case: Case
+
+
+@functools.cache
+def cases() -> dict[str, Member]:
+    """By name: the members of dsad.objectives, and the miniatures in tests/seams."""
+    of_members = [
+        Member(n, core_config.resolve("objectives", n), _module(f"contracts.objectives.{n}").CASE)
+        for n in core_config.members("objectives")
+    ]
+    files = [m.name for m in pkgutil.iter_modules(seams.__path__)]
+    miniatures = [Member(n, module := _module(f"seams.{n}"), module.CASE) for n in files]
+    return {member.name: member for member in of_members + miniatures}
+
+
+def _module(name):
+    return importlib.import_module(f"tests.{name}")
+
+
+def build(name, quick=False, recorded=False):
+    """The objective of a case, with its ``quick`` changes and ``recorded`` choices if asked."""
+    _, module, case = cases()[name]
+    config = module.Config(**{**case.config, **(case.quick if quick else {})})
+    return ((recorded and case.recorded) or module.build)(config, RUN)
+
+
+def init(objective, key):
+    """Parameters and extra."""
+    return objective.init(key, SPECS)
+
+
+def abstract_state(objective, tx, mesh, min_size, rules=()):
+    return state.abstract_state(objective, tx, SPECS, mesh, min_size, rules)
+
+
+def initial_state(objective, tx, abstract):
+    return state.initial_state(objective, tx, SPECS, abstract, seed=0)
+
+
+def couples_batch(objective):
+    """Whether the gradient of a batch is not the mean of those of its parts."""
+    return getattr(objective, "couples_batch", False)
+
+
+def batch(epoch=0):
+    """Eight smooth images on the host, each a canvas of which the left 32 columns are filled."""
+    g = np.random.default_rng(1)
+    coarse = g.uniform(0, 255, (BATCH, 10, 10, 3))
+    return {
+        "image": coarse.repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8),
+        "size": np.tile(np.array([[CANVAS, 32]], np.int32), (BATCH, 1)),
+        "index": np.arange(BATCH, dtype=np.int32),
+        "epoch": np.full(BATCH, epoch, np.int32),
+        "category": np.zeros(BATCH, np.int32),
+        "facts": {
+            "original_size": np.tile(np.array([[1000, 800]], np.int32), (BATCH, 1)),
+            "foreground_box": np.tile(np.array([[100, 50, 700, 900]], np.int32), (BATCH, 1)),
+        },
+    }
+
+
+@functools.cache
+def perturbed(name):
+    """The objective with perturbed parameters: fresh ones hide gradients behind zero scales."""
+    objective = build(name)
+    params, extra = jax.jit(lambda k: init(objective, k))(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return objective, jax.tree.unflatten(tree, noisy), extra
