@@ -10,6 +10,7 @@ from dsad.core import distributed, paths
 from dsad.core.errors import ConfigError, WorkdirError
 
 CONFIG = "config.json"
+_ADVICE = "Choose another --workdir, or mend this one."
 #: What a resumed run may change: where and how the same training is computed, and how it is kept.
 FREE = (
     "config.mesh", "config.checkpoint", "config.log_every", "config.compilation_cache",
@@ -41,7 +42,7 @@ def _claim(
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other.")
     path = paths.directory(workdir)
-    with paths.writing(workdir, "Choose another --workdir, or mend this one."):
+    with paths.writing(workdir, _ADVICE):
         _take(path, workdir, command, config, resume=resume, overwrite=overwrite)
     return path
 
@@ -59,12 +60,12 @@ def _take(
     if path.exists() and not path.is_dir():
         raise WorkdirError(f"--workdir={workdir}: expected a directory, found a file.")
     # A kill while the config was first written leaves nothing that would be worth keeping.
-    if path.exists() and any(p.name != f"{CONFIG}.writing" for p in path.iterdir()):
+    if path.exists() and any(not p.name.endswith(paths.TEMPORARY) for p in path.iterdir()):
         if resume:
             # Without a checkpoint nothing depends on the old config, such as one that did not fit
             # into memory.
             _check_same(path, text, free=not _has_checkpoint(path))
-            paths.write_whole(path / CONFIG, text)
+            paths.write_whole(path / CONFIG, text, _ADVICE)
             return
         if not overwrite:
             go_on = (
@@ -84,8 +85,7 @@ def _take(
         path.rmtree()
     elif resume:
         raise WorkdirError(f"--workdir={workdir}: nothing to resume; start without --resume.")
-    path.mkdir(parents=True, exist_ok=True)
-    paths.write_whole(path / CONFIG, text)
+    paths.write_whole(path / CONFIG, text, _ADVICE)
 
 
 #: Written into the directory of a pretraining run that made all its steps.

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError
+from dsad.core.paths import is_remote
 from dsad.evaluation import metrics
 
 
@@ -47,6 +48,11 @@ class EvalConfig:
         for field in ("image_size", "sigma", "gallery", "cache_mb"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"evaluation.{field}: expected ≥ 0, found {getattr(self, field)}")
+        if is_remote(self.feature_cache):
+            raise ConfigError(
+                "evaluation.feature_cache: expected a folder of this machine, found "
+                f"{self.feature_cache!r}."
+            )
         if not 0 <= self.false_alarm_rate < 1:
             raise ConfigError(
                 f"evaluation.false_alarm_rate: expected in [0, 1), found {self.false_alarm_rate}"
