@@ -12,6 +12,7 @@ from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.types import RunInfo
 
 CONFIG = "config.json"
+_ADVICE = "Choose another --workdir, or mend this one."
 #: What a resumed run may change: where and how the same training is computed, and how it is kept.
 FREE = (
     "config.mesh", "config.checkpoint", "config.log_every", "config.compilation_cache",
@@ -53,7 +54,7 @@ def _claim(workdir: str, about: Mapping[str, Any], *, resume: bool, overwrite: b
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other.")
     path = paths.directory(workdir)
-    with paths.writing(workdir, "Choose another --workdir, or mend this one."):
+    with paths.writing(workdir, _ADVICE):
         _take(path, workdir, about, resume=resume, overwrite=overwrite)
     return path
 
@@ -70,12 +71,12 @@ def _take(
     if path.exists() and not path.is_dir():
         raise WorkdirError(f"--workdir={workdir}: expected a directory, found a file.")
     # A kill while the config was first written leaves nothing that would be worth keeping.
-    if path.exists() and any(p.name != f"{CONFIG}.writing" for p in path.iterdir()):
+    if path.exists() and any(not p.name.endswith(paths.TEMPORARY) for p in path.iterdir()):
         if resume:
             # Without a checkpoint nothing depends on the old config, such as one that did not fit
             # into memory.
             _check_same(path, text, free=not _has_checkpoint(path))
-            paths.write_whole(path / CONFIG, text)
+            paths.write_whole(path / CONFIG, text, _ADVICE)
             return
         if not overwrite:
             go_on = (
@@ -97,8 +98,7 @@ def _take(
         path.rmtree()
     elif resume:
         raise WorkdirError(f"--workdir={workdir}: nothing to resume; start without --resume.")
-    path.mkdir(parents=True, exist_ok=True)
-    paths.write_whole(path / CONFIG, text)
+    paths.write_whole(path / CONFIG, text, _ADVICE)
 
 
 #: Written into the directory of a pretraining run that made all its steps.

@@ -67,7 +67,7 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
     )  # fmt: skip
     out.print(comparison(results))
     out.print(
-        f"Took {time.perf_counter() - start:.0f} s. Open [bold]{report or path / 'report.html'}[/] "
+        f"Took {time.perf_counter() - start:.0f} s. Open [bold]{report}[/] "
         "in a browser for the pictures.\n"
         "Next, with your own images in MVTec layout (CATEGORY/train/good, CATEGORY/test/KIND, "
         "CATEGORY/ground_truth/KIND):\n"

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     for what, names in found.left_out:
         print(f"left out, {what}: {_some(names)}")
     for path in written.values():
-        print(f"written: {path} ({path.stat().st_size:,} bytes)")
+        print(f"written: {path} ({path.stat().length:,} bytes)")
     if form in _USE:
         print(f"use: {_USE[form].format(folder=values.out, arch=found.arch)}")
     return 0

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dsad.core import batch as batches
+from dsad.core import paths
 from dsad.core.batch import BatchSpec, Needs
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.types import Progress
@@ -58,19 +59,11 @@ class Plan:
     def __str__(self) -> str:
         numbers = ", ".join(f"{len(sizes):,} {split}" for split, sizes in self.sizes.items())
         if not self.canvas:
-            return f"{numbers} images as they are: {_readable(self.bytes)}"
+            return f"{numbers} images as they are: {paths.size(self.bytes)}"
         return (
             f"{numbers} canvases: {sum(map(len, self.sizes.values())):,} × {self.canvas}² × 3 = "
-            f"{_readable(self.bytes)}, less after compression"
+            f"{paths.size(self.bytes)}, less after compression"
         )
-
-
-def _readable(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
 
 
 def plan(dataset: IndexedDataset, canvas: int = 0, progress: Progress | None = None) -> Plan:
@@ -121,17 +114,13 @@ def write(
     library, target = records.tfds(), _target(out, overwrite)
     part = _scratch(target, planned.bytes + _OVERHEAD * sum(map(len, planned.sizes.values())))
     try:
-        _build(library, planned, part, progress)
-        for split in planned.sizes:
-            _write_index(part, split, planned.dataset)
-        about = json.dumps(_about(planned), indent=2) + "\n"
-        (part / records.ABOUT).write_text(about, "utf-8")
-        _move(part, target)
-    except (OSError, RuntimeError) as problem:
-        raise WorkdirError(
-            f"--out={out}: the records could not be written: {problem}. What was there before is "
-            "unchanged; look at the space and the permissions there."
-        ) from problem
+        with paths.writing(target, "What was there before is unchanged."):
+            _build(library, planned, part, progress)
+            for split in planned.sizes:
+                _write_index(part, split, planned.dataset)
+            about = json.dumps(_about(planned), indent=2) + "\n"
+            (part / records.ABOUT).write_text(about, "utf-8")
+            _move(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
@@ -140,7 +129,7 @@ def write(
 def _target(out: str, overwrite: bool) -> pathlib.Path:
     if not out:
         raise ConfigError("dsad prepare: --out=DIR is missing; it takes the records.")
-    if "://" in out:
+    if paths.is_remote(out):
         raise ConfigError(f"--out={out}: expected a local folder; copy it there afterwards.")
     target = pathlib.Path(out).expanduser().absolute()
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -160,18 +149,14 @@ def _target(out: str, overwrite: bool) -> pathlib.Path:
 
 
 def _scratch(target: pathlib.Path, needed: int) -> pathlib.Path:
-    try:
+    with paths.writing(target, "Choose another --out=DIR."):
         target.parent.mkdir(parents=True, exist_ok=True)
         part = tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".incomplete", dir=target.parent)
-    except OSError as problem:
-        raise WorkdirError(
-            f"--out={target}: cannot write to {target.parent}: {problem.strerror}."
-        ) from problem
     free = shutil.disk_usage(part).free
     if needed > free:
         os.rmdir(part)
         raise WorkdirError(
-            f"--out={target}: {_readable(needed)} needed, {_readable(free)} free. Make room, or "
+            f"--out={target}: {paths.size(needed)} needed, {paths.size(free)} free. Make room, or "
             "choose another disk or fewer config.data.categories."
         )
     os.chmod(part, 0o755)  # mkdtemp keeps others out, which nobody asked for here

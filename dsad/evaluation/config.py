@@ -2,8 +2,9 @@
 
 from typing import Any, Literal
 
-from dsad.core.config import Settings, field
+from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError
+from dsad.core.paths import is_remote
 from dsad.evaluation import metrics
 
 
@@ -36,6 +37,10 @@ class EvalConfig(Settings, place="evaluation"):
     cache_mb: int = field(1024, at_least=0)
     #: Folder that keeps features for other detectors, scores and runs; empty: they are not kept.
     feature_cache: str = ""
+
+    def check(self) -> None:
+        if is_remote(self.feature_cache):
+            raise Refused("feature_cache", "a folder of this machine", self.feature_cache)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

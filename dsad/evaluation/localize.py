@@ -1,15 +1,16 @@
 """The localization run: features, detector, anomaly maps on original pixels, metrics."""
 
 import inspect
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
+from dsad.core import paths
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DsadError, MetricError
 from dsad.core.rng import named
@@ -49,7 +50,7 @@ def localize(
     shots: int = 0,
     seeds: Sequence[int] = (0,),
     pooled: bool = False,
-    folder: str | os.PathLike[str] | None = None,
+    folder: str | epath.PathLike | None = None,
     backbone_of: Callable[[str], Any] | None = None,
 ) -> Results:
     """Fit and score every category; all pixel numbers are on original-resolution masks.
@@ -145,7 +146,7 @@ class _Run:
         train: Callable[[Detector, Features, str], Tree] | None,
         sets: Mapping[str, Mapping[int, support.Support]],
         seeds: tuple[int, ...],
-        folder: str | os.PathLike[str] | None,
+        folder: str | epath.PathLike | None,
     ) -> None:
         self.dataset, self.detector, self.config, self.key = dataset, detector, config, key
         self.train, self.sets, self.seeds, self.folder = train, sets, seeds, folder
@@ -193,13 +194,12 @@ class _Run:
         if self.config.save_maps == "none" or self.folder is None:
             return None
         tail = f"_seed{seed}" if len(self.seeds) > 1 else ""
-        made = maps.MapWriter(
-            os.path.join(self.folder, f"anomaly_maps{tail}"), self.config.save_maps
-        )
+        folder = paths.directory(self.folder) / f"anomaly_maps{tail}"
+        writer = maps.MapWriter(folder, self.config.save_maps)
         assert self.device is not None
         if self.device.hosts.main:
-            made.note({**self.made.stamp, "seed_of_these_maps": seed})
-        return made
+            writer.note({**self.made.stamp, "seed_of_these_maps": seed})
+        return writer
 
     def group(self, group: Sequence[str], title: str) -> None:
         """Fit one detector per seed, and score and measure its categories."""

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import math
 import os
-import pathlib
 import re
 import sys
 import tempfile
@@ -17,10 +16,12 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
+from etils import epath
 from rich.console import Console
 
 import dsad
 from dsad.assembly.pretrain import Run
+from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.plan import hlo, hlo_cost
 
@@ -89,7 +90,7 @@ class Program:
 
 
 def compiled(
-    run: Run, effort: Effort, out: Console, cache: pathlib.Path | None, about: str
+    run: Run, effort: Effort, out: Console, cache: epath.Path | None, about: str
 ) -> tuple[Program, bool]:
     """The program of a run's step, and whether an earlier run had compiled it.
 
@@ -278,10 +279,9 @@ def _every(seconds: float, tell: Any) -> Iterator[None]:
         thread.join()
 
 
-def default_cache() -> pathlib.Path:
+def default_cache() -> str:
     """The user's folder for results."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(base) / "dsad" / "plan"
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dsad", "plan")
 
 
 def _key(text: str, effort: Effort, run: Run, about: str) -> str:
@@ -301,7 +301,7 @@ def _versions() -> list[str]:
     return found
 
 
-def _stored(file: pathlib.Path) -> Program | None:
+def _stored(file: epath.Path) -> Program | None:
     """A stored result; one that cannot be read counts as none and is replaced."""
     try:
         values = json.loads(file.read_text())
@@ -311,16 +311,6 @@ def _stored(file: pathlib.Path) -> Program | None:
         return None
 
 
-def _store(file: pathlib.Path, program: Program) -> None:
-    """Written under another name first, so that no half of it is ever found."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w") as stream:
-            json.dump(dataclasses.asdict(program), stream)
-        os.replace(name, file)
-    except OSError as error:
-        raise ConfigError(
-            f"--cache={file.parent}: cannot be written ({error.strerror}); give another directory "
-            "or --cache=off."
-        ) from error
+def _store(file: epath.Path, program: Program) -> None:
+    text = json.dumps(dataclasses.asdict(program))
+    paths.write_whole(file, text, "Give another --cache=DIR, or --cache=off.")

@@ -1,9 +1,9 @@
 """One plan of a config on devices, as values."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
+from etils import epath
 from rich.console import Console
 
 from dsad.assembly.pretrain import DataFacts, assemble, parse
@@ -19,7 +19,7 @@ class Options:
     target: _topology.Slice | None
     samples: int
     effort: _compile.Effort
-    cache: pathlib.Path | None
+    cache: epath.Path | None
     efficiency: float
 
 

@@ -247,7 +247,7 @@ def test_training_curves_and_config(runs, tmp_path):
     assert "&lt;ds2&gt;" in text
     assert "79 steps" in text
     (folder / "metrics.jsonl").write_text("nonsense\n" + lines)
-    with pytest.raises(WorkdirError, match=r"line 1 is not valid JSON"):
+    with pytest.raises(WorkdirError, match=r"line 1 is not JSON"):
         write_report(tmp_path / "r.html", given, folder)
 
 
@@ -255,9 +255,9 @@ def test_the_page_shrinks_to_its_limit_and_is_reproducible(runs, single, tmp_pat
     root, _ = runs
     again = write_report(tmp_path / "a.html", [("all", root / "all")])
     assert again.read_bytes() == single.read_bytes()
-    full = single.stat().st_size
+    full = single.stat().length
     monkeypatch.setattr(page, "LIMIT", full * 2 // 3)
-    small = write_report(tmp_path / "b.html", [("all", root / "all")]).stat().st_size
+    small = write_report(tmp_path / "b.html", [("all", root / "all")]).stat().length
     assert small < full * 2 // 3
 
 

@@ -4,16 +4,17 @@ import concurrent.futures
 import dataclasses
 import errno
 import functools
-import pathlib
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from dsad.assembly.backbones import RunBackbone
-from dsad.core.errors import ConfigError
+from etils import epath
+
+from dsad.core import paths
+from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
 from dsad.data.base import FaultError
@@ -309,7 +310,7 @@ def test_a_damaged_file_is_computed_again(tree, tmp_path, seen):
         same(run(tmp_path, files(tree)), first)
     assert len(seen) == 1
     assert one.read_bytes() == whole
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(f"*{paths.TEMPORARY}"))
 
 
 @pytest.mark.parametrize("end", [0, 20, 100, -1, None])
@@ -337,7 +338,7 @@ def test_two_that_write_at_once_leave_a_whole_file(tmp_path):
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(4)))
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(f"*{paths.TEMPORARY}"))
 
 
 def test_a_full_disk_names_the_key(tmp_path, monkeypatch):
@@ -346,8 +347,9 @@ def test_a_full_disk_names_the_key(tmp_path, monkeypatch):
     def full(self, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
-    with pytest.raises(ConfigError, match=r"evaluation.feature_cache: .*No space left.*Free space"):
+    monkeypatch.setattr(epath.Path, "write_bytes", full)
+    message = r"features: .*No space left.*Free space.*evaluation.feature_cache can be deleted"
+    with pytest.raises(WorkdirError, match=message):
         store.save(stored.Found("image", (2, 2), None), {"a": np.zeros(3, np.float32)})
 
 
@@ -355,7 +357,7 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="feature_cache: expected a backbone that is a pytree"):
         run(tmp_path, backbone=Pooled())
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="feature_cache: .* cannot be written"):
+    with pytest.raises(WorkdirError, match="about.json: cannot be written.*feature_cache"):
         run(tmp_path / "file")
     with pytest.raises(ConfigError, match="feature_cache: expected a folder of this machine"):
         run("gs://bucket/features")
