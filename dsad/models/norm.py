@@ -49,21 +49,41 @@ class BatchNorm(nnx.Module):
             wide = (1,) * (x.ndim - 1) + (c,)
             return (x * factor.reshape(wide) + shift.reshape(wide)).astype(self.dtype)
         split = x.astype(jnp.float32).reshape(x.shape[0] // views, views, -1, c)
-        mean = jnp.mean(split, axis=(0, 2))
-        var = _variance(split, mean)
-        factor = scale[None] * jax.lax.rsqrt(var + EPSILON)
-        y = (split - mean[None, :, None]) * factor[None, :, None] + bias[None, None, None]
+        y, mean, var = _normalised(split, scale, bias)
         for view in range(views):
             self.mean[...] = MOMENTUM * self.mean[...] + (1.0 - MOMENTUM) * mean[view]
             self.var[...] = MOMENTUM * self.var[...] + (1.0 - MOMENTUM) * var[view]
         return y.reshape(x.shape).astype(self.dtype)
 
 
-def _variance(x: jax.Array, mean: jax.Array) -> jax.Array:
-    """Biased variance (v, c) of x (b, v, n, c) about its mean (v, c), which may be large.
+@jax.custom_vjp
+def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+    """Normalised x (b, v, n, c), and mean and biased variance (v, c), which pass on no gradient.
 
-    For every constant a it is mean((x − a)²) − (mean − a)²; with a = 0 no digit would be left where
-    the mean is 1,000 deviations. With a = mean the backward pass needs no sum of its own.
+    The variance is mean((x − mean)²): of mean(x²) − mean² no digit is left where the mean is 1,000
+    deviations. The backward pass is written out because it then keeps x alone, and no copy of
+    x − mean, for which derivatives of these lines would make room in every layer.
     """
-    about = jax.lax.stop_gradient(mean)
-    return jnp.mean(jnp.square(x - about[None, :, None]), axis=(0, 2)) - jnp.square(mean - about)
+    return _forward(x, scale, bias)[0]
+
+
+def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[Any, Any]:
+    mean = jnp.mean(x, axis=(0, 2))
+    centred = x - mean[None, :, None]
+    var = jnp.mean(jnp.square(centred), axis=(0, 2))
+    inverse = jax.lax.rsqrt(var + EPSILON)
+    y = centred * (scale[None] * inverse)[None, :, None] + bias[None, None, None]
+    return (y, mean, var), (x, mean, inverse, scale)
+
+
+def _backward(kept: Any, cotangents: Any) -> tuple[jax.Array, ...]:
+    x, mean, inverse, scale = kept
+    dy, count = cotangents[0], x.shape[0] * x.shape[2]
+    unit = (x - mean[None, :, None]) * inverse[None, :, None]
+    dbias, dscale = jnp.sum(dy, axis=(0, 2)), jnp.sum(dy * unit, axis=(0, 2))
+    inner = dy - (dbias[None, :, None] + unit * dscale[None, :, None]) / count
+    dx = (scale[None] * inverse)[None, :, None] * inner
+    return dx, jnp.sum(dscale, axis=0), jnp.sum(dbias, axis=0)
+
+
+_normalised.defvjp(_forward, _backward)
