@@ -15,6 +15,7 @@ from dsad.core import batch as batches
 from dsad.core import config as core_config
 from dsad.core import distributed
 from dsad.core.batch import BatchSpec
+from dsad.core.config import Settings, field
 from dsad.core.errors import ConfigError
 from dsad.core.flops import training_flops_per_image
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
@@ -29,32 +30,25 @@ from dsad.train.state import TrainState, abstract_state
 from dsad.train.step import Step, make_step
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(Settings, place="config"):
     """Everything of a run but its objective, whose keys belong to the method.
 
     ``epochs`` or ``steps`` sets the length; ``steps`` wins when it is not 0.
     """
 
     seed: int = 0
-    batch_size: int = 256
-    epochs: float = 400.0
-    steps: int = 0
-    accumulate: int = 1
-    log_every: int = 10
+    batch_size: int = field(256, at_least=1)
+    epochs: float = field(400.0, above=0)
+    steps: int = field(0, at_least=0)
+    accumulate: int = field(1, at_least=1)
+    log_every: int = field(10, at_least=1)
     init_from: str = ""
     precision: Literal["default", "high", "highest"] = "default"
     compilation_cache: str = ""
-    data: data_base.DataConfig = dataclasses.field(default_factory=data_base.DataConfig)
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
-            raise ConfigError("batch_size, epochs, steps: expected positive numbers.")
-        if self.log_every < 1 or self.accumulate < 1:
-            raise ConfigError("log_every, accumulate: expected at least 1.")
+    data: data_base.DataConfig = data_base.DataConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
 
 def default_config(objective: str) -> ml_collections.ConfigDict:
