@@ -203,7 +203,7 @@ def _channels(maps: Any, channels: Any, saturation: Any = FULL) -> _Split:
         defect.append(top)
         size.append(sizes)
         count += truth.groups
-    return _Split(*(np.concatenate(parts) for parts in (normal, defect, size)), count)
+    return _Split(np.concatenate(normal), np.concatenate(defect), np.concatenate(size), count)
 
 
 _SPLIT: dict[str, Callable[..., _Split]] = {
