@@ -164,7 +164,7 @@ def make_optimizer(cfg: OptimConfig, schedule: Schedule) -> optax.GradientTransf
 
     whole = _recipe(cfg, schedule, cfg.weight_decay)
     if cfg.groups:
-        parts = {"-1": whole}
+        parts: dict[Any, optax.GradientTransformation] = {"-1": whole}
         for i, (_, rate, decay, scheduled) in enumerate(cfg.groups):
             parts[str(i)] = _recipe(cfg, rate_of(rate, scheduled), cfg.weight_decay * decay)
         whole = optax.partition(parts, group_of)
