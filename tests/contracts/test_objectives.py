@@ -6,6 +6,7 @@ a file of ``tests/seams`` is a miniature method together with its ``CASE``.
 
 import functools
 import re
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,22 @@ import numpy as np
 import optax
 import pytest
 
+from dsad.core import types as seams
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.tree import flatten
-from dsad.core.types import Objective
+from dsad.core.types import Objective, PerSample
+from dsad.objectives.encoder import EncoderObjective
 from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
 from dsad.train.state import abstract_state
 from dsad.train.step import make_step
 from tests.contracts.objectives import common
 from tests.contracts.objectives.common import BATCH, batch, cases, perturbed
+
+#: What an objective may offer besides.
+OFFERS = (
+    seams.HasEncoder, seams.ReadsTensors, seams.HasStageFacts, seams.Embeds, seams.PerSample,
+    seams.HasParts, seams.KnowsFlops,
+)  # fmt: skip
 
 
 def evaluate(name, devices):
@@ -56,6 +65,27 @@ def on_eight(name):
 class TestObjective:
     def test_satisfies_the_protocol(self, name):
         assert isinstance(perturbed(name)[0], Objective)
+
+    def test_offers_nothing_that_no_seam_declares(self, name):
+        """A public member that nobody declared would be a hook that nobody can know of."""
+        objective, case = perturbed(name)[0], cases()[name].case
+        known = {m for seam in (Objective, *OFFERS) for m in dir(seam) if m[0] != "_"}
+        known |= {*typing.get_type_hints(Objective), *vars(EncoderObjective), *case.own}
+        methods = {m for m in dir(type(objective)) if m[0] != "_"}
+        assert methods <= known, methods - known
+
+    def test_what_is_computed_per_sample_does_not_change_in_training(self, name):
+        objective = perturbed(name)[0]
+        if not isinstance(objective, PerSample):
+            pytest.skip("computes nothing per sample")
+        state, step, mesh = training(name)
+        compute = jax.jit(objective.per_sample)
+        before = jax.device_get(compute(state.params, state.extra, batch(name)))
+        with jax.set_mesh(mesh):
+            for _ in range(3):
+                state, _ = step(state, place_batch(batch(name), mesh), None)
+        after = compute(state.params, state.extra, batch(name))
+        jax.tree.map(np.testing.assert_array_equal, before, after)
 
     def test_loss_is_a_finite_f32_scalar(self, name):
         loss = on_one(name)[1]

@@ -44,6 +44,7 @@ class Case:
         under names that start with "chosen".
       collectives: kinds allowed in a step of whole parameters; none are asserted by default.
       summed: share of the gradients' bytes that such a step may sum in addition.
+      own: public methods that are no part of a seam, for its own tests and benches.
       long_compile: compared with other meshes in the slow run only.
 
     """
@@ -56,6 +57,7 @@ class Case:
     recorded: Callable[[Any, RunInfo], Any] | None = None
     collectives: frozenset[str] | None = None
     summed: float = 0.0
+    own: tuple[str, ...] = ()
     long_compile: bool = False
 
 
