@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from dsad import models
 from dsad.assembly import pretrain, workdir
 from dsad.core import rng
 from dsad.core.errors import ConfigError
-from dsad.core.types import FeatureMaps, RunInfo, Specs
+from dsad.core.types import Backbone, FeatureMaps, RunInfo, Specs
 from dsad.models import wrappers
 from dsad.models.weights import export
 from dsad.models.weights.pretrained import Weights
@@ -27,11 +26,7 @@ from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunBackbone:
-    """The encoder of a run as its objective's ``features``; a pytree.
-
-    ``layers``, unless None, are the only maps it computes, which takes an objective whose
-    ``features`` has an argument of that name.
-    """
+    """The encoder of a run as its objective's ``features``; a pytree."""
 
     params: Any
     extra: Any
@@ -43,9 +38,7 @@ class RunBackbone:
     layers: tuple[str, ...] | None = None
 
     def only(self, layers: Sequence[str]) -> "RunBackbone":
-        """One that computes just these maps, if the objective can leave others out."""
-        if "layers" not in inspect.signature(self.objective.features).parameters:
-            return self
+        """The encoder that computes just these maps."""
         return dataclasses.replace(self, layers=tuple(layers))
 
     @property
@@ -54,11 +47,10 @@ class RunBackbone:
         return getattr(self.objective, "stage_facts", {}).get("side")
 
     def __call__(self, images: jax.Array) -> FeatureMaps:
-        chosen = {} if self.layers is None else {"layers": self.layers}
-        return self.objective.features(self.params, self.extra, images, **chosen)
+        return self.objective.features(self.params, self.extra, images, self.layers)
 
 
-def load(spec: str, weights: str, seed: int) -> Any:
+def load(spec: str, weights: str, seed: int) -> Backbone:
     """A backbone from ``ARCH`` (with optional weights file) or ``run:DIR``, ``run:DIR@STEP``.
 
     Step 0 of a run is its untouched initialisation, drawn again from the run's seed. Either may

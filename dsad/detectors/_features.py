@@ -1,8 +1,9 @@
 """What every detector does with the features it is given: choose layers, join them, check them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,32 @@ import numpy as np
 from dsad.core import hosts, rng
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Tree
+from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Tree
 from dsad.ops.resize import match_grid, neighbourhood_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureDetector:
+    """A detector with a config that names its layers; without traits unless it says so."""
+
+    config: Any
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the feature maps it reads."""
+        return self.config.layers
+
+    @property
+    def traits(self) -> DetectorTraits:
+        """Nothing that sets it apart."""
+        return DetectorTraits()
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A detector of descriptors: ``embed`` gives those of a batch, pure and jittable."""
+
+    def embed(self, features: FeatureMaps) -> Any: ...
 
 
 class Cells(NamedTuple):
@@ -63,13 +88,13 @@ def joined(
     return jnp.concatenate([match_grid(m, grid, method) for m in means], axis=-1)  # type: ignore[arg-type]
 
 
-def embedding(detector: Any) -> Callable[[FeatureMaps], Any]:
+def embedding(detector: Embeds) -> Callable[[FeatureMaps], Any]:
     """``detector.embed``, compiled once per configuration and shapes, not once per fit."""
     return functools.partial(_embedded, detector)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embedded(detector: Any, features: FeatureMaps) -> Any:
+def _embedded(detector: Embeds, features: FeatureMaps) -> Any:
     return detector.embed(features)
 
 

@@ -16,9 +16,10 @@ from jax import lax
 
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
     Cells,
+    FeatureDetector,
     cells,
     check_layers,
     embedding,
@@ -76,7 +77,7 @@ class Subspace(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Fre:
+class Fre(FeatureDetector):
     """The detector; its state is {layer: {"mean", "axes", "weight"}}, float32.
 
     "mean" is (gh, gw, d) in mode "image" and (d,) in mode "patch"; "axes" has a leading axis of r
@@ -85,11 +86,6 @@ class Fre:
     """
 
     config: Config
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
 
     def embed(self, features: FeatureMaps) -> dict[str, jax.Array]:
         """Pooled maps {layer: (b, gh, gw, d)} of a batch."""
@@ -102,6 +98,7 @@ class Fre:
         *,
         mesh: jax.sharding.Mesh | None,
         key: jax.Array,
+        progress: Progress,
         trained: Tree | None = None,
     ) -> Tree:
         """Mean and principal axes of the normal images, computed in float64 on the host.
@@ -110,7 +107,7 @@ class Fre:
         (D × D if that is smaller), in float64; mode "patch" streams over the images and keeps a
         d × d matrix. Raises DataError with fewer than 2 images, or NaN or infinite features.
         """
-        del mesh, key
+        del mesh, key, progress
         nothing_to_train("fre", trained)
         parts = cells(source, embedding(self), "fre")
         count, found = (self._images if self.config.mode == "image" else self._patches)(parts)
@@ -131,12 +128,15 @@ class Fre:
             }
         return state
 
-    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
+    ) -> Scores:
         """Squared errors: map (b, gh, gw) on the first layer's pooled grid, image (b,) their sum.
 
         Maps of further layers are brought to that grid bilinearly and scaled by the ratio of the
         cell counts, which keeps their sum where one grid divides the other; then they are added.
         """
+        del mesh
         maps, image = [], []
         for name, values in self.embed(features).items():
             errors = state[name]["weight"] * self._errors(state[name], values)

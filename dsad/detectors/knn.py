@@ -15,8 +15,9 @@ import numpy as np
 from dsad.core import rng
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
+    FeatureDetector,
     Subset,
     bank_state,
     cells,
@@ -60,18 +61,13 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Knn:
+class Knn(FeatureDetector):
     """The detector; its state is {"bank": (M, d) float32, "rows": () int32}.
 
     The bank is padded to a bucket, so that categories share compiled programs; ``rows`` count.
     """
 
     config: Config
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d): neighbourhood means, on the grid of the first layer."""
@@ -83,6 +79,7 @@ class Knn:
         *,
         mesh: jax.sharding.Mesh | None,
         key: jax.Array,
+        progress: Progress,
         trained: Tree | None = None,
     ) -> Tree:
         """The bank of the normal images' rows, in the order of the source.
@@ -93,6 +90,7 @@ class Knn:
         on the host each holds it whole while fitting. Raises DataError without rows or with NaN or
         infinite features.
         """
+        del progress  # one pass over the source
         nothing_to_train("knn", trained)
         blocks = self._rows(source)
         rows = self._sampled(blocks, key) if self.config.bank_rows else [r for r, _ in blocks]

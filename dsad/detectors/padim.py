@@ -19,8 +19,14 @@ import numpy as np
 
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import cells, check_layers, joined, nothing_to_train
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import (
+    FeatureDetector,
+    cells,
+    check_layers,
+    joined,
+    nothing_to_train,
+)
 from dsad.ops import gaussian
 from dsad.ops.resize import resize_maps
 
@@ -64,7 +70,7 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Padim:
+class Padim(FeatureDetector):
     """The detector; its state holds one part per Gaussian grid: the joint one, or per layer.
 
     A part is {"mean": (gh, gw, d), "factor": (gh, gw, d, d)} in full form and {"mean", "factor":
@@ -72,11 +78,6 @@ class Padim:
     """
 
     config: Config
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
 
     def embed(self, features: FeatureMaps) -> list[jax.Array]:
         """What each Gaussian models, (b, gh, gw, d): one array if joint, else one per layer."""
@@ -94,6 +95,7 @@ class Padim:
         *,
         mesh: jax.sharding.Mesh | None,
         key: jax.Array,
+        progress: Progress,
         trained: Tree | None = None,
     ) -> Tree:
         """Mean and covariance (divisor n - 1) + ridge I per position, on the host in float64.
@@ -102,7 +104,8 @@ class Padim:
         many images as channels, then folded into the covariance; nothing depends on the order of
         the source. Raises DataError for fewer than 2 images or broken features.
         """
-        del mesh, key  # the channel subset is one for all categories, and nothing else is random
+        # The channel subset is one for all categories, and nothing else is random.
+        del mesh, key, progress
         nothing_to_train("padim", trained)
         groups = 1 if self.config.joint else len(self.layers)
         made = []
@@ -113,8 +116,11 @@ class Padim:
             made.append(jax.tree.map(jnp.asarray, self._part(fold)))
         return tuple(made)
 
-    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
+    ) -> Scores:
         """Map (b, gh, gw) of Mahalanobis distances; image (b,): its maximum."""
+        del mesh
         maps = [
             gaussian.per_position(values, part, self._distance)
             for values, part in zip(self.embed(features), state, strict=True)

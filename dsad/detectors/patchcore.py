@@ -18,6 +18,7 @@ from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
+    FeatureDetector,
     bank_state,
     cells,
     check_layers,
@@ -92,18 +93,13 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchCore:
+class PatchCore(FeatureDetector):
     """The detector; its state is {"bank": (M, d) float32, "rows": () int32}.
 
     The bank is padded to a bucket, so that categories share compiled programs; ``rows`` count.
     """
 
     config: Config
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d), on the grid of the first layer."""
@@ -126,8 +122,8 @@ class PatchCore:
         *,
         mesh: jax.sharding.Mesh | None,
         key: jax.Array,
+        progress: Progress,
         trained: Tree | None = None,
-        progress: Progress | None = None,
     ) -> Tree:
         """The bank, chosen from the normal images' rows in the order of their sample indices.
 
@@ -197,7 +193,7 @@ class PatchCore:
         rows: np.ndarray,
         mesh: jax.sharding.Mesh | None,
         key: jax.Array,
-        progress: Progress | None,
+        progress: Progress,
     ) -> np.ndarray | jax.Array:
         cfg, key = self.config, rng.named(key, "patchcore")
         if cfg.bank == "all":

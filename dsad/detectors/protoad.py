@@ -15,8 +15,9 @@ import numpy as np
 
 from dsad.core import rng
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
+    FeatureDetector,
     Subset,
     cells,
     check_layers,
@@ -62,7 +63,7 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProtoAd:
+class ProtoAd(FeatureDetector):
     """The detector; its state is {"prototypes": (K, d) float32}, of unit norm.
 
     The last prototype is repeated, which changes no score, up to a bucket, so that categories share
@@ -70,11 +71,6 @@ class ProtoAd:
     """
 
     config: Config
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d) on the grid of the first layer, not yet normalised."""
@@ -86,6 +82,7 @@ class ProtoAd:
         *,
         mesh: jax.sharding.Mesh | None,
         key: jax.Array,
+        progress: Progress,
         trained: Tree | None = None,
     ) -> Tree:
         """Prototypes of the normal cells.
@@ -95,6 +92,7 @@ class ProtoAd:
         features are all zero have no direction and are left out. Raises DataError without cells,
         or with NaN or infinite features.
         """
+        del progress
         nothing_to_train("protoad", trained)
         key = rng.named(key, "protoad rows")
         rows = self._rows(source, key)

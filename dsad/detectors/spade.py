@@ -16,8 +16,9 @@ from jax import lax
 
 from dsad.core import rng
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
+    FeatureDetector,
     Subset,
     cells,
     check_layers,
@@ -61,7 +62,7 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spade:
+class Spade(FeatureDetector):
     """The detector; its state is {"pooled": (n, d), "gallery": {layer: (n, cells, d)}}, float32.
 
     Where n is padded (see ``fit``) the rows of "pooled" are infinite and never among the nearest.
@@ -99,6 +100,7 @@ class Spade:
         *,
         mesh: jax.sharding.Mesh | None,
         key: jax.Array,
+        progress: Progress,
         trained: Tree | None = None,
     ) -> Tree:
         """The features of the normal images, in the order of the source.
@@ -108,7 +110,7 @@ class Spade:
         batching of the source. Raises DataError without images, with fewer cells than kappa, or
         with NaN or infinite features.
         """
-        del mesh  # the whole state on every device
+        del mesh, progress  # the whole state on every device
         nothing_to_train("spade", trained)
         key, subset = rng.named(key, "spade gallery"), Subset(self.config.gallery_images)
         for values, index, _ in cells(source, embedding(self), "spade"):
