@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 #: Feature maps of one batch: stage name to array (batch, height, width, channels).
 FeatureMaps = dict[str, jax.Array]
@@ -245,7 +246,7 @@ class Detector(Protocol):
         self,
         source: FeatureSource,
         *,
-        mesh: jax.sharding.Mesh | None,
+        mesh: Mesh | None,
         key: jax.Array,
         progress: Progress,
         trained: Tree | None = None,
@@ -253,9 +254,7 @@ class Detector(Protocol):
         """State (a pytree of arrays) from the features of normal images."""
         ...
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Pure and jittable; ``mesh``, of several devices, may split the work."""
         ...
 

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core import hosts, rng
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Tree
+from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Tree
 from dsad.ops.resize import match_grid, neighbourhood_mean
 
 
@@ -31,6 +32,30 @@ class FeatureDetector:
     def traits(self) -> DetectorTraits:
         """Nothing that sets it apart."""
         return DetectorTraits()
+
+    def fit(
+        self,
+        source: FeatureSource,
+        *,
+        mesh: Mesh | None,
+        key: jax.Array,
+        progress: Progress,
+        trained: Tree | None = None,
+    ) -> Tree:
+        """State from the features of normal images; each class says what is in it.
+
+        Raises ConfigError for trained parameters, which it has no use for, and DataError for too
+        few or broken features.
+        """
+        if trained is not None:
+            name = type(self).__module__.rpartition(".")[2]
+            raise ConfigError(f"detector {name} has nothing to train, but trained parameters came.")
+        return self._fit(source, mesh, key, progress)
+
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
+    ) -> Tree:
+        raise NotImplementedError
 
 
 @runtime_checkable
@@ -124,7 +149,7 @@ def cells(source: FeatureSource, embed: Callable[[FeatureMaps], Any], name: str)
         yield Cells(jax.tree.unflatten(structure, leaves), index, batch.category)
 
 
-def bank_state(padded: Any, count: np.ndarray, mesh: jax.sharding.Mesh | None) -> Tree:
+def bank_state(padded: Any, count: np.ndarray, mesh: Mesh | None) -> Tree:
     """{"bank": (M, d) float32, "rows": () int32} of what ``pad_bank`` returned.
 
     On a mesh of several processes every device gets its own rows only, as ``nearest`` splits them;
@@ -134,12 +159,6 @@ def bank_state(padded: Any, count: np.ndarray, mesh: jax.sharding.Mesh | None) -
         return {"bank": jnp.asarray(padded), "rows": jnp.asarray(count)}
     padded = np.pad(np.asarray(padded), ((0, -len(padded) % mesh.size), (0, 0)))
     return {"bank": hosts.split(padded, mesh), "rows": jnp.asarray(count)}
-
-
-def nothing_to_train(name: str, trained: object) -> None:
-    """Refuse trained parameters that a detector has no use for."""
-    if trained is not None:
-        raise ConfigError(f"detector {name} has nothing to train, but trained parameters came.")
 
 
 class Subset:

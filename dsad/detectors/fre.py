@@ -13,19 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import (
-    Cells,
-    FeatureDetector,
-    cells,
-    check_layers,
-    embedding,
-    nothing_to_train,
-    select,
-)
+from dsad.detectors._features import Cells, FeatureDetector, cells, check_layers, embedding, select
 from dsad.ops.neighbors import bucket
 from dsad.ops.resize import resize_maps
 
@@ -92,14 +85,8 @@ class Fre(FeatureDetector):
         maps = select(features, self.layers)
         return {n: pooled(m, self.config.pool) for n, m in zip(self.layers, maps, strict=True)}
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        progress: Progress,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Mean and principal axes of the normal images, computed in float64 on the host.
 
@@ -107,8 +94,6 @@ class Fre(FeatureDetector):
         (D × D if that is smaller), in float64; mode "patch" streams over the images and keeps a
         d × d matrix. Raises DataError with fewer than 2 images, or NaN or infinite features.
         """
-        del mesh, key, progress
-        nothing_to_train("fre", trained)
         parts = cells(source, embedding(self), "fre")
         count, found = (self._images if self.config.mode == "image" else self._patches)(parts)
         if count < 2:
@@ -128,15 +113,12 @@ class Fre(FeatureDetector):
             }
         return state
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Squared errors: map (b, gh, gw) on the first layer's pooled grid, image (b,) their sum.
 
         Maps of further layers are brought to that grid bilinearly and scaled by the ratio of the
         cell counts, which keeps their sum where one grid divides the other; then they are added.
         """
-        del mesh
         maps, image = [], []
         for name, values in self.embed(features).items():
             errors = state[name]["weight"] * self._errors(state[name], values)

@@ -14,26 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import (
-    DetectorTraits,
-    FeatureMaps,
-    FeatureSource,
-    Progress,
-    Scores,
-    Tree,
-)
-from dsad.detectors._features import (
-    Cells,
-    FeatureDetector,
-    cells,
-    check_layers,
-    embedding,
-    joined,
-    nothing_to_train,
-)
+from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import Cells, FeatureDetector, cells, check_layers, embedding, joined
 from dsad.ops import gaussian, similarity
 
 #: Rows whose moments are taken at once.
@@ -99,14 +85,8 @@ class Gde(FeatureDetector):
         """Unit vectors (b, gh, gw, d) of the joined layers."""
         return similarity.unit(joined(features, self.layers))
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        progress: Progress,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Mean and shrunk covariance of the normal images' patches, on the host in float64.
 
@@ -115,22 +95,17 @@ class Gde(FeatureDetector):
         ``images`` images is drawn from (key, sample index) and is the same for any order of the
         source. Raises DataError for too few images or patches without any variance.
         """
-        del mesh, progress
-        nothing_to_train("gde", trained)
         key = rng.named(key, "gde images")
         blocks = _Cache(lambda: cells(source, embedding(self), "gde"), self.config)
         fit = self._fit_positions if self.config.per_position else self._fit_global
         state = jax.tree.map(jnp.asarray, fit(blocks, key))
         return state
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, H, W) in input pixels, see ``patch_heatmap``; image (b,): largest patch score.
 
         The image score is taken before the map is smoothed, as published.
         """
-        del mesh
         scores = patch_scores(state, self.embed(features))
         maps = gaussian.patch_heatmap(
             scores, self.config.patch, self.config.stride, normalise=self.config.normalise

@@ -25,23 +25,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dsad.core.config import check_options, listed
 from dsad.core.errors import ConfigError
-from dsad.core.types import (
-    DetectorTraits,
-    FeatureMaps,
-    FeatureSource,
-    Progress,
-    Scores,
-    Tree,
-)
-from dsad.detectors._features import (
-    FeatureDetector,
-    check_layers,
-    nothing_to_train,
-    select,
-)
+from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import FeatureDetector, check_layers, select
 from dsad.ops.resize import gaussian_smooth
 
 #: A further map of the network, shown in reports beside the two that are scored.
@@ -124,21 +113,13 @@ class Isstad(FeatureDetector):
         """The values that end the colour scale of a panel; others follow what is shown."""
         return {"probability": 1.0}
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        progress: Progress,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Nothing is learnt: only the names of the categories are looked at, no image is read.
 
         Raises ConfigError if one detector is to serve categories with unlike exponents.
         """
-        del mesh, key, progress
-        nothing_to_train("isstad", trained)
         names = [row[0] for row in self.config.exponents]
         rows = [names.index(c) + 1 if c in names else 0 for c in source.categories]
         if len({self.config.rows[row] for row in rows}) > 1:
@@ -149,14 +130,11 @@ class Isstad(FeatureDetector):
             )
         return {"row": jnp.asarray(rows[0] if rows else 0, jnp.int32)}
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """The maps (b, h, w) and image scores (b,) that the config names.
 
         Raises ConfigError for a missing map and for maps that are not (b, h, w, 1) of one size.
         """
-        del mesh
         p, r = self._read(features)
         n = to_unit_range(r)
         # Equal smoothings are computed once by the compiler.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import check_options
@@ -25,7 +26,6 @@ from dsad.detectors._features import (
     check_neighbourhood,
     embedding,
     joined,
-    nothing_to_train,
 )
 from dsad.ops.neighbors import Precision, nearest, pad_bank
 
@@ -73,14 +73,8 @@ class Knn(FeatureDetector):
         """Cell descriptors (b, gh, gw, d): neighbourhood means, on the grid of the first layer."""
         return joined(features, self.layers, self.config.neighbourhood)
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        progress: Progress,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """The bank of the normal images' rows, in the order of the source.
 
@@ -90,8 +84,6 @@ class Knn(FeatureDetector):
         on the host each holds it whole while fitting. Raises DataError without rows or with NaN or
         infinite features.
         """
-        del progress  # one pass over the source
-        nothing_to_train("knn", trained)
         blocks = self._rows(source)
         rows = self._sampled(blocks, key) if self.config.bank_rows else [r for r, _ in blocks]
         bank = np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
@@ -105,9 +97,7 @@ class Knn(FeatureDetector):
         del bank
         return bank_state(padded, count, mesh)
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): mean distance to the k nearest rows; image (b,): its maximum.
 
         ``mesh`` splits the search over the devices.

@@ -16,17 +16,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core.config import check_options
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import (
-    FeatureDetector,
-    cells,
-    check_layers,
-    joined,
-    nothing_to_train,
-)
+from dsad.detectors._features import FeatureDetector, cells, check_layers, joined
 from dsad.ops import gaussian
 from dsad.ops.resize import resize_maps
 
@@ -89,14 +84,8 @@ class Padim(FeatureDetector):
         subset = channel_subset(values.shape[-1], self.config.channels, self.config.channel_seed)
         return [jnp.take(values, jnp.asarray(subset), axis=-1)]
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        progress: Progress,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Mean and covariance (divisor n - 1) + ridge I per position, on the host in float64.
 
@@ -104,9 +93,7 @@ class Padim(FeatureDetector):
         many images as channels, then folded into the covariance; nothing depends on the order of
         the source. Raises DataError for fewer than 2 images or broken features.
         """
-        # The channel subset is one for all categories, and nothing else is random.
-        del mesh, key, progress
-        nothing_to_train("padim", trained)
+        # No ``key``: the channel subset is one for all categories, and nothing else is random.
         groups = 1 if self.config.joint else len(self.layers)
         made = []
         for group in range(groups):
@@ -116,11 +103,8 @@ class Padim(FeatureDetector):
             made.append(jax.tree.map(jnp.asarray, self._part(fold)))
         return tuple(made)
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw) of Mahalanobis distances; image (b,): its maximum."""
-        del mesh
         maps = [
             gaussian.per_position(values, part, self._distance)
             for values, part in zip(self.embed(features), state, strict=True)

@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core import hosts, rng
 from dsad.core.config import check_options
@@ -24,7 +25,6 @@ from dsad.detectors._features import (
     check_layers,
     check_neighbourhood,
     embedding,
-    nothing_to_train,
     select,
 )
 from dsad.ops.coreset import budget_rows, greedy_coreset, kmeans_rows, random_rows
@@ -116,14 +116,8 @@ class PatchCore(FeatureDetector):
         joined = jnp.concatenate([match_grid(m, grid) for m in means], axis=-1)
         return adaptive_mean(joined, cfg.pooled_dim) if cfg.pooling == "published" else joined
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        progress: Progress,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """The bank, chosen from the normal images' rows in the order of their sample indices.
 
@@ -133,7 +127,6 @@ class PatchCore(FeatureDetector):
         as well; every process holds all rows on its host meanwhile. Raises DataError without rows,
         with fewer than the image score needs, or with NaN or infinite features.
         """
-        nothing_to_train("patchcore", trained)
         rows = self._gathered(source)
         least = self.config.neighbours if self.config.image_score == "reweighted" else 1
         bank = self._chosen(rows, mesh, key, progress) if len(rows) else rows
@@ -148,9 +141,7 @@ class PatchCore(FeatureDetector):
         del bank
         return bank_state(padded, count, mesh)
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): distance, or its square, to the nearest row; image (b,).
 
         ``mesh`` splits the search over the devices.
@@ -191,7 +182,7 @@ class PatchCore(FeatureDetector):
     def _chosen(
         self,
         rows: np.ndarray,
-        mesh: jax.sharding.Mesh | None,
+        mesh: Mesh | None,
         key: jax.Array,
         progress: Progress,
     ) -> np.ndarray | jax.Array:
@@ -265,7 +256,7 @@ def _weight(
     state: Tree,
     row: jax.Array,
     neighbours: int,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Eq. 7's factor (b,) for worst cells (b, d) with nearest bank rows ``row`` (b,).
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.errors import ConfigError, DataError
@@ -24,7 +25,6 @@ from dsad.detectors._features import (
     check_neighbourhood,
     embedding,
     joined,
-    nothing_to_train,
 )
 from dsad.detectors._images import per_image
 from dsad.ops import finch
@@ -76,14 +76,8 @@ class ProtoAd(FeatureDetector):
         """Cell descriptors (b, gh, gw, d) on the grid of the first layer, not yet normalised."""
         return joined(features, self.layers, self.config.neighbourhood, "nearest")
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        progress: Progress,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Prototypes of the normal cells.
 
@@ -92,8 +86,6 @@ class ProtoAd(FeatureDetector):
         features are all zero have no direction and are left out. Raises DataError without cells,
         or with NaN or infinite features.
         """
-        del progress
-        nothing_to_train("protoad", trained)
         key = rng.named(key, "protoad rows")
         rows = self._rows(source, key)
         if not len(rows):
@@ -104,9 +96,7 @@ class ProtoAd(FeatureDetector):
         found = finch.prototypes(rows, self.config.level, self.config.prototypes, mesh=mesh)
         return {"prototypes": jnp.asarray(_bucketed(found))}
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): 1 - the largest cosine to a prototype; image (b,): its maximum.
 
         Cells of zeros score 1. ``mesh`` splits the images over the devices. Memory beyond the

@@ -149,7 +149,7 @@ def _untitled(backbone: Any) -> Any:
 
     The text is part of the tree's structure, and would make another program of other weights.
     """
-    if not dataclasses.is_dataclass(backbone):
+    if not dataclasses.is_dataclass(backbone) or isinstance(backbone, type):
         return backbone
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(backbone):

@@ -111,20 +111,21 @@ def localize(
     run = _Run(dataset, detector, config, key, train, sets, tuple(seeds), folder)
     run.watch(progress, chosen)
     for group in [chosen] if pooled else [(c,) for c in chosen]:
-        found = backbone_of(group[0]) if backbone_of else backbone
+        network = backbone_of(group[0]) if backbone_of else backbone
+        assert network is not None, "expected a backbone, or backbone_of"
         if run.device is None:
-            run.device = Device(found, detector, config, mesh)
+            run.device = Device(network, detector, config, mesh)
             run.made.stamp.update(
                 stamp.make_stamp(
-                    dataset, chosen, config=config, detector=detector, backbone=found, key=key,
+                    dataset, chosen, config=config, detector=detector, backbone=network, key=key,
                     name=name, details={**protocol, **(details or {})},
                 )
             )  # fmt: skip
         elif backbone_of:
-            run.device.use(found)
+            run.device.use(network)
         if backbone_of:
             each = run.made.stamp["backbone"].setdefault("per_category", {})
-            each[group[0]] = stamp.describe_backbone(found)
+            each[group[0]] = stamp.describe_backbone(network)
         run.group(group, "all categories" if pooled else group[0])
     run.made.support.update(support.listing(sets, shots=shots))
     over_seeds.conclude(run.made, config.metric_names)
