@@ -58,6 +58,19 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class KnownSource(Protocol):
+    """A source that tells an image, and gives its mask, without decoding the image."""
+
+    def identity(self, index: int) -> str:
+        """Equal for equal pixels of the sample's image."""
+        ...
+
+    def annotation(self, index: int, shape: tuple[int, int]) -> np.ndarray | None:
+        """The mask of a sample whose image has ``shape`` (h, w)."""
+        ...
+
+
+@runtime_checkable
 class CanvasSource(Protocol):
     """A source that holds its samples ready on canvases."""
 

@@ -59,7 +59,7 @@ class FeatureDetector:
 
 
 @runtime_checkable
-class Embeds(Protocol):
+class EmbedsCells(Protocol):
     """A detector of descriptors: ``embed`` gives those of a batch, pure and jittable."""
 
     def embed(self, features: FeatureMaps) -> Any: ...
@@ -96,13 +96,13 @@ def joined(
     return jnp.concatenate([match_grid(m, grid, method) for m in means], axis=-1)  # type: ignore[arg-type]
 
 
-def embedding(detector: Embeds) -> Callable[[FeatureMaps], Any]:
+def embedding(detector: EmbedsCells) -> Callable[[FeatureMaps], Any]:
     """``detector.embed``, compiled once per configuration and shapes, not once per fit."""
     return functools.partial(_embedded, detector)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embedded(detector: Embeds, features: FeatureMaps) -> Any:
+def _embedded(detector: EmbedsCells, features: FeatureMaps) -> Any:
     return detector.embed(features)
 
 

@@ -218,7 +218,7 @@ class _Run:
         self, reader: Reader, group: Sequence[str], title: str, seed: int
     ) -> tuple[Tree, dict[str, float]]:
         parts = [
-            (c, support.Subset(self.dataset.source("train", c), self.sets[c][seed].bank))
+            (c, support.subset(self.dataset.source("train", c), self.sets[c][seed].bank))
             for c in group
         ]
         features = Features(reader, parts, self.tick(title, "training features"))
@@ -254,7 +254,7 @@ class _Run:
         )  # fmt: skip
         if config.false_alarm_rate > 0:
             held = self.sets[category][seed].held_out
-            source = support.Subset(self.dataset.source("train", category), held)
+            source = support.subset(self.dataset.source("train", category), held)
             tick = self.tick(category, "held-out training images")
             normal = score(reader, state, source, f"{category}/held out", tick, keep=False)
             found = thresholds.measure(scored, normal, config.false_alarm_rate)

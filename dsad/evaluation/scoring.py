@@ -21,6 +21,7 @@ from dsad.core.types import (
     FeatureBatch,
     FeatureMaps,
     HasPanels,
+    KnownSource,
     Scores,
     Source,
     Tree,
@@ -62,7 +63,7 @@ def _row(source: Source, index: int, side: int, store: stored.FeatureStore | Non
     """Decode and resize an image, as far as nothing is known of it."""
     identity = stored.of_file(source, index) if store else None
     if store and identity and (found := store.find(identity)):
-        mask = cast(Any, source).annotation(index, found.shape)
+        mask = cast(KnownSource, source).annotation(index, found.shape)
         return _Row(None, found.shape, mask, found)
     sample = source[index]
     image, shape = resize_image(sample.image, side), sample.image.shape[:2]

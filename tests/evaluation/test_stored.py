@@ -277,7 +277,7 @@ def test_faults_are_found_as_without_a_store(tree, tmp_path):
     run(tmp_path / "store", files(root, lossy=("RGBA",)))
     with pytest.raises(FaultError, match=r"good/000.png: \[K3\]"):
         run(tmp_path / "store", files(root))
-    source = support.Subset(files(root).source("test", "disc"), ["disc/test/good/001.png"])
+    source = support.subset(files(root).source("test", "disc"), ["disc/test/good/001.png"])
     (root / "disc/test/good/001.png").unlink()
     with pytest.raises(FaultError, match=r"good/001.png: \[K8\]"):
         stored.of_file(source, 0)
@@ -361,9 +361,9 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
 
 
 def test_a_subset_offers_no_more_than_its_source(tree):
-    planted = support.Subset(Planted().source("test", "disc"), ["disc/test/good/001.png"])
+    planted = support.subset(Planted().source("test", "disc"), ["disc/test/good/001.png"])
     assert not hasattr(planted, "identity")
     assert stored.of_file(planted, 0) is None
     whole = files(tree).source("test", "disc")
-    part = support.Subset(whole, [whole.records[2].path])
+    part = support.subset(whole, [whole.records[2].path])
     assert part.identity(0) == whole.identity(2) != whole.identity(1)

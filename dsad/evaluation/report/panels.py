@@ -10,7 +10,7 @@ from dsad.core.types import Detector, HasPanels, Source
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.report import gallery
 from dsad.evaluation.scoring import Device, batches
-from dsad.evaluation.support import Subset
+from dsad.evaluation.support import subset
 
 #: Keys of the scales, before the name of a panel: a value of the detector's, or of the cases.
 FIXED, SHOWN = "panel_top/", "panel_p99_9/"
@@ -35,7 +35,7 @@ def pictures(
         return {}, {}
     found: dict[str, list[np.ndarray]] = {}
     shapes: dict[int, tuple[int, int]] = {}  # of this process's images
-    shown = Subset(source, [source.records[n].path for n in numbers])
+    shown = subset(source, [source.records[n].path for n in numbers])
     for host in batches(shown, config, device.mesh, device.batch, device.panel_store):
         for name, values in device.panels(host).items():
             found.setdefault(name, []).extend(values[: int(host.valid.sum())])
