@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dsad.assembly.runs import RunBackbone
 from etils import epath
 
+from dsad.assembly.runs import RunBackbone
 from dsad.core import paths
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
