@@ -140,7 +140,7 @@ class EarlierWeights(NamedTuple):
 
     ``encoder`` is a ``models.family.Encoder``; ``params`` and ``extra`` are all that the earlier
     objective has, or what published tensors hold beside the encoder; ``facts`` tell what no shape
-    does (``HasStageFacts``); ``origin`` is text for people.
+    does (``HasEncoder.stage_facts``); ``origin`` is text for people.
     """
 
     encoder: Any
@@ -199,7 +199,13 @@ class Objective(Protocol):
 
 @runtime_checkable
 class HasEncoder(Protocol):
-    """An objective whose encoder can be used elsewhere: exported, or adopted by other methods."""
+    """An objective whose encoder can be used elsewhere: exported, or adopted by other methods.
+
+    ``stage_facts`` are what a later stage has to share with it, and no tensor's shape tells.
+    """
+
+    @property
+    def stage_facts(self) -> Mapping[str, Any]: ...
 
     def encoder_weights(self, params: Tree, extra: Tree) -> Any:
         """The encoder as a ``models.family.Encoder``."""
@@ -213,14 +219,6 @@ class ReadsTensors(Protocol):
     def read_tensors(self, tensors: Mapping[str, Any]) -> tuple[Any, Tree, Tree]:
         """``EarlierWeights``'s encoder, params and extra from tensors under published names."""
         ...
-
-
-@runtime_checkable
-class HasStageFacts(Protocol):
-    """An objective that says what a later stage has to share with it, and no shape tells."""
-
-    @property
-    def stage_facts(self) -> Mapping[str, Any]: ...
 
 
 @runtime_checkable

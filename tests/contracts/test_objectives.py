@@ -27,7 +27,7 @@ from tests.contracts.objectives.common import BATCH, batch, cases, perturbed
 
 #: What an objective may offer besides.
 OFFERS = (
-    seams.HasEncoder, seams.ReadsTensors, seams.HasStageFacts, seams.Embeds, seams.PerSample,
+    seams.HasEncoder, seams.ReadsTensors, seams.Embeds, seams.PerSample,
     seams.HasParts, seams.KnowsFlops,
 )  # fmt: skip
 
