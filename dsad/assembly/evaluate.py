@@ -7,12 +7,12 @@ import ml_collections
 from etils import epath
 from rich.console import Console
 
-from dsad.assembly import backbones, datasets, pretrain
+from dsad.assembly import datasets, runs
 from dsad.core import config as core_config
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Dataset
+from dsad.core.types import Backbone, Dataset, Detector
 from dsad.data import base as data_base
 from dsad.evaluation import support
 from dsad.evaluation.localize import (
@@ -29,8 +29,7 @@ from dsad.terminal import console
 SAME = "run"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(core_config.Settings, place="config"):
     """Everything of an evaluation but its detector, whose keys belong to the method.
 
     ``backbone`` is an architecture (with ``weights``, anything that ``models.pretrained.read``
@@ -44,15 +43,13 @@ class EvaluateConfig:
 
     backbone: str = "resnet18"
     weights: str = ""
-    seed: int = 0
-    shots: int = 0
-    seeds: tuple[int, ...] = (0,)
+    seed: int = core_config.field(0, at_least=0)
+    shots: int = core_config.field(0, at_least=0)
+    seeds: tuple[int, ...] = core_config.field((0,), at_least=0, distinct=True, filled=True)
     one_for_all: bool = False
-    data: data_base.DataConfig = dataclasses.field(
-        default_factory=lambda: data_base.DataConfig(name=SAME)
-    )
-    evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    data: data_base.DataConfig = data_base.DataConfig(name=SAME)
+    evaluation: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
 
 
 def default_config(detector: str) -> ml_collections.ConfigDict:
@@ -63,7 +60,7 @@ def default_config(detector: str) -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def parse(config: Any) -> tuple[EvaluateConfig, Any]:
+def parse(config: Any) -> tuple[EvaluateConfig, Detector]:
     """(evaluation config, detector) from nested dicts; strict."""
     values = dict(core_config.require(config, "detector", "configs/knn.py").items())
     method = dict(values.pop("detector").items())
@@ -76,19 +73,18 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
     """The data config to use; with name "run" the run's own, at another root if one is given."""
     if cfg.data.name != SAME:
         return cfg.data
-    if not backbones.innermost(cfg.backbone).startswith("run:"):
+    if not runs.is_run(cfg.backbone):
         raise ConfigError(
             f"config.data.name: with backbone {cfg.backbone!r} there is no run to take the data "
             "from; name a data set, for example --config.data.name=mvtec --config.data.root=DIR."
         )
-    if backbones.per_category(cfg.backbone):
+    if runs.per_category(cfg.backbone):
         raise ConfigError(
             f"config.data.name: with one run per category ({cfg.backbone!r}) no single run has "
             "the data; name the data set, for example --config.data.name=mvtec."
         )
-    path = backbones.run_directory(cfg.backbone)
-    found, _, _ = pretrain.parse(backbones.run_config(path))
-    return dataclasses.replace(found.data, root=cfg.data.root or found.data.root)
+    data = runs.opened(runs.place(cfg.backbone).directory).config.data
+    return dataclasses.replace(data, root=cfg.data.root or data.root)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +92,8 @@ class Evaluation:
     """The loaded parts of an evaluation; with one run per category ``backbone`` is None."""
 
     config: EvaluateConfig
-    backbone: Any
-    detector: Any
+    backbone: Backbone | None
+    detector: Detector
     dataset: Dataset
 
 
@@ -110,18 +106,15 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
     check_labels(dataset, dataset.categories)
     holdout = cfg.evaluation.holdout if cfg.evaluation.false_alarm_rate > 0 else 0
     support.choose(dataset, dataset.categories, shots=cfg.shots, seeds=cfg.seeds, holdout=holdout)
-    if backbones.per_category(cfg.backbone):
+    if runs.per_category(cfg.backbone):
         if cfg.one_for_all:
             raise ConfigError("config.one_for_all: one run per category cannot share a detector.")
-        for category in dataset.categories:
-            spec = backbones.of_category(cfg.backbone, category)
-            backbones.run_config(backbones.run_directory(spec))
-        first = backbones.of_category(cfg.backbone, dataset.categories[0])
-        side = backbones.image_size(first) if not cfg.evaluation.image_size else None
-        backbone = None
+        specs = [runs.of_category(cfg.backbone, category) for category in dataset.categories]
+        found = [runs.opened(runs.place(spec).directory) for spec in specs]
+        backbone, side = None, runs.image_size(found[0].objective)
     else:
-        backbone = backbones.load(cfg.backbone, cfg.weights, cfg.seed)
-        side = getattr(backbone, "image_size", None)
+        backbone = runs.backbone(cfg.backbone, cfg.weights, cfg.seed)
+        side = backbone.image_size
     if not cfg.evaluation.image_size:
         if not side:
             raise ConfigError(
@@ -133,10 +126,10 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
     return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset)
 
 
-def _check_patches(spec: str, detector: Any) -> None:
+def _check_patches(spec: str, detector: Detector) -> None:
     """Refuse a detector of patches on features of others: its map would lie beside the image."""
-    wanted = getattr(detector, "patches", None)
-    if wanted is None or spec.startswith(f"patches:{wanted}:"):
+    wanted = detector.traits.patches
+    if not wanted or spec.startswith(f"patches:{wanted}:"):
         return
     raise ConfigError(
         f"config.backbone: this detector draws its maps for patches:{wanted}:BACKBONE (its keys "
@@ -152,15 +145,15 @@ def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "
     """
     cfg = parts.config
 
-    def of_category(category: str) -> Any:
-        spec = backbones.of_category(cfg.backbone, category)
-        return backbones.load(spec, cfg.weights, cfg.seed)
+    def of_category(category: str) -> Backbone:
+        spec = runs.of_category(cfg.backbone, category)
+        return runs.backbone(spec, cfg.weights, cfg.seed)
 
     title = name or "localizing"
     with distributed.failing_together(path), console.progress(title, out) as tell:
         results = localize(
             parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
-            mesh=make_mesh(cfg.mesh), key=backbones.key_for(cfg.seed), progress=tell,
+            mesh=make_mesh(cfg.mesh), key=runs.key_for(cfg.seed), progress=tell,
             name=name or cfg.backbone, shots=cfg.shots, seeds=cfg.seeds, pooled=cfg.one_for_all,
             folder=path, backbone_of=None if parts.backbone is not None else of_category,
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """Work directories: never mixed, never overwritten unless told to."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +9,10 @@ from etils import epath
 
 from dsad.core import distributed, paths
 from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.types import RunInfo
 
 CONFIG = "config.json"
+_ADVICE = "Choose another --workdir, or mend this one."
 #: What a resumed run may change: where and how the same training is computed, and how it is kept.
 FREE = (
     "config.mesh", "config.checkpoint", "config.log_every", "config.compilation_cache",
@@ -18,18 +21,26 @@ FREE = (
 
 
 def claim(
-    workdir: str, command: str, config: Mapping[str, Any], *, resume: bool, overwrite: bool
+    workdir: str,
+    command: str,
+    config: Mapping[str, Any],
+    *,
+    info: RunInfo | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> epath.Path:
-    """Take a directory for a run as ``_claim`` says; one process does it, all learn how it went."""
-    distributed.on_main(
-        lambda: str(_claim(workdir, command, config, resume=resume, overwrite=overwrite))
-    )
+    """Take a directory for a run as ``_claim`` says; one process does it, all learn how it went.
+
+    ``info``, of a pretraining run, is kept beside the config, so that the same objective can be
+    built again without the data.
+    """
+    about = {"command": command, "config": config}
+    about |= {"info": dataclasses.asdict(info)} if info else {}
+    distributed.on_main(lambda: str(_claim(workdir, about, resume=resume, overwrite=overwrite)))
     return paths.directory(workdir)
 
 
-def _claim(
-    workdir: str, command: str, config: Mapping[str, Any], *, resume: bool, overwrite: bool
-) -> epath.Path:
+def _claim(workdir: str, about: Mapping[str, Any], *, resume: bool, overwrite: bool) -> epath.Path:
     """Take a directory for a run and write its config; returns the path.
 
     A directory in use needs ``resume`` (same command, and the same config but for what ``FREE``
@@ -37,38 +48,41 @@ def _claim(
     Raises WorkdirError otherwise, also if the directory cannot be written.
     """
     if not workdir:
-        raise ConfigError(f"dsad {command}: --workdir=DIR is missing; it takes all outputs.")
+        raise ConfigError(
+            f"dsad {about['command']}: --workdir=DIR is missing; it takes all outputs."
+        )
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other.")
     path = paths.directory(workdir)
-    with paths.writing(workdir, "Choose another --workdir, or mend this one."):
-        _take(path, workdir, command, config, resume=resume, overwrite=overwrite)
+    with paths.writing(workdir, _ADVICE):
+        _take(path, workdir, about, resume=resume, overwrite=overwrite)
     return path
 
 
 def _take(
     path: epath.Path,
     workdir: str,
-    command: str,
-    config: Mapping[str, Any],
+    about: Mapping[str, Any],
     *,
     resume: bool,
     overwrite: bool,
 ) -> None:
-    text = json.dumps({"command": command, "config": config}, indent=2) + "\n"
+    text = json.dumps(about, indent=2) + "\n"
     if path.exists() and not path.is_dir():
         raise WorkdirError(f"--workdir={workdir}: expected a directory, found a file.")
     # A kill while the config was first written leaves nothing that would be worth keeping.
-    if path.exists() and any(p.name != f"{CONFIG}.writing" for p in path.iterdir()):
+    if path.exists() and any(not p.name.endswith(paths.TEMPORARY) for p in path.iterdir()):
         if resume:
             # Without a checkpoint nothing depends on the old config, such as one that did not fit
             # into memory.
             _check_same(path, text, free=not _has_checkpoint(path))
-            paths.write_whole(path / CONFIG, text)
+            paths.write_whole(path / CONFIG, text, _ADVICE)
             return
         if not overwrite:
             go_on = (
-                "Continue its run with --resume, replace" if command == "pretrain" else "Replace"
+                "Continue its run with --resume, replace"
+                if about["command"] == "pretrain"
+                else "Replace"
             )
             raise WorkdirError(
                 f"--workdir={workdir}: in use. {go_on} it with --overwrite, or choose another "
@@ -84,8 +98,7 @@ def _take(
         path.rmtree()
     elif resume:
         raise WorkdirError(f"--workdir={workdir}: nothing to resume; start without --resume.")
-    path.mkdir(parents=True, exist_ok=True)
-    paths.write_whole(path / CONFIG, text)
+    paths.write_whole(path / CONFIG, text, _ADVICE)
 
 
 #: Written into the directory of a pretraining run that made all its steps.
@@ -117,6 +130,8 @@ def _check_same(path: epath.Path, text: str, *, free: bool) -> None:
             f"{path}: holds a run of dsad {found['command']}, not of dsad {wanted['command']}."
         )
     changed = differences(found["config"], wanted["config"])
+    if not free:
+        changed += differences(found.get("info", {}), wanted.get("info", {}), "data")
     lines = [line for line in changed if not free and not _is_free(line.partition(":")[0])]
     if lines:
         raise WorkdirError(
@@ -132,7 +147,10 @@ def _is_free(key: str) -> bool:
 
 
 def read(path: str | epath.PathLike) -> dict[str, Any]:
-    """{"command", "config"} of the run in a directory; raises WorkdirError without one."""
+    """``command``, ``config`` and for pretraining ``info`` of the run in a directory.
+
+    Raises WorkdirError without one.
+    """
     file = paths.directory(path) / CONFIG
     try:
         found = json.loads(file.read_text())
@@ -140,9 +158,14 @@ def read(path: str | epath.PathLike) -> dict[str, Any]:
         raise WorkdirError(f"{path}: no dsad run there ({CONFIG} is missing).") from None
     except ValueError as error:
         raise WorkdirError(f"{file}: not readable as JSON: {error}.") from error
-    ours = isinstance(found, dict) and set(found) == {"command", "config"}
-    if not ours or not isinstance(found["config"], dict):
+    keys = set(found) if isinstance(found, dict) else set()
+    if not {"command", "config"} <= keys or not isinstance(found["config"], dict):
         raise WorkdirError(f"{file}: not written by dsad; expected the keys command and config.")
+    if found["command"] == "pretrain" and "info" not in keys:
+        raise WorkdirError(
+            f"{file}: written by an older dsad, which did not keep what the run knew of its data "
+            "(the key info). Train it again, or use the dsad that wrote it."
+        )
     return found
 
 

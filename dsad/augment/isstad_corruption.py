@@ -4,15 +4,13 @@ Two kinds: "region" replaces a few large shapes by the same place of a transform
 changes up to 100 small rectangles one after another.
 """
 
-import dataclasses
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from dsad.augment import _isstad_patches, _isstad_regions
-from dsad.core.config import check_options
+from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
 
 #: Half of an 8-bit step. A value that differs by more has changed as a byte; rounding errors of a
@@ -20,14 +18,15 @@ from dsad.core.errors import ConfigError, DataError
 HALF_STEP = 0.5 / 255
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CorruptionConfig:
+class CorruptionConfig(Settings, place="corruption"):
     """How images are corrupted; the defaults are ISSTAD's for most categories.
 
     ``kind``: "region" or "patch". ``most_draw``: k, an integer is drawn from 0 .. k and 0 leaves
     the image clean. ``n_max``: most shapes of an image. ``limit_box``: keep shapes inside the
-    foreground box. ``remove_background``: take what is put into the shapes from an image whose
-    background has one colour. The last three are for regions and not read for patches. ``label``:
+    foreground box. ``box``: that box is "padded" on each side as far as the image reaches, or as
+    "published", where what is cut on the left or top is added on the other side.
+    ``remove_background``: take what is put into the shapes from an image whose background has one
+    colour. The last four are for regions and not read for patches. ``label``:
     "changed" labels a shape or patch only if at least one 8-bit value in it changed (published for
     patches), "mask" labels all of them (published for regions: there a grey object made grey, or a
     flip of a symmetric one, counts as a defect). ``original_side``: longer side in pixels of the
@@ -36,32 +35,29 @@ class CorruptionConfig:
     """
 
     kind: Literal["region", "patch"] = "region"
-    most_draw: int = 2
-    n_max: int = 3
+    most_draw: int = field(2, at_least=1)
+    n_max: int = field(3, at_least=1)
     limit_box: bool = True
+    box: Literal["padded", "published"] = "padded"
     remove_background: bool = False
     label: Literal["changed", "mask"] = "changed"
-    original_side: float = 0.0
+    original_side: float = field(0.0, at_least=0)
 
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning; raises ConfigError naming the key."""
-        check_options(self, "corruption")
-        for name in ("most_draw", "n_max"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"corruption.{name}: expected at least 1, found {getattr(self, name)}."
-                )
-        if self.original_side != 0 and not 16 <= self.original_side < math.inf:
-            raise ConfigError(
-                "corruption.original_side: expected 0 or at least 16 pixels, "
-                f"found {self.original_side}."
-            )
+    def check(self) -> None:
+        if 0 < self.original_side < 16:
+            raise Refused("original_side", "0 or at least 16 pixels", self.original_side)
 
     @property
     def facts(self) -> tuple[str, ...]:
         """Names of the facts of ``dsad.data.facts`` that ``corrupt`` is to be given."""
-        boxed = self.kind == "region" and self.limit_box
-        return ("original_size", "foreground_box") if boxed else ("original_size",)
+        return ("original_size", self.box_fact) if self.box_fact else ("original_size",)
+
+    @property
+    def box_fact(self) -> str | None:
+        """Name of the one that is its ``box``; None where it needs none."""
+        if self.kind == "patch" or not self.limit_box:
+            return None
+        return "foreground_box" if self.box == "padded" else "foreground_box_published"
 
 
 def drawn(keys: jax.Array, most_draw: int) -> jax.Array:
@@ -130,10 +126,10 @@ def _check(images: jax.Array, config: CorruptionConfig, box: jax.Array | None) -
             "corrupt: expected float32 images (b, S, S, 3) in [0, 1] with S from 16 to 2048, found "
             f"{images.dtype} {tuple(images.shape)}."
         )
-    if config.kind == "region" and config.limit_box and box is None:
+    if config.box_fact and box is None:
         raise ConfigError(
             "corruption.limit_box: needs the foreground box of each image; give `box` (the fact "
-            "foreground_box), or set limit_box=False."
+            f"{config.box_fact}), or set limit_box=False."
         )
 
 

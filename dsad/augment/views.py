@@ -1,8 +1,5 @@
 """One random view of every image of a batch, on the device, with the coordinates of its crop."""
 
-import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,15 +8,14 @@ import jax.numpy as jnp
 from dsad.augment.blur import random_blur
 from dsad.augment.color import chosen, color_jitter, normalize, solarize, to_grey
 from dsad.augment.crops import Filter, box_coordinates, random_resized_crop_box, resized_crop
-from dsad.core.config import check_options
-from dsad.core.errors import ConfigError, DataError
+from dsad.core.config import Refused, Settings, field
+from dsad.core.errors import DataError
 from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core.rng import named, sample_keys
 from dsad.core.types import Batch
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ViewConfig:
+class ViewConfig(Settings, place="view"):
     """How one view is made; the defaults are view 1 of DS2.
 
     ``side``: pixels of the square view. ``area``: share of the image in the crop. ``aspect``: width
@@ -30,64 +26,25 @@ class ViewConfig:
     0 removes the operation from the program.
     """
 
-    side: int = 224
-    area: tuple[float, float] = (0.08, 1.0)
-    aspect: tuple[float, float] = (0.75, 1.3333333333333333)
-    flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    jitter_probability: float = 0.8
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    blur_probability: float = 1.0
-    grey_probability: float = 0.0
-    solarize_probability: float = 0.0
-    solarize_threshold: float = 0.5
+    side: int = field(224, at_least=2)
+    area: tuple[float, float] = field((0.08, 1.0), above=0, at_most=1, rising=True)
+    aspect: tuple[float, float] = field((0.75, 1.3333333333333333), above=0, rising=True)
+    flip: float = field(0.5, within=(0, 1))
+    jitter: tuple[float, float, float, float] = field((0.4, 0.4, 0.2, 0.1), at_least=0)
+    jitter_probability: float = field(0.8, within=(0, 1))
+    blur_sigma: tuple[float, float] = field((0.1, 2.0), above=0, rising=True)
+    blur_probability: float = field(1.0, within=(0, 1))
+    grey_probability: float = field(0.0, within=(0, 1))
+    solarize_probability: float = field(0.0, within=(0, 1))
+    solarize_threshold: float = field(0.5, within=(0, 1))
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[float, float, float] = field(IMAGENET_STD, above=0)
     coordinates: Literal["edges", "centres"] = "edges"
     filter: Filter = "bilinear"
 
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning; raises ConfigError naming the key."""
-        if self.side < 2:
-            raise ConfigError(f"view.side: expected at least 2 pixels, found {self.side}.")
-        self._check_interval("area", above=0.0, at_most=1.0)
-        self._check_interval("aspect", above=0.0)
-        self._check_interval("blur_sigma", above=0.0)
-        for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_probability")):
-            self._check_range(name, (getattr(self, name),), 0.0, 1.0)
-        self._check_range("flip", (self.flip,), 0.0, 1.0)
-        self._check_range("solarize_threshold", (self.solarize_threshold,), 0.0, 1.0)
-        self._check_lengths()
-        self._check_range("jitter", self.jitter[:3], 0.0, math.inf)
-        self._check_range("jitter", self.jitter[3:], 0.0, 0.5, "the hue (fourth value) ")
-        self._check_range("mean", self.mean, -math.inf, math.inf)
-        if not all(0 < s < math.inf for s in self.std):
-            raise ConfigError(f"view.std: expected positive numbers, found {self.std}.")
-        check_options(self, "view")
-
-    def _check_interval(self, name: str, *, above: float, at_most: float = math.inf) -> None:
-        value = getattr(self, name)
-        good = len(value) == 2 and above < value[0] <= value[1] <= at_most
-        if not good or not math.isfinite(value[1]):
-            limit = "" if at_most == math.inf else f" up to {at_most:g}"
-            raise ConfigError(
-                f"view.{name}: expected (low, high) with {above:g} < low <= high{limit}, "
-                f"found {value}."
-            )
-
-    def _check_lengths(self) -> None:
-        for name, length in (("jitter", 4), ("mean", 3), ("std", 3)):
-            if len(getattr(self, name)) != length:
-                raise ConfigError(
-                    f"view.{name}: expected {length} numbers, found {getattr(self, name)}."
-                )
-
-    def _check_range(
-        self, name: str, values: Sequence[float], low: float, high: float, what: str = ""
-    ) -> None:
-        if not all(low <= v <= high and math.isfinite(v) for v in values):
-            span = "finite numbers" if low == -math.inf else f"{what}in [{low:g}, {high:g}]"
-            raise ConfigError(f"view.{name}: expected {span}, found {getattr(self, name)}.")
+    def check(self) -> None:
+        if self.jitter[3] > 0.5:
+            raise Refused("jitter[3]", "a hue of at most 0.5 turns", self.jitter[3])
 
 
 def draw_crops(batch: Batch, key: jax.Array, config: ViewConfig) -> tuple[jax.Array, jax.Array]:

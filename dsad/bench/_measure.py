@@ -21,14 +21,11 @@ from dsad.core.errors import ConfigError
 from dsad.terminal.flags import Command
 
 
-def parsed(command: Command, argv: list[str], least: Mapping[str, int]) -> tuple[Any, FlagValues]:
-    """Config and flags of a topic; ConfigError for other arguments or a flag below its least."""
+def parsed(command: Command, argv: list[str]) -> tuple[Any, FlagValues]:
+    """Config and flags of a topic; ConfigError for other arguments."""
     config, values, rest = command.parse(argv)
     if rest:
         raise ConfigError(f"dsad {command.name}: unexpected argument {rest[0]!r}.")
-    for name, low in least.items():
-        if (value := getattr(values, name)) < low:
-            raise ConfigError(f"--{name}: expected at least {low}, found {value}.")
     return config, values
 
 

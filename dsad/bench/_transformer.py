@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from dsad.assembly import pretrain
+from dsad.assembly.pretrain import Run
 from dsad.bench import _measure
-from dsad.core.types import RunInfo, Specs
+from dsad.core.types import RunInfo
 from dsad.models.transformer import POLICIES
 from dsad.objectives import mae
 
 #: Depth must not cost compilation: the deepest network is compared with the shallowest.
 SIZES = ("mae_vit_tiny_patch16", "mae_vit_large_patch16")
 _INFO = RunInfo(total_steps=1, batch_size=1, samples=1, classes=1)
-_SPECS = Specs(batch_size=1, canvas=256)
 
 
 def masking(
@@ -45,7 +44,7 @@ def masking(
     return every / kept
 
 
-def memory(out: Console, run: pretrain.Run, views: Any, weights: Any) -> dict[str, int]:
+def memory(out: Console, run: Run, views: Any, weights: Any) -> dict[str, int]:
     """Temporary bytes of one device's loss and gradient for every remat policy, as compiled."""
     cfg = run.objective.cfg  # type: ignore[attr-defined]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (*weights, views))
@@ -73,7 +72,7 @@ def compile_times(out: Console, batch: int = 8) -> dict[str, float]:
     for arch in SIZES:
         cfg = mae.Config(encoder=mae.EncoderConfig(arch=arch))
         made = mae.MAE(cfg, _INFO)
-        params, extra = jax.eval_shape(lambda k, made=made: made.init(k, _SPECS), jax.random.key(0))
+        params, extra = jax.eval_shape(made.init, jax.random.key(0))
         cells, side = made.encoder.spec.grid**2, cfg.view.side
         views = {
             "image": jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32),

@@ -47,14 +47,13 @@ class Problem(NamedTuple):
 def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command("bench aupro", "AUPRO by counting and by sorting.")
-    command.integer("maps", 110, "Number of maps; a quarter without defect.")
-    command.integer("size", 1024, "Side of a map in pixels.")
-    command.integer("rounds", 3, "Timed rounds; each times every route once, medians are shown.")
+    command.integer("maps", 110, "Number of maps; a quarter without defect.", at_least=2)
+    command.integer("size", 1024, "Side of a map in pixels.", at_least=16)
+    command.integer("rounds", 3, "Timed rounds of every route; medians are shown.", at_least=1)
     command.integer("peer_maps", 10, "Maps that the slower routes get, 0 for all of them.")
     command.integer("stream", 0, "Instead: count this many maps into one state, showing memory.")
     command.string("limit", "0.3", "False-positive rate to integrate up to.")
-    least = {"maps": 2, "size": 16, "rounds": 1, "peer_maps": 0, "stream": 0}
-    _, values = _measure.parsed(command, argv, least)
+    _, values = _measure.parsed(command, argv)
     limit = _limit(values.limit)
     if values.stream:
         stream(values.stream, values.maps, values.size, limit)

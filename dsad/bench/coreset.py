@@ -55,11 +55,11 @@ def main(argv: list[str]) -> int:
     command = flags.Command(
         "bench coreset", "seconds, memory and picks of the greedy coreset beside plain runs."
     )
-    command.integer("rows", 20_000, "Rows of the bank (Gaussian).")
-    command.integer("dim", 384, "Features of a row.")
-    command.integer("percent", 5, "Rows to pick, in percent.")
+    command.integer("rows", 20_000, "Rows of the bank (Gaussian).", at_least=20)
+    command.integer("dim", 384, "Features of a row.", at_least=1)
+    command.integer("percent", 5, "Rows to pick, in percent.", at_least=1)
     command.integer("projection", 0, "Compare rows after a random projection; 0 for none.")
-    command.integer("rounds", 3, "Timed rounds; each times every route once, medians are shown.")
+    command.integer("rounds", 3, "Timed rounds of every route; medians are shown.", at_least=1)
     command.integer("peer_picks", 0, "Picks that the plain routes make, 0 for all of them.")
     command.switch(
         "long", "Also two large banks, 10 %, minutes: 163,856 × 384 and 300,000 × 1,024."
@@ -68,8 +68,7 @@ def main(argv: list[str]) -> int:
         "bottle", "", "Folder of MVTec's bottle; its features replace the first large bank."
     )
     command.string("weights", "", "Weights of the ResNet-18 for --bottle.")
-    least = {"rows": 20, "dim": 1, "percent": 1, "projection": 0, "rounds": 1, "peer_picks": 0}
-    _, values = _measure.parsed(command, argv, least)
+    _, values = _measure.parsed(command, argv)
     size = max(2, values.rows * min(values.percent, 100) // 100)
     bank = gaussian(values.rows, values.dim)
     compare(

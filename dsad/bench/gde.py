@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsad.bench import _measure
-from dsad.core.types import FeatureBatch
+from dsad.core.types import FeatureBatch, silent
 from dsad.detectors import gde
 from dsad.ops import gaussian
 from dsad.terminal import console, flags
@@ -39,14 +39,14 @@ def main(argv: list[str]) -> int:
     command = flags.Command(
         "bench gde", "one PCA and Ledoit-Wolf Gaussian per position, beside scikit-learn."
     )
-    command.integer("images", 60, "Images to fit, and as many others to score.")
-    command.integer("side", 57, "Positions per axis; 57 are those of 256 pixels.")
-    command.integer("channels", 512, "Features per patch.")
-    command.integer("components", 50, "Of the PCA.")
-    command.integer("rounds", 3, "Timed rounds; each runs every program once, medians are shown.")
-    names = ("images", "side", "channels", "components", "rounds")
-    _, values = _measure.parsed(command, argv, dict.fromkeys(names, 1))
-    bench(Sizes(**{n: getattr(values, n) for n in names[:4]}), values.rounds)
+    command.integer("images", 60, "Images to fit, and as many others to score.", at_least=1)
+    command.integer("side", 57, "Positions per axis; 57 are those of 256 pixels.", at_least=1)
+    command.integer("channels", 512, "Features per patch.", at_least=1)
+    command.integer("components", 50, "Of the PCA.", at_least=1)
+    command.integer("rounds", 3, "Timed rounds of every program; medians are shown.", at_least=1)
+    _, values = _measure.parsed(command, argv)
+    names = ("images", "side", "channels", "components")
+    bench(Sizes(**{n: getattr(values, n) for n in names}), values.rounds)
     return 0
 
 
@@ -109,10 +109,10 @@ def _dsad(sizes: Sizes, normal: np.ndarray, test: np.ndarray) -> Callable[[], np
     detector = gde.build(
         gde.Config(layers=("patch",), components=sizes.components, images=0, per_position=True)
     )
-    score = jax.jit(detector.patch_scores)
+    score = jax.jit(lambda state, maps: gde.patch_scores(state, detector.embed(maps)))
 
     def run() -> np.ndarray:
-        state = detector.fit(_Source(normal), mesh=None, key=jax.random.key(0))
+        state = detector.fit(_Source(normal), mesh=None, key=jax.random.key(0), progress=silent)
         parts = [np.asarray(score(state, b.maps)) for b in _Source(test)]
         return np.concatenate(parts).reshape(len(test), -1)
 

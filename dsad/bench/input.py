@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from dsad.assembly import pretrain
+from dsad.assembly import training
 from dsad.bench import _host_views, _measure
+from dsad.core.batch import BatchSpec
 from dsad.core.mesh import place_batch
 from dsad.data import records, records_builder
 from dsad.data.base import DataConfig, load
@@ -36,12 +37,12 @@ def _command() -> flags.Command:
         config="configs/ds2.py:small",
     )  # fmt: skip
     command.string("root", "", "Folder of images to read; generated ones without it.")
-    command.integer("images", 96, "Images of each kind to generate.")
-    command.integer("canvas", 512, "Side of the canvases.")
-    command.integer("batch", 32, "Images of a batch.")
-    command.integer("batches", 6, "Timed batches in a round.")
-    command.integer("workers", 2, "Worker processes of the rows with workers.")
-    command.integer("rounds", 3, "Rounds; each times every mode once, medians are shown.")
+    command.integer("images", 96, "Images of each kind to generate.", at_least=1)
+    command.integer("canvas", 512, "Side of the canvases.", at_least=1)
+    command.integer("batch", 32, "Images of a batch.", at_least=1)
+    command.integer("batches", 6, "Timed batches in a round.", at_least=1)
+    command.integer("workers", 2, "Worker processes of the rows with workers.", at_least=1)
+    command.integer("rounds", 3, "Timed rounds of every mode; medians are shown.", at_least=1)
     command.integer("steps", 8, "Steps of the config in which the input is waited for (0: none).")
     return command
 
@@ -49,8 +50,7 @@ def _command() -> flags.Command:
 def main(argv: list[str]) -> int:
     """The command: ``dsad bench input``."""
     command = _command()
-    least = {"images": 1, "canvas": 1, "batch": 1, "batches": 1, "workers": 1, "rounds": 1}
-    config, values = _measure.parsed(command, argv, {**least, "steps": 0})
+    config, values = _measure.parsed(command, argv)
     out = console.console()
     with tempfile.TemporaryDirectory() as scratch:
         folders = (
@@ -153,8 +153,8 @@ def _modes(found: dict[str, Any], side: int, batch: int, workers: int) -> dict[s
         label = f"{cache}: {name}" if cache == "none" else cache
         label += f", {count} workers" if count else ""
         modes[label] = make_pipeline(
-            found[name], canvas=side, cache=cache, batch_size=batch, seed=0, workers=count,
-            prefetch=1 if count else 2,
+            found[name], BatchSpec(canvas=side), cache=cache, batch_size=batch, seed=0,
+            workers=count, prefetch=1 if count else 2,
         )  # fmt: skip
     return modes
 
@@ -294,9 +294,10 @@ def _run(config: Any, folder: pathlib.Path, cache: str) -> dict[str, Any]:
     """A compiled step of the config, and the state it goes on from."""
     mine = config.copy_and_resolve_references()
     mine.data.update(name="folder", root=str(folder), cache=cache, workers=0, categories=())
-    run = pretrain.build(mine)
-    state = initial_state(run.objective, run.tx, run.specs, run.abstract, run.config.seed)
-    return {"run": run, "state": state}
+    made = training.build(mine)
+    run = made.run
+    state = initial_state(run.objective, run.tx, run.abstract, run.config.seed)
+    return {"run": run, "store": made.store, "state": state}
 
 
 def _steps(made: dict[str, Any], pipeline: Any, count: int) -> tuple[float, float]:
@@ -313,7 +314,7 @@ def _steps(made: dict[str, Any], pipeline: Any, count: int) -> tuple[float, floa
             inputs = next(batches)
             wait += time.perf_counter() - asked
             made["state"], scalars = run.step(
-                made["state"], place_batch(inputs, run.mesh), run.store
+                made["state"], place_batch(inputs, run.mesh), made["store"]
             )
             jax.block_until_ready(before)
             before = scalars

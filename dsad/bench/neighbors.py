@@ -26,13 +26,12 @@ def main(argv: list[str]) -> int:
     command = flags.Command(
         "bench neighbors", "neighbour search beside FAISS and scikit-learn, time, error, memory."
     )
-    command.integer("queries", 12544, "Query rows.")
-    command.integer("rows", 20000, "Bank rows.")
-    command.integer("depth", 384, "Features per row.")
+    command.integer("queries", 12544, "Query rows.", at_least=1)
+    command.integer("rows", 20000, "Bank rows.", at_least=1)
+    command.integer("depth", 384, "Features per row.", at_least=1)
     command.string("k", "1,9", "Numbers of neighbours, separated by commas.")
-    command.integer("rounds", 5, "Timed rounds; each times everything once, medians are shown.")
-    least = {"queries": 1, "rows": 1, "depth": 1, "rounds": 1}
-    _, values = _measure.parsed(command, argv, least)
+    command.integer("rounds", 5, "Timed rounds of everything; medians are shown.", at_least=1)
+    _, values = _measure.parsed(command, argv)
     try:
         numbers = [int(k) for k in values.k.split(",")]
     except ValueError as error:

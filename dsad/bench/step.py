@@ -5,14 +5,18 @@ from typing import Any
 
 import jax
 
-from dsad.assembly import pretrain
+from dsad.assembly import training
+from dsad.assembly.pretrain import Run
 from dsad.bench import _measure, _transformer
 from dsad.core import config as core_config
 from dsad.core import rng
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import place_batch
+from dsad.core.types import HasParts, KnowsFlops
+from dsad.objectives.isstad import ISSTAD
 from dsad.objectives.mae import MAE
 from dsad.terminal import console, flags
+from dsad.train.cache import fetch_with
 from dsad.train.state import initial_state
 
 
@@ -23,13 +27,13 @@ def main(argv: list[str]) -> int:
         config="configs/ds2.py:synthetic",
     )  # fmt: skip
     command.string("objective", "", "Short for --config=configs/OBJECTIVE.py:synthetic.")
-    command.integer("rounds", 5, "Timed rounds; each times every part once, medians are shown.")
+    command.integer("rounds", 5, "Timed rounds of every part; medians are shown.", at_least=1)
     command.switch("brief", "Leave out, for transformers, masking, memory and compile times.")
     named = [a.partition("=")[2] for a in argv if a.startswith("--objective=")]
     if named and not any(a.startswith("--config=") for a in argv):
         core_config.resolve("objectives", named[-1])
         argv = [f"--config=configs/{named[-1]}.py:synthetic", *argv]
-    config, values = _measure.parsed(command, argv, {"rounds": 1})
+    config, values = _measure.parsed(command, argv)
     if values.objective and values.objective != config.objective.name:
         raise ConfigError(
             f"--objective={values.objective}: the config's objective is {config.objective.name}."
@@ -45,16 +49,18 @@ def step(config: Any, rounds: int, *, details: bool = False) -> dict[str, float]
     """
     out = console.console()
     with console.progress("reading images", out) as tell:
-        run = pretrain.build(config, progress=tell)
-    state = initial_state(run.objective, run.tx, run.specs, run.abstract, run.config.seed)
-    batches = run.pipeline.iterator()
+        made = training.build(config, progress=tell)
+    run = made.run
+    state = initial_state(run.objective, run.tx, run.abstract, run.config.seed)
+    made = training.with_features(made, state, out)
+    batches = made.pipeline.iterator()
     params, extra = jax.tree.map(lambda x: x.copy(), (state.params, state.extra))
-    views, timed = _parts(run, params, extra, next(batches))
+    views, timed = _parts(made, params, extra, next(batches))
     out.print(f"compiling the step and {len(timed)} parts ...")
 
     def whole() -> Any:
         nonlocal state
-        state, scalars = run.step(state, place_batch(next(batches), run.mesh), run.store)
+        state, scalars = run.step(state, place_batch(next(batches), run.mesh), made.store)
         return scalars
 
     found = _measure.interleaved({**timed, "step": whole}, rounds)
@@ -62,7 +68,7 @@ def step(config: Any, rounds: int, *, details: bool = False) -> dict[str, float]
     _print(out, median, run, rounds)
     if isinstance(run.objective, MAE) and details:
         _transformer.masking(out, run.objective, params, extra, views, rounds)
-    if details and hasattr(getattr(run.objective, "cfg", None), "remat"):
+    if details and isinstance(run.objective, (MAE, ISSTAD)):
         _transformer.memory(out, run, views, (params, extra))
     if isinstance(run.objective, MAE) and details:
         _transformer.compile_times(out)
@@ -70,26 +76,25 @@ def step(config: Any, rounds: int, *, details: bool = False) -> dict[str, float]
 
 
 def _parts(
-    run: pretrain.Run, params: Any, extra: Any, inputs: Any
+    made: training.Training, params: Any, extra: Any, inputs: Any
 ) -> tuple[Any, dict[str, Callable[[], Any]]]:
     """The views, and they and the objective's own parts as calls, each compiled by itself."""
+    run = made.run
     batch = place_batch(inputs, run.mesh)
-    if run.store is not None:
-        batch = jax.jit(run.fetch)(run.store, batch)
+    if run.gather is not None:
+        batch = jax.jit(fetch_with(run.gather, run.spec))(made.store, batch)
     key = rng.named(jax.random.key(run.config.seed), "views")
     make_views = jax.jit(run.objective.views)
     views = make_views(batch, key)
     timed: dict[str, Callable[[], Any]] = {"views": lambda: make_views(batch, key)}
-    parts = getattr(run.objective, "parts", None)  # optional: not part of the seam
-    if parts is None:
-        return views, timed
-    for name, (function, arguments) in parts(params, extra, views).items():
+    parts = run.objective.parts(params, extra, views) if isinstance(run.objective, HasParts) else {}
+    for name, (function, arguments) in parts.items():
         compiled = jax.jit(function)
         timed[name] = lambda compiled=compiled, arguments=arguments: compiled(*arguments)
     return views, timed
 
 
-def _print(out: Any, median: dict[str, float], run: pretrain.Run, rounds: int) -> None:
+def _print(out: Any, median: dict[str, float], run: Run, rounds: int) -> None:
     parts = sum(v for name, v in median.items() if name != "step")
     table = _measure.table(None, "part", "ms", "share of parts")
     for name, value in median.items():
@@ -108,11 +113,11 @@ def _print(out: Any, median: dict[str, float], run: pretrain.Run, rounds: int) -
     )
 
 
-def _utilisation(out: Any, run: pretrain.Run, speed: float) -> None:
+def _utilisation(out: Any, run: Run, speed: float) -> None:
     """Model FLOPs utilisation, where the objective says what an image costs."""
-    flops = getattr(run.objective, "flops_per_image", None)
-    if flops is None:
+    if not isinstance(run.objective, KnowsFlops):
         return
+    flops = run.objective.flops_per_image
     peak = _measure.machine().operations * run.mesh.size
     out.print(
         f"{flops / 1e9:.2f} GFLOP of matrix products an image, forward and backward without "

@@ -7,7 +7,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from dsad.assembly import evaluate, pretrain, workdir
+from dsad.assembly import evaluate, pretrain, training, workdir
 from dsad.core import config as core_config
 from dsad.core.errors import ConfigError
 from dsad.data import base as data_base
@@ -29,9 +29,7 @@ def main(argv: list[str]) -> int:
     config, values, rest = command.parse(argv)
     if rest:
         raise ConfigError(f"dsad demo: unexpected argument {rest[0]!r}.")
-    path = workdir.claim(
-        values.workdir, "demo", config.to_dict(), resume=False, overwrite=values.overwrite
-    )
+    path = workdir.claim(values.workdir, "demo", config.to_dict(), overwrite=values.overwrite)
     return 0 if run(config, path, console.console()) else 1
 
 
@@ -44,11 +42,11 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
         f"[bold]1/3  Pretraining[/] DS2 (dense contrast, two scales) on normal images of "
         f"{len(dataset.categories)} procedural classes: {', '.join(dataset.categories)}"
     )
-    training = workdir.claim(
-        str(path / "pretrain"), "pretrain", config.pretrain.to_dict(), resume=False,
-        overwrite=False,
-    )  # fmt: skip
-    if not pretrain.pretrain(pretrain.prepare(config.pretrain, out, dataset), training, out):
+    made = training.prepare(config.pretrain, out, dataset)
+    folder = workdir.claim(
+        str(path / "pretrain"), "pretrain", config.pretrain.to_dict(), info=made.run.info
+    )
+    if not training.pretrain(made, folder, out):
         out.print("stopped before the end of the training; start again with --overwrite")
         return {}
     out.print(
@@ -58,20 +56,18 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
     results = {}
     for name, spec in (("pretrained", ""), ("untrained", "@0")):
         chosen = config.evaluate.copy_and_resolve_references()
-        chosen.backbone = f"run:{training}{spec}"
-        folder = workdir.claim(
-            str(path / name), "evaluate", chosen.to_dict(), resume=False, overwrite=False
-        )
+        chosen.backbone = f"run:{folder}{spec}"
+        place = workdir.claim(str(path / name), "evaluate", chosen.to_dict())
         parts = evaluate.prepare(chosen, out, dataset)
-        results[name] = evaluate.evaluate(parts, folder, out, name=name)
+        results[name] = evaluate.evaluate(parts, place, out, name=name)
     out.print("[bold]3/3  Report[/]")
     report = write_report(
-        path / "report.html", [(name, path / name) for name in results], training_dir=training,
+        path / "report.html", [(name, path / name) for name in results], training_dir=folder,
         title="dsad demo: DS2 on procedural images",
     )  # fmt: skip
     out.print(comparison(results))
     out.print(
-        f"Took {time.perf_counter() - start:.0f} s. Open [bold]{report or path / 'report.html'}[/] "
+        f"Took {time.perf_counter() - start:.0f} s. Open [bold]{report}[/] "
         "in a browser for the pictures.\n"
         "Next, with your own images in MVTec layout (CATEGORY/train/good, CATEGORY/test/KIND, "
         "CATEGORY/ground_truth/KIND):\n"

@@ -83,9 +83,7 @@ def main(argv: list[str]) -> int:
     flags.start_distributed(values)
     out = console.console()
     parts = distributed.together(lambda: evaluate.prepare(config, out))
-    path = workdir.claim(
-        values.workdir, "evaluate", config.to_dict(), resume=False, overwrite=values.overwrite
-    )
+    path = workdir.claim(values.workdir, "evaluate", config.to_dict(), overwrite=values.overwrite)
     results = evaluate.evaluate(parts, path, out, name=values.name)
     out.print(table(results))
     counted = [row["error_bound"] for row in results.categories.values() if "error_bound" in row]

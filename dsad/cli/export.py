@@ -1,6 +1,6 @@
 """``dsad export``: an encoder as files that timm, torchvision and anomalib load."""
 
-from dsad.assembly import backbones
+from dsad.assembly import runs
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count
 from dsad.evaluation import stamp
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
             "dsad export: expected --backbone=SPEC and --out=DIR, for example --backbone=run:runs/a"
             f" --out=exported{'; found ' + ' '.join(rest) if rest else ''}."
         )
-    found = backbones.encoder(values.backbone, values.weights)
+    found = runs.encoder(values.backbone, values.weights)
     formats = registry.family_of(found.arch).formats
     form = values.format or (formats[0] if formats else "")
     written = export.write(
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     for what, names in found.left_out:
         print(f"left out, {what}: {_some(names)}")
     for path in written.values():
-        print(f"written: {path} ({path.stat().st_size:,} bytes)")
+        print(f"written: {path} ({path.stat().length:,} bytes)")
     if form in _USE:
         print(f"use: {_USE[form].format(folder=values.out, arch=found.arch)}")
     return 0

@@ -1,6 +1,7 @@
 """``dsad pretrain``: train an encoder on the images of a data set."""
 
-from dsad.assembly import datasets, pretrain, workdir
+from dsad.assembly import datasets, runs, training, workdir
+from dsad.assembly.pretrain import parse
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.terminal import console, flags
@@ -9,9 +10,7 @@ from dsad.train.stop import end_on_sigterm
 
 def main(argv: list[str]) -> int:
     """The command."""
-    command = flags.Command(
-        "pretrain", "train an encoder on normal images.", config="configs/ds2.py"
-    )
+    command = flags.Command("pretrain", "train an encoder.", config="configs/ds2.py")
     command.string("workdir", "", "Directory of the run: config, checkpoints, metrics.")
     command.switch("resume", "Continue the run in --workdir.")
     command.switch("continue", "Continue the run in --workdir if it holds one, else start it.")
@@ -25,22 +24,19 @@ def main(argv: list[str]) -> int:
     again = bool(values["continue"].value) and workdir.holds_run(values.workdir)
     resume = bool(values.resume) or again
     out = console.console()
-    cfg, module, _ = pretrain.parse(config)
-    if (needed := getattr(module, "NEEDS_SOURCE", "")) and not cfg.init_from:
-        raise ConfigError(
-            f"config.init_from: this objective starts from {needed}; name it with "
-            "--config.init_from=DIR."
-        )
+    cfg, _, _ = parse(config)
     dataset = distributed.together(lambda: datasets.loaded(cfg.data, out))
-    run = pretrain.prepare(config, out, dataset)
+    made = training.prepare(config, out, dataset)
     # A run that goes on has its weights already; the earlier stage may be gone.
-    continued = resume and bool(distributed.on_main(lambda: pretrain.is_run(values.workdir)))
-    source = None if continued else distributed.together(lambda: pretrain.read_source(run))
+    continued = resume and bool(distributed.on_main(lambda: runs.is_run(values.workdir, bare=True)))
+    earlier = None
+    if not continued:
+        earlier = distributed.together(lambda: runs.checked_weights(made.run))
     path = workdir.claim(
-        values.workdir, "pretrain", config.to_dict(), resume=resume, overwrite=values.overwrite
-    )
-    complete = pretrain.pretrain(run, path, out, resume=resume, source=source)
-    if complete:
+        values.workdir, "pretrain", config.to_dict(), info=made.run.info, resume=resume,
+        overwrite=values.overwrite,
+    )  # fmt: skip
+    if training.pretrain(made, path, out, resume=resume, earlier=earlier):
         out.print(f"done; evaluate it with: dsad evaluate --config.backbone=run:{path}")
     else:
         out.print(f"stopped and saved; continue with: dsad pretrain ... --workdir={path} --resume")

@@ -1,9 +1,10 @@
 """``dsad report``: one self-contained page from one or more evaluations."""
 
-import pathlib
+import os
 from typing import Any
 
 from dsad.assembly import workdir
+from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.evaluation.report.page import write_report
 from dsad.terminal import flags
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> int:
     if not rest:
         raise ConfigError("dsad report: name at least one directory written by dsad evaluate.")
     training = values.training or _training(rest)
-    out = pathlib.Path(values.out or pathlib.Path(rest[0]) / "report.html")
+    out = values.out or os.path.join(rest[0], "report.html")
     kwargs: dict[str, Any] = {"title": values.title} if values.title else {}
     write_report(
         out, [(_name(d, rest), d) for d in rest], training_dir=training or None,
@@ -34,8 +35,8 @@ def main(argv: list[str]) -> int:
 
 def _name(directory: str, all_: list[str]) -> str:
     """The folder's name, or the path when two folders share it."""
-    short = pathlib.Path(directory).name
-    return short if sum(pathlib.Path(d).name == short for d in all_) == 1 else directory
+    short = paths.directory(directory).name
+    return short if sum(paths.directory(d).name == short for d in all_) == 1 else directory
 
 
 def _training(directories: list[str]) -> str:
@@ -44,6 +45,6 @@ def _training(directories: list[str]) -> str:
         spec = workdir.read(directory)["config"].get("backbone", "")
         _, run, rest = spec.partition("run:")  # also inside a wrapper, patches:32/4:run:DIR
         path = rest.partition("@")[0]
-        if run and (pathlib.Path(path) / "metrics.jsonl").is_file():
+        if run and (paths.directory(path) / "metrics.jsonl").is_file():
             return path
     return ""

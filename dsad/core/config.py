@@ -1,14 +1,18 @@
 """Strict configuration: plain mappings to frozen dataclasses, and names to modules."""
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
+import math
+import operator
 import pkgutil
 import re
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 
 from dsad.core.errors import ConfigError
 
@@ -32,11 +36,109 @@ def suggestion(name: str, known: Any) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def build_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
-    """Build the frozen dataclass ``cls`` from a mapping, refusing unknown keys and wrong types.
+class Refused(ConfigError):
+    """A value that its key cannot take: the key, what it expects, the value, and what to do.
 
-    Nested dataclasses are built from nested mappings, lists become tuples, integers are accepted
-    for floats. ``where`` is the key path used in messages. Raises ConfigError.
+    ``Settings.check`` raises it with the key below the group; the group is put before it.
+    """
+
+    place = ""
+
+    def __init__(self, key: str, expected: str, value: Any, advice: str = "") -> None:
+        super().__init__(key, expected, value, advice)
+
+    def __str__(self) -> str:
+        key, expected, value, advice = self.args
+        return f"{self.place}{key}: expected {expected}, found {value!r}. {advice}".rstrip()
+
+
+class _Limit(NamedTuple):
+    of_tuple: bool
+    holds: Callable[[Any, Any], bool]
+    words: str
+
+
+_LIMITS = {
+    "at_least": _Limit(False, operator.ge, ">= {:g}"),
+    "above": _Limit(False, operator.gt, "> {:g}"),
+    "at_most": _Limit(False, operator.le, "<= {:g}"),
+    "below": _Limit(False, operator.lt, "< {:g}"),
+    "within": _Limit(False, lambda v, ends: ends[0] <= v <= ends[1], "in [{0[0]:g}, {0[1]:g}]"),
+    "odd": _Limit(False, lambda v, _: v % 2 == 1, "odd"),
+    "rising": _Limit(True, lambda v, _: list(v) == sorted(v), "from low to high"),
+    "distinct": _Limit(
+        True, lambda v, _: len(set(v)) == len(v), "each once (a flag given twice adds up)"
+    ),
+    "filled": _Limit(True, lambda v, _: len(v) > 0, "at least one"),
+}
+
+
+_MISSING: Any = dataclasses.MISSING
+
+
+class Limits(TypedDict, total=False):
+    """What a field can declare beside its type; bounds hold for each number of a tuple."""
+
+    at_least: float
+    above: float
+    at_most: float
+    below: float
+    #: Both ends are allowed.
+    within: tuple[float, float]
+    odd: Literal[True]
+    #: Entries of a tuple, such as the two of an interval: none is less than the one before it.
+    rising: Literal[True]
+    distinct: Literal[True]
+    #: At least one entry.
+    filled: Literal[True]
+
+
+def field(default: T = _MISSING, **limits: Unpack[Limits]) -> T:
+    """A field of settings: its default, if any, and limits checked wherever a value is from.
+
+    The length of a tuple, options (``Literal``) and None are part of the field's type; numbers are
+    finite.
+    """
+    chosen = tuple((_LIMITS[name], bound) for name, bound in limits.items())
+    return dataclasses.field(default=default, metadata={"limits": chosen})
+
+
+@typing.dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
+)
+class Settings:
+    """Base of configs: a subclass is a frozen, keyword-only dataclass of checked values.
+
+    Types and limits of the fields are checked first, lists become tuples and integers floats where
+    the type says so; ``check`` is for what concerns several fields. ``place`` stands before the key
+    in messages about an object that code made; ``build_dataclass`` knows the whole path of a key.
+    Raises Refused.
+    """
+
+    _place = ""
+
+    def __init_subclass__(cls, *, place: str = "") -> None:
+        cls._place = f"{place}." if place else cls._place
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        try:
+            for name, value in _fitted_fields(type(self), vars(self), "").items():
+                object.__setattr__(self, name, value)
+            self.check()
+        except Refused as fault:
+            fault.place = fault.place or self._place
+            raise
+
+    def check(self) -> None:
+        """Refuse values that do not go together; raises Refused."""
+
+
+def build_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Build the frozen dataclass ``cls`` from a mapping, refusing unknown keys and wrong values.
+
+    Nested dataclasses are built from nested mappings. ``where`` is the key path used in messages.
+    Raises ConfigError.
     """
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for name in values:
@@ -45,89 +147,83 @@ def build_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "confi
                 f"{where}.{name}: unknown key.{suggestion(name, fields)} "
                 f"{where} has: {listed(fields)}."
             )
-    hints = typing.get_type_hints(cls)
-    made = {}
-    for name, field in fields.items():
-        path = f"{where}.{name}"
-        if name in values:
-            made[name] = _convert(values[name], hints[name], path)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{path}: missing; expected {_type_name(hints[name])}.")
+    for name, entry in fields.items():
+        bare = entry.default is entry.default_factory is dataclasses.MISSING
+        if bare and name not in values:
+            expected = _described(_hints(cls)[name], entry.metadata.get("limits", ()))
+            raise ConfigError(f"{where}.{name}: missing; expected {expected}.")
+    fitted = _fitted_fields(cls, values, f"{where}.")
     try:
-        return cls(**made)
-    except ConfigError as error:  # a check across fields knows its keys, but not where it stands
+        return cls(**fitted)
+    except ConfigError as error:  # what checks the values does not know where they stand
+        if isinstance(error, Refused) and error.place == getattr(cls, "_place", None):
+            error.place = f"{where}."
+            raise
         raise ConfigError(f"{where}: {error}") from error
 
 
-def check_options(config: Any, where: str) -> None:
-    """Refuse a dataclass one of whose ``Literal`` fields holds none of its options.
-
-    For ``__post_init__``: ``build_dataclass`` checks what comes from files, not what code passes.
-    """
-    for name, hint in typing.get_type_hints(type(config)).items():
-        if typing.get_origin(hint) is typing.Literal:
-            _convert(getattr(config, name), hint, f"{where}.{name}")
+_hints = functools.cache(typing.get_type_hints)
 
 
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+def _fitted_fields(cls: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    limits = {f.name: f.metadata.get("limits", ()) for f in dataclasses.fields(cls)}
+    return {
+        name: _fitted(values[name], _hints(cls)[name], limits[name], f"{where}{name}")
+        for name in limits
+        if name in values
+    }
 
 
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if dataclasses.is_dataclass(value) and isinstance(value, hint):
-            return value
-        items = getattr(value, "items", None)  # a ConfigDict is no Mapping
-        if items is None:
-            raise ConfigError(f"{path}: expected a group of keys, found {value!r}.")
-        return build_dataclass(hint, dict(items()), path)
-    if origin is typing.Literal:
-        if value not in typing.get_args(hint):
-            options = ", ".join(repr(a) for a in typing.get_args(hint))
-            raise ConfigError(f"{path}: expected one of {options}; found {value!r}.")
-        return value
+def _fitted(value: Any, hint: Any, limits: Any, key: str) -> Any:
+    """The value as its type says, a list as a tuple; Refused if it does not fit."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _convert_union(value, hint, path)
-    if origin is tuple:
-        return _convert_tuple(value, hint, path)
-    if hint is Any:
+        for option in options:
+            with contextlib.suppress(Refused):
+                return _fitted(value, option, limits, key)
+    elif origin is tuple and isinstance(value, tuple | list):
+        hints = options[:1] * len(value) if options[1:] == (...,) else options
+        if len(value) == len(hints):
+            pairs = enumerate(zip(value, hints, strict=True))
+            value = tuple(_fitted(v, h, limits, f"{key}[{i}]") for i, (v, h) in pairs)
+            if _kept(value, limits, of_tuple=True):
+                return value
+    elif hint is Any or (origin is Literal and value in options):
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
-        wrong_bool = isinstance(value, bool) and hint is not bool
-        if wrong_bool or not isinstance(value, hint):
-            raise ConfigError(
-                f"{path}: expected {hint.__name__}, found {value!r} ({type(value).__name__})."
-            )
-    return value
+    elif hint in (int, float):
+        number = isinstance(value, int | hint) and not isinstance(value, bool)
+        if number and math.isfinite(value) and _kept(value, limits, of_tuple=False):
+            return hint(value)
+    elif dataclasses.is_dataclass(hint) and hasattr(value, "items"):  # a ConfigDict is no Mapping
+        return build_dataclass(hint, dict(value.items()), key)  # type: ignore[arg-type]
+    elif isinstance(hint, type) and isinstance(value, hint):
+        return value
+    raise Refused(key, _described(hint, limits), value)
 
 
-def _convert_union(value: Any, hint: Any, path: str) -> Any:
-    for option in typing.get_args(hint):
-        if option is type(None):
-            if value is None:
-                return None
-            continue
-        try:
-            return _convert(value, option, path)
-        except ConfigError:
-            continue
-    raise ConfigError(f"{path}: expected {_type_name(hint)}, found {value!r}.")
+def _kept(value: Any, limits: Any, *, of_tuple: bool) -> bool:
+    return all(x.holds(value, bound) for x, bound in limits if x.of_tuple == of_tuple)
 
 
-def _convert_tuple(value: Any, hint: Any, path: str) -> tuple[Any, ...]:
-    if not isinstance(value, (tuple, list)):
-        raise ConfigError(f"{path}: expected a tuple, found {value!r} ({type(value).__name__}).")
-    args = typing.get_args(hint)
-    if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(_convert(v, args[0], f"{path}[{i}]") for i, v in enumerate(value))
-    if len(args) != len(value):
-        raise ConfigError(f"{path}: expected {len(args)} entries, found {len(value)}: {value!r}.")
-    return tuple(
-        _convert(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
-    )
+_NOUNS = {
+    int: "an integer", float: "a finite number", bool: "True or False", str: "a string",
+    type(None): "None",
+}  # fmt: skip
+
+
+def _described(hint: Any, limits: Any) -> str:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_described(option, limits) for option in options)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, options))}"
+    noun = _NOUNS.get(hint, str(hint))
+    if dataclasses.is_dataclass(hint):
+        noun = "a group of keys"
+    if hint not in (int, float) and origin is not tuple:
+        return noun
+    words = [x.words.format(b) for x, b in limits if origin is tuple or not x.of_tuple]
+    return f"{noun} {', '.join(words)}".rstrip()
 
 
 def require(config: Any, group: str, example: str) -> Any:
@@ -140,12 +236,16 @@ def require(config: Any, group: str, example: str) -> Any:
     return config
 
 
+#: What a member of each seam exposes, besides its ``Config``.
+ENTRY = {"objectives": "build", "detectors": "build", "data": "scan"}
+
+
 def members(package: str) -> tuple[str, ...]:
-    """Names of the modules of ``dsad.<package>`` that expose ``build``: the members of a seam."""
+    """Names of the modules of ``dsad.<package>`` that expose its ``ENTRY``: members of a seam."""
     found = importlib.import_module(f"dsad.{package}")
     names = (m.name for m in pkgutil.iter_modules(found.__path__) if not m.name.startswith("_"))
     return tuple(
-        n for n in names if hasattr(importlib.import_module(f"dsad.{package}.{n}"), "build")
+        n for n in names if ENTRY[package] in vars(importlib.import_module(f"dsad.{package}.{n}"))
     )
 
 

@@ -276,7 +276,7 @@ class _Notes:
         """Say it; a storage that fails, which may be the very error, must not hide the error."""
         code = error.code if isinstance(error, DsadError) else 1
         try:
-            self.own.write_text(f"{code}\n{_text(error)}")
+            paths.write_whole(self.own, f"{code}\n{_text(error)}")
         except Exception as problem:
             print(f"cannot tell the other processes: {problem}", file=sys.stderr, flush=True)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from dsad.core.types import Objective
+from dsad.core.types import KnowsFlops, Objective
 
 #: Names that ``jax.checkpoint`` has had as a primitive.
 _REMAT = ("checkpoint", "remat", "remat2")
@@ -40,9 +40,8 @@ def training_flops_per_image(objective: Objective, params: Any, extra: Any, batc
     its loss, without the making of the views and without any recomputation. All arguments may be
     ``jax.ShapeDtypeStruct``.
     """
-    stated = getattr(objective, "flops_per_image", None)
-    if stated is not None:
-        return float(stated)
+    if isinstance(objective, KnowsFlops):
+        return float(objective.flops_per_image)
     views = jax.eval_shape(lambda b: objective.views(b, jax.random.key(0)), batch)
 
     def loss(params: Any, extra: Any, views: Any) -> jax.Array:

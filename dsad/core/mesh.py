@@ -1,6 +1,5 @@
 """The device mesh with axes ("data", "fsdp"), and the placement of batches on it."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError
 from dsad.core.sharding import Rule, check_rules
 
@@ -15,8 +15,7 @@ from dsad.core.sharding import Rule, check_rules
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Settings, place="config.mesh"):
     """Devices per axis and who gets what.
 
     Attributes:
@@ -29,21 +28,22 @@ class MeshConfig:
 
     """
 
-    data: int = -1
-    fsdp: int = 1
-    min_fsdp_size: int = 2**18
+    data: int = field(-1, at_least=-1)
+    fsdp: int = field(1, at_least=-1)
+    min_fsdp_size: int = field(2**18, at_least=0)
     rules: tuple[Rule, ...] = ()
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_rules(self.rules)
+        if 0 in (self.data, self.fsdp) or self.data == self.fsdp == -1:
+            axes = (self.data, self.fsdp)
+            raise Refused("data, fsdp", "positive numbers of devices and at most one -1", axes)
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A mesh over all (or the given) devices; raises ConfigError if the axes do not fit."""
     devices = list(devices or jax.devices())
     shape = [config.data, config.fsdp]
-    if shape.count(-1) > 1 or any(s == 0 or s < -1 for s in shape):
-        raise ConfigError(f"config.mesh: expected positive axes and at most one -1, found {shape}.")
     fixed = math.prod(s for s in shape if s != -1)
     if -1 in shape:
         shape[shape.index(-1)] = len(devices) // fixed

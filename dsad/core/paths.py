@@ -6,12 +6,15 @@ import importlib.util
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 
 from etils import epath
 
 from dsad.core.errors import ConfigError, DsadError, WorkdirError
 
+#: Ends the names of files that are not complete.
+TEMPORARY = ".writing"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: How the libraries that write checkpoints spell a full disk.
 _FULL_WORDS = re.compile(r"no space left|quota exceeded|file too large|resource_exhausted", re.I)
@@ -43,15 +46,28 @@ def directory(path: str | epath.PathLike) -> epath.Path:
     return epath.Path(text)
 
 
-def write_whole(path: epath.Path, content: str | bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old content or the new one."""
+def write_whole(path: str | epath.PathLike, content: str | bytes, advice: str = "") -> epath.Path:
+    """Write a file so that a kill at any moment leaves the old content or the new one.
+
+    Makes the folders above it and returns its absolute path. Several processes may write it at
+    once: the last one wins. A write that fails raises WorkdirError as ``writing`` does, with
+    ``advice``, and leaves nothing behind.
+    """
+    path = directory(path)
     data = content.encode() if isinstance(content, str) else content
-    if is_remote(path):  # an object appears when it is complete
-        path.write_bytes(data)
-        return
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with writing(path, advice):
+        if is_remote(path):  # an object appears when it is complete
+            path.write_bytes(data)
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Processes on other machines, with equal numbers, may share the disk.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
 
 
 @contextlib.contextmanager

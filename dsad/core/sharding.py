@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsad.core.config import Refused
 from dsad.core.errors import ConfigError
-from dsad.core.tree import flatten, path_name
+from dsad.core.tree import check_pattern, check_used, first_match, flatten, path_name
 
 #: A regular expression over paths, and one entry per axis of the arrays it matches.
 Rule = tuple[str, str | tuple[str, ...]]
@@ -20,12 +20,12 @@ AXES = ("data", "fsdp")
 WHOLE = "whole"
 
 
-def parse_spec(spec: str | Sequence[str]) -> PartitionSpec | None:
+def parse_spec(spec: str | Sequence[str], key: str = "spec") -> PartitionSpec | None:
     """A spec as it is written in configs; None for "whole", which fits arrays of any rank.
 
     One entry per axis of the array, ``("-", "-", "fsdp")`` or in one text ``"-,-,fsdp"``: "-" keeps
     the axis in one piece, "data", "fsdp" or "data+fsdp" splits it over these axes of the mesh.
-    Raises ConfigError for anything else.
+    Raises Refused, naming the ``key``, for anything else.
     """
     if spec == WHOLE or tuple(spec) == (WHOLE,):
         return None
@@ -33,9 +33,11 @@ def parse_spec(spec: str | Sequence[str]) -> PartitionSpec | None:
     parts = [() if e == "-" else tuple(e.split("+")) for e in entries]
     used = [axis for part in parts for axis in part]
     if set(used) - set(AXES) or len(set(used)) < len(used) or not parts:
-        raise ConfigError(
-            f"expected one entry per axis of the array, '-' or each of {AXES} at most once (both "
-            f"on one axis as 'data+fsdp'), such as '-,-,fsdp', or 'whole'; found {spec!r}."
+        raise Refused(
+            key,
+            f"one entry per axis of the array, '-' or each of {AXES} at most once (both on one "
+            "axis as 'data+fsdp'), such as '-,-,fsdp', or 'whole'",
+            spec,
         )
     return PartitionSpec(*(p[0] if len(p) == 1 else p or None for p in parts))
 
@@ -43,11 +45,8 @@ def parse_spec(spec: str | Sequence[str]) -> PartitionSpec | None:
 def check_rules(rules: Sequence[Rule]) -> None:
     """Refuse rules whose pattern or spec cannot be read, naming the rule."""
     for i, (pattern, spec) in enumerate(rules):
-        try:
-            re.compile(pattern)
-            parse_spec(spec)
-        except (re.error, ConfigError) as error:
-            raise ConfigError(f"mesh.rules[{i}] {(pattern, spec)!r}: {error}") from error
+        check_pattern(f"rules[{i}][0]", pattern)
+        parse_spec(spec, f"rules[{i}][1]")
 
 
 def automatic(shape: tuple[int, ...], mesh: Mesh, min_size: int) -> NamedSharding:
@@ -83,14 +82,15 @@ def state_shardings(
 
     """
     check_rules(rules)
+    patterns = [pattern for pattern, _ in rules]
     used: set[int] = set()
 
     def place(path: str, leaf: Any) -> NamedSharding:
-        for i, (pattern, spec) in enumerate(rules):
-            if re.search(pattern, path):
-                used.add(i)
-                return _ruled(path, np.shape(leaf), parse_spec(spec), mesh, f"[{i}] {pattern!r}")
-        return automatic(np.shape(leaf), mesh, min_size)
+        i = first_match(patterns, path)
+        if i < 0:
+            return automatic(np.shape(leaf), mesh, min_size)
+        used.add(i)
+        return _ruled(path, np.shape(leaf), parse_spec(rules[i][1]), mesh, f"[{i}] {patterns[i]!r}")
 
     made = jax.tree.map_with_path(lambda p, x: place(path_name(p), x), params)
     shapes = {path: np.shape(x) for path, x in flatten(params).items()}
@@ -102,12 +102,7 @@ def state_shardings(
         return homes[own] if own and shapes[own] == np.shape(leaf) else place(path, leaf)
 
     rest = jax.tree.map_with_path(follow, others)
-    if missed := [i for i in range(len(rules)) if i not in used]:
-        known = sorted(homes, key=lambda p: -math.prod(shapes[p]))[:5]
-        raise ConfigError(
-            "; ".join(f"config.mesh.rules[{i}] {rules[i][0]!r} matches no array" for i in missed)
-            + f" or an earlier rule takes them all. The largest parameters: {', '.join(known)}."
-        )
+    check_used("config.mesh.rules", patterns, used, params)
     return made, rest
 
 

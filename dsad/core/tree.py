@@ -1,11 +1,16 @@
 """Trees of arrays by path."""
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from dsad.core.config import Refused
+from dsad.core.errors import ConfigError
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -22,6 +27,38 @@ def mask_by_path(tree: Any, pattern: str) -> Any:
     """Tree of bools: True where the path name matches the regular expression (search)."""
     matcher = re.compile(pattern)
     return jax.tree.map_with_path(lambda p, _: bool(matcher.search(path_name(p))), tree)
+
+
+def check_pattern(key: str, pattern: str) -> None:
+    """Raise ``Refused`` for the key unless the pattern is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise Refused(key, f"a regular expression ({error})", pattern) from error
+
+
+def first_match(patterns: Sequence[str], path: str) -> int:
+    """Index of the first pattern that is found (search) in the path name, -1 for none."""
+    return next((i for i, p in enumerate(patterns) if re.search(p, path)), -1)
+
+
+def match_paths(key: str, patterns: Sequence[str], params: Any) -> Any:
+    """Tree of ``first_match`` of every path; raises as ``check_used``."""
+    matches = jax.tree.map_with_path(lambda p, _: first_match(patterns, path_name(p)), params)
+    check_used(key, patterns, set(jax.tree.leaves(matches)), params)
+    return matches
+
+
+def check_used(key: str, patterns: Sequence[str], used: Collection[int], params: Any) -> None:
+    """Raise ConfigError for patterns whose index is not used, with the largest parameters."""
+    if unused := [i for i in range(len(patterns)) if i not in used]:
+        sizes = {path: math.prod(np.shape(x)) for path, x in flatten(params).items()}
+        raise ConfigError(
+            "; ".join(f"{key}[{i}] {patterns[i]!r} matches no array" for i in unused)
+            + " or an earlier one takes them all. The largest parameters: "
+            + ", ".join(sorted(sizes, key=lambda p: -sizes[p])[:5])
+            + "."
+        )
 
 
 def count(tree: Any) -> int:

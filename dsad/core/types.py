@@ -6,16 +6,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+
+from dsad.core.batch import Batch, BatchSpec, Needs
 
 #: Feature maps of one batch: stage name to array (batch, height, width, channels).
 FeatureMaps = dict[str, jax.Array]
 #: A nested dict of arrays.
 Tree = Any
-#: A batch on the device: ``image`` uint8 (b, H, W, 3) canvases, ``size`` int32 (b, 2) valid height
-#: and width of each canvas (the image fills the top left corner), ``index`` int32 (b,) sample
-#: index, ``epoch`` int32 (b,), ``category`` int32 (b,) and ``facts``, a dict of host-computed
-#: arrays (b, ...): what the objective names in an optional ``facts``, see dsad.data.facts.
-Batch = Mapping[str, Any]
 Scalars = dict[str, jax.Array]
 
 
@@ -24,14 +22,17 @@ class Record:
     """What an index knows of one image without decoding it.
 
     ``path`` is the identity of the image: its path relative to the data set's root.
-    ``label`` is 0 for normal and 1 for anomalous; ``kind`` is "good" or the defect type.
+    ``label`` is 0 for normal and 1 for anomalous; ``kind`` is "good" or the defect type. ``masks``
+    are the files of an anomalous image's defects, none without annotation. ``group`` names what
+    several images of a category have in common, such as the photographed object or the camera.
     """
 
     path: str
     category: str
     label: int
     kind: str
-    mask_path: str | None = None
+    masks: tuple[str, ...] = ()
+    group: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,18 +58,48 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class KnownSource(Protocol):
+    """A source that tells an image, and gives its mask, without decoding the image."""
+
+    def identity(self, index: int) -> str:
+        """Equal for equal pixels of the sample's image."""
+        ...
+
+    def annotation(self, index: int, shape: tuple[int, int]) -> np.ndarray | None:
+        """The mask of a sample whose image has ``shape`` (h, w)."""
+        ...
+
+
+@runtime_checkable
+class CanvasSource(Protocol):
+    """A source that holds its samples ready on canvases."""
+
+    def canvas_reader(self, spec: BatchSpec) -> Callable[[int, dict[str, Any]], None]:
+        """Writes the fields ``spec.read`` of a sample; ConfigError for what was not prepared."""
+        ...
+
+
+@runtime_checkable
 class Dataset(Protocol):
     """A data set: categories, splits and what numbers measured on it mean.
 
     ``protocol`` goes into the stamp of every number: name, split rule, split hash, licence.
+    ``faults`` are what its index shows, ``origin`` says from what it was prepared, or nothing.
     """
 
-    name: str
-    categories: tuple[str, ...]
-    protocol: Mapping[str, Any]
+    @property
+    def name(self) -> str: ...
+    @property
+    def categories(self) -> tuple[str, ...]: ...
+    @property
+    def protocol(self) -> Mapping[str, Any]: ...
+    @property
+    def faults(self) -> tuple[Any, ...]: ...
+    @property
+    def origin(self) -> str: ...
 
     def source(self, split: str, category: str | None = None) -> Source:
-        """Samples of ``split`` ("train" or "test"), of one category or of all."""
+        """Samples of ``split`` ("train", "test"), of one category or of all, sorted by path."""
         ...
 
 
@@ -83,25 +114,57 @@ class RunInfo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Specs:
-    """Shapes an objective is initialised for: ``canvas`` is the side of the uint8 canvases."""
+class ObjectiveTraits:
+    """What is particular to an objective; the defaults fit most.
 
-    batch_size: int
-    canvas: int
+    Attributes:
+      needs: what its batches hold beside the images.
+      couples_batch: its loss depends on the batch as a whole (batch statistics, negatives), so
+        that parts of a batch would give another result.
+      source: what ``init_from`` has to name, for people; empty: it may start from nothing.
+
+    """
+
+    needs: Needs = dataclasses.field(default_factory=Needs)
+    couples_batch: bool = False
+    source: str = ""
+
+
+#: Gives a new pass over the data in which every sample occurs exactly once, in batches of epoch 0;
+#: the last one may be smaller.
+Passes = Callable[[], Iterator[Batch]]
+
+
+class EarlierWeights(NamedTuple):
+    """Weights of an earlier run, of a file or of a hub, for ``Objective.adopt``.
+
+    ``encoder`` is a ``models.family.Encoder``; ``params`` and ``extra`` are all that the earlier
+    objective has, or what published tensors hold beside the encoder; ``facts`` tell what no shape
+    does (``HasEncoder.stage_facts``); ``origin`` is text for people.
+    """
+
+    encoder: Any
+    params: Tree
+    extra: Tree
+    facts: Mapping[str, Any]
+    origin: str
 
 
 @runtime_checkable
 class Objective(Protocol):
     """A pretraining method; ``objectives/<name>.py`` exposes ``Config`` and ``build(cfg, run)``.
 
-    All methods are pure and jittable. ``extra`` holds everything that has no gradient: batch
-    statistics, teacher, queue, frozen backbone. Its structure and dtypes never change.
-
-    An objective whose encoder can be used elsewhere also has ``encoder_weights(params, extra)``,
-    which returns a ``models.family.Encoder``: ``dsad export`` and ``run:DIR`` as weights need it.
+    All methods but ``adopt`` and ``prepare`` are pure and jittable. ``extra`` holds everything that
+    has no gradient: batch statistics, teacher, queue, frozen backbone. Its structure and dtypes
+    never change. ``mean`` and ``std`` are those of the pixels that ``features`` takes. What an
+    objective may offer besides is one of the protocols below.
     """
 
-    def init(self, key: jax.Array, specs: Specs) -> tuple[Tree, Tree]:
+    traits: ObjectiveTraits
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Parameters and extra; traceable by ``eval_shape``."""
         ...
 
@@ -119,25 +182,123 @@ class Objective(Protocol):
         """New extra from the stepped parameters; ``step`` counts completed updates."""
         ...
 
-    def adopt(self, source: Tree, params: Tree, extra: Tree) -> tuple[Tree, Tree, str]:
-        """Take over the weights of an earlier stage; the text lists what was taken."""
+    def adopt(self, earlier: EarlierWeights, params: Tree, extra: Tree) -> tuple[Tree, Tree, str]:
+        """Take over earlier weights; the text lists what was taken."""
         ...
 
-    def prepare(self, params: Tree, extra: Tree, batches: Iterable[Batch]) -> Tree:
-        """A pass over the data before step 0; returns the new extra."""
+    def prepare(self, params: Tree, extra: Tree, passes: Passes) -> Tree:
+        """Looks at the data before step 0; returns the new extra."""
         ...
 
-    def features(self, params: Tree, extra: Tree, images: jax.Array) -> FeatureMaps:
-        """Feature maps of normalised images (b, H, W, 3), in inference mode."""
+    def features(
+        self, params: Tree, extra: Tree, images: jax.Array, layers: tuple[str, ...] | None = None
+    ) -> FeatureMaps:
+        """Feature maps, or only ``layers``, of normalised images (b, H, W, 3), in inference."""
         ...
 
 
 @runtime_checkable
-class BackboneWrapper(Protocol):
+class HasEncoder(Protocol):
+    """An objective whose encoder can be used elsewhere: exported, or adopted by other methods.
+
+    ``stage_facts`` are what a later stage has to share with it, and no tensor's shape tells.
+    """
+
+    @property
+    def stage_facts(self) -> Mapping[str, Any]: ...
+
+    def encoder_weights(self, params: Tree, extra: Tree) -> Any:
+        """The encoder as a ``models.family.Encoder``."""
+        ...
+
+
+@runtime_checkable
+class ReadsTensors(Protocol):
+    """An objective that adopts more of published tensors than an encoder."""
+
+    def read_tensors(self, tensors: Mapping[str, Any]) -> tuple[Any, Tree, Tree]:
+        """``EarlierWeights``'s encoder, params and extra from tensors under published names."""
+        ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A host of regularisers: whole images as vectors.
+
+    ``embed`` gives at least ``pooled`` (b, d), and where the method has them ``z``, the
+    projection, and ``p``, the prediction; with the new extra. With ``views`` > 1 the views of an
+    image follow each other along the batch axis.
+    """
+
+    def embed(
+        self, params: Tree, extra: Tree, images: jax.Array, *, train: bool, views: int = 1
+    ) -> tuple[dict[str, jax.Array], Tree]: ...
+
+
+@runtime_checkable
+class PerSample(Protocol):
+    """An objective that computes something of every sample once, before the first step.
+
+    It depends on nothing that training changes. The arrays (b, ...) join the batch as ``features``.
+    """
+
+    def per_sample(self, params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]: ...
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """An objective whose loss ``dsad bench step`` can take apart."""
+
+    def parts(self, params: Tree, extra: Tree, views: Tree) -> dict[str, tuple[Any, tuple]]:
+        """Pieces of the loss by name, each (function, arguments)."""
+        ...
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A frozen network in inference mode: feature maps of normalised images.
+
+    ``mean`` and ``std`` are of RGB pixels in [0, 1]; ``arch`` and ``description`` name the network
+    and its weights; ``image_size`` is the side in pixels of the images it was trained on, None if
+    nothing tells; ``layers`` are the maps it computes, None for all. One that is a pytree of arrays
+    enters compiled programs as an argument.
+    """
+
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def image_size(self) -> int | None: ...
+    @property
+    def layers(self) -> tuple[str, ...] | None: ...
+
+    def only(self, layers: Sequence[str]) -> "Backbone":
+        """The backbone that computes just these of its maps."""
+        ...
+
+    def __call__(self, images: jax.Array) -> FeatureMaps:
+        """Feature maps of normalised images (b, H, W, 3); pure and jittable."""
+        ...
+
+
+@runtime_checkable
+class KnowsFlops(Protocol):
+    """An objective that says what the matrix products of a training step cost per image."""
+
+    @property
+    def flops_per_image(self) -> int: ...
+
+
+@runtime_checkable
+class BackboneWrapper(Backbone, Protocol):
     """A backbone around another: its features may depend on a bank made from normal images.
 
-    ``mean``, ``std``, ``arch`` and ``description`` are those of a backbone, and so is the call on
-    images for a wrapper whose bank is empty.
+    The call on images is for a wrapper whose bank is empty.
     """
 
     def adapt(self, normals: Iterable[jax.Array]) -> Tree:
@@ -176,39 +337,71 @@ class Scores(NamedTuple):
     image: jax.Array
 
 
+#: Called with (done, total, message) by long work.
+Progress = Callable[[int, int, str], None]
+
+
+def silent(done: int, total: int, message: str) -> None:
+    """The progress of work that nobody watches."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectorTraits:
+    """What sets a detector apart from the others, for whoever evaluates it.
+
+    ``smooths``: its maps come smoothed, so that it must not be done again. ``patches``: SIZE/STRIDE
+    of the patches that its maps are laid out for, as in a backbone's name; empty for any features.
+    """
+
+    smooths: bool = False
+    patches: str = ""
+
+
 @runtime_checkable
 class Detector(Protocol):
     """Turns features into anomaly maps; ``detectors/<name>.py`` has ``Config`` and ``build(cfg)``.
 
-    ``layers`` names the feature maps it reads.
+    ``layers`` names the feature maps it reads; ``config`` is what the stamp says of it.
     """
 
-    layers: tuple[str, ...]
+    @property
+    def config(self) -> Any: ...
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+    @property
+    def traits(self) -> DetectorTraits: ...
 
     def fit(
         self,
         source: FeatureSource,
         *,
-        mesh: jax.sharding.Mesh | None,
+        mesh: Mesh | None,
         key: jax.Array,
+        progress: Progress,
         trained: Tree | None = None,
     ) -> Tree:
         """State (a pytree of arrays) from the features of normal images."""
         ...
 
-    def score(self, state: Tree, features: FeatureMaps) -> Scores:
-        """Pure and jittable."""
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+        """Pure and jittable; ``mesh``, of several devices, may split the work."""
         ...
 
 
-class Metric(Protocol):
-    """A metric as a mergeable state: hosts update their own and merge in any order."""
+@runtime_checkable
+class HasPanels(Protocol):
+    """A detector that can show more of an image than its map.
 
-    def empty(self) -> Tree: ...
-    def update(self, state: Tree, maps: Any, masks: Any, /) -> Tree: ...
-    def merge(self, left: Tree, right: Tree, /) -> Tree: ...
-    def compute(self, state: Tree, /) -> float: ...
+    ``panel_layers`` are the feature maps this takes. ``panel_tops`` are the values {name: value} at
+    which the colours of a panel of values end; for others it is the 99.9th percentile over the
+    cases of a category. Colours begin at 0.
+    """
 
+    @property
+    def panel_layers(self) -> tuple[str, ...]: ...
+    @property
+    def panel_tops(self) -> Mapping[str, float]: ...
 
-#: Called with (done, total, message) by long work.
-Progress = Callable[[int, int, str], None]
+    def panels(self, features: FeatureMaps) -> dict[str, jax.Array]:
+        """{name: (b, h, w) values or (b, h, w, 3) pixels in [0, 1]}; pure and jittable."""
+        ...

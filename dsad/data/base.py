@@ -1,47 +1,39 @@
 """Configuration of data sets, faults found in them, and the way from a config to a data set."""
 
+import abc
 import dataclasses
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from dsad.core import config as core_config
+from dsad.core.batch import BatchSpec
+from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import Dataset
+from dsad.core.types import CanvasSource, Dataset, Record, Sample, Source
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SyntheticConfig:
+class SyntheticConfig(Settings, place="config.data.synthetic"):
     """Size and counts of the procedural data set, per category.
 
     ``size`` is the side of the square images in pixels, ``train`` and ``good`` count normal
     training and test images, ``bad`` counts test images of EACH defect kind.
     """
 
-    size: int = 128
-    train: int = 32
-    good: int = 8
-    bad: int = 4
-    seed: int = 0
-
-    def __post_init__(self):
-        """Refuse sizes and counts that make no data set."""
-        if self.size < 16:
-            raise ConfigError(f"config.data.synthetic.size: expected at least 16, got {self.size}.")
-        for field, least in (("train", 1), ("good", 0), ("bad", 0), ("seed", 0)):
-            if getattr(self, field) < least:
-                raise ConfigError(
-                    f"config.data.synthetic.{field}: expected at least {least}, "
-                    f"found {getattr(self, field)}."
-                )
+    size: int = field(128, at_least=16)
+    train: int = field(32, at_least=1)
+    good: int = field(8, at_least=0)
+    bad: int = field(4, at_least=0)
+    seed: int = field(0, at_least=0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings, place="config.data"):
     """Which data set, from where, and what it is allowed to lose.
 
     ``name`` is a module of dsad.data, with a variant after a colon ("mtd:grouped").
     ``categories`` empty means all. ``canvas`` is the side in pixels of the square uint8 canvases
     that training reads. ``lossy`` names image modes ("RGBA", "I;16", "RGB;16", "CMYK", ...) that
-    may be reduced to 8-bit RGB although this loses information. ``missing_masks="image_only"``
+    may be reduced to 8-bit RGB although this loses information. ``split`` says what is trained on;
+    methods that learn from defects take "test" or "all". ``missing_masks="image_only"``
     lets anomalous images without a mask take part in image-level metrics only. ``strict`` turns
     counts that differ from the published tables into errors. With ``cache="none"``, ``workers``
     processes read and decode the images (0: threads of this process); ``prefetch`` batches are
@@ -50,33 +42,25 @@ class DataConfig:
 
     name: str = "synthetic"
     root: str = ""
-    categories: tuple[str, ...] = ()
-    canvas: int = 256
+    categories: tuple[str, ...] = field((), distinct=True)
+    canvas: int = field(256, at_least=1)
     cache: Literal["device", "host", "none"] = "device"
+    split: Literal["train", "test", "all"] = "train"
     lossy: tuple[str, ...] = ()
     missing_masks: Literal["error", "image_only"] = "error"
     strict: bool = False
-    seed: int = 0
-    workers: int = 0
-    prefetch: int = 2
-    synthetic: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
+    seed: int = field(0, at_least=0)
+    workers: int = field(0, at_least=0)
+    prefetch: int = field(2, at_least=1)
+    synthetic: SyntheticConfig = SyntheticConfig()
 
-    def __post_init__(self):
-        """Refuse values outside their range."""
-        if self.canvas < 1:
-            raise ConfigError(f"config.data.canvas: expected a positive side, got {self.canvas}.")
-        if self.seed < 0:
-            raise ConfigError(f"config.data.seed: expected at least 0, found {self.seed}.")
-        if self.workers < 0 or self.prefetch < 1:
-            raise ConfigError(
-                "config.data.workers, config.data.prefetch: expected at least 0 and at least 1, "
-                f"found {self.workers} and {self.prefetch}."
-            )
+    def check(self) -> None:
         if self.workers and self.cache != "none":
-            raise ConfigError(
-                f"config.data.workers: {self.workers} processes would have nothing to read with "
-                f'config.data.cache="{self.cache}", which decodes every image once before the '
-                'training. Leave it 0, or set config.data.cache="none".'
+            raise Refused(
+                "workers",
+                f'0 with cache="{self.cache}", which decodes every image once before the training',
+                self.workers,
+                'More processes would have nothing to read; or set config.data.cache="none".',
             )
 
 
@@ -95,6 +79,23 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.path}: [{self.check}] {self.message}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexedDataset(abc.ABC):
+    """What the data sets of an index have in common, see ``core.types.Dataset``."""
+
+    name: str
+    categories: tuple[str, ...]
+    protocol: Mapping[str, Any]
+    config: DataConfig
+    splits: Mapping[str, tuple[Record, ...]]
+    faults: tuple[Fault, ...] = ()
+    origin: str = ""
+
+    @abc.abstractmethod
+    def source(self, split: str, category: str | None = None) -> Any:
+        """Samples of "train" or "test", of one category or of all, sorted by path."""
 
 
 class FaultError(DataError):
@@ -153,19 +154,58 @@ def chosen(config: DataConfig, known: tuple[str, ...]) -> tuple[str, ...]:
             f"{core_config.suggestion(unknown[0], known)} "
             f"{config.root or config.name} has: {core_config.listed(known)}."
         )
-    if twice := {c for c in config.categories if config.categories.count(c) > 1}:
-        raise ConfigError(
-            f"config.data.categories: expected every category once, found "
-            f"{core_config.listed(twice)} more than once in {config.categories}. Is the flag given "
-            "twice?"
-        )
     return tuple(sorted(config.categories or known))
 
 
-def load(config: DataConfig) -> Dataset:
+class _Joined:
+    """The samples of several sources, one source after the other."""
+
+    def __init__(self, parts: Sequence[Source]):
+        self.records: Sequence[Record] = [record for part in parts for record in part.records]
+        self._at = [(part, i) for part in parts for i in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        part, place = self._at[index]
+        return part[place]
+
+
+class _JoinedCanvases(_Joined):
+    """Likewise, of sources that hold canvases."""
+
+    def canvas_reader(self, spec: BatchSpec) -> Callable[[int, dict[str, Any]], None]:
+        readers = {id(part): part.canvas_reader(spec) for part, _ in self._at}  # type: ignore
+
+        def read(index: int, row: dict[str, Any]) -> None:
+            part, place = self._at[index]
+            readers[id(part)](place, row)
+
+        return read
+
+
+def training_source(dataset: Dataset, split: str) -> Source:
+    """What ``config.data.split`` asks for: a split of the data set, or both."""
+    if split != "all":
+        return dataset.source(split)
+    parts = [part for name in ("train", "test") if len(part := dataset.source(name))]
+    held = bool(parts) and all(isinstance(part, CanvasSource) for part in parts)
+    return (_JoinedCanvases if held else _Joined)(parts)
+
+
+def load(config: DataConfig) -> IndexedDataset:
     """The data set of ``config``, its index checked, no image decoded.
 
     Raises ConfigError for a name or category that does not exist and DataError with ALL faults of
     the index (missing folder, empty class, missing mask, duplicate stem).
     """
-    return core_config.resolve("data", config.name.partition(":")[0]).build(config)
+    dataset = indexed(config)
+    if errors := [f for f in dataset.faults if f.severity == "error"]:
+        raise FaultError(*errors, where=f"{dataset.name} in {config.root}")
+    return dataset
+
+
+def indexed(config: DataConfig) -> IndexedDataset:
+    """Likewise with the faults of its index, none of them raised."""
+    return core_config.resolve("data", config.name.partition(":")[0]).scan(config)

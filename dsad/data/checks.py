@@ -8,17 +8,17 @@ import dataclasses
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import scipy.ndimage
 
-from dsad.core import config as core_config
 from dsad.core.types import Dataset, Progress, Record
 from dsad.data import decode
-from dsad.data.base import DataConfig, Fault, FaultError, error, warning
+from dsad.data.base import DataConfig, Fault, FaultError, error, indexed, warning
+from dsad.data.canvases import nearest_pixels, size_on
 from dsad.data.files import EncodedSource, FileDataset
 
 #: What each check asks for.
@@ -111,14 +111,7 @@ def vanishing(mask: np.ndarray, side: int) -> tuple[int, int]:
     """
     found: Any = scipy.ndimage.label(mask, np.ones((3, 3), bool))  # the stubs say int or tuple
     labels, regions = found[0], int(found[1])
-    height, width = mask.shape
-    scale = min(1.0, side / max(height, width))
-    if scale == 1.0 or regions == 0:
-        return regions, 0
-    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-    y = ((np.arange(rows) + 0.5) * height / rows).astype(int)
-    x = ((np.arange(columns) + 0.5) * width / columns).astype(int)
-    left = np.unique(labels[np.ix_(y, x)])
+    left = np.unique(nearest_pixels(labels, size_on(side, *mask.shape)))
     return regions, regions - int((left > 0).sum())
 
 
@@ -136,20 +129,20 @@ def _read_files(
             faults.append(warning("K3", record.path, text))
     except FaultError as problem:
         faults.extend(problem.faults)
-    path = record.mask_path or dataset.normal_masks.get(record.path)
-    if path is None:
-        return faults, image, mode, None
-    try:
-        mask = decode.read_mask(dataset.root, path, dataset.rule)
-    except FaultError as problem:
-        faults.extend(problem.faults)
-        return faults, image, mode, None
-    if image is not None and (fault := decode.size_fault(path, mask, image.shape[:2])):
-        faults.append(fault)
-    if record.label == 0 and mask.any():
+    normal = dataset.normal_masks.get(record.path)
+    for path in record.masks or ([normal] if normal else []):
+        try:
+            part = decode.read_mask(dataset.root, path, dataset.rule)
+        except FaultError as problem:
+            faults.extend(problem.faults)
+            return faults, image, mode, None
+        if image is not None and (fault := decode.size_fault(path, part, image.shape[:2])):
+            faults.append(fault)
+        mask = part if mask is None or mask.shape != part.shape else mask | part
+    if record.label == 0 and mask is not None and mask.any():
         count = int(mask.sum())
         text = f"mask of a normal image marks {count} pixels; move the image or empty the mask."
-        faults.append(error("K6", path, text))
+        faults.append(error("K6", normal or record.path, text))
     return faults, image, mode, mask
 
 
@@ -177,7 +170,7 @@ def _look(dataset: Dataset, split: str, index: int, record: Record, side: int) -
     if record.label and mask is not None:
         if not mask.any():
             text = "the mask is empty: pixel metrics keep the image, AUPRO has no region for it."
-            faults.append(warning("K5", record.mask_path or record.path, text))
+            faults.append(warning("K5", record.masks[0] if record.masks else record.path, text))
         area = 100.0 * float(mask.mean())
         regions, vanished = vanishing(mask, side)
     return _Seen(
@@ -218,11 +211,11 @@ def _shared_content(seen: Iterable[_Seen]) -> list[Fault]:
     return faults
 
 
-def _split_groups(seen: Iterable[_Seen], groups: Mapping[str, str]) -> list[Fault]:
+def _split_groups(seen: Iterable[_Seen]) -> list[Fault]:
     """K13: groups with images in train and in test."""
     sides: dict[str, dict[str, str]] = {}
     for item in seen:
-        if group := groups.get(item.record.path):
+        if group := item.record.group:
             sides.setdefault(group, {}).setdefault(item.split, item.record.path)
     return [
         error("K13", side["test"], f"its group {group} is also in train, as {side['train']}.")
@@ -258,7 +251,7 @@ def _row(category: str, seen: list[_Seen]) -> Row:
         good=len(test) - len(bad),
         bad=len(bad),
         kinds=len({r.kind for r in bad}),
-        without_mask=sum(r.mask_path is None for r in bad),
+        without_mask=sum(not r.masks for r in bad),
         sizes="×".join(_span([s[i] for s in sizes]) for i in (1, 0)) if sizes else "",
         modes=", ".join(sorted(modes)),
         area=float(np.median(areas)) if areas else None,
@@ -298,10 +291,10 @@ def check_dataset(
             seen.append(item)
             if progress is not None:
                 progress(done, len(jobs), item.record.path)
-    on_disk = isinstance(dataset, FileDataset)
-    faults = list(getattr(dataset, "faults", ()))
+    skipped = dataset.skipped if isinstance(dataset, FileDataset) else _SKIPPED
+    faults = list(dataset.faults)
     faults += [fault for item in seen for fault in item.faults]
-    faults += _split_groups(seen, dataset.groups) if on_disk else []
+    faults += [] if "K13" in skipped else _split_groups(seen)
     faults += _shared_content(seen) + _order_faults(dataset)
     rows = []
     for category in dataset.categories:
@@ -312,7 +305,7 @@ def check_dataset(
         name=dataset.name,
         faults=tuple(sorted(faults, key=_order)),
         rows=tuple(rows),
-        skipped=dataset.skipped if on_disk else _SKIPPED,
+        skipped=skipped,
         protocol=dataset.protocol,
     )
 
@@ -323,6 +316,4 @@ def _order(fault: Fault) -> tuple[bool, int, str]:
 
 def check(config: DataConfig, *, progress: Progress | None = None) -> CheckReport:
     """Check the data set of a config; faults of the index are part of the report, not raised."""
-    module = core_config.resolve("data", config.name.partition(":")[0])
-    opened: Callable[[DataConfig], Dataset] = getattr(module, "scan", module.build)
-    return check_dataset(opened(config), canvas=config.canvas, progress=progress)
+    return check_dataset(indexed(config), canvas=config.canvas, progress=progress)

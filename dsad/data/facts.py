@@ -4,6 +4,7 @@ An objective names the facts it needs; the pipeline computes them before an imag
 canvas and brings them in ``batch["facts"]``.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,16 +12,35 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from dsad.core.batch import Field
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
 
 
 class Fact(NamedTuple):
-    """``function`` of an image (h, w, 3) uint8 gives an array of ``shape`` and ``dtype``."""
+    """``function`` of an image (h, w, 3) uint8 gives an array of ``shape`` and ``dtype``.
 
-    function: Callable[[np.ndarray], np.ndarray]
+    With ``basis`` it is a function of what that gives of the image, once for all facts that share
+    it.
+    """
+
+    function: Callable[[Any], np.ndarray]
     shape: tuple[int, ...]
     dtype: np.dtype
+    basis: Callable[[np.ndarray], Any] | None = None
+
+
+class BrightObject(NamedTuple):
+    """Place and size of an object and size of its image in pixels, (2,) int32 each, x before y."""
+
+    corner: np.ndarray
+    extent: np.ndarray
+    image: np.ndarray
+
+    @property
+    def pad(self) -> np.ndarray:
+        """What ISSTAD's boxes add on each side."""
+        return self.extent // np.asarray((10, 5), np.int32)
 
 
 def original_size(image: np.ndarray) -> np.ndarray:
@@ -66,54 +86,66 @@ def _largest_area(bright: np.ndarray) -> tuple[slice, slice]:
     return boxes[able[0]]
 
 
-def foreground_box(image: np.ndarray) -> np.ndarray:
-    """Box (x1, y1, x2, y2) int32 of the largest bright object, x2 and y2 just outside, (4,).
+def bright_object(image: np.ndarray) -> BrightObject:
+    """The largest bright object of an image (h, w, 3) uint8; all of it if it has a single luma.
 
     After ISSTAD's area limitation (arXiv 2303.17354): luma, Otsu's threshold, and of the
     8-connected bright areas the one that is largest with its holes filled (the first in reading
-    order of equal ones); its bounding box, w by h pixels, grows by floor(w / 10) to the left and
-    right and floor(h / 5) to the top and bottom, as far as the image reaches. ``image`` is
-    (h, w, 3) uint8; one of a single luma is its own box.
+    order of equal ones).
     """
     height, width = image.shape[:2]
     grey = np.asarray(Image.fromarray(image).convert("L"))
     threshold = otsu(np.bincount(grey.ravel(), minlength=256))
-    if threshold is None:
-        return np.asarray((0, 0, width, height), np.int32)
-    rows, columns = _largest_area(grey > threshold)
-    across = (columns.stop - columns.start) // 10
-    along = (rows.stop - rows.start) // 5
-    box = (
-        max(0, columns.start - across),
-        max(0, rows.start - along),
-        min(width, columns.stop + across),
-        min(height, rows.stop + along),
-    )
-    return np.asarray(box, np.int32)
+    rows, columns = slice(0, height), slice(0, width)
+    if threshold is not None:
+        rows, columns = _largest_area(grey > threshold)
+    extent = columns.stop - columns.start, rows.stop - rows.start
+    places = (columns.start, rows.start), extent, (width, height)
+    return BrightObject(*(np.asarray(place, np.int32) for place in places))
 
 
+def foreground_box(bright: BrightObject) -> np.ndarray:
+    """Box (x1, y1, x2, y2) int32 around an object, x2 and y2 just outside, (4,).
+
+    The object's w by h pixels grow by floor(w / 10) to the left and right and floor(h / 5) to the
+    top and bottom, as far as the image reaches.
+    """
+    near, far = bright.corner - bright.pad, bright.corner + bright.extent + bright.pad
+    return np.concatenate([np.maximum(near, 0), np.minimum(far, bright.image)])
+
+
+def foreground_box_published(bright: BrightObject) -> np.ndarray:
+    """The box (4,) int32 of ISSTAD's code, which moves instead of losing its near sides.
+
+    It always has the whole size, w + 2 floor(w / 10) by h + 2 floor(h / 5), unless its far sides
+    leave the image: where the image cuts the pad on the left or top, the right or bottom gets up to
+    twice the pad.
+    """
+    near = np.maximum(bright.corner - bright.pad, 0)
+    return np.concatenate([near, np.minimum(near + bright.extent + 2 * bright.pad, bright.image)])
+
+
+_BOX = functools.partial(Fact, shape=(4,), dtype=np.dtype(np.int32), basis=bright_object)
 FACTS: Mapping[str, Fact] = {
     "original_size": Fact(original_size, (2,), np.dtype(np.int32)),
-    "foreground_box": Fact(foreground_box, (4,), np.dtype(np.int32)),
+    "foreground_box": _BOX(foreground_box),
+    "foreground_box_published": _BOX(foreground_box_published),
 }
 
 
-def check(names: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple; ConfigError names one that does not exist."""
+def fields(names: Sequence[str]) -> dict[str, Field]:
+    """Shape and type of the named facts; ConfigError names one that does not exist."""
     for name in names:
         if name not in FACTS:
             raise ConfigError(
                 f"no fact named {name!r}.{suggestion(name, FACTS)} "
                 f"dsad.data.facts has: {listed(FACTS)}."
             )
-    return tuple(names)
-
-
-def empty(names: Sequence[str], count: int) -> dict[str, np.ndarray]:
-    """Arrays for the facts of ``count`` images, to be filled row by row."""
-    return {name: np.zeros((count, *FACTS[name].shape), FACTS[name].dtype) for name in names}
+    return {name: Field(FACTS[name].shape, FACTS[name].dtype) for name in names}
 
 
 def find(names: Sequence[str], image: np.ndarray) -> dict[str, np.ndarray]:
     """The facts of one image (h, w, 3) uint8."""
-    return {name: FACTS[name].function(image) for name in names}
+    bases = {FACTS[name].basis for name in names}
+    known = {basis: basis(image) if basis else image for basis in bases}
+    return {name: FACTS[name].function(known[FACTS[name].basis]) for name in names}

@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,9 +14,8 @@ from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import Record, Sample
 from dsad.data import decode
-from dsad.data.base import DataConfig, Fault, FaultError, error, warning
+from dsad.data.base import DataConfig, Fault, FaultError, IndexedDataset, error, warning
 
-T = TypeVar("T")
 #: Suffixes, in lower case, of files that count as images.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 _COPY = re.compile(r"\(copy( \d+)?\)|[ -]copy( ?\(?\d+\)?)?$|~$", re.IGNORECASE)
@@ -153,7 +151,7 @@ class EncodedSource(abc.ABC):
 
     def __init__(self, records: Sequence[Record], *, lossy: tuple[str, ...], rule: decode.MaskRule):
         self.records = records
-        self._lossy, self._rule = lossy, rule
+        self._lossy, self.rule = lossy, rule
 
     def __len__(self) -> int:
         return len(self.records)
@@ -162,14 +160,14 @@ class EncodedSource(abc.ABC):
     def encoded(self, index: int) -> bytes:
         """The content of an image's file; raises DataError naming it (K8)."""
 
-    def encoded_mask(self, index: int) -> bytes:
-        """The content of the mask file of a sample that has a ``mask_path``."""
-        raise DataError(f"{self.records[index].path}: a mask is named, but none is stored here.")
+    def encoded_masks(self, index: int) -> list[bytes]:
+        """The contents of the files ``masks`` of a sample's record."""
+        raise DataError(f"{self.records[index].path}: masks are named, but none is stored here.")
 
     def size_of(self, index: int) -> int:
         """Bytes of a sample's files."""
-        masked = self.records[index].mask_path is not None
-        return len(self.encoded(index)) + (len(self.encoded_mask(index)) if masked else 0)
+        masks = self.encoded_masks(index) if self.records[index].masks else []
+        return len(self.encoded(index)) + sum(map(len, masks))
 
     def __getitem__(self, index: int, /) -> Sample:
         """Decode one sample; raises DataError naming the file (K2, K3, K4, K8)."""
@@ -182,19 +180,22 @@ class EncodedSource(abc.ABC):
         return decode.decoded_image(self.encoded(index), self.records[index].path, self._lossy)
 
     def annotation(self, index: int, shape: tuple[int, int]) -> np.ndarray | None:
-        """The mask of a sample whose image has ``shape`` (h, w); the image is not decoded.
+        """All masks of a sample, joined, whose image has ``shape`` (h, w) and is not decoded.
 
         Raises DataError naming the mask's file (K2, K3, K4, K8).
         """
         record = self.records[index]
         if record.label == 0:
             return np.zeros(shape, bool)
-        if record.mask_path is None:
+        if not record.masks:
             return None
-        mask = decode.decoded_mask(self.encoded_mask(index), record.mask_path, self._rule)
-        if fault := decode.size_fault(record.mask_path, mask, shape):
-            raise FaultError(fault)
-        return mask
+        joined = np.zeros(shape, bool)
+        for path, content in zip(record.masks, self.encoded_masks(index), strict=True):
+            mask = decode.decoded_mask(content, path, self.rule)
+            if fault := decode.size_fault(path, mask, shape):
+                raise FaultError(fault)
+            joined |= mask
+        return joined
 
     def identity(self, index: int) -> str:
         """SHA-256 of what the pixels are made from: the bytes of the file, and what may be lost.
@@ -218,14 +219,14 @@ class FileSource(EncodedSource):
         """The content of an image's file; raises DataError naming it (K8)."""
         return decode.read_bytes(self._root, self.records[index].path)
 
-    def encoded_mask(self, index: int) -> bytes:
-        """The content of the mask file of a sample that has a ``mask_path``."""
-        return decode.read_bytes(self._root, self.records[index].mask_path or "")
+    def encoded_masks(self, index: int) -> list[bytes]:
+        """The contents of the mask files of a sample."""
+        return [decode.read_bytes(self._root, path) for path in self.records[index].masks]
 
     def size_of(self, index: int) -> int:
         """Bytes of a sample's files, asked from the file system."""
         record = self.records[index]
-        paths = [record.path] + ([record.mask_path] if record.mask_path else [])
+        paths = [record.path, *record.masks]
         try:
             return sum((self._root / path).stat().st_size for path in paths)
         except OSError as problem:
@@ -234,24 +235,16 @@ class FileSource(EncodedSource):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FileDataset:
+class FileDataset(IndexedDataset):
     """An index of files that satisfies the Dataset protocol.
 
-    ``faults`` are what the index alone shows. ``normal_masks`` maps normal images to mask files
-    that exist for them (all zero, or K6). ``groups`` maps paths to what must stay together (K13).
+    ``normal_masks`` maps normal images to mask files that exist for them (all zero, or K6).
     ``skipped`` says for a check why it does not apply.
     """
 
-    name: str
-    categories: tuple[str, ...]
-    protocol: Mapping[str, Any]
-    config: DataConfig
     root: pathlib.Path
-    splits: Mapping[str, tuple[Record, ...]]
     rule: decode.MaskRule
-    faults: tuple[Fault, ...] = ()
     normal_masks: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def source(self, split: str, category: str | None = None) -> FileSource:
@@ -262,12 +255,3 @@ class FileDataset:
 def by_path(records: Iterable[Record]) -> tuple[Record, ...]:
     """Records sorted by path: the order never depends on the file system."""
     return tuple(sorted(records, key=lambda r: r.path))
-
-
-def accepted(dataset: T) -> T:
-    """The data set itself, or DataError with every error of its index."""
-    found: Any = dataset
-    errors = [f for f in found.faults if f.severity == "error"]
-    if errors:
-        raise FaultError(*errors, where=f"{found.name} in {found.root}")
-    return dataset

@@ -19,7 +19,16 @@ from typing import Any, NamedTuple
 
 from dsad.core.types import Record
 from dsad.data import files, folder
-from dsad.data.base import DataConfig, Fault, FaultError, chosen, error, variant, warning
+from dsad.data.base import (
+    DataConfig,
+    Fault,
+    FaultError,
+    IndexedDataset,
+    chosen,
+    error,
+    variant,
+    warning,
+)
 from dsad.data.decode import MaskRule
 
 #: Classes and images of the training set.
@@ -67,17 +76,11 @@ class TarSource(files.EncodedSource):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TarDataset:
+class TarDataset(IndexedDataset):
     """An index of tar files that satisfies the Dataset protocol."""
 
-    name: str
-    categories: tuple[str, ...]
-    protocol: Mapping[str, Any]
-    config: DataConfig
     root: pathlib.Path
-    splits: Mapping[str, tuple[Record, ...]]
     places: Mapping[str, _Place]
-    faults: tuple[Fault, ...] = ()
 
     def source(self, split: str, category: str | None = None) -> TarSource:
         """Samples of "train" ("test" is empty), of one category or of all, sorted by path."""
@@ -224,8 +227,3 @@ def scan(config: DataConfig) -> files.FileDataset | TarDataset:
         places=members.places,
         faults=tuple(members.faults),
     )
-
-
-def build(config: DataConfig) -> files.FileDataset | TarDataset:
-    """The data set; raises DataError with every error of the index."""
-    return files.accepted(scan(config))

@@ -130,7 +130,7 @@ class _Scan:
                     category=name,
                     label=label,
                     kind=kind,
-                    mask_path=mask if label else None,
+                    masks=(mask,) if label and mask else (),
                 )
             )
 
@@ -206,8 +206,3 @@ def scan(config: DataConfig) -> files.FileDataset:
         normal_masks=found.normal_masks,
         skipped=skipped,
     )
-
-
-def build(config: DataConfig) -> files.FileDataset:
-    """The data set; raises DataError with every error of the index."""
-    return files.accepted(scan(config))

@@ -6,8 +6,11 @@ microseconds, so that with a device cache the host has next to nothing to do.
 """
 
 import threading
+from typing import Any
 
 import numpy as np
+
+from dsad.data.companions import CompanionDraws
 
 #: Permutations kept: batches that are read ahead, or apart by workers, may lie epochs apart.
 _KEPT = 8
@@ -32,8 +35,17 @@ class Order:
     several threads, and goes to worker processes.
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int, process: int, processes: int):
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        seed: int,
+        process: int,
+        processes: int,
+        companions: CompanionDraws | None = None,
+    ):
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.companions = companions
         part = batch_size // processes
         self._mine = np.arange(process * part, (process + 1) * part)
         self._start()
@@ -60,12 +72,37 @@ class Order:
                 self._known[epoch] = permutation(self.seed, epoch, self.samples)
             return self._known[epoch]
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """``index`` and ``epoch`` (B / P,) int32 of batch ``index``."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The fields ``BatchSpec.drawn`` of this process's part of batch ``index``."""
         positions = int(index) * self.batch_size + self._mine
         epochs, places = np.divmod(positions, self.samples)
         samples = np.empty(len(positions), np.int32)
         for epoch in np.unique(epochs):
             now = epochs == epoch
             samples[now] = self._of(int(epoch))[places[now]]
-        return {"index": samples, "epoch": epochs.astype(np.int32)}
+        return self._drawn(samples, epochs.astype(np.int32))
+
+    def _drawn(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, Any]:
+        drawn: dict[str, Any] = {"index": index, "epoch": epoch}
+        if self.companions:
+            drawn["references"] = self.companions(index, epoch)
+        return drawn
+
+
+class OnePass(Order):
+    """All samples once, in their own order, as batches of epoch 0; the last one is filled up.
+
+    What fills it repeats the last sample; ``rows`` says how many of a batch count.
+    """
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        positions = int(index) * self.batch_size + self._mine
+        samples = np.minimum(positions, self.samples - 1).astype(np.int32)
+        return self._drawn(samples, np.zeros(len(samples), np.int32))
+
+    def rows(self, index: int) -> int:
+        """How many of the global batch ``index`` are samples."""
+        return min(self.batch_size, self.samples - index * self.batch_size)

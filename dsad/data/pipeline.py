@@ -21,20 +21,22 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dsad.core import batch as batches
+from dsad.core.batch import BatchSpec
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import Progress, Source
 from dsad.data import canvases as images
-from dsad.data import facts as image_facts
-from dsad.data.order import Order
+from dsad.data.companions import CompanionDraws
+from dsad.data.order import OnePass, Order
 
 CacheMode = Literal["device", "host", "none"]
 
 
 class _Stream:
-    """Batches decoded when they are asked for, by the threads of whichever process asks."""
+    """Rows decoded when they are asked for, by the threads of whichever process asks."""
 
-    def __init__(self, reader: images.Reader, side: int, facts: Sequence[str], threads: int):
-        self.reader, self.side, self.facts, self.threads = reader, side, facts, threads
+    def __init__(self, source: Source, spec: BatchSpec, threads: int):
+        self.reader, self.spec, self.threads = images.reader_of(source, spec), spec, threads
         self._start()
 
     def _start(self) -> None:
@@ -47,25 +49,52 @@ class _Stream:
         self.__dict__.update(state)
         self._start()
 
-    def batch(self, index: np.ndarray) -> dict[str, Any]:
-        arrays = images.empty(len(index), self.side, self.facts)
+    def rows(self, index: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+        samples, place = np.unique(index, return_inverse=True)  # references repeat
+        arrays = batches.zeros(self.spec.read, len(samples))
         run = self._pool.map if self._pool else map
         for _ in run(
-            lambda row: images.fill(arrays, row, self.reader, int(index[row])), range(len(index))
+            lambda row: images.fill(arrays, row, self.reader, int(samples[row])),
+            range(len(samples)),
         ):
             pass
-        return arrays
+        return _taken({name: arrays[name] for name in names}, place)
 
 
 class _Store:
-    """Batches gathered from the arrays of ``canvases``."""
+    """Rows gathered from the arrays of ``canvases``."""
 
     def __init__(self, store: dict[str, Any]):
         self.store = store
 
-    def batch(self, index: np.ndarray) -> dict[str, Any]:
-        rows = {name: self.store[name][index] for name in ("image", "size")}
-        rows["facts"] = {name: fact[index] for name, fact in self.store["facts"].items()}
+    def rows(self, index: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+        return _taken({name: self.store[name] for name in names}, index)
+
+
+def _taken(arrays: Any, index: np.ndarray) -> Any:
+    if isinstance(arrays, dict):
+        return {name: _taken(part, index) for name, part in arrays.items()}
+    return arrays[index]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Complete:
+    """From what is drawn to the whole batch; goes to worker processes."""
+
+    spec: BatchSpec
+    source: _Stream | _Store
+    columns: dict[str, np.ndarray]
+    features: dict[str, np.ndarray]
+
+    def __call__(self, drawn: dict[str, Any]) -> dict[str, Any]:
+        return self.spec.complete(drawn, self._rows)
+
+    def _rows(self, index: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+        read = [name for name in names if name in self.spec.read]
+        rows = self.source.rows(index, read) if read else {}
+        rows |= {name: self.columns[name][index] for name in names if name in self.columns}
+        if "features" in names:
+            rows["features"] = _taken(self.features, index)
         return rows
 
 
@@ -158,8 +187,8 @@ _OPEN: "weakref.WeakSet[WorkerBatches]" = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    for batches in list(_OPEN):
-        batches.close()
+    for iterator in list(_OPEN):
+        iterator.close()
 
 
 def _kept(value: Any) -> Any:
@@ -217,13 +246,21 @@ def _follow_parent() -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """Batches in a fixed order; ``store`` holds the cached arrays of ``canvases``, or None."""
+    """Batches in a fixed order.
 
+    ``spec`` describes the batches of the step; ``store`` holds the cached arrays of ``canvases``,
+    or None. With cache "device" the batches are what ``BatchSpec.drawn`` says, and the caller
+    gathers the rest from the store.
+    """
+
+    spec: BatchSpec
     store: dict[str, Any] | None
     samples: int
     batch_size: int
-    _dataset: Any
-    _read_options: Any
+    _order: Order
+    _once: OnePass
+    _complete: _Complete | None
+    _making: int
     _workers: int
     _prefetch: int
 
@@ -234,9 +271,39 @@ class Pipeline:
         cache mode, number of workers and of processes) and ``close``, which ends its threads and
         processes. Without workers it is a grain DatasetIterator.
         """
+        import grain
+
+        dataset, options = self._dataset(self._order), self._options(grain)
         if self._workers:
-            return WorkerBatches(self._dataset, self._read_options, self._workers, self._prefetch)
-        return iter(self._dataset.to_iter_dataset(self._read_options))
+            return WorkerBatches(dataset, options, self._workers, self._prefetch)
+        return iter(dataset.to_iter_dataset(options))
+
+    def one_pass(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Every batch of ``OnePass``, this process's part, and how many rows of it all count."""
+        import grain
+
+        rest = iter(self._dataset(self._once).to_iter_dataset(self._options(grain)))
+        for number, batch in enumerate(rest):
+            yield batch, self._once.rows(number)
+
+    def with_features(self, features: dict[str, np.ndarray]) -> "Pipeline":
+        """The same batches with rows of these arrays (N, ...) as their ``features``."""
+        spec = dataclasses.replace(self.spec, features=batches.fields_of(features))
+        complete, store = self._complete, self.store
+        if complete:
+            complete = dataclasses.replace(complete, spec=spec, features=features)
+        if store is not None:
+            store = {**store, "features": features}
+        return dataclasses.replace(self, spec=spec, store=store, _complete=complete)
+
+    def _dataset(self, order: Order) -> Any:
+        import grain
+
+        dataset: Any = grain.MapDataset.source(order)
+        return dataset.map(self._complete) if self._complete else dataset
+
+    def _options(self, grain: Any) -> Any:
+        return grain.ReadOptions(num_threads=self._making, prefetch_buffer_size=self._prefetch)
 
 
 def _refuse(samples: int, batch_size: int, process_index: int, process_count: int) -> None:
@@ -253,14 +320,13 @@ def _refuse(samples: int, batch_size: int, process_index: int, process_count: in
 
 def make_pipeline(
     source: Source,
+    spec: BatchSpec,
     *,
-    canvas: int,
     cache: CacheMode,
     batch_size: int,
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-    facts: Sequence[str] = (),
     rows: Sequence[int] | np.ndarray | None = None,
     workers: int = 0,
     prefetch: int = 2,
@@ -268,48 +334,34 @@ def make_pipeline(
 ) -> Pipeline:
     """The endless pipeline of this process's part (B = batch_size / process_count) of each batch.
 
-    Every batch has ``index`` and ``epoch`` (B,) int32. With cache "host" and "none" also ``image``
-    (B, canvas, canvas, 3) uint8, ``size`` (B, 2) and ``category`` (B,) int32, and ``facts``, a dict
-    of arrays (B, ...) with the named facts of ``dsad.data.facts``, found once per image (by every
-    worker); with "device" the caller gathers from ``store`` by index. Batches run across the ends
-    of epochs, nothing is dropped. Process p of P takes the p-th of P equal parts of every batch, so
-    that the global batch is the same array for any number of processes. Of the store only ``rows``
-    are read, if given. With cache "none", ``workers`` processes decode; ``prefetch`` batches are
-    kept ready.
+    Batches hold what ``spec`` says, with cache "device" only what is drawn. They run across the
+    ends of epochs, nothing is dropped. Process p of P takes the p-th of P equal parts of every
+    batch, so that the global batch is the same array for any number of processes. Facts are found
+    once per image (by every worker). Of the store only ``rows`` are read, if given. With cache
+    "none", ``workers`` processes decode; ``prefetch`` batches are kept ready.
     """
-    import grain
-
-    samples, facts = len(source), image_facts.check(facts)
+    samples = len(source)
     _refuse(samples, batch_size, process_index, process_count)
     if cache not in ("device", "host", "none"):
         raise ConfigError(f"config.data.cache: expected device, host or none; found {cache!r}.")
     if workers and cache != "none":
         raise ConfigError(f"config.data.workers={workers}: expected 0 with cache {cache!r}.")
-    store = None
-    if cache == "none":
-        threads = max(1, images.THREADS // max(1, workers))
-        batches = _Stream(images.reader_of(source, canvas, facts), canvas, facts, threads)
-    else:
-        store = images.canvases(source, canvas, facts=facts, rows=rows, progress=progress)
-        batches = _Store(store)
-    category = images.category_ids(source)
-
-    def with_images(batch: dict[str, Any]) -> dict[str, Any]:
-        index = batch["index"]
-        return {**batch, **batches.batch(index), "category": category[index]}
-
-    order = grain.MapDataset.source(Order(samples, batch_size, seed, process_index, process_count))
+    store, complete = None, None
+    if cache != "none":
+        store = images.canvases(source, spec, rows=rows, progress=progress)
     if cache != "device":
-        order = order.map(with_images)
-    # Images are spread over the threads of a batch; a second batch in the making fills the gap
-    # that the slowest image of the first one leaves.
-    making = min(2, prefetch) if cache == "none" else 1
+        threads = max(1, images.THREADS // max(1, workers))
+        reader = _Store(store) if store else _Stream(source, spec, threads)
+        columns = images.columns(source, spec)
+        complete = _Complete(spec=spec, source=reader, columns=columns, features={})
+    asked = spec.needs.companions
+    draws = CompanionDraws(source.records, asked, seed) if asked else None
+    orders = (samples, batch_size, seed, process_index, process_count, draws)
     return Pipeline(
-        store=store,
-        samples=samples,
-        batch_size=batch_size,
-        _dataset=order,
-        _read_options=grain.ReadOptions(num_threads=making, prefetch_buffer_size=prefetch),
-        _workers=workers,
-        _prefetch=prefetch,
-    )
+        spec=spec, store=store, samples=samples, batch_size=batch_size, _order=Order(*orders),
+        _once=OnePass(*orders), _complete=complete,
+        # Images are spread over the threads of a batch; a second batch in the making fills the gap
+        # that the slowest image of the first one leaves.
+        _making=min(2, prefetch) if cache == "none" else 1,
+        _workers=workers, _prefetch=prefetch,
+    )  # fmt: skip

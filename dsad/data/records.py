@@ -18,18 +18,19 @@ from typing import Any
 
 import numpy as np
 
+from dsad.core.batch import BatchSpec
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError
 from dsad.core.types import Record, Sample
 from dsad.data import facts as image_facts
 from dsad.data import files
-from dsad.data.base import DataConfig, FaultError, chosen, error, variant
+from dsad.data.base import DataConfig, FaultError, IndexedDataset, chosen, error, variant
 from dsad.data.decode import MaskRule
 
 #: Beside the records: what they are.
 ABOUT = "dsad_records.json"
 #: Raised when what is stored changes.
-FORMAT = 1
+FORMAT = 2
 #: Where the builder of tensorflow-datasets puts its files.
 FOLDER = "dsad_records/1.0.0"
 
@@ -98,9 +99,9 @@ class RecordSource(files.EncodedSource):
         """The content of an image's file, as it was copied."""
         return self._example(index)["image"]
 
-    def encoded_mask(self, index: int) -> bytes:
-        """The content of the mask file of a sample that has a ``mask_path``."""
-        return self._example(index)["mask"]
+    def encoded_masks(self, index: int) -> list[bytes]:
+        """The contents of the mask files of a sample, as they were copied."""
+        return list(self._example(index)["masks"])
 
 
 class CanvasSource:
@@ -117,78 +118,71 @@ class CanvasSource:
         return len(self.records)
 
     def example(self, index: int) -> Mapping[str, Any]:
-        """``canvas`` (side, side, 3) uint8, ``size`` (2,) and a ``fact_...`` for every fact."""
+        """``canvas``, ``size``, a ``fact_...`` for every fact, perhaps ``mask`` and ``masked``."""
         return self._stored.example(int(self._positions[index]), self.records[index].path)
 
     def __getitem__(self, index: int, /) -> Sample:
-        """The image as it lies on its canvas: scaled down if it was larger."""
-        record, found = self.records[index], self.example(index)
-        height, width = found["size"].tolist()
-        image = np.array(found["canvas"][:height, :width])
-        return Sample(record=record, image=image, mask=np.zeros(image.shape[:2], bool))
+        """The image and its mask as they lie on the canvas: scaled down if they were larger."""
+        record, example = self.records[index], self.example(index)
+        height, width = example["size"].tolist()
+        image, mask = np.array(example["canvas"][:height, :width]), np.zeros((height, width), bool)
+        if "mask" in example:
+            mask = example["mask"][:height, :width] > 0
+        unknown = record.label and not example.get("masked", 0)
+        return Sample(record=record, image=image, mask=None if unknown else mask)
 
-    def canvas_reader(self, side: int, facts: Sequence[str]) -> "CanvasReader":
+    def canvas_reader(self, spec: BatchSpec) -> "CanvasReader":
         """Canvases for the pipeline; ConfigError unless side and facts are what was prepared."""
         prepared = self._about["canvas"]
-        if side != prepared:
+        if spec.canvas != prepared:
             raise ConfigError(
-                f"config.data.canvas: {side}, but {self._stored.root} was prepared with canvases "
-                f"of {prepared}. Train with --config.data.canvas={prepared}, or prepare the data "
-                f"set again with --canvas={side}."
+                f"config.data.canvas: {spec.canvas}, but {self._stored.root} was prepared with "
+                f"canvases of {prepared}. Train with --config.data.canvas={prepared}, or prepare "
+                f"the data set again with --canvas={spec.canvas}."
             )
-        if unknown := [name for name in facts if name not in self._about["facts"]]:
+        if unknown := [name for name in spec.facts if name not in self._about["facts"]]:
             raise ConfigError(
                 f"{self._stored.root} was prepared without the facts {listed(unknown)} that the "
                 "objective needs, by an older dsad. Prepare the data set again."
             )
-        return CanvasReader(self, tuple(facts))
+        return CanvasReader(self)
 
 
 class CanvasReader:
     """Copies stored canvases to where the pipeline wants them."""
 
-    def __init__(self, source: CanvasSource, facts: tuple[str, ...]):
-        self._source, self._facts = source, facts
+    def __init__(self, source: CanvasSource):
+        self._source = source
 
-    def __call__(
-        self, index: int, out: np.ndarray
-    ) -> tuple[tuple[int, int], dict[str, np.ndarray]]:
-        """Fill ``out`` (side, side, 3); returns height and width on it, and the facts."""
-        found = self._source.example(index)
-        out[:] = found["canvas"]
-        height, width = found["size"].tolist()
-        return (height, width), {name: found[f"fact_{name}"] for name in self._facts}
+    def __call__(self, index: int, row: dict[str, Any]) -> None:
+        """Fill the fields ``BatchSpec.read`` of a sample."""
+        example = self._source.example(index)
+        row["image"][...], row["size"][...] = example["canvas"], example["size"]
+        for name, value in row["facts"].items():
+            value[...] = example[f"fact_{name}"]
+        if "mask" in row:  # without anomalous images none is stored: all are known to be normal
+            row["mask"][...], row["masked"][...] = example.get("mask", 0), example.get("masked", 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecordDataset:
+class RecordDataset(IndexedDataset):
     """A prepared data set; ``about`` is the content of its dsad_records.json.
 
     ``name`` and ``protocol`` are those of the data set it was made from: a number measured on
     records of files means the same as one measured on the files.
     """
 
-    name: str
-    categories: tuple[str, ...]
-    protocol: Mapping[str, Any]
-    config: DataConfig
     root: pathlib.Path
     about: Mapping[str, Any]
-    splits: Mapping[str, tuple[Record, ...]]
     positions: Mapping[str, np.ndarray]  # of the records of each split, in the files
     stored: Mapping[str, _Stored]
 
-    @property
-    def origin(self) -> str:
-        """From what this was prepared, in a line."""
-        return described(self.about)
-
     def source(self, split: str, category: str | None = None) -> Any:
         """Samples of "train" or "test", of one category or of all, sorted by path."""
-        if self.about["canvas"] and split == "test":
+        if self.about["canvas"] and split not in self.stored:
             raise ConfigError(
-                f"{self.root} holds canvases of the training images alone: there is no test split. "
-                "Evaluate with the files it was prepared from, "
+                f"{self.root} holds canvases of the {listed(self.stored)} images alone, not of the "
+                f"{split} images. Take the files it was prepared from, "
                 f"{self.about['prepared_from']['root']}, or with records prepared without --canvas."
             )
         records = files.select(self.splits, self.categories, split, category)
@@ -246,7 +240,7 @@ def _read_index(root: pathlib.Path, split: str, expected: int) -> tuple[Record, 
     try:
         with file.open(encoding="utf-8") as lines:
             found = tuple(
-                Record(**dict(zip(names, json.loads(line), strict=True))) for line in lines
+                _record(dict(zip(names, json.loads(line), strict=True))) for line in lines
             )
     except (OSError, ValueError) as problem:
         raise FaultError(error("K8", str(file), f"cannot be read: {problem}.")) from problem
@@ -254,6 +248,10 @@ def _read_index(root: pathlib.Path, split: str, expected: int) -> tuple[Record, 
         text = f"{len(found)} lines for {expected} records; prepare the data set again."
         raise FaultError(error("K8", str(file), text))
     return found
+
+
+def _record(values: dict[str, Any]) -> Record:
+    return Record(**{**values, "masks": tuple(values["masks"])})
 
 
 def _open(root: pathlib.Path, split: str, expected: int) -> _Stored:
@@ -279,13 +277,13 @@ def _refuse(config: DataConfig, about: Mapping[str, Any], splits: Mapping[str, A
             "Leave it empty, or prepare the data set again."
         )
     if config.missing_masks == "error":
-        bare = [r for r in splits["test"] if r.label and r.mask_path is None]
+        bare = [r for r in splits["test"] if r.label and not r.masks]
         if bare:
             faults = [files.missing_mask(r.path, "in the records", False) for r in bare]
             raise FaultError(*faults, where=f"records in {config.root}")
 
 
-def build(config: DataConfig) -> RecordDataset:
+def scan(config: DataConfig) -> RecordDataset:
     """The prepared data set; raises DataError for a folder that is incomplete or damaged."""
     variant(config)
     root = files.root_folder(config)
@@ -309,7 +307,7 @@ def build(config: DataConfig) -> RecordDataset:
         protocol["lossy"] = sorted(config.lossy)
     return RecordDataset(
         name=about["name"], categories=categories, protocol=protocol, config=config, root=root,
-        about=about, splits=splits, positions=positions, stored=stored,
+        about=about, splits=splits, positions=positions, stored=stored, origin=described(about),
     )  # fmt: skip
 
 

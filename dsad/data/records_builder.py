@@ -5,6 +5,7 @@ of the data set. (A builder that shuffles needs TensorFlow and room for a second
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -16,12 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from dsad.core import batch as batches
+from dsad.core import paths
+from dsad.core.batch import BatchSpec, Needs
 from dsad.core.errors import ConfigError, WorkdirError
-from dsad.core.types import Dataset, Progress
+from dsad.core.types import Progress
+from dsad.data import canvases, records
 from dsad.data import facts as image_facts
-from dsad.data import records
-from dsad.data.canvases import canvas as on_canvas
+from dsad.data.base import IndexedDataset
 from dsad.data.decode import MaskRule
+from dsad.data.files import EncodedSource
 
 #: Bytes after which a new file begins; about as much memory is used while one is written.
 SHARD_BYTES = 256 * 2**20
@@ -37,7 +42,7 @@ class Plan:
     ``canvas`` is 0 for copied files, else the side of the canvases.
     """
 
-    dataset: Dataset
+    dataset: IndexedDataset
     canvas: int
     sizes: Mapping[str, np.ndarray]
 
@@ -46,35 +51,31 @@ class Plan:
         """Bytes of all records at most; canvases are compressed when they are written."""
         return sum(int(sizes.sum()) for sizes in self.sizes.values())
 
+    @property
+    def anomalous(self) -> bool:
+        """Whether a sample is, so that canvases come with masks."""
+        return any(r.label for split in self.sizes for r in self.dataset.splits[split])
+
     def __str__(self) -> str:
         numbers = ", ".join(f"{len(sizes):,} {split}" for split, sizes in self.sizes.items())
         if not self.canvas:
-            return f"{numbers} images as they are: {_readable(self.bytes)}"
+            return f"{numbers} images as they are: {paths.size(self.bytes)}"
         return (
             f"{numbers} canvases: {sum(map(len, self.sizes.values())):,} × {self.canvas}² × 3 = "
-            f"{_readable(self.bytes)}, less after compression"
+            f"{paths.size(self.bytes)}, less after compression"
         )
 
 
-def _readable(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
-
-
-def plan(dataset: Dataset, canvas: int = 0, progress: Progress | None = None) -> Plan:
+def plan(dataset: IndexedDataset, canvas: int = 0, progress: Progress | None = None) -> Plan:
     """The sizes of all samples; raises ConfigError for a data set that has no files to copy.
 
-    Canvases are for training: only the training split is written.
+    Canvases are for training: of them only what ``config.data.split`` says is written.
     """
-    if canvas < 0:
-        raise ConfigError(f"--canvas: expected the side of a canvas, or 0, found {canvas}.")
     sizes = {}
-    for split in ("train",) if canvas else ("train", "test"):
+    only = dataset.config.split if canvas else "all"
+    for split in ("train", "test") if only == "all" else (only,):
         source = dataset.source(split)
-        if not canvas and not hasattr(source, "encoded"):
+        if not canvas and not isinstance(source, EncodedSource):
             raise ConfigError(
                 f"config.data.name: {dataset.name} has no files to copy. Its canvases can be "
                 "stored: --canvas=SIDE."
@@ -82,11 +83,12 @@ def plan(dataset: Dataset, canvas: int = 0, progress: Progress | None = None) ->
         if len(source) == 0:
             continue
         if canvas:
-            sizes[split] = np.full(len(source), canvas * canvas * 3, np.int64)
+            channels = 4 if any(r.label for r in source.records) else 3  # with the mask
+            sizes[split] = np.full(len(source), canvas * canvas * channels, np.int64)
         else:
             sizes[split] = np.asarray(_measured(source, progress), np.int64)
-    if "train" not in sizes:
-        raise ConfigError(f"{dataset.name}: the training split has no sample; check config.data.")
+    if ("train" not in sizes and only != "test") or not sizes:
+        raise ConfigError(f"{dataset.name}: the split {only} has no sample; check config.data.")
     return Plan(dataset=dataset, canvas=canvas, sizes=sizes)
 
 
@@ -112,17 +114,13 @@ def write(
     library, target = records.tfds(), _target(out, overwrite)
     part = _scratch(target, planned.bytes + _OVERHEAD * sum(map(len, planned.sizes.values())))
     try:
-        _build(library, planned, part, progress)
-        for split in planned.sizes:
-            _write_index(part, split, planned.dataset)
-        about = json.dumps(_about(planned), indent=2) + "\n"
-        (part / records.ABOUT).write_text(about, "utf-8")
-        _move(part, target)
-    except (OSError, RuntimeError) as problem:
-        raise WorkdirError(
-            f"--out={out}: the records could not be written: {problem}. What was there before is "
-            "unchanged; look at the space and the permissions there."
-        ) from problem
+        with paths.writing(target, "What was there before is unchanged."):
+            _build(library, planned, part, progress)
+            for split in planned.sizes:
+                _write_index(part, split, planned.dataset)
+            about = json.dumps(_about(planned), indent=2) + "\n"
+            (part / records.ABOUT).write_text(about, "utf-8")
+            _move(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
@@ -131,7 +129,7 @@ def write(
 def _target(out: str, overwrite: bool) -> pathlib.Path:
     if not out:
         raise ConfigError("dsad prepare: --out=DIR is missing; it takes the records.")
-    if "://" in out:
+    if paths.is_remote(out):
         raise ConfigError(f"--out={out}: expected a local folder; copy it there afterwards.")
     target = pathlib.Path(out).expanduser().absolute()
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -151,18 +149,14 @@ def _target(out: str, overwrite: bool) -> pathlib.Path:
 
 
 def _scratch(target: pathlib.Path, needed: int) -> pathlib.Path:
-    try:
+    with paths.writing(target, "Choose another --out=DIR."):
         target.parent.mkdir(parents=True, exist_ok=True)
         part = tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".incomplete", dir=target.parent)
-    except OSError as problem:
-        raise WorkdirError(
-            f"--out={target}: cannot write to {target.parent}: {problem.strerror}."
-        ) from problem
     free = shutil.disk_usage(part).free
     if needed > free:
         os.rmdir(part)
         raise WorkdirError(
-            f"--out={target}: {_readable(needed)} needed, {_readable(free)} free. Make room, or "
+            f"--out={target}: {paths.size(needed)} needed, {paths.size(free)} free. Make room, or "
             "choose another disk or fewer config.data.categories."
         )
     os.chmod(part, 0o755)  # mkdtemp keeps others out, which nobody asked for here
@@ -183,17 +177,16 @@ def _move(part: pathlib.Path, target: pathlib.Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_index(part: pathlib.Path, split: str, dataset: Dataset) -> None:
+def _write_index(part: pathlib.Path, split: str, dataset: IndexedDataset) -> None:
     with records.index_file(part, split).open("w", encoding="utf-8") as file:
         for record in dataset.source(split).records:
             file.write(json.dumps(list(dataclasses.astuple(record)), ensure_ascii=False) + "\n")
 
 
 def _about(planned: Plan) -> dict[str, Any]:
-    dataset: Any = planned.dataset
-    rule = getattr(dataset, "rule", MaskRule())
-    if isinstance(dataset, records.RecordDataset):
-        rule = MaskRule(**dataset.about["rule"])
+    dataset = planned.dataset
+    source = dataset.source(next(iter(planned.sizes)))
+    rule = source.rule if isinstance(source, EncodedSource) else MaskRule()
     return {
         "format": records.FORMAT,
         "name": dataset.name,
@@ -218,7 +211,9 @@ def _about(planned: Plan) -> dict[str, Any]:
 def _build(library: Any, planned: Plan, part: pathlib.Path, progress: Progress | None) -> None:
     """Run a builder over the plan, writing below ``part``."""
     counter = _Counter(sum(map(len, planned.sizes.values())), progress)
-    make = _canvas_example if planned.canvas else _file_example
+    make: Any = _file_example
+    if planned.canvas:
+        make = functools.partial(_canvas_example, masks=planned.anomalous)
     shards = {
         split: [
             _Shard(planned.dataset.source(split), rows, planned.canvas, make, counter)
@@ -236,7 +231,7 @@ def _build(library: Any, planned: Plan, part: pathlib.Path, progress: Progress |
             return library.core.DatasetInfo(
                 builder=self,
                 description=f"Written by dsad prepare from {planned.dataset.name}.",
-                features=library.features.FeaturesDict(_features(library, planned.canvas)),
+                features=library.features.FeaturesDict(_features(library, planned)),
                 disable_shuffling=True,
             )
 
@@ -253,20 +248,24 @@ def _build(library: Any, planned: Plan, part: pathlib.Path, progress: Progress |
     shutil.rmtree(part / "downloads", ignore_errors=True)
 
 
-def _features(library: Any, canvas: int) -> dict[str, Any]:
-    kinds = library.features
+def _features(library: Any, planned: Plan) -> dict[str, Any]:
+    kinds, canvas = library.features, planned.canvas
     text = {name: kinds.Text() for name in ("path", "category", "kind")}
     fields = {**text, "label": np.int64}
     if not canvas:
-        return {**fields, "image": kinds.Image(), "mask": kinds.Tensor(shape=(), dtype=np.bytes_)}
+        masks = kinds.Sequence(kinds.Tensor(shape=(), dtype=np.bytes_))
+        return {**fields, "image": kinds.Image(), "masks": masks}
     facts = {
         f"fact_{name}": kinds.Tensor(shape=fact.shape, dtype=fact.dtype)
         for name, fact in image_facts.FACTS.items()
     }
-    pixels = kinds.Tensor(shape=(canvas, canvas, 3), dtype=np.uint8, encoding="bytes")
-    return {
-        **fields, **facts, "canvas": pixels, "size": kinds.Tensor(shape=(2,), dtype=np.int32),
-    }  # fmt: skip
+
+    def pixels(*channels: int) -> Any:
+        return kinds.Tensor(shape=(canvas, canvas, *channels), dtype=np.uint8, encoding="bytes")
+
+    masks = {"mask": pixels(), "masked": np.int32} if planned.anomalous else {}
+    size = kinds.Tensor(shape=(2,), dtype=np.int32)
+    return {**fields, **facts, **masks, "canvas": pixels(3), "size": size}
 
 
 def _fields(source: Any, index: int) -> dict[str, Any]:
@@ -281,21 +280,19 @@ def _fields(source: Any, index: int) -> dict[str, Any]:
 
 def _file_example(source: Any, index: int, canvas: int) -> dict[str, Any]:
     del canvas
-    masked = source.records[index].mask_path is not None
-    mask = source.encoded_mask(index) if masked else b""
-    return {**_fields(source, index), "image": source.encoded(index), "mask": mask}
+    masks = source.encoded_masks(index) if source.records[index].masks else []
+    return {**_fields(source, index), "image": source.encoded(index), "masks": masks}
 
 
-def _canvas_example(source: Any, index: int, canvas: int) -> dict[str, Any]:
-    image = source[index].image
-    pixels, size = on_canvas(image, canvas)
-    facts = image_facts.find(records.known_facts(), image)
-    return {
-        **_fields(source, index),
-        **{f"fact_{name}": value for name, value in facts.items()},
-        "canvas": pixels,
-        "size": np.asarray(size, np.int32),
-    }
+def _canvas_example(source: Any, index: int, canvas: int, *, masks: bool) -> dict[str, Any]:
+    spec = BatchSpec(
+        canvas=canvas, needs=Needs(mask=masks), facts=image_facts.fields(records.known_facts())
+    )
+    arrays = batches.zeros(spec.read, 1)
+    canvases.fill(arrays, 0, canvases.reader_of(source, spec), index)
+    facts = {f"fact_{name}": value[0] for name, value in arrays.pop("facts").items()}
+    rows = {name: value[0] for name, value in arrays.items()}
+    return {**_fields(source, index), **facts, "canvas": rows.pop("image"), **rows}
 
 
 def shard_rows(sizes: np.ndarray, limit: int = SHARD_BYTES) -> list[range]:

@@ -10,8 +10,7 @@ least a quarter.
 import dataclasses
 import math
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from dsad.data import files
 from dsad.data._defects import MASK_WEIGHT, kinds
 from dsad.data._fields import Rng, grid
 from dsad.data._scenes import SCENES
-from dsad.data.base import DataConfig, SyntheticConfig, chosen, variant
+from dsad.data.base import DataConfig, IndexedDataset, SyntheticConfig, chosen, variant
 
 CATEGORIES = tuple(sorted(SCENES))
 
@@ -77,14 +76,8 @@ class SyntheticSource:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SyntheticDataset:
+class SyntheticDataset(IndexedDataset):
     """The procedural data set of one config."""
-
-    name: str
-    categories: tuple[str, ...]
-    protocol: Mapping[str, Any]
-    config: DataConfig
-    splits: Mapping[str, tuple[Record, ...]]
 
     def source(self, split: str, category: str | None = None) -> SyntheticSource:
         """Samples of "train" or "test", of one category or of all, sorted by path."""
@@ -97,13 +90,13 @@ def _records(category: str, split: str, kind: str, count: int) -> list[Record]:
     digits = max(3, len(str(count - 1)))
     made = []
     for i in range(count):
-        mask = f"{category}/ground_truth/{kind}/{i:0{digits}d}_mask.png" if label else None
+        masks = (f"{category}/ground_truth/{kind}/{i:0{digits}d}_mask.png",) if label else ()
         path = f"{category}/{split}/{kind}/{i:0{digits}d}.png"
-        made.append(Record(path=path, category=category, label=label, kind=kind, mask_path=mask))
+        made.append(Record(path=path, category=category, label=label, kind=kind, masks=masks))
     return made
 
 
-def build(config: DataConfig) -> SyntheticDataset:
+def scan(config: DataConfig) -> SyntheticDataset:
     """The data set; categories weave, wood, tiles, speckle (textures) and washer (object)."""
     variant(config)
     counts = config.synthetic

@@ -13,18 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
-from dsad.core.config import check_options
+from dsad.core.config import Settings, field
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import (
-    Cells,
-    cells,
-    check_layers,
-    embedding,
-    nothing_to_train,
-    select,
-)
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import Cells, FeatureDetector, cells, embedding, select
 from dsad.ops.neighbors import bucket
 from dsad.ops.resize import resize_maps
 
@@ -36,8 +30,7 @@ COLUMNS = 8192
 FLOOR = 1e-10
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which features are reconstructed, and from how many axes.
 
     ``layers``: feature maps, each with a subspace of its own. ``mode``: "image" takes a whole map
@@ -49,22 +42,12 @@ class Config:
     a single layer keeps its squared errors.
     """
 
-    layers: tuple[str, ...] = ("layer3",)
+    layers: tuple[str, ...] = field(("layer3",), distinct=True, filled=True)
     mode: Literal["image", "patch"] = "image"
-    pool: int = 2
-    variance: float = 0.97
-    components: int = 0
+    pool: int = field(2, at_least=1)
+    variance: float = field(0.97, above=0, at_most=1)
+    components: int = field(0, at_least=0)
     balance: bool = True
-
-    def __post_init__(self):
-        check_layers(self.layers)
-        check_options(self, "detector")
-        if self.pool < 1:
-            raise ConfigError(f"detector.pool: expected >= 1, found {self.pool}.")
-        if not 0 < self.variance <= 1:
-            raise ConfigError(f"detector.variance: expected in (0, 1], found {self.variance}.")
-        if self.components < 0:
-            raise ConfigError(f"detector.components: expected >= 0, found {self.components}.")
 
 
 class Subspace(NamedTuple):
@@ -76,7 +59,7 @@ class Subspace(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Fre:
+class Fre(FeatureDetector):
     """The detector; its state is {layer: {"mean", "axes", "weight"}}, float32.
 
     "mean" is (gh, gw, d) in mode "image" and (d,) in mode "patch"; "axes" has a leading axis of r
@@ -86,23 +69,13 @@ class Fre:
 
     config: Config
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
-
     def embed(self, features: FeatureMaps) -> dict[str, jax.Array]:
         """Pooled maps {layer: (b, gh, gw, d)} of a batch."""
         maps = select(features, self.layers)
         return {n: pooled(m, self.config.pool) for n, m in zip(self.layers, maps, strict=True)}
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Mean and principal axes of the normal images, computed in float64 on the host.
 
@@ -110,8 +83,6 @@ class Fre:
         (D × D if that is smaller), in float64; mode "patch" streams over the images and keeps a
         d × d matrix. Raises DataError with fewer than 2 images, or NaN or infinite features.
         """
-        del mesh, key
-        nothing_to_train("fre", trained)
         parts = cells(source, embedding(self), "fre")
         count, found = (self._images if self.config.mode == "image" else self._patches)(parts)
         if count < 2:
@@ -131,7 +102,7 @@ class Fre:
             }
         return state
 
-    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Squared errors: map (b, gh, gw) on the first layer's pooled grid, image (b,) their sum.
 
         Maps of further layers are brought to that grid bilinearly and scaled by the ratio of the

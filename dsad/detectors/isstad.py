@@ -25,19 +25,19 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from dsad.core.config import check_options, listed
+from dsad.core.config import Refused, Settings, field, listed
 from dsad.core.errors import ConfigError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import check_layers, nothing_to_train, select
+from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import FeatureDetector, select
 from dsad.ops.resize import gaussian_smooth
 
 #: A further map of the network, shown in reports beside the two that are scored.
 RECONSTRUCTION = "reconstruction"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which published scores, and their constants.
 
     ``layers``: the maps of probabilities and of errors, in this order. ``pixel``, ``image``: see
@@ -47,43 +47,24 @@ class Config:
     with the edge pixel repeated; 0 leaves it out. ``scale``: factor on the map of "product".
     """
 
-    layers: tuple[str, ...] = ("probability", "error")
+    layers: tuple[str, str] = field(("probability", "error"), distinct=True)
     pixel: Literal["product", "alpha", "max"] = "product"
     image: Literal["product", "alpha", "weighted"] = "product"
-    alpha: float = 0.5
-    q: float = 0.1
-    a: float = 1.0
-    b: float = 1.0
+    alpha: float = field(0.5, within=(0, 1))
+    q: float = field(0.1, above=0, at_most=1)
+    a: float = field(1.0, at_least=0)
+    b: float = field(1.0, at_least=0)
     exponents: tuple[tuple[str, float, float, float], ...] = ()
-    sigma: float = 4.0
-    scale: float = 1.0
+    sigma: float = field(4.0, at_least=0)
+    scale: float = field(1.0, above=0)
 
-    def __post_init__(self):
-        check_layers(self.layers)
-        check_options(self, "detector")
-        if len(self.layers) != 2:
-            raise ConfigError(
-                "detector.layers: expected the maps of probabilities and of errors, found "
-                f"{self.layers}."
-            )
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"detector.alpha: expected in [0, 1], found {self.alpha}.")
-        if self.sigma < 0:
-            raise ConfigError(f"detector.sigma: expected >= 0, found {self.sigma}.")
-        if self.scale <= 0:
-            raise ConfigError(f"detector.scale: expected > 0, found {self.scale}.")
+    def check(self) -> None:
         names = [row[0] for row in self.exponents]
         if twice := {n for n in names if names.count(n) > 1}:
-            raise ConfigError(
-                f"detector.exponents: expected every category once, found {listed(twice)} more "
-                "than once."
-            )
-        for key, (q, a, b) in [("", self.rows[0]), *zip(names, self.rows[1:], strict=True)]:
-            where = f"detector.exponents, {key}" if key else "detector"
-            if not 0 < q <= 1:
-                raise ConfigError(f"{where}: expected q in (0, 1], found {q}.")
-            if min(a, b) < 0:
-                raise ConfigError(f"{where}: expected a and b >= 0, found {a} and {b}.")
+            raise Refused("exponents", "every category once", sorted(twice))
+        for i, (_, q, a, b) in enumerate(self.exponents):
+            if not (0 < q <= 1 and min(a, b) >= 0):
+                raise Refused(f"exponents[{i}]", "q in (0, 1], a and b >= 0", self.exponents[i])
 
     @property
     def rows(self) -> tuple[tuple[float, float, float], ...]:
@@ -92,20 +73,15 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Isstad:
+class Isstad(FeatureDetector):
     """The detector; its state is {"row": int32 ()}, which of ``config.rows`` its categories use."""
 
     config: Config
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
-
-    @property
-    def smooths(self) -> bool:
-        """Whether its maps come smoothed, so that an evaluation must not do it again."""
-        return self.config.sigma > 0
+    def traits(self) -> DetectorTraits:
+        """Its maps come smoothed."""
+        return DetectorTraits(smooths=self.config.sigma > 0)
 
     @property
     def panel_layers(self) -> tuple[str, ...]:
@@ -117,20 +93,13 @@ class Isstad:
         """The values that end the colour scale of a panel; others follow what is shown."""
         return {"probability": 1.0}
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Nothing is learnt: only the names of the categories are looked at, no image is read.
 
         Raises ConfigError if one detector is to serve categories with unlike exponents.
         """
-        del mesh, key
-        nothing_to_train("isstad", trained)
         names = [row[0] for row in self.config.exponents]
         rows = [names.index(c) + 1 if c in names else 0 for c in source.categories]
         if len({self.config.rows[row] for row in rows}) > 1:
@@ -141,7 +110,7 @@ class Isstad:
             )
         return {"row": jnp.asarray(rows[0] if rows else 0, jnp.int32)}
 
-    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """The maps (b, h, w) and image scores (b,) that the config names.
 
         Raises ConfigError for a missing map and for maps that are not (b, h, w, 1) of one size.
@@ -179,7 +148,7 @@ class Isstad:
         return p[..., 0], r[..., 0]
 
     def _smooth(self, maps: jax.Array) -> jax.Array:
-        return gaussian_smooth(maps, self.config.sigma) if self.smooths else maps
+        return gaussian_smooth(maps, self.config.sigma) if self.config.sigma > 0 else maps
 
     def _mixed(self, p: jax.Array, n: jax.Array) -> jax.Array:
         alpha = self.config.alpha

@@ -11,26 +11,24 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core import rng
-from dsad.core.config import check_options
-from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.core.config import Refused, Settings, field
+from dsad.core.errors import DataError
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
+    FeatureDetector,
     Subset,
     bank_state,
     cells,
-    check_layers,
-    check_neighbourhood,
     embedding,
     joined,
-    nothing_to_train,
 )
 from dsad.ops.neighbors import Precision, nearest, pad_bank
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which features enter the bank and how distances become scores.
 
     ``layers``: feature maps to concatenate, on the grid of the first. ``neighbourhood``: side of
@@ -40,27 +38,19 @@ class Config:
     faster where the hardware multiplies bfloat16 (``ops.neighbors.nearest``).
     """
 
-    layers: tuple[str, ...] = ("layer2", "layer3")
-    neighbourhood: int = 3
-    k: int = 1
-    bank_rows: int = 0
+    layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)
+    neighbourhood: int = field(3, at_least=1, odd=True)
+    k: int = field(1, at_least=1)
+    bank_rows: int = field(0, at_least=0)
     precision: Precision = "exact"
 
-    def __post_init__(self):
-        check_layers(self.layers)
-        check_options(self, "detector")
-        check_neighbourhood(self.neighbourhood)
-        if self.k < 1:
-            raise ConfigError(f"detector.k: expected >= 1, found {self.k}.")
-        if self.bank_rows < 0 or 0 < self.bank_rows < self.k:
-            raise ConfigError(
-                f"detector.bank_rows: expected 0 (all rows) or at least k = {self.k}, found "
-                f"{self.bank_rows}."
-            )
+    def check(self) -> None:
+        if 0 < self.bank_rows < self.k:
+            raise Refused("bank_rows", f"0 (all rows) or at least k = {self.k}", self.bank_rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class Knn:
+class Knn(FeatureDetector):
     """The detector; its state is {"bank": (M, d) float32, "rows": () int32}.
 
     The bank is padded to a bucket, so that categories share compiled programs; ``rows`` count.
@@ -68,22 +58,12 @@ class Knn:
 
     config: Config
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
-
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d): neighbourhood means, on the grid of the first layer."""
         return joined(features, self.layers, self.config.neighbourhood)
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """The bank of the normal images' rows, in the order of the source.
 
@@ -93,7 +73,6 @@ class Knn:
         on the host each holds it whole while fitting. Raises DataError without rows or with NaN or
         infinite features.
         """
-        nothing_to_train("knn", trained)
         blocks = self._rows(source)
         rows = self._sampled(blocks, key) if self.config.bank_rows else [r for r, _ in blocks]
         bank = np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
@@ -107,9 +86,7 @@ class Knn:
         del bank
         return bank_state(padded, count, mesh)
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): mean distance to the k nearest rows; image (b,): its maximum.
 
         ``mesh`` splits the search over the devices.

@@ -16,11 +16,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from dsad.core.config import check_options
+from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import cells, check_layers, joined, nothing_to_train
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import FeatureDetector, cells, joined
 from dsad.ops import gaussian
 from dsad.ops.resize import resize_maps
 
@@ -28,8 +29,7 @@ from dsad.ops.resize import resize_maps
 MULTIPLE = 32
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which features are modelled, and how.
 
     ``layers``: maps to read, on the grid of the first. ``channels``: size of the random subset of
@@ -42,29 +42,21 @@ class Config:
     distances are averaged (ADPretrain's variant, always with all channels).
     """
 
-    layers: tuple[str, ...] = ("layer1", "layer2", "layer3")
-    channels: int = 100
+    layers: tuple[str, ...] = field(("layer1", "layer2", "layer3"), distinct=True, filled=True)
+    channels: int = field(100, at_least=0)
     channel_seed: int = 1024
-    ridge: float = 0.01
+    ridge: float = field(0.01, above=0)
     form: Literal["auto", "full", "low_rank"] = "auto"
     joint: bool = True
 
-    def __post_init__(self):
-        check_layers(self.layers)
-        check_options(self, "detector")
-        if self.channels < 0:
-            raise ConfigError(f"detector.channels: expected 0 (all) or more, found {self.channels}")
-        if self.ridge <= 0:
-            raise ConfigError(f"detector.ridge: expected > 0, found {self.ridge}.")
+    def check(self) -> None:
         if not self.joint and self.channels:
-            raise ConfigError(
-                f"detector.channels: expected 0 (all) with joint = False, found {self.channels}; "
-                "a subset is drawn from the concatenated layers."
-            )
+            all_layers = "A subset is drawn from the concatenated layers."
+            raise Refused("channels", "0 (all) with joint = False", self.channels, all_layers)
 
 
 @dataclasses.dataclass(frozen=True)
-class Padim:
+class Padim(FeatureDetector):
     """The detector; its state holds one part per Gaussian grid: the joint one, or per layer.
 
     A part is {"mean": (gh, gw, d), "factor": (gh, gw, d, d)} in full form and {"mean", "factor":
@@ -72,11 +64,6 @@ class Padim:
     """
 
     config: Config
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
 
     def embed(self, features: FeatureMaps) -> list[jax.Array]:
         """What each Gaussian models, (b, gh, gw, d): one array if joint, else one per layer."""
@@ -88,13 +75,8 @@ class Padim:
         subset = channel_subset(values.shape[-1], self.config.channels, self.config.channel_seed)
         return [jnp.take(values, jnp.asarray(subset), axis=-1)]
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Mean and covariance (divisor n - 1) + ridge I per position, on the host in float64.
 
@@ -102,8 +84,7 @@ class Padim:
         many images as channels, then folded into the covariance; nothing depends on the order of
         the source. Raises DataError for fewer than 2 images or broken features.
         """
-        del mesh, key  # the channel subset is one for all categories, and nothing else is random
-        nothing_to_train("padim", trained)
+        # No ``key``: the channel subset is one for all categories, and nothing else is random.
         groups = 1 if self.config.joint else len(self.layers)
         made = []
         for group in range(groups):
@@ -113,7 +94,7 @@ class Padim:
             made.append(jax.tree.map(jnp.asarray, self._part(fold)))
         return tuple(made)
 
-    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw) of Mahalanobis distances; image (b,): its maximum."""
         maps = [
             gaussian.per_position(values, part, self._distance)

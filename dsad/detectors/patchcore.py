@@ -12,18 +12,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core import hosts, rng
-from dsad.core.config import check_options
-from dsad.core.errors import ConfigError, DataError
+from dsad.core.config import Refused, Settings, field
+from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
+    FeatureDetector,
     bank_state,
     cells,
-    check_layers,
-    check_neighbourhood,
     embedding,
-    nothing_to_train,
     select,
 )
 from dsad.ops.coreset import budget_rows, greedy_coreset, kmeans_rows, random_rows
@@ -31,8 +30,7 @@ from dsad.ops.neighbors import Precision, nearest, pad_bank
 from dsad.ops.resize import match_grid, neighbourhood_mean
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which features enter the memory, which rows stay in it and how distances become scores.
 
     ``layers``: feature maps to use, on the grid of the first. ``neighbourhood``: side of the square
@@ -53,57 +51,36 @@ class Config:
     hardware multiplies bfloat16 (``ops.neighbors.nearest``).
     """
 
-    layers: tuple[str, ...] = ("layer2", "layer3")
-    neighbourhood: int = 3
+    layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)
+    neighbourhood: int = field(3, at_least=1, odd=True)
     pooling: Literal["concat", "published"] = "concat"
-    level_dim: int = 1024
-    pooled_dim: int = 1024
+    level_dim: int = field(1024, at_least=1)
+    pooled_dim: int = field(1024, at_least=1)
     zero_borders: bool = False
     bank: Literal["coreset", "random", "kmeans", "all"] = "coreset"
-    bank_fraction: float = 0.1
-    bank_rows: int = 0
-    bank_bytes: int = 0
-    projection_dim: int = 0
+    bank_fraction: float = field(0.1, above=0, at_most=1)
+    bank_rows: int = field(0, at_least=0)
+    bank_bytes: int = field(0, at_least=0)
+    projection_dim: int = field(0, at_least=0)
     start: Literal["random", "published"] = "random"
     score: Literal["distance", "squared"] = "distance"
     image_score: Literal["max", "reweighted"] = "max"
-    neighbours: int = 9
+    neighbours: int = field(9, at_least=2)
     precision: Precision = "exact"
 
-    def __post_init__(self):
-        check_layers(self.layers)
-        check_options(self, "detector")
-        check_neighbourhood(self.neighbourhood)
-        if not 0 < self.bank_fraction <= 1:
-            raise ConfigError(
-                f"detector.bank_fraction: expected above 0 and at most 1, "
-                f"found {self.bank_fraction}."
-            )
-        least = {"level_dim": 1, "pooled_dim": 1, "bank_rows": 0, "bank_bytes": 0}
-        for name, low in {**least, "projection_dim": 0, "neighbours": 2}.items():
-            if getattr(self, name) < low:
-                raise ConfigError(
-                    f"detector.{name}: expected >= {low}, found {getattr(self, name)}."
-                )
+    def check(self) -> None:
         if self.bank_rows and self.bank_bytes:
-            raise ConfigError(
-                "detector.bank_rows, detector.bank_bytes: two sizes of one bank; set one to 0."
-            )
+            raise Refused("bank_bytes", "0 with detector.bank_rows above 0", self.bank_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchCore:
+class PatchCore(FeatureDetector):
     """The detector; its state is {"bank": (M, d) float32, "rows": () int32}.
 
     The bank is padded to a bucket, so that categories share compiled programs; ``rows`` count.
     """
 
     config: Config
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d), on the grid of the first layer."""
@@ -120,14 +97,8 @@ class PatchCore:
         joined = jnp.concatenate([match_grid(m, grid) for m in means], axis=-1)
         return adaptive_mean(joined, cfg.pooled_dim) if cfg.pooling == "published" else joined
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
-        progress: Progress | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """The bank, chosen from the normal images' rows in the order of their sample indices.
 
@@ -137,7 +108,6 @@ class PatchCore:
         as well; every process holds all rows on its host meanwhile. Raises DataError without rows,
         with fewer than the image score needs, or with NaN or infinite features.
         """
-        nothing_to_train("patchcore", trained)
         rows = self._gathered(source)
         least = self.config.neighbours if self.config.image_score == "reweighted" else 1
         bank = self._chosen(rows, mesh, key, progress) if len(rows) else rows
@@ -152,9 +122,7 @@ class PatchCore:
         del bank
         return bank_state(padded, count, mesh)
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): distance, or its square, to the nearest row; image (b,).
 
         ``mesh`` splits the search over the devices.
@@ -195,9 +163,9 @@ class PatchCore:
     def _chosen(
         self,
         rows: np.ndarray,
-        mesh: jax.sharding.Mesh | None,
+        mesh: Mesh | None,
         key: jax.Array,
-        progress: Progress | None,
+        progress: Progress,
     ) -> np.ndarray | jax.Array:
         cfg, key = self.config, rng.named(key, "patchcore")
         if cfg.bank == "all":
@@ -269,7 +237,7 @@ def _weight(
     state: Tree,
     row: jax.Array,
     neighbours: int,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Eq. 7's factor (b,) for worst cells (b, d) with nearest bank rows ``row`` (b,).
 

@@ -13,18 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from dsad.core import rng
-from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import (
-    Subset,
-    cells,
-    check_layers,
-    embedding,
-    nothing_to_train,
-    select,
-)
+from dsad.core.config import Settings, field
+from dsad.core.errors import DataError
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import FeatureDetector, Subset, cells, embedding, select
 from dsad.detectors._images import per_image
 from dsad.ops.neighbors import nearest
 from dsad.ops.resize import resize_maps
@@ -33,8 +28,7 @@ from dsad.ops.resize import resize_maps
 BUCKET = 64
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="detector"):
     """Which features are compared, with how many images and cells.
 
     ``layers``: feature maps whose cells are compared, each with its own layer; the maps are
@@ -45,26 +39,18 @@ class Config:
     uniformly random subset.
     """
 
-    layers: tuple[str, ...] = ("layer1", "layer2", "layer3")
+    layers: tuple[str, ...] = field(("layer1", "layer2", "layer3"), distinct=True, filled=True)
     pooled: str = "layer4"
-    neighbours: int = 50
-    kappa: int = 1
-    gallery_images: int = 0
-
-    def __post_init__(self):
-        check_layers(self.layers)
-        for name, least in (("neighbours", 1), ("kappa", 1), ("gallery_images", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"detector.{name}: expected >= {least}, found {getattr(self, name)}."
-                )
+    neighbours: int = field(50, at_least=1)
+    kappa: int = field(1, at_least=1)
+    gallery_images: int = field(0, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Spade:
+class Spade(FeatureDetector):
     """The detector; its state is {"pooled": (n, d), "gallery": {layer: (n, cells, d)}}, float32.
 
-    Where n is padded (see ``fit``) the rows of "pooled" are infinite and never among the nearest.
+    Where n is padded (to BUCKET) the rows of "pooled" are infinite and never among the nearest.
     The state takes 4 · n · Σ cells · d bytes: 1.4 MB per image for ResNet-18 and 5.6 MB for a wide
     ResNet-50 at 224 pixels, layers 1 to 3; fitting holds it twice on the host. Scoring adds,
     whatever the batch, up to three copies of K images' cells of one layer (3 · 4 · K · cells · d
@@ -93,13 +79,8 @@ class Spade:
             },
         }
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """The features of the normal images, in the order of the source.
 
@@ -108,8 +89,6 @@ class Spade:
         batching of the source. Raises DataError without images, with fewer cells than kappa, or
         with NaN or infinite features.
         """
-        del mesh  # the whole state on every device
-        nothing_to_train("spade", trained)
         key, subset = rng.named(key, "spade gallery"), Subset(self.config.gallery_images)
         for values, index, _ in cells(source, embedding(self), "spade"):
             subset.add(values, np.stack([rng.priorities(key, index), index]))
@@ -123,9 +102,7 @@ class Spade:
         state = self._padded(state)
         return jax.tree.map(jnp.asarray, state)
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): mean over the layers of the distances; image (b,): mean over K images.
 
         Distances are Euclidean; maps of deeper layers are brought to the first grid bilinearly.

@@ -6,30 +6,31 @@
 
 import io
 import json
-import os
 import pathlib
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import tifffile
+from etils import epath
 
+from dsad.core import paths
 from dsad.core.errors import DataError
 
 
 class MapWriter:
-    """Writes maps as they are made; a reader never sees half a file."""
+    """Writes maps into a folder, also of a bucket; a reader never sees half a file."""
 
-    def __init__(self, folder: str | os.PathLike[str], kind: str) -> None:
-        self.folder, self.kind = pathlib.Path(folder), kind
-        self._written: dict[pathlib.Path, str] = {}
+    def __init__(self, folder: str | epath.PathLike, kind: str) -> None:
+        self.folder, self.kind = paths.directory(folder), kind
+        self._written: dict[epath.Path, str] = {}
 
     def note(self, stamp: dict[str, Any]) -> None:
         """Write ``stamp.json``: what the maps mean."""
         text = json.dumps(stamp, indent=1, ensure_ascii=False)
-        replace(self.folder / "stamp.json", text.encode())
+        paths.write_whole(self.folder / "stamp.json", text)
 
-    def write(self, path: str, scores: np.ndarray) -> pathlib.Path:
+    def write(self, path: str, scores: np.ndarray) -> epath.Path:
         """Write the map (h, w) of the image at ``path``, relative to its data set."""
         target = map_path(self.folder, path, self.kind)
         if (other := self._written.setdefault(target, path)) != path:
@@ -49,43 +50,31 @@ class MapWriter:
             PIL.Image.fromarray(levels).save(packed, "PNG")
             # The scale first: a picture without it would be worth nothing.
             scale = {"path": path, "offset": low, "step": step}
-            replace(_scale(target), json.dumps(scale).encode())
-        return replace(target, packed.getvalue())
+            paths.write_whole(target.with_suffix(".json"), json.dumps(scale))
+        return paths.write_whole(target, packed.getvalue())
 
 
-def map_path(folder: str | os.PathLike[str], path: str, kind: str) -> pathlib.Path:
+def map_path(folder: str | epath.PathLike, path: str, kind: str) -> epath.Path:
     """Where the map of an image lies."""
     parts = pathlib.PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts:
         raise DataError(f"{path}: expected a path relative to the data set's root.")
-    return pathlib.Path(folder, *parts.parts).with_suffix(f".{kind}")
+    return (paths.directory(folder) / parts).with_suffix(f".{kind}")
 
 
-def read_map(path: str | os.PathLike[str]) -> np.ndarray:
+def read_map(path: str | epath.PathLike) -> np.ndarray:
     """A map (h, w) float32 as written: exact from TIFF, within half a step from PNG."""
-    file = pathlib.Path(path)
+    file = paths.directory(path)
     try:
+        content = io.BytesIO(file.read_bytes())
         if file.suffix == ".tiff":
-            values = np.asarray(tifffile.imread(file))
+            values = np.asarray(tifffile.imread(content))
             if values.ndim != 2 or values.dtype.kind != "f":
                 raise ValueError(f"expected (h, w) floats, found {values.shape} {values.dtype}")
             return values.astype(np.float32, copy=False)
-        with PIL.Image.open(file) as picture:
+        with PIL.Image.open(content) as picture:
             levels = np.asarray(picture, np.float64)
-        scale = json.loads(_scale(file).read_text(encoding="utf-8"))
+        scale = json.loads(file.with_suffix(".json").read_text())
         return np.asarray(scale["offset"] + levels * scale["step"], np.float32)
     except (OSError, ValueError, KeyError, tifffile.TiffFileError) as error:
         raise DataError(f"{file}: no readable anomaly map ({error}).") from error
-
-
-def replace(path: pathlib.Path, content: bytes) -> pathlib.Path:
-    """Write under a temporary name and move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-    return path
-
-
-def _scale(path: pathlib.Path) -> pathlib.Path:
-    return path.with_suffix(".json")

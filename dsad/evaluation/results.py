@@ -4,15 +4,14 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
-import pathlib
 import zipfile
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from dsad.core import paths
 from dsad.core.errors import WorkdirError
-from dsad.evaluation.maps import replace
 from dsad.evaluation.stamp import plain
 
 
@@ -60,20 +59,20 @@ _JSON += ("seeds", "std", "support", "thresholds")
 _STAMP = "stamp_sha256"
 
 
-def write_results(results: Results, workdir: str | os.PathLike[str]) -> pathlib.Path:
+def write_results(results: Results, workdir: str | epath.PathLike) -> epath.Path:
     """Write ``gallery.npz``, ``curves.npz`` and then ``results.json``; returns the latter's path.
 
-    Every file is written under a temporary name and moved, so a reader never sees half of one.
+    A reader never sees half a file. Raises WorkdirError for a disk or bucket that takes none.
     """
-    folder = pathlib.Path(workdir)
+    folder = paths.directory(workdir)
     for name in ("gallery", "curves"):
         packed = io.BytesIO()
         arrays = {**getattr(results, name), _STAMP: np.array(_digest(results.stamp))}
         np.savez_compressed(packed, **arrays)
-        replace(folder / f"{name}.npz", packed.getvalue())
+        paths.write_whole(folder / f"{name}.npz", packed.getvalue())
     content = {name: plain(getattr(results, name)) for name in _JSON}
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-    return replace(folder / "results.json", text.encode())
+    return paths.write_whole(folder / "results.json", text)
 
 
 def _digest(stamp: dict[str, Any]) -> str:
@@ -81,16 +80,16 @@ def _digest(stamp: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_results(workdir: str | os.PathLike[str]) -> Results:
+def read_results(workdir: str | epath.PathLike) -> Results:
     """The results in a folder; raises WorkdirError if a file is missing or is not one of ours."""
-    folder = pathlib.Path(workdir)
+    folder = paths.directory(workdir)
     path = folder / "results.json"
     if not path.is_file():
         raise WorkdirError(
             f"{path}: no such file. Expected the workdir of a finished `dsad evaluate`."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise WorkdirError(
             f"{path}: not valid JSON ({error}). Run `dsad evaluate` again."
@@ -113,9 +112,9 @@ def read_results(workdir: str | os.PathLike[str]) -> Results:
     return Results(**fields)
 
 
-def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _arrays(path: epath.Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as packed:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as packed:
             return {name: packed[name] for name in packed.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise WorkdirError(

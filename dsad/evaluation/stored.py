@@ -6,23 +6,23 @@ of one of the two (``Extractor.fingerprint``, ``FeatureStore.find``), so nothing
 Maps are kept as they come, float32; a file is used only if its SHA-256 is right.
 """
 
-import errno
 import hashlib
 import io
 import json
 import os
 import pathlib
-import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsad.core import paths
 from dsad.core.errors import ConfigError
-from dsad.core.types import Source
+from dsad.core.types import KnownSource, Source
 
 KEY = "evaluation.feature_cache"
+_ADVICE = f"Every folder in {KEY} can be deleted; name another one, or leave the key empty."
 #: Of the files; another one makes other folders.
 FORMAT = 1
 _DIGEST = 32  # bytes of a SHA-256, in front of the packed arrays
@@ -42,8 +42,8 @@ class Found(NamedTuple):
 class FeatureStore:
     """The stored maps of one network and its layers, in a folder of their own.
 
-    Several processes, of one run or of many, may read and write at once: a file is written under a
-    name of its own and moved, and two that write the same file write the same values, to rounding.
+    Several processes, of one run or of many, may read and write at once: two that write the same
+    file write the same values, to rounding.
     """
 
     def __init__(
@@ -51,16 +51,10 @@ class FeatureStore:
     ) -> None:
         """Use ``folder/<fingerprint>``; ``about`` is noted there, for people who tidy up.
 
-        Raises ConfigError if the folder cannot be made or written to.
+        Raises WorkdirError if the folder cannot be made or written to.
         """
-        if "://" in str(folder):
-            raise ConfigError(f"{KEY}: expected a folder of this machine, found {str(folder)!r}.")
         self.folder = pathlib.Path(os.path.expanduser(folder)) / fingerprint[:32]
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise _refused(self.folder, problem) from problem
-        self._write(self.folder / "about.json", json.dumps(about, indent=1).encode())
+        paths.write_whole(self.folder / "about.json", json.dumps(about, indent=1), _ADVICE)
 
     def find(self, identity: str, shape: tuple[int, int] | None = None) -> Found | None:
         """What is stored of an image, None if nothing is or its file is damaged.
@@ -96,12 +90,13 @@ class FeatureStore:
         return Found(identity, shape or (height, width), maps)
 
     def save(self, found: Found, maps: Mapping[str, np.ndarray]) -> None:
-        """Store the maps {layer: (...)} of an image; ConfigError if the disk is full."""
+        """Store the maps {layer: (...)} of an image; WorkdirError if the disk is full."""
         packed = io.BytesIO()
         arrays: dict[str, Any] = {f"map/{n}": x for n, x in maps.items()}
         np.savez(packed, shape=np.asarray(found.shape, np.int64), **arrays)
         content = packed.getvalue()
-        self._write(self._path(found.identity), hashlib.sha256(content).digest() + content)
+        content = hashlib.sha256(content).digest() + content
+        paths.write_whole(self._path(found.identity), content, _ADVICE)
 
     def complete(
         self, rows: Sequence[Found], compute: Callable[[], Mapping[str, Any]]
@@ -129,32 +124,10 @@ class FeatureStore:
     def _path(self, identity: str) -> pathlib.Path:
         return self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.features"
 
-    def _write(self, path: pathlib.Path, content: bytes) -> None:
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # processes may be on many machines
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        except OSError as problem:
-            temporary.unlink(missing_ok=True)
-            raise _refused(path, problem) from problem
-
-
-def _refused(path: pathlib.Path, problem: OSError) -> ConfigError:
-    full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "Free space (every folder in it can be deleted)" if full else "Make it writable"
-    return ConfigError(
-        f"{KEY}: {path} cannot be written ({problem.strerror}). {remedy}, name another folder, or "
-        "leave the key empty."
-    )
-
 
 def of_file(source: Source, index: int) -> str | None:
-    """Identity by what an image is decoded from, for sources that offer ``identity``.
-
-    Such a source also has ``annotation(index, shape)``, which gives the mask without the image.
-    """
-    own: Callable[[int], str] | None = getattr(source, "identity", None)
-    return f"file {own(index)}" if own else None
+    """Identity by what an image is decoded from, for sources that tell."""
+    return f"file {source.identity(index)}" if isinstance(source, KnownSource) else None
 
 
 def of_pixels(image: np.ndarray) -> str:

@@ -3,36 +3,28 @@
 ISSTAD's second stage uses the same parts with more blocks and a class head.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dsad.core.errors import ConfigError
+from dsad.core.config import Refused, Settings, field
 from dsad.models import positions, transformer
 from dsad.models.draws import Draws, normal, uniform_draws
 from dsad.models.transformer import BlockSpec, Remat
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(Settings, place="decoder"):
     """Width, number of blocks and attention heads of a decoder."""
 
-    width: int = 512
-    depth: int = 8
-    heads: int = 16
+    width: int = field(512, at_least=1)
+    depth: int = field(8, at_least=1)
+    heads: int = field(16, at_least=1)
 
-    def __post_init__(self) -> None:
-        if min(self.width, self.depth, self.heads) < 1 or self.width % 4:
-            raise ConfigError(
-                f"decoder: expected positive numbers and a width that 4 divides, found {self}."
-            )
-        if self.width % self.heads:
-            raise ConfigError(
-                f"decoder.heads: expected a divisor of the width {self.width}, found {self.heads}."
-            )
+    def check(self) -> None:
+        if self.width % 4 or self.width % self.heads:
+            raise Refused("width", f"a number that 4 and the {self.heads} heads divide", self.width)
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:

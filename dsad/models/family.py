@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsad.core.errors import ConfigError
@@ -76,11 +77,27 @@ class Family(abc.ABC):
     def network(self, arch: str, **options: Any) -> Network:
         """The network; equal arguments give the same object, so that its programs are reused."""
 
-    @abc.abstractmethod
     def maps(
         self, network: Any, params: Any, extra: Any, images: Any, layers: tuple[str, ...] | None
     ) -> FeatureMaps:
         """Feature maps in inference mode, only ``layers`` where these are given."""
+        maps, _ = network.apply(params, extra, images, train=False)
+        return _only(maps, layers)
+
+    def run(
+        self, network: Any, params: Any, extra: Any, images: Any, *, train: bool, views: int = 1,
+        layers: tuple[str, ...] | None = None,
+    ) -> tuple[FeatureMaps, jax.Array, Any]:  # fmt: skip
+        """Maps as ``maps`` gives, pooled vectors (b, c) f32 and the new extra.
+
+        In training the ``views`` of an image follow each other along the batch axis, and each has
+        batch statistics of its own, see ``norm.BatchNorm``. Vectors are what a head for whole
+        images takes: here the mean over the cells of the deepest map.
+        """
+        maps, extra = network.apply(params, extra, images, train=train, views=views)
+        *_, deepest = maps.values()
+        pooled = jnp.mean(deepest.astype(jnp.float32), axis=(1, 2))
+        return _only(maps, layers), pooled, extra
 
     @abc.abstractmethod
     def strides(self, arch: str, **options: Any) -> dict[str, int]:
@@ -133,3 +150,7 @@ class Family(abc.ABC):
         """Tensors under published names; loading them gives the same network."""
         del params, extra, options
         raise ConfigError(f"{arch}: cannot be written under published names ({form}).")
+
+
+def _only(maps: FeatureMaps, layers: tuple[str, ...] | None) -> FeatureMaps:
+    return maps if layers is None else {name: maps[name] for name in layers}

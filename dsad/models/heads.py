@@ -1,6 +1,7 @@
-"""Heads of the dense objectives. 1×1 convolutions are linear maps over the channel axis."""
+"""Heads of the objectives. 1×1 convolutions are linear maps over the channel axis."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,11 @@ from flax import nnx
 from dsad.models.functional import Functional
 from dsad.models.norm import BatchNorm
 
+#: What follows a linear map: nothing, a batch norm, or one without scale and bias.
+Norm = Literal["none", "affine", "plain"]
 
-def _linear(cin: int, cout: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+
+def _linear(cin: int, cout: int, dtype: Any, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
     """Weight and bias from U(−1/√fan_in, 1/√fan_in)."""
     bound = float(1.0 / np.sqrt(cin))
 
@@ -19,22 +23,36 @@ def _linear(cin: int, cout: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return nnx.Linear(
-        cin, cout, kernel_init=uniform, bias_init=uniform, dtype=dtype, param_dtype=jnp.float32,
-        rngs=rngs,
+        cin, cout, use_bias=bias, kernel_init=uniform, bias_init=uniform, dtype=dtype,
+        param_dtype=jnp.float32, rngs=rngs,
     )  # fmt: skip
 
 
-class Projector(nnx.Module):
-    """Conv 1×1, batch norm, ReLU, conv 1×1: (b, h, w, cin) to (b, h, w, out)."""
+class MLP(nnx.Module):
+    """Linear maps ``conv1``, ``conv2``, ... with ReLUs between: (b, ..., cin) to (b, ..., out).
 
-    def __init__(self, cin: int, hidden: int, out: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.conv1 = _linear(cin, hidden, dtype, rngs)
-        self.norm1 = BatchNorm(hidden, dtype=dtype, rngs=rngs)
-        self.conv2 = _linear(hidden, out, dtype, rngs)
+    See ``mlp`` for the settings. ``norm1`` follows ``conv1`` and precedes its ReLU.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], *, hidden: Norm, last: Norm, bias: bool, dtype: Any,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.norms = (*(hidden,) * (len(widths) - 2), last)
+        for i, norm in enumerate(self.norms, start=1):
+            cin, cout = widths[i - 1 : i + 1]
+            biased = bias or norm == "none"
+            setattr(self, f"conv{i}", _linear(cin, cout, dtype, rngs, bias=biased))
+            if norm != "none":
+                affine = norm == "affine"
+                setattr(self, f"norm{i}", BatchNorm(cout, dtype=dtype, rngs=rngs, affine=affine))
 
     def __call__(self, x: jax.Array, *, train: bool, views: int = 1) -> jax.Array:
-        x = self.norm1(self.conv1(x), train=train, views=views)
-        return self.conv2(nnx.relu(x))
+        for i, norm in enumerate(self.norms, start=1):
+            x = getattr(self, f"conv{i}")(x if i == 1 else nnx.relu(x))
+            if norm != "none":
+                x = getattr(self, f"norm{i}")(x, train=train, views=views)
+        return x
 
 
 class Pointwise(nnx.Module):
@@ -48,9 +66,37 @@ class Pointwise(nnx.Module):
         return self.conv(x)
 
 
+def mlp(
+    widths: Sequence[int],
+    *,
+    hidden: Norm = "affine",
+    last: Norm = "none",
+    bias: bool = False,
+    dtype: Any = jnp.float32,
+) -> Functional:
+    """Linear layers with ReLUs between as pure functions: ``apply(params, extra, x, train=...)``.
+
+    It takes vectors (b, c) or maps (b, h, w, c); for ``views`` see ``norm.BatchNorm``.
+
+    Args:
+      widths: channels that enter and that leave each layer, at least two numbers.
+      hidden: norm behind each layer but the last.
+      last: norm behind the last layer, which no ReLU follows.
+      bias: whether layers in front of a norm have a bias, which the norm takes away again; the
+        other layers always have one.
+      dtype: compute type; parameters and statistics stay f32.
+
+    """
+    if len(widths) < 2:
+        raise ValueError(f"mlp: expected at least two widths, found {tuple(widths)}.")
+    return Functional(
+        lambda rngs: MLP(widths, hidden=hidden, last=last, bias=bias, dtype=dtype, rngs=rngs)
+    )
+
+
 def projector(cin: int, hidden: int, out: int, dtype: Any = jnp.float32) -> Functional:
-    """The projection head as pure functions."""
-    return Functional(lambda rngs: Projector(cin, hidden, out, dtype=dtype, rngs=rngs))
+    """PixPro's projection head: conv 1×1, batch norm, ReLU, conv 1×1, both with a bias."""
+    return mlp((cin, hidden, out), bias=True, dtype=dtype)
 
 
 def pointwise(cin: int, out: int, dtype: Any = jnp.float32) -> Functional:

@@ -19,14 +19,21 @@ class BatchNorm(nnx.Module):
     (image 0 view 0, image 0 view 1, image 1 view 0, ...), so that the batch stays split over
     devices as it was. Each view is normalised by its own statistics, and the running statistics
     become what one call per view in turn would give. Under one jit the statistics are those of
-    the global batch.
+    the global batch. ``zero`` starts the scale at 0; without ``affine`` there is neither scale nor
+    bias.
     """
 
-    def __init__(self, channels: int, *, dtype: Any, rngs: nnx.Rngs, zero: bool = False):
+    def __init__(
+        self, channels: int, *, dtype: Any, rngs: nnx.Rngs, zero: bool = False, affine: bool = True
+    ):
         del rngs
-        start = jnp.zeros if zero else jnp.ones
-        self.scale = nnx.Param(start((channels,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        if zero and not affine:
+            raise ValueError("batch norm: a scale that starts at 0 needs affine=True.")
+        self.affine = affine
+        if affine:
+            start = jnp.zeros if zero else jnp.ones
+            self.scale = nnx.Param(start((channels,), jnp.float32))
+            self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
         self.mean = nnx.BatchStat(jnp.zeros((channels,), jnp.float32))
         self.var = nnx.BatchStat(jnp.ones((channels,), jnp.float32))
         self.dtype = dtype
@@ -34,18 +41,49 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool, views: int = 1) -> jax.Array:
         """X (b · views, ..., c) to the same shape in the compute type."""
         c = x.shape[-1]
+        scale = self.scale[...] if self.affine else jnp.ones((c,), jnp.float32)
+        bias = self.bias[...] if self.affine else jnp.zeros((c,), jnp.float32)
         if not train:
-            factor = self.scale[...] * jax.lax.rsqrt(self.var[...] + EPSILON)
-            shift = self.bias[...] - self.mean[...] * factor
+            factor = scale * jax.lax.rsqrt(self.var[...] + EPSILON)
+            shift = bias - self.mean[...] * factor
             wide = (1,) * (x.ndim - 1) + (c,)
             return (x * factor.reshape(wide) + shift.reshape(wide)).astype(self.dtype)
         split = x.astype(jnp.float32).reshape(x.shape[0] // views, views, -1, c)
-        mean = jnp.mean(split, axis=(0, 2))
-        var = jnp.maximum(jnp.mean(jnp.square(split), axis=(0, 2)) - jnp.square(mean), 0.0)
-        factor = self.scale[...][None] * jax.lax.rsqrt(var + EPSILON)
-        shift = self.bias[...][None] - mean * factor
-        y = split * factor[None, :, None, :] + shift[None, :, None, :]
+        y, mean, var = _normalised(split, scale, bias)
         for view in range(views):
             self.mean.set_value(MOMENTUM * self.mean[...] + (1.0 - MOMENTUM) * mean[view])
             self.var.set_value(MOMENTUM * self.var[...] + (1.0 - MOMENTUM) * var[view])
         return y.reshape(x.shape).astype(self.dtype)
+
+
+@jax.custom_vjp
+def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+    """Normalised x (b, v, n, c), and mean and biased variance (v, c), which pass on no gradient.
+
+    The variance is mean((x − mean)²): of mean(x²) − mean² no digit is left where the mean is 1,000
+    deviations. The backward pass is written out because it then keeps x alone, and no copy of
+    x − mean, for which derivatives of these lines would make room in every layer.
+    """
+    return _forward(x, scale, bias)[0]
+
+
+def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[Any, Any]:
+    mean = jnp.mean(x, axis=(0, 2))
+    centred = x - mean[None, :, None]
+    var = jnp.mean(jnp.square(centred), axis=(0, 2))
+    inverse = jax.lax.rsqrt(var + EPSILON)
+    y = centred * (scale[None] * inverse)[None, :, None] + bias[None, None, None]
+    return (y, mean, var), (x, mean, inverse, scale)
+
+
+def _backward(kept: Any, cotangents: Any) -> tuple[jax.Array, ...]:
+    x, mean, inverse, scale = kept
+    dy, count = cotangents[0], x.shape[0] * x.shape[2]
+    unit = (x - mean[None, :, None]) * inverse[None, :, None]
+    dbias, dscale = jnp.sum(dy, axis=(0, 2)), jnp.sum(dy * unit, axis=(0, 2))
+    inner = dy - (dbias[None, :, None] + unit * dscale[None, :, None]) / count
+    dx = (scale[None] * inverse)[None, :, None] * inner
+    return dx, jnp.sum(dscale, axis=0), jnp.sum(dbias, axis=0)
+
+
+_normalised.defvjp(_forward, _backward)

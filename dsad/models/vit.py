@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsad.core.config import listed, suggestion
+from dsad.core.config import Refused, Settings, field, listed, suggestion
 from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureMaps
 from dsad.models import positions, transformer
@@ -26,8 +26,7 @@ from dsad.models.transformer import Activation, BlockSpec, Remat
 _BLOCK = re.compile(r"block(\d+)")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arch:
+class Arch(Settings, place="vision transformer"):
     """What tells one vision transformer from another.
 
     Attributes:
@@ -44,14 +43,14 @@ class Arch:
 
     """
 
-    width: int
-    depth: int
-    heads: int
-    patch: int = 16
-    image: int = 224
+    width: int = field(at_least=1)
+    depth: int = field(at_least=1)
+    heads: int = field(at_least=1)
+    patch: int = field(16, at_least=1)
+    image: int = field(224, at_least=1)
     cls: bool = True
     distilled: bool = False
-    registers: int = 0
+    registers: int = field(0, at_least=0)
     pos: str = "learned"
     pos_prefix: bool = True
     pre_norm: bool = False
@@ -61,24 +60,12 @@ class Arch:
     eps: float = 1e-6
     rule: Rule = "antialias"
 
-    def __post_init__(self) -> None:
-        for key in ("width", "depth", "heads", "patch", "image", "registers"):
-            value, least = getattr(self, key), 0 if key == "registers" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(
-                    f"vision transformer: {key}: expected a whole number of at least {least}, "
-                    f"found {value!r}."
-                )
+    def check(self) -> None:
         if self.width % self.heads or self.width % 4:
-            raise ConfigError(
-                f"vision transformer: expected a width that its {self.heads} heads and 4 divide, "
-                f"found {self.width}."
-            )
+            raise Refused("width", f"a number that its {self.heads} heads and 4 divide", self.width)
         if self.image % self.patch or self.image < self.patch:
-            raise ConfigError(
-                f"vision transformer: expected an image side that is a multiple of the patch's "
-                f"{self.patch} pixels, found {self.image}."
-            )
+            sides = f"a multiple of the patch's {self.patch} pixels"
+            raise Refused("image", sides, self.image)
 
     @property
     def grid(self) -> int:
@@ -282,21 +269,43 @@ class ViT:
         images: jax.Array,
         *,
         train: bool = False,
+        views: int = 1,
         layers: Sequence[str] | None = None,
     ) -> tuple[FeatureMaps, Any]:
         """Patch tokens after the blocks ``layers`` (None: all) as maps (b, rows, columns, d).
 
         ``block0`` is the output of the first block; no final norm, prefix tokens removed. Names
-        that no block has are left out, as a backbone tells its caller what exists.
+        that no block has are left out, as a backbone tells its caller what exists. Layer norms see
+        one token each, so that training and ``views`` change nothing.
         """
-        del train  # nothing differs
-        b, (rows, columns) = images.shape[0], self.grid(images)
-        x = self._start(params, extra, self.embed(params, extra, images))
+        del train, views
         taps = None if layers is None else _numbers(layers, self.spec.depth)
-        found = transformer.tap_blocks(params["blocks"], x, self.spec.blocks, taps, self.remat)
-        skip = self.spec.prefix
-        maps = {f"block{i}": y[:, skip:].reshape(b, rows, columns, -1) for i, y in found.items()}
-        return maps, extra
+        return self._maps(self._outputs(params, extra, images, taps), images), extra
+
+    def pooled(
+        self, params: Any, extra: Any, images: jax.Array, layers: Sequence[str] | None = None
+    ) -> tuple[FeatureMaps, jax.Array]:
+        """The maps of ``apply``, and one vector an image (b, d) f32, behind the final norm.
+
+        It is the class token where there is one, else the mean of the patch tokens.
+        """
+        s, last = self.spec, self.spec.depth - 1
+        taps = None if layers is None else _numbers(layers, s.depth)
+        outputs = self._outputs(params, extra, images, None if taps is None else (*taps, last))
+        tokens = outputs[last][:, :1] if s.cls else outputs[last][:, s.prefix :]
+        tokens = transformer.layer_norm(params["norm"], tokens, s.eps).astype(jnp.float32)
+        asked = {i: y for i, y in outputs.items() if taps is None or i in taps}
+        return self._maps(asked, images), jnp.mean(tokens, axis=1)
+
+    def _outputs(
+        self, params: Any, extra: Any, images: jax.Array, taps: tuple[int, ...] | None
+    ) -> dict[int, jax.Array]:
+        x = self._start(params, extra, self.embed(params, extra, images))
+        return transformer.tap_blocks(params["blocks"], x, self.spec.blocks, taps, self.remat)
+
+    def _maps(self, outputs: dict[int, jax.Array], images: jax.Array) -> FeatureMaps:
+        shape, skip = (images.shape[0], *self.grid(images), self.spec.width), self.spec.prefix
+        return {f"block{i}": y[:, skip:].reshape(shape) for i, y in outputs.items()}
 
     def _start(self, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
         x = self.with_prefix(params, extra, tokens)

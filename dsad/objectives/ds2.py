@@ -6,28 +6,27 @@ stricter spatial criterion and one more positive pair per image: the two cells w
 features are most similar. There are no negatives; the keys come from a momentum teacher.
 """
 
-import dataclasses
-from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from dsad.augment.views import ViewConfig, make_view
-from dsad.core import rng, tree
-from dsad.core.errors import ConfigError
-from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
+from dsad.core import rng
+from dsad.core.batch import Batch
+from dsad.core.config import Refused, Settings, field
+from dsad.core.types import EarlierWeights, ObjectiveTraits, RunInfo, Scalars
 from dsad.models import heads, resnet
-from dsad.models.family import Encoder, Preprocessing
-from dsad.models.weights.pretrained import resnet_trees
+from dsad.models.family import Preprocessing
 from dsad.objectives._dense import Similarity, dense_loss, pair_loss, positive_pairs
+from dsad.objectives.encoder import EncoderObjective
+from dsad.objectives.teacher import averaged, copied, interleaved, momentum_at
 from dsad.ops.similarity import effective_rank, feature_std, self_attention, unit
 
-__all__ = ["DS2", "Config", "build", "dense_loss", "momentum_at", "positive_pairs"]
+__all__ = ["DS2", "Config", "build", "dense_loss", "positive_pairs"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="objective"):
     """Settings of DS2; the defaults are the paper's method, other values its ablations.
 
     Attributes:
@@ -48,70 +47,51 @@ class Config:
     """
 
     arch: str = "resnet18"
-    layers: tuple[str, ...] = ("layer3", "layer4")
-    hidden: int = 4096
-    out: int = 256
-    threshold: float = 0.1
+    layers: tuple[str, ...] = field(("layer3", "layer4"), distinct=True, filled=True)
+    hidden: int = field(4096, at_least=1)
+    out: int = field(256, at_least=1)
+    threshold: float = field(0.1, at_least=0)
     top1: Literal["image", "cell", "off"] = "image"
     top1_similarity: Similarity = "dot"
     propagation: bool = True
-    power: float = 2.0
+    power: float = field(2.0, at_least=0)
     value_transform: Literal["identity", "linear", "mlp"] = "linear"
     teacher: Literal["momentum", "none"] = "momentum"
-    momentum: float = 0.99
-    momentum_steps: int = 0
+    momentum: float = field(0.99, within=(0, 1))
+    momentum_steps: int = field(0, at_least=0)
     average_directions: bool = True
     zero_init_last: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
-    view1: ViewConfig = dataclasses.field(default_factory=ViewConfig)
-    view2: ViewConfig = dataclasses.field(default_factory=lambda: ViewConfig(blur_probability=0.1))
+    view1: ViewConfig = ViewConfig()
+    view2: ViewConfig = ViewConfig(blur_probability=0.1)
 
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.layers) - set(resnet.STRIDES))
-        if unknown or not self.layers:
-            raise ConfigError(
-                f"objective.layers: expected some of {tuple(resnet.STRIDES)}, found {self.layers}."
-            )
-        if self.threshold <= 0 and self.top1 == "off":
-            raise ConfigError("objective.threshold, objective.top1: one must give positive pairs.")
+    def check(self) -> None:
+        if not set(self.layers) <= set(resnet.STRIDES):
+            raise Refused("layers", f"some of {tuple(resnet.STRIDES)}", self.layers)
+        if self.threshold == 0 and self.top1 == "off":
+            raise Refused("threshold", "more than 0 with top1='off'", self.threshold)
         if self.view1.side != self.view2.side:
-            raise ConfigError(
-                f"objective.view2.side: expected view1's {self.view1.side}, "
-                f"found {self.view2.side}; both grids must have the same cells."
-            )
+            cells = "Both grids must have the same cells."
+            raise Refused("view2.side", f"view1's {self.view1.side}", self.view2.side, cells)
 
 
-def momentum_at(step: jax.Array, start: float, total: int) -> jax.Array:
-    """Teacher momentum 1 − (1 − start)(cos(π step / total) + 1) / 2, held at 1 past the end."""
-    part = jnp.minimum(step.astype(jnp.float32) / total, 1.0)
-    return 1.0 - (1.0 - start) * (jnp.cos(jnp.pi * part) + 1.0) / 2.0
-
-
-def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:
-    """(b, ...) twice to (2b, ...), the two views of an image next to each other."""
-    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
-
-
-class DS2:
+class DS2(EncoderObjective):
     """The objective; see ``core.types.Objective`` for the contract of each method."""
 
     #: Batch statistics tie the samples of a batch together.
-    couples_batch = True
+    traits = ObjectiveTraits(couples_batch=True)
 
     def __init__(self, cfg: Config, run: RunInfo):
         self.cfg = cfg
         self.momentum_steps = cfg.momentum_steps or run.total_steps
-        dtype = jnp.dtype(cfg.dtype)
-        spec = resnet.arch(cfg.arch)
-        self.mean, self.std = cfg.view1.mean, cfg.view1.std
-        self.nets = {
-            "encoder": resnet.resnet(
-                cfg.arch,
-                stages=max(int(name[-1]) for name in cfg.layers),
-                zero_init_last=cfg.zero_init_last,
-                dtype=dtype,
-            )
-        }
+        dtype, view = jnp.dtype(cfg.dtype), cfg.view1
+        options = {"stages": max(int(name[-1]) for name in cfg.layers)}
+        network = resnet.resnet(cfg.arch, **options, zero_init_last=cfg.zero_init_last, dtype=dtype)
+        known = Preprocessing(
+            mean=view.mean, std=view.std, image_size=view.side, interpolation=view.filter, crop=1.0
+        )
+        super().__init__(cfg.arch, network, options=options, preprocessing=known)
+        spec, self.nets = resnet.arch(cfg.arch), {"encoder": network}
         for name in cfg.layers:
             head = heads.projector(spec.channels(name), cfg.hidden, cfg.out, dtype)
             self.nets[f"projector_{name}"] = head
@@ -120,9 +100,8 @@ class DS2:
         elif cfg.propagation and cfg.value_transform == "mlp":
             self.nets["value"] = heads.projector(cfg.out, cfg.out, cfg.out, dtype)
 
-    def init(self, key: jax.Array, specs: Specs) -> tuple[Any, Any]:
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Parameters by network; extra: ``stats``, and with a teacher its weights and stats."""
-        del specs
         made = {n: net.init(rng.named(key, n)) for n, net in self.nets.items()}
         params = {n: m[0] for n, m in made.items()}
         extra = {"stats": {n: m[1] for n, m in made.items()}}
@@ -135,8 +114,8 @@ class DS2:
         own = [n for n in params if n != "value"]
         return {
             "stats": extra["stats"],
-            "teacher": {n: jax.tree.map(jnp.copy, params[n]) for n in own},
-            "teacher_stats": {n: jax.tree.map(jnp.copy, extra["stats"][n]) for n in own},
+            "teacher": copied({n: params[n] for n in own}),
+            "teacher_stats": copied({n: extra["stats"][n] for n in own}),
         }
 
     def views(self, batch: Batch, key: jax.Array) -> Any:
@@ -191,7 +170,7 @@ class DS2:
     ) -> tuple[jax.Array, tuple[Any, Scalars]]:
         """Sum over scales of the two directions' losses; −2 per scale is perfect agreement."""
         del key, step  # everything random is in the views
-        images = _interleave(views["view1"]["image"], views["view2"]["image"])
+        images = interleaved(views["view1"]["image"], views["view2"]["image"])
         boxes = (views["view1"]["box"], views["view2"]["box"])
         maps, projected, stats = self._branch(params, extra["stats"], images)
         queries, stats = self._queries(params, stats, projected)
@@ -241,15 +220,14 @@ class DS2:
             return extra
         m = momentum_at(step, self.cfg.momentum, self.momentum_steps)
         online = {n: params[n] for n in extra["teacher"]}
-        mixed = jax.tree.map(lambda k, q: m * k + (1.0 - m) * q, extra["teacher"], online)
-        return {**extra, "teacher": mixed}
+        return {**extra, "teacher": averaged(extra["teacher"], online, m)}
 
     def parts(self, params: Any, extra: Any, views: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Pieces of the loss by name, each (function, arguments), for ``dsad bench step``.
 
         ``encoder`` and ``losses`` include their backward passes.
         """
-        images = _interleave(views["view1"]["image"], views["view2"]["image"])
+        images = interleaved(views["view1"]["image"], views["view2"]["image"])
         boxes = (views["view1"]["box"], views["view2"]["box"])
 
         def encode(params: Any) -> Any:
@@ -273,54 +251,19 @@ class DS2:
             "losses": (jax.value_and_grad(losses, argnums=(0, 1)), inputs),
         }
 
-    def adopt(self, source: Any, params: Any, extra: Any) -> tuple[Any, Any, str]:
-        """Take the encoder's weights and statistics of another run; the teacher is re-copied."""
-        encoder = source["params"]["encoder"]
-        stats = source["extra"]["stats"]["encoder"]
-        if lines := tree.diff(params["encoder"], encoder):
-            raise ConfigError(
-                f"init_from: the encoder found is not a {self.cfg.arch}:\n  " + "\n  ".join(lines)
-            )
-        params = {**params, "encoder": encoder}
-        extra = {**extra, "stats": {**extra["stats"], "encoder": stats}}
-        report = f"encoder: {len(jax.tree.leaves(encoder))} tensors; heads start anew"
-        return params, self._with_teacher(params, extra), report
-
-    def imported(self, weights: Mapping[str, Any]) -> Any:
-        """Published tensors of the encoder as a source for ``adopt``; later stages are left out."""
-        params, stats, found = resnet_trees(self.cfg.arch, weights)
-        deepest = max(int(name[-1]) for name in self.cfg.layers)
-        later = tuple(f"layer{s}_" for s in range(deepest + 1, found + 1))
-
-        def kept(trees: Any) -> Any:
-            return {k: v for k, v in trees.items() if not k.startswith(later)} if later else trees
-
-        return {
-            "params": {"encoder": kept(params)},
-            "extra": {"stats": {"encoder": kept(stats)}},
-        }
-
-    def prepare(self, params: Any, extra: Any, batches: Iterable[Batch]) -> Any:
-        """DS2 needs no pass over the data."""
-        del params, batches
-        return extra
-
-    def features(self, params: Any, extra: Any, images: jax.Array) -> FeatureMaps:
-        """Maps of the online encoder with running statistics."""
-        maps, _ = self.nets["encoder"].apply(
-            params["encoder"], extra["stats"]["encoder"], images, train=False
-        )
-        return {n: m.astype(jnp.float32) for n, m in maps.items()}
-
-    def encoder_weights(self, params: Any, extra: Any) -> Encoder:
+    def encoder_trees(self, params: Any, extra: Any) -> tuple[Any, Any]:
         """The online encoder; stages behind the last layer with a loss do not exist."""
-        view = self.cfg.view1
-        known = Preprocessing(
-            mean=view.mean, std=view.std, image_size=view.side, interpolation=view.filter, crop=1.0
-        )
-        options = {"stages": max(int(name[-1]) for name in self.cfg.layers)}
-        trees = params["encoder"], extra["stats"]["encoder"]
-        return Encoder(self.cfg.arch, options, *trees, known)
+        return params["encoder"], extra["stats"]["encoder"]
+
+    def with_encoder(self, params: Any, extra: Any, trees: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Likewise with another encoder; the teacher stays."""
+        stats = {**extra["stats"], "encoder": trees[1]}
+        return {**params, "encoder": trees[0]}, {**extra, "stats": stats}
+
+    def adopt(self, earlier: EarlierWeights, params: Any, extra: Any) -> tuple[Any, Any, str]:
+        """Take an encoder with its statistics; the teacher is copied again."""
+        params, extra, report = super().adopt(earlier, params, extra)
+        return params, self._with_teacher(params, extra), f"{report}; heads start anew"
 
 
 def build(cfg: Config, run: RunInfo) -> DS2:

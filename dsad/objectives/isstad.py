@@ -7,9 +7,7 @@ decoder grows, whole images are corrupted at random, and every decoder block cla
 as normal or corrupted while the last one also paints the image.
 """
 
-import dataclasses
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -20,26 +18,24 @@ from dsad.augment.crops import resized_crop
 from dsad.augment.isstad_corruption import CorruptionConfig, corrupt
 from dsad.augment.views import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core import rng, tree
-from dsad.core.config import check_options
+from dsad.core.batch import Batch, Needs
+from dsad.core.config import Settings, field
 from dsad.core.errors import ConfigError
-from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
+from dsad.core.types import EarlierWeights, FeatureMaps, ObjectiveTraits, RunInfo, Scalars
 from dsad.models import transformer, vit
 from dsad.models.decoder import Decoder, DecoderConfig, patchify, unpatchify
 from dsad.models.draws import uniform_draws
 from dsad.models.family import Encoder, Preprocessing
 from dsad.models.transformer import Remat
-from dsad.models.weights.pretrained import mae_trees
-from dsad.objectives.mae import EncoderConfig, adopt_encoder, check_facts
+from dsad.objectives.encoder import EncoderObjective, check_facts
+from dsad.objectives.mae import EncoderConfig, mae_tensors
 from dsad.ops.ssim import ssim
 
-#: What ``init_from`` has to name: the frozen encoder comes from somewhere.
-NEEDS_SOURCE = "a run of the objective mae on the same images, or weights of a published MAE"
 #: Maps that the second stage adds to those of its encoder.
 PIXEL_MAPS = ("probability", "error", "reconstruction")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="objective"):
     """Settings of the second stage; encoder and decoder as in the first, with more blocks.
 
     Attributes:
@@ -64,42 +60,26 @@ class Config:
 
     """
 
-    encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = dataclasses.field(default_factory=lambda: DecoderConfig(depth=12))
-    side: int = 224
-    corruption: CorruptionConfig = dataclasses.field(default_factory=CorruptionConfig)
+    encoder: EncoderConfig = EncoderConfig()
+    decoder: DecoderConfig = DecoderConfig(depth=12)
+    side: int = field(224, within=(16, 2048))
+    corruption: CorruptionConfig = CorruptionConfig()
     permute: Literal["none", "shuffle"] = "none"
-    permutations: int = 4
+    permutations: int = field(4, at_least=1)
     target: Literal["clean", "input"] = "clean"
     normalisation: Literal["shared", "published"] = "shared"
     ssim_range: Literal["unit", "signed"] = "unit"
-    class_weights: tuple[float, float] = (3.0, 1.0)
-    reconstruction: float = 0.5
-    similarity: float = 0.1
+    class_weights: tuple[float, float] = field((3.0, 1.0), above=0)
+    reconstruction: float = field(0.5, at_least=0)
+    similarity: float = field(0.1, at_least=0)
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[float, float, float] = field(IMAGENET_STD, above=0)
     adopt_check: Literal["strict", "shapes"] = "strict"
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
-    def __post_init__(self) -> None:
-        check_options(self, "objective")
+    def check(self) -> None:
         self.encoder.spec(self.side)
-        if not 16 <= self.side <= 2048:
-            raise ConfigError(f"side: expected 16 to 2048 pixels, found {self.side}.")
-        if not all(0 < s < math.inf for s in self.std) or not all(map(math.isfinite, self.mean)):
-            raise ConfigError(
-                f"mean, std: expected finite means and positive deviations, found {self.mean}, "
-                f"{self.std}."
-            )
-        if self.permutations < 1:
-            raise ConfigError(f"permutations: expected at least 1, found {self.permutations}.")
-        if min(self.class_weights) <= 0 or min(self.reconstruction, self.similarity) < 0:
-            raise ConfigError(
-                "class_weights, reconstruction, similarity: expected positive class weights and no "
-                f"negative weight, found {self.class_weights}, {self.reconstruction}, "
-                f"{self.similarity}."
-            )
 
     @property
     def arch(self) -> str:
@@ -117,26 +97,32 @@ def pixel_cross_entropy(
     return jnp.sum(weight * nll) / jnp.sum(weight)
 
 
-class ISSTAD:
+class ISSTAD(EncoderObjective):
     """The objective; see ``core.types.Objective`` for the contract of each method."""
-
-    #: The weighted mean over the pixels of a batch is not the mean of its parts' means.
-    couples_batch = True
 
     def __init__(self, cfg: Config, run: RunInfo):
         del run
         self.cfg = cfg
-        published = cfg.normalisation == "published"
-        self.mean = (0.5, 0.5, 0.5) if published else cfg.mean
-        self.std = (0.5, 0.5, 0.5) if published else cfg.std
+        self.traits = ObjectiveTraits(
+            needs=Needs(facts=cfg.corruption.facts),
+            # The weighted mean over the pixels of a batch is not the mean of its parts' means.
+            couples_batch=True,
+            # The frozen encoder comes from somewhere.
+            source="a run of the objective mae on the same images, or weights of a published MAE",
+        )
+        half = (0.5, 0.5, 0.5)
+        mean, std = (half, half) if cfg.normalisation == "published" else (cfg.mean, cfg.std)
+        known = Preprocessing(
+            mean=mean, std=std, image_size=cfg.side, interpolation="bilinear", crop=1.0
+        )
         spec = cfg.encoder.spec(cfg.side)
+        network, options = vit.ViT(spec, dtype=cfg.dtype, remat="none"), vit.changes(cfg.arch, spec)
+        super().__init__(cfg.arch, network, options=options, preprocessing=known)
         self.patch = spec.patch
-        self.encoder = vit.ViT(spec, dtype=cfg.dtype, remat="none")
         self.decoder = Decoder(
             cfg.decoder, source=spec.width, patch=spec.patch, grid=spec.grid, masked=False,
             dtype=cfg.dtype, remat=cfg.remat,
         )  # fmt: skip
-        self.facts = cfg.corruption.facts
 
     @property
     def flops_per_image(self) -> int:
@@ -149,9 +135,8 @@ class ISSTAD:
         decoder = 2 * linear + transformer.forward_flops(self.decoder.blocks, cells + 1)
         return encoder + 3 * decoder
 
-    def init(self, key: jax.Array, specs: Specs) -> tuple[Any, Any]:
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
         """The decoder and ``classes``, the pixel classifier; extra: the encoder and the tables."""
-        del specs
         encoder, table = self.encoder.init(rng.named(key, "encoder"))
         params, decoder_table = self.decoder.init(rng.named(key, "decoder"))
         width, outputs = self.cfg.decoder.width, 2 * self.patch**2
@@ -176,7 +161,7 @@ class ISSTAD:
         facts = batch["facts"]
         image, label = corrupt(
             clean, keys("corruption"), self.cfg.corruption,
-            size=facts["original_size"], box=facts.get("foreground_box"),
+            size=facts["original_size"], box=facts.get(self.cfg.corruption.box_fact),
         )  # fmt: skip
         made = {
             "image": normalize(image, self.mean, self.std),
@@ -258,40 +243,37 @@ class ISSTAD:
         }
         return loss, (extra, jax.lax.stop_gradient(scalars))
 
-    def after_update(self, params: Any, extra: Any, step: jax.Array) -> Any:
-        """Nothing follows the parameters."""
-        del params, step
-        return extra
-
     def parts(self, params: Any, extra: Any, views: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Pieces of the loss by name for ``dsad bench step``; all but the encoder are the rest."""
         return {"encoder": (self.encode, (extra, views["image"]))}
 
+    def encoder_trees(self, params: Any, extra: Any) -> tuple[Any, Any]:
+        """The frozen encoder."""
+        del params
+        return extra["encoder"], extra["encoder_table"]
+
+    def with_encoder(self, params: Any, extra: Any, trees: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Likewise with another encoder."""
+        return params, {**extra, "encoder": trees[0], "encoder_table": trees[1]}
+
     @property
     def stage_facts(self) -> dict[str, Any]:
         """What the first stage has to share with this one, and no tensor's shape tells."""
-        cfg = self.cfg
-        return {
-            "encoder.heads": self.encoder.spec.heads,
-            "decoder.heads": cfg.decoder.heads,
-            "side": cfg.side,
-            "mean": cfg.mean,
-            "std": cfg.std,
-            "norm_pix": False,
-        }
+        heads = {"encoder.heads": self.encoder.spec.heads, "decoder.heads": self.cfg.decoder.heads}
+        shared = {"mean": self.cfg.mean, "std": self.cfg.std, "norm_pix": False}
+        return {**super().stage_facts, **heads, **shared}
 
-    def adopt(self, source: Any, params: Any, extra: Any) -> tuple[Any, Any, str]:
+    def adopt(self, earlier: EarlierWeights, params: Any, extra: Any) -> tuple[Any, Any, str]:
         """The encoder, frozen, and the decoder of a masked autoencoder; further blocks are new."""
-        if "classes" in source["params"]:
+        if "classes" in earlier.params:
             raise ConfigError(
                 "init_from: found a second stage; continue it with --resume in its own directory, "
-                f"or name its first stage: {NEEDS_SOURCE}."
+                f"or name its first stage: {self.traits.source}."
             )
-        encoder, report = adopt_encoder(source, extra["encoder"], self.cfg.arch)
-        extra = {**extra, "encoder": encoder}
+        params, extra, report = super().adopt(earlier, params, extra)
         if self.cfg.adopt_check == "strict":
-            check_facts(source, self.stage_facts, self.stage_facts)
-        found = source["params"].get("decoder")
+            check_facts(earlier, self.stage_facts, self.stage_facts)
+        found = earlier.params.get("decoder")
         if found is None:
             raise ConfigError(
                 "init_from: expected a masked autoencoder with its decoder, found an encoder alone."
@@ -316,32 +298,12 @@ class ISSTAD:
         report += f", frozen; decoder: {others} blocks taken over, {depth - others} new"
         return params, extra, report
 
-    def imported(self, weights: Mapping[str, Any]) -> Any:
-        """Published tensors of a masked autoencoder as a source for ``adopt``."""
-        params, extra = mae_trees(self.encoder.spec, weights)
-        return {"params": params, "extra": extra}
-
-    def prepare(self, params: Any, extra: Any, batches: Iterable[Batch]) -> Any:
-        """ISSTAD needs no pass over the data."""
-        del params, batches
-        return extra
-
-    def encoder_weights(self, params: Any, extra: Any) -> Encoder:
-        """The frozen encoder, for whole images."""
-        del params
-        known = Preprocessing(
-            mean=self.mean, std=self.std, image_size=self.cfg.side, interpolation="bilinear",
-            crop=1.0,
-        )  # fmt: skip
-        options = vit.changes(self.cfg.arch, self.encoder.spec)
-        return Encoder(self.cfg.arch, options, extra["encoder"], extra["encoder_table"], known)
+    def read_tensors(self, tensors: Mapping[str, Any]) -> tuple[Encoder, Any, Any]:
+        """Encoder and decoder of a published masked autoencoder."""
+        return mae_tensors(self, tensors)
 
     def features(
-        self,
-        params: Any,
-        extra: Any,
-        images: jax.Array,
-        layers: tuple[str, ...] | None = None,
+        self, params: Any, extra: Any, images: jax.Array, layers: tuple[str, ...] | None = None
     ) -> FeatureMaps:
         """The encoder's maps ``block0`` ..., and the pixel maps of the second stage.
 
@@ -353,10 +315,7 @@ class ISSTAD:
         wanted = (*vit.layer_names(self.encoder.spec), *PIXEL_MAPS) if layers is None else layers
         maps: FeatureMaps = {}
         if blocks := tuple(n for n in wanted if n not in PIXEL_MAPS):
-            maps, _ = self.encoder.apply(
-                extra["encoder"], extra["encoder_table"], images, layers=blocks
-            )
-            maps = {n: m.astype(jnp.float32) for n, m in maps.items()}
+            maps = super().features(params, extra, images, blocks)
         if any(n in PIXEL_MAPS for n in wanted):
             pixel = self._pixel_maps(params, extra, images)
             maps |= {n: m for n, m in pixel.items() if n in wanted}

@@ -6,7 +6,7 @@ token at every hidden place and predicts its pixels.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -14,21 +14,22 @@ import jax.numpy as jnp
 
 from dsad.augment.views import ViewConfig, make_view
 from dsad.core import rng, tree
-from dsad.core.config import check_options
+from dsad.core.batch import Batch
+from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError
-from dsad.core.types import Batch, FeatureMaps, RunInfo, Scalars, Specs
+from dsad.core.types import EarlierWeights, RunInfo, Scalars
 from dsad.models import transformer, vit
 from dsad.models.decoder import Decoder, DecoderConfig, patchify
 from dsad.models.family import Encoder, Preprocessing
 from dsad.models.transformer import Remat
 from dsad.models.weights.pretrained import mae_trees
+from dsad.objectives.encoder import EncoderObjective, check_facts
 
 #: Random crop and flip: MAE needs no other augmentation, and colour changes harm it.
 CROP = ViewConfig(area=(0.2, 1.0), jitter_probability=0.0, blur_probability=0.0, filter="bicubic")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(Settings, place="objective.encoder"):
     """A vision transformer with fixed positions.
 
     ``arch`` is one of ``models.vit.ARCHS`` named ``mae_vit_*``; ``width``, ``depth``, ``heads``
@@ -36,10 +37,10 @@ class EncoderConfig:
     """
 
     arch: str = "mae_vit_base_patch16"
-    width: int = 0
-    depth: int = 0
-    heads: int = 0
-    patch: int = 0
+    width: int = field(0, at_least=0)
+    depth: int = field(0, at_least=0)
+    heads: int = field(0, at_least=0)
+    patch: int = field(0, at_least=0)
 
     def spec(self, side: int) -> vit.Arch:
         """The architecture for square images of ``side`` pixels."""
@@ -47,15 +48,12 @@ class EncoderConfig:
         found = vit.arch(self.arch)
         if found.pos != "sincos" or not found.cls or found.prefix != 1:
             fitting = (n for n, a in vit.ARCHS.items() if a.pos == "sincos")
-            raise ConfigError(
-                "objective.encoder.arch: expected a transformer with fixed positions and a class "
-                f"token alone ({', '.join(fitting)}), found {self.arch}."
-            )
+            expected = "a transformer with fixed positions and a class token alone"
+            raise Refused("encoder.arch", f"{expected} ({', '.join(fitting)})", self.arch)
         return dataclasses.replace(found, image=side, **changed)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings, place="objective"):
     """Settings of MAE; the defaults are the paper's.
 
     Attributes:
@@ -72,9 +70,9 @@ class Config:
 
     """
 
-    encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
-    mask_ratio: float = 0.75
+    encoder: EncoderConfig = EncoderConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    mask_ratio: float = field(0.75, at_least=0, below=1)
     norm_pix: bool = False
     adopt_decoder: Literal["strict", "leading", "none"] = "strict"
     adopt_check: Literal["strict", "shapes"] = "strict"
@@ -82,15 +80,11 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     view: ViewConfig = CROP
 
-    def __post_init__(self) -> None:
-        check_options(self, "objective")
-        if not 0.0 <= self.mask_ratio < 1.0:
-            raise ConfigError(f"mask_ratio: expected a share in [0, 1), found {self.mask_ratio}.")
+    def check(self) -> None:
         cells = self.encoder.spec(self.view.side).grid ** 2
-        if not 0 < kept_count(cells, self.mask_ratio) < cells and self.mask_ratio:
-            raise ConfigError(
-                f"mask_ratio: {self.mask_ratio} of {cells} patches leaves none to see or to hide."
-            )
+        if self.mask_ratio and not 0 < kept_count(cells, self.mask_ratio) < cells:
+            expected = f"a share that leaves some of {cells} patches to see and some to hide"
+            raise Refused("mask_ratio", expected, self.mask_ratio)
 
     @property
     def arch(self) -> str:
@@ -134,16 +128,20 @@ def masked_loss(pred: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Arra
     return jnp.sum(each * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-class MAE:
+class MAE(EncoderObjective):
     """The objective; see ``core.types.Objective`` for the contract of each method."""
 
     def __init__(self, cfg: Config, run: RunInfo):
         del run
-        self.cfg = cfg
-        self.mean, self.std = cfg.view.mean, cfg.view.std
-        spec = cfg.encoder.spec(cfg.view.side)
+        self.cfg, view = cfg, cfg.view
+        spec = cfg.encoder.spec(view.side)
+        known = Preprocessing(
+            mean=view.mean, std=view.std, image_size=view.side, interpolation=view.filter, crop=1.0
+        )
+        network = vit.ViT(spec, dtype=cfg.dtype, remat=cfg.remat)
+        options = vit.changes(cfg.arch, spec)
+        super().__init__(cfg.arch, network, options=options, preprocessing=known)
         self.keep = kept_count(spec.grid**2, cfg.mask_ratio)
-        self.encoder = vit.ViT(spec, dtype=cfg.dtype, remat=cfg.remat)
         self.decoder = Decoder(
             cfg.decoder, source=spec.width, patch=spec.patch, grid=spec.grid, dtype=cfg.dtype,
             remat=cfg.remat,
@@ -159,9 +157,8 @@ class MAE:
         blocks = transformer.forward_flops(spec.blocks, self.keep + 1)
         return 3 * (2 * linear + blocks + transformer.forward_flops(self.decoder.blocks, cells + 1))
 
-    def init(self, key: jax.Array, specs: Specs) -> tuple[Any, Any]:
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
         """``encoder`` and ``decoder``; extra: their fixed position tables."""
-        del specs
         encoder, table = self.encoder.init(rng.named(key, "encoder"))
         decoder, decoder_table = self.decoder.init(rng.named(key, "decoder"))
         return (
@@ -211,11 +208,6 @@ class MAE:
         scalars = {"unexplained": loss / jnp.maximum(spread, 1e-12)}
         return loss, (extra, jax.lax.stop_gradient(scalars))
 
-    def after_update(self, params: Any, extra: Any, step: jax.Array) -> Any:
-        """Nothing follows the parameters."""
-        del params, step
-        return extra
-
     def parts(self, params: Any, extra: Any, views: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Pieces of the loss by name, each (function, arguments), for ``dsad bench step``.
 
@@ -240,109 +232,50 @@ class MAE:
     @property
     def stage_facts(self) -> dict[str, Any]:
         """What a later stage has to share with this one, and no tensor's shape tells."""
-        view = self.cfg.view
-        return {
-            "encoder.heads": self.encoder.spec.heads,
-            "decoder.heads": self.cfg.decoder.heads,
-            "side": view.side,
-            "mean": view.mean,
-            "std": view.std,
-            "norm_pix": self.cfg.norm_pix,
-        }
+        heads = {"encoder.heads": self.encoder.spec.heads, "decoder.heads": self.cfg.decoder.heads}
+        return {**super().stage_facts, **heads, "norm_pix": self.cfg.norm_pix}
 
-    def adopt(self, source: Any, params: Any, extra: Any) -> tuple[Any, Any, str]:
+    def adopt(self, earlier: EarlierWeights, params: Any, extra: Any) -> tuple[Any, Any, str]:
         """Take the encoder, and the decoder where there is one, of another MAE."""
-        encoder, report = adopt_encoder(source, params["encoder"], self.cfg.arch)
-        params = {**params, "encoder": encoder}
-        found = source["params"].get("decoder")
-        fresh = found is None or self.cfg.adopt_decoder == "none"
+        params, extra, report = super().adopt(earlier, params, extra)
+        decoder = earlier.params.get("decoder")
+        fresh = decoder is None or self.cfg.adopt_decoder == "none"
         if self.cfg.adopt_check == "strict":
             # Another side is no fault: the positions are computed, and everything trains on.
             shared = ["encoder.heads", "mean", "std"]
             shared += [] if fresh else ["decoder.heads", "norm_pix"]
-            check_facts(source, self.stage_facts, shared)
-        if found is None or fresh:
+            check_facts(earlier, self.stage_facts, shared)
+        if decoder is None or fresh:
             return params, extra, f"{report}; the decoder starts anew"
         depth = self.cfg.decoder.depth
-        others = jax.tree.leaves(found["blocks"])[0].shape[0]
+        others = jax.tree.leaves(decoder["blocks"])[0].shape[0]
         if self.cfg.adopt_decoder == "leading" and others > depth:
-            found = {**found, "blocks": jax.tree.map(lambda x: x[:depth], found["blocks"])}
+            decoder = {**decoder, "blocks": jax.tree.map(lambda x: x[:depth], decoder["blocks"])}
             report += f"; the first {depth} of {others} decoder blocks"
-        if lines := tree.diff(params["decoder"], found):
+        if lines := tree.diff(params["decoder"], decoder):
             raise ConfigError(
                 "init_from: the decoder found does not fit (objective.adopt_decoder='leading' takes"
                 " the first blocks of a deeper one, 'none' starts anew):\n  " + "\n  ".join(lines)
             )
-        report += f"; decoder: {len(jax.tree.leaves(found))} tensors"
-        return {**params, "decoder": found}, extra, report
+        report += f"; decoder: {len(jax.tree.leaves(decoder))} tensors"
+        return {**params, "decoder": decoder}, extra, report
 
-    def imported(self, weights: Mapping[str, Any]) -> Any:
-        """Published tensors of a masked autoencoder as a source for ``adopt``.
-
-        Raises ConfigError with a table of what does not fit.
-        """
-        params, extra = mae_trees(self.encoder.spec, weights)
-        return {"params": params, "extra": extra}
-
-    def prepare(self, params: Any, extra: Any, batches: Iterable[Batch]) -> Any:
-        """MAE needs no pass over the data."""
-        del params, batches
-        return extra
-
-    def features(
-        self,
-        params: Any,
-        extra: Any,
-        images: jax.Array,
-        layers: tuple[str, ...] | None = None,
-    ) -> FeatureMaps:
-        """Maps ``block0`` ... of whole images; only ``layers`` where these are given."""
-        maps, _ = self.encoder.apply(params["encoder"], extra["encoder"], images, layers=layers)
-        return {n: m.astype(jnp.float32) for n, m in maps.items()}
-
-    def encoder_weights(self, params: Any, extra: Any) -> Encoder:
-        """The encoder, for whole images."""
-        view = self.cfg.view
-        known = Preprocessing(
-            mean=view.mean, std=view.std, image_size=view.side, interpolation=view.filter, crop=1.0
-        )
-        options = vit.changes(self.cfg.arch, self.encoder.spec)
-        return Encoder(self.cfg.arch, options, params["encoder"], extra["encoder"], known)
+    def read_tensors(self, tensors: Mapping[str, Any]) -> tuple[Encoder, Any, Any]:
+        """Encoder and decoder of a published masked autoencoder."""
+        return mae_tensors(self, tensors)
 
 
-def adopt_encoder(source: Mapping[str, Any], own: Any, arch: str) -> tuple[Any, str]:
-    """The encoder's weights in another run or file, if they fit, and what was taken.
+def mae_tensors(
+    objective: EncoderObjective, tensors: Mapping[str, Any]
+) -> tuple[Encoder, Any, Any]:
+    """For ``ReadsTensors``: the encoder, and all that the tensors hold.
 
-    Fixed position tables stay one's own: they are made for one's own image size.
+    Raises ConfigError with a table of what does not fit.
     """
-    found = source["params"].get("encoder", source.get("extra", {}).get("encoder"))
-    if found is None:
-        raise ConfigError(
-            f"init_from: expected a run or weights with an encoder, found "
-            f"{', '.join(source['params'])}."
-        )
-    if lines := tree.diff(own, found):
-        raise ConfigError(
-            f"init_from: the encoder found is not this {arch}:\n  " + "\n  ".join(lines)
-        )
-    return found, f"encoder: {len(jax.tree.leaves(found))} tensors"
-
-
-def check_facts(source: Mapping[str, Any], own: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Refuse an earlier stage whose tensors fit but mean something else.
-
-    ``source["facts"]`` holds the ``stage_facts`` of a run, or what published weights say.
-    """
-    found = source.get("facts", {})
-    lines = [
-        f"{k}: {found[k]} there, {own[k]} here" for k in keys if k in found and found[k] != own[k]
-    ]
-    if lines:
-        raise ConfigError(
-            "init_from: the tensors fit, but the earlier stage differs from config.objective in "
-            "what they mean; make them equal, or set --config.objective.adopt_check=shapes:\n  "
-            + "\n  ".join(lines)
-        )
+    params, extra = mae_trees(objective.encoder.spec, tensors)
+    trees = params["encoder"], extra["encoder"]
+    known, options = objective.preprocessing, objective.options
+    return Encoder(objective.arch, options, *trees, known), params, extra
 
 
 def build(cfg: Config, run: RunInfo) -> MAE:

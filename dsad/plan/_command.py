@@ -4,11 +4,11 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from typing import Any
 
 from rich.console import Console
 
+from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.plan import _compile, _report, _topology
 from dsad.plan._plan import Options, Plan, make
@@ -95,26 +95,20 @@ def _options(values: Any, spec: str) -> Options:
     effort = {"auto": "fast" if few else "full"}.get(values.effort, values.effort)
     if effort not in _compile.OPTIONS:
         raise ConfigError(f"--effort: expected auto, fast or full; found {values.effort!r}.")
-    if values.samples < 0:
-        raise ConfigError(f"--samples: expected at least 1, found {values.samples}.")
     try:
         efficiency = float(values.efficiency)
     except ValueError:
         efficiency = math.nan
     if not 0 < efficiency <= 1:
         raise ConfigError(f"--efficiency: expected a share in (0, 1], found {values.efficiency!r}.")
-    cache = pathlib.Path(os.path.expanduser(values.cache or str(_compile.default_cache())))
+    cache = values.cache or _compile.default_cache()
     return Options(
         spec=spec, target=_topology.parse(values.topology), samples=values.samples, effort=effort,
-        cache=None if values.cache == "off" else cache, efficiency=efficiency,
+        cache=None if cache == "off" else paths.directory(cache), efficiency=efficiency,
     )  # fmt: skip
 
 
 def _write(file: str, plans: list[Plan]) -> None:
-    if not file:
-        return
-    path = pathlib.Path(os.path.expanduser(file))
-    try:
-        path.write_text(json.dumps([dataclasses.asdict(p) for p in plans], indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json={file}: cannot be written: {error.strerror}.") from error
+    if file:
+        text = json.dumps([dataclasses.asdict(p) for p in plans], indent=2) + "\n"
+        paths.write_whole(file, text, "Give another --json=FILE.")

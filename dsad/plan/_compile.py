@@ -5,8 +5,8 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
-import pathlib
 import re
 import sys
 import tempfile
@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
+from etils import epath
 from rich.console import Console
 
 import dsad
+from dsad.assembly.pretrain import Run
+from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.plan import hlo, hlo_cost
-from dsad.plan._abstract import AbstractRun
 
 Effort = Literal["fast", "full"]
 #: What the compilers take for "finish soon", as jax 0.10 spells it and as later versions do. On
@@ -88,14 +90,14 @@ class Program:
 
 
 def compiled(
-    run: AbstractRun, effort: Effort, out: Console, cache: pathlib.Path | None, about: str
+    run: Run, effort: Effort, out: Console, cache: epath.Path | None, about: str
 ) -> tuple[Program, bool]:
     """The program of a run's step, and whether an earlier run had compiled it.
 
     ``about`` names the devices: the same text for another chip is another program.
     """
     with waiting(out, "tracing the step"):
-        lowered = run.lower()
+        lowered = lower(run)
         text = lowered.as_text()
     file = cache / f"{_key(text, effort, run, about)}.json" if cache else None
     if file and (found := _stored(file)):
@@ -105,6 +107,28 @@ def compiled(
     if file:
         _store(file, program)
     return program, False
+
+
+def lower(run: Run) -> jax.stages.Lowered:
+    """The step of a run traced and lowered for the platform of its mesh."""
+    with run.tracing():
+        return run.step.lower(run.abstract, run.inputs, run.store)
+
+
+def held(run: Run) -> dict[str, int]:
+    """Bytes of one device's part of what stays there from step to step, by kind."""
+    state = run.abstract
+    kinds = {
+        "weights": state.params, "optimiser": state.opt_state,
+        "statistics, teacher and other state": (state.extra, state.step),
+        "batch": run.inputs, "data set on the device": run.store,
+    }  # fmt: skip
+
+    def part(leaf: Any) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    sizes = {kind: sum(map(part, jax.tree.leaves(tree))) for kind, tree in kinds.items()}
+    return {kind: size for kind, size in sizes.items() if size}
 
 
 def _compile(lowered: jax.stages.Lowered, effort: Effort) -> Program:
@@ -255,13 +279,12 @@ def _every(seconds: float, tell: Any) -> Iterator[None]:
         thread.join()
 
 
-def default_cache() -> pathlib.Path:
+def default_cache() -> str:
     """The user's folder for results."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(base) / "dsad" / "plan"
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dsad", "plan")
 
 
-def _key(text: str, effort: Effort, run: AbstractRun, about: str) -> str:
+def _key(text: str, effort: Effort, run: Run, about: str) -> str:
     order = [d.id for d in run.mesh.devices.flat]
     flags = [os.environ.get(n, "") for n in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     parts = (_FORMAT, text, OPTIONS[effort], about, order, _versions(), flags)
@@ -278,7 +301,7 @@ def _versions() -> list[str]:
     return found
 
 
-def _stored(file: pathlib.Path) -> Program | None:
+def _stored(file: epath.Path) -> Program | None:
     """A stored result; one that cannot be read counts as none and is replaced."""
     try:
         values = json.loads(file.read_text())
@@ -288,16 +311,6 @@ def _stored(file: pathlib.Path) -> Program | None:
         return None
 
 
-def _store(file: pathlib.Path, program: Program) -> None:
-    """Written under another name first, so that no half of it is ever found."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w") as stream:
-            json.dump(dataclasses.asdict(program), stream)
-        os.replace(name, file)
-    except OSError as error:
-        raise ConfigError(
-            f"--cache={file.parent}: cannot be written ({error.strerror}); give another directory "
-            "or --cache=off."
-        ) from error
+def _store(file: epath.Path, program: Program) -> None:
+    text = json.dumps(dataclasses.asdict(program))
+    paths.write_whole(file, text, "Give another --cache=DIR, or --cache=off.")

@@ -1,13 +1,13 @@
 """One plan of a config on devices, as values."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
+from etils import epath
 from rich.console import Console
 
-from dsad.assembly import pretrain
-from dsad.plan import _abstract, _compile, _estimate, _hardware, _samples, _topology
+from dsad.assembly.pretrain import DataFacts, assemble, parse
+from dsad.plan import _compile, _estimate, _hardware, _samples, _topology
 from dsad.plan._warnings import unintended
 
 
@@ -19,7 +19,7 @@ class Options:
     target: _topology.Slice | None
     samples: int
     effort: _compile.Effort
-    cache: pathlib.Path | None
+    cache: epath.Path | None
     efficiency: float
 
 
@@ -50,9 +50,9 @@ class Plan:
 
 def make(config: Any, options: Options, devices: list[Any], out: Console) -> Plan:
     """Plan one config on the devices; raises ConfigError for what cannot be built."""
-    cfg, _, _ = pretrain.parse(config)
+    cfg, _, _ = parse(config)
     samples, classes, source = _samples.count(cfg.data, options.spec, options.samples)
-    run = _abstract.abstract_run(config, devices, samples=samples, classes=classes)
+    run = assemble(config, devices, DataFacts(samples=samples, classes=classes))
     model_flops = run.model_flops_per_image()
     about = options.target.name if options.target else devices[0].device_kind
     program, cached = _compile.compiled(run, options.effort, out, options.cache, about)
@@ -73,6 +73,6 @@ def make(config: Any, options: Options, devices: list[Any], out: Console) -> Pla
         epochs=cfg.epochs if not cfg.steps else None, steps=run.total_steps,
         model_flops_per_image=model_flops, limit=limit,
         fits=not program.refused and (not limit or program.total <= limit),
-        held=run.held, effort=options.effort, cached=cached, program=program, estimate=estimate,
-        warnings=tuple(unintended(run, program)),
+        held=_compile.held(run), effort=options.effort, cached=cached, program=program,
+        estimate=estimate, warnings=tuple(unintended(run, program)),
     )  # fmt: skip

@@ -4,8 +4,8 @@ import math
 import re
 from typing import Any
 
+from dsad.assembly.pretrain import Run
 from dsad.core.tree import flatten
-from dsad.plan._abstract import AbstractRun
 from dsad.plan._compile import Program
 
 #: Collected arrays below this size are not worth a word.
@@ -14,16 +14,17 @@ SMALL = 2**20
 MANY = 2**28
 
 
-def unintended(run: AbstractRun, program: Program) -> list[str]:
+def unintended(run: Run, program: Program) -> list[str]:
     """A line for each: stacks of blocks or all samples on every chip, copies, repeated images.
 
     Weights that are split over "fsdp" are meant to be collected where they are used, one block of a
     stack at a time; samples are meant to stay where they are.
     """
     lines = []
-    if run.samples is not None and run.samples < run.config.batch_size:
+    samples = run.data.samples
+    if samples is not None and samples < run.config.batch_size:
         lines.append(
-            f"a step takes {run.config.batch_size} images, more than the {run.samples} of the data "
+            f"a step takes {run.config.batch_size} images, more than the {samples} of the data "
             "set: images repeat within a step"
         )
     lines += _fetching(run)
@@ -55,7 +56,7 @@ def unintended(run: AbstractRun, program: Program) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _fetching(run: AbstractRun) -> list[str]:
+def _fetching(run: Run) -> list[str]:
     """About a data set that is split over the chips, which all pass on the images of a step."""
     if run.store is None or run.store["image"].sharding.is_fully_replicated:
         return []
@@ -76,7 +77,7 @@ def _line(text: str, row: dict[str, Any], what: str) -> str:
     )
 
 
-def _all_samples(run: AbstractRun, shape: tuple[int, ...]) -> bool:
+def _all_samples(run: Run, shape: tuple[int, ...]) -> bool:
     """Whether an axis is as long as the batch, or a multiple in front (views, patches)."""
     batch = run.config.batch_size // run.config.accumulate
     return len(shape) > 1 and (batch in shape or shape[0] % batch == 0)

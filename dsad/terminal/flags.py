@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dsad.core import distributed
-from dsad.core.config import listed, suggestion
+from dsad.core.config import Refused, listed, suggestion
 from dsad.core.errors import ConfigError
 
 
@@ -62,14 +62,16 @@ class Command:
     def __init__(self, name: str, usage: str, *, config: str = ""):
         self.name, self.usage, self.config = name, usage, config
         self.values = flags.FlagValues()
+        self._least: dict[str, int] = {}
         flags.DEFINE_boolean("help", False, "Show this text.", flag_values=self.values)
 
     def string(self, name: str, default: str, text: str) -> None:
         """A flag with a string value."""
         flags.DEFINE_string(name, default, text, flag_values=self.values)
 
-    def integer(self, name: str, default: int, text: str) -> None:
-        """A flag with an integer value."""
+    def integer(self, name: str, default: int, text: str, *, at_least: int = 0) -> None:
+        """A flag with an integer value, not below ``at_least``."""
+        self._least[name] = at_least
         flags.DEFINE_integer(name, default, text, flag_values=self.values)
 
     def switch(self, name: str, text: str) -> None:
@@ -81,10 +83,10 @@ class Command:
         self.switch("distributed", "One process of a cluster that JAX knows: TPU pod, SLURM, ...")
         self.string("coordinator", "", "HOST:PORT on which process 0 listens, without a cluster.")
         self.integer("num_processes", 0, "With --coordinator: how many processes there are.")
-        self.integer("process_id", -1, "With --coordinator: which one this is, from 0.")
+        self.integer("process_id", -1, "With --coordinator: which one, from 0.", at_least=-1)
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, flags.FlagValues, list[str]]:
-        """Raises ConfigError for anything that does not exist or has the wrong type."""
+        """Raises ConfigError for what does not exist, has the wrong type or is too small."""
         argv = [f"dsad {self.name}", *_spelled(argv)]
         if "--help" in argv or "-h" in argv or "--helpfull" in argv:
             print(self.help())
@@ -99,6 +101,9 @@ class Command:
             )
         with self._readable(argv):
             rest = self.values(argv)[1:]
+        for name, least in self._least.items():
+            if (value := getattr(self.values, name)) < least:
+                raise Refused(f"--{name}", f"an integer >= {least}", value)
         config = self.values["config"].value if self.config else None
         return config, self.values, rest
 

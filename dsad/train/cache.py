@@ -1,6 +1,7 @@
 """Data sets that live on the devices: a gather inside the step instead of an input pipeline."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from dsad.core.batch import Batch, BatchSpec, shapes
 from dsad.core.chips import chip_of
 from dsad.core.mesh import BATCH_SPEC, batch_sharding, replicated
-from dsad.core.types import Batch
 from dsad.train.step import Fetch
 
 #: Copies up to this many bytes are kept whole on every device; larger sets are split.
@@ -26,46 +27,49 @@ def replicated_bytes(mesh: Mesh) -> int:
     return max(REPLICATE_BELOW, int(REPLICATE_SHARE * chip.hbm_bytes) if chip else 0)
 
 
-def abstract_store(
-    shapes: Any, mesh: Mesh, *, replicate_below: int | None = None
-) -> tuple[Any, Fetch]:
-    """Shapes and shardings that arrays (N, ...), in nested dicts, get on the mesh, and ``fetch``.
+#: ``gather(rows, index)``: of a part of the store, the rows of ``index`` (b,), split over the mesh.
+Gather = Callable[[Any, jax.Array], Any]
 
-    Of the arrays only shape and dtype matter. ``fetch(store, {"index", "epoch"})`` gives the batch
-    with the rows of ``index`` (b,), split over the mesh. Whole copies are gathered locally. Split
-    sets, whose rows are filled up to a multiple of the devices, exchange only the batch: every
-    device contributes the rows it owns and a reduce-scatter in the arrays' own type (uint8 for
-    images) adds them up, exactly because all but one contribution are zero. That traffic is the
-    whole batch for every device, however many there are.
+
+def abstract_store(
+    spec: BatchSpec, samples: int, mesh: Mesh, *, replicate_below: int | None = None
+) -> tuple[Any, Gather]:
+    """Shapes and shardings of the stored fields on the mesh, and how rows are gathered.
+
+    Whole copies are gathered locally. Split sets, whose rows are filled up to a multiple of the
+    devices, exchange only the batch: every device contributes the rows it owns and a reduce-scatter
+    in the arrays' own type (uint8 for images) adds them up, exactly because all but one
+    contribution are zero. That traffic is the whole batch for every device, however many there are.
     """
     if replicate_below is None:
         replicate_below = replicated_bytes(mesh)
-    arrays = jax.tree.leaves(shapes)
-    size = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
-    if size <= replicate_below or mesh.size == 1:
-        rows, sharding, gather = arrays[0].shape[0], replicated(mesh), _take
-    else:
-        rows = -(-arrays[0].shape[0] // mesh.size) * mesh.size
-        sharding = batch_sharding(mesh)
-        gather = jax.shard_map(
-            _owned_rows, mesh=mesh, in_specs=(BATCH_SPEC, PartitionSpec()), out_specs=BATCH_SPEC
-        )
-    store = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype, sharding=sharding), shapes
+    size = sum(
+        math.prod(a.shape) * np.dtype(a.dtype).itemsize
+        for a in jax.tree.leaves(shapes(spec.stored, samples))
     )
+    if size <= replicate_below or mesh.size == 1:
+        return shapes(spec.stored, samples, replicated(mesh)), _take
+    rows = -(-samples // mesh.size) * mesh.size
+    gather = jax.shard_map(
+        _owned_rows, mesh=mesh, in_specs=(BATCH_SPEC, PartitionSpec()), out_specs=BATCH_SPEC
+    )
+    return shapes(spec.stored, rows, batch_sharding(mesh)), gather
 
-    def fetch(store: Any, inputs: Any) -> Batch:
-        found = gather(store, inputs["index"])
-        return {"facts": {}, **found, "index": inputs["index"], "epoch": inputs["epoch"]}
 
-    return store, fetch
+def fetch_with(gather: Gather, spec: BatchSpec) -> Fetch:
+    """``fetch(store, drawn)``: the batch behind ``BatchSpec.drawn``."""
+
+    def fetch(store: Any, drawn: Any) -> Batch:
+        def rows(index: jax.Array, names: Sequence[str]) -> Any:
+            return gather({name: store[name] for name in names}, index)
+
+        return spec.complete(drawn, rows)
+
+    return fetch
 
 
-def device_store(
-    host: dict[str, Any], mesh: Mesh, *, replicate_below: int | None = None
-) -> tuple[Any, Fetch]:
-    """Put arrays (N, ...), in nested dicts, on the mesh; (store, fetch) as ``abstract_store``."""
-    places, fetch = abstract_store(host, mesh, replicate_below=replicate_below)
+def put_store(host: Any, places: Any) -> Any:
+    """Host arrays (N, ...) as ``places``, of ``abstract_store`` or a part of it, says."""
 
     def put(array: Any, place: jax.ShapeDtypeStruct) -> jax.Array:
         # By shard: every process touches the rows of its own devices only, and nothing is
@@ -74,16 +78,15 @@ def device_store(
             place.shape, place.sharding, lambda where: _filled(array, where)
         )
 
-    return jax.tree.map(put, host, places), fetch
+    return jax.tree.map(put, host, places)
 
 
-def rows_here(shapes: Any, mesh: Mesh, *, replicate_below: int | None = None) -> np.ndarray:
-    """Which rows of arrays (N, ...) this process's devices will hold, in ascending order."""
-    places, _ = abstract_store(shapes, mesh, replicate_below=replicate_below)
-    count, place = jax.tree.leaves(shapes)[0].shape[0], jax.tree.leaves(places)[0]
+def rows_here(places: Any, samples: int) -> np.ndarray:
+    """Which samples of a store this process's devices will hold, in ascending order."""
+    place = places["size"]
     owned = place.sharding.addressable_devices_indices_map(place.shape).values()
     held = {row for where in owned for row in range(*where[0].indices(place.shape[0]))}
-    return np.asarray(sorted(row for row in held if row < count), np.int64)
+    return np.asarray(sorted(row for row in held if row < samples), np.int64)
 
 
 def _filled(array: np.ndarray, where: Any) -> np.ndarray:

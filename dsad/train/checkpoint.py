@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dsad.core import distributed, paths, tree
-from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.config import Settings, field
+from dsad.core.errors import WorkdirError
 from dsad.train import _damage
 from dsad.train.state import TrainState
 
@@ -27,8 +28,7 @@ _MARK = "dsad"
 _LEFTOVER = re.compile(r"\d+\.orbax-checkpoint-tmp.*|deleted-\d+")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings, place="config.checkpoint"):
     """When states are saved and which stay.
 
     Every ``every`` steps, and at the latest ``minutes`` after the last one (0: by steps only).
@@ -36,16 +36,10 @@ class CheckpointConfig:
     ``keep``.
     """
 
-    every: int = 500
-    minutes: float = 0.0
-    keep: int = 2
-    permanent: int = 0
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise ConfigError("config.checkpoint.every, keep: expected at least 1.")
-        if self.permanent < 0 or not 0 <= self.minutes < math.inf:
-            raise ConfigError("config.checkpoint.permanent, minutes: expected 0 (off) or more.")
+    every: int = field(500, at_least=1)
+    minutes: float = field(0.0, at_least=0)
+    keep: int = field(2, at_least=1)
+    permanent: int = field(0, at_least=0)
 
     def removed(self, steps: list[int]) -> list[int]:
         """Which of these checkpoints do not stay."""

@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core import distributed
-from dsad.core.errors import ConfigError
 from dsad.core.mesh import place_batch
 from dsad.train.checkpoint import Checkpointer
 from dsad.train.log import Clock, Log, OnLog, Work
@@ -69,10 +68,6 @@ class Loop:
     clock: Clock = dataclasses.field(default_factory=Clock)
     work: Work = dataclasses.field(default_factory=Work)
     now: Callable[[], float] = time.monotonic
-
-    def __post_init__(self) -> None:
-        if self.log_every < 1:
-            raise ConfigError("config.log_every: expected at least 1.")
 
 
 def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:

@@ -9,22 +9,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsad.core.errors import ConfigError
-from dsad.core.tree import mask_by_path
+from dsad.core.config import Refused, Settings, field
+from dsad.core.tree import check_pattern, mask_by_path, match_paths
 
-Schedule = Callable[[Any], jax.Array]
+#: A pattern of parameters' paths, factors on their rate and decay, and whether they follow the
+#: schedule; without it their rate is the peak times the factor in every step.
+Group = tuple[str, float, float, bool]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Optimiser and schedule; lengths are in epochs.
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Learning rate (f32 scalar) of update number n, counted from 0, and its peak."""
+
+    rate: Callable[[Any], jax.Array]
+    peak: float
+
+    def __call__(self, count: Any) -> jax.Array:
+        return self.rate(count)
+
+
+class OptimConfig(Settings, place="optim"):
+    """Optimiser and schedule; lengths are in epochs. The defaults are no method's own.
 
     Attributes:
       lr: peak learning rate for ``lr_batch`` images; scaled in proportion to the batch size.
       lr_batch: 0 leaves ``lr`` as it is.
+      clip: gradients whose norm over all parameters is larger are scaled down to it; 0: never.
       trust: LARS trust coefficient.
       exempt: parameters whose path matches get neither weight decay nor trust ratio. By path, not
         by axes: the norm scales of stacked blocks have two axes, class and mask tokens have one.
+      groups: parameters with a rate and decay of their own, see ``Group``; the first match wins.
       warmup_multiplier: the warm-up starts at the peak divided by this; 0: at rate 0.
       milestones: epochs at which schedule "step" multiplies the rate by ``gamma``.
       min_lr: end of schedule "cosine", and floor of schedule "periodic".
@@ -37,41 +51,37 @@ class OptimConfig:
 
     """
 
-    name: Literal["lars", "sgd", "adamw"] = "lars"
-    lr: float = 2.0
-    lr_batch: int = 256
-    momentum: float = 0.9
-    b2: float = 0.999
-    weight_decay: float = 1e-5
-    trust: float = 0.001
+    name: Literal["lars", "sgd", "adamw"] = "adamw"
+    lr: float = field(1e-3, above=0)
+    lr_batch: int = field(0, at_least=0)
+    momentum: float = field(0.9, at_least=0, below=1)
+    b2: float = field(0.999, at_least=0, below=1)
+    weight_decay: float = field(0.0, at_least=0)
+    trust: float = field(0.001, above=0)
+    clip: float = field(0.0, at_least=0)
     exempt: str = r"(bias|scale|gamma)$"
-    schedule: Literal["step", "cosine", "periodic", "constant"] = "step"
-    warmup_epochs: float = 5.0
-    warmup_multiplier: float = 100.0
-    milestones: tuple[float, ...] = (120.0, 160.0, 200.0)
-    gamma: float = 0.1
-    min_lr: float = 1e-6
-    period_epochs: float = 30.0
+    groups: tuple[Group, ...] = ()
+    schedule: Literal["step", "cosine", "periodic", "constant"] = "constant"
+    warmup_epochs: float = field(0.0, at_least=0)
+    warmup_multiplier: float = field(0.0, at_least=0)
+    milestones: tuple[float, ...] = field((), rising=True)
+    gamma: float = field(0.1, above=0)
+    min_lr: float = field(0.0, at_least=0)
+    period_epochs: float = field(30.0, above=0)
     published_schedule: bool = False
 
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"optim.lr: expected a positive number, found {self.lr}.")
-        if list(self.milestones) != sorted(self.milestones):
-            raise ConfigError(f"optim.milestones: expected rising epochs, found {self.milestones}.")
-        for field in ("warmup_epochs", "warmup_multiplier", "min_lr"):
-            if getattr(self, field) < 0:
-                raise ConfigError(f"optim.{field}: expected >= 0, found {getattr(self, field)}.")
-        if self.period_epochs <= 0:
-            raise ConfigError(
-                f"optim.period_epochs: expected a positive number, found {self.period_epochs}."
-            )
+    def check(self) -> None:
+        check_pattern("exempt", self.exempt)
+        for i, (pattern, *factors, _) in enumerate(self.groups):
+            check_pattern(f"groups[{i}][0]", pattern)
+            if min(factors) < 0:
+                raise Refused(f"groups[{i}]", "factors >= 0 on rate and decay", factors)
 
 
 def make_schedule(
     cfg: OptimConfig, *, batch_size: int, steps_per_epoch: float, total_steps: int
 ) -> Schedule:
-    """Learning rate (f32 scalar) of update number n, counted from 0.
+    """The rate of every update of a run.
 
     Linear warm-up ends at ``warmup_epochs``; then the schedule's rate, where "periodic" counts its
     epochs from the start of the run and "cosine" from the end of the warm-up.
@@ -83,7 +93,7 @@ def make_schedule(
         drops = drops - warm / 2
     starts = _epoch_starts(steps_per_epoch, total_steps) if cfg.schedule == "periodic" else ()
 
-    def schedule(count: Any) -> jax.Array:
+    def rate(count: Any) -> jax.Array:
         n = jnp.asarray(count, jnp.float32)
         done = jnp.float32(1)
         if warm > 0:
@@ -105,7 +115,7 @@ def make_schedule(
             value = jnp.where(n < warm, value, _between(cfg.min_lr, peak, left))
         return value.astype(jnp.float32)
 
-    return schedule
+    return Schedule(rate, peak)
 
 
 def _between(low: float, high: float, left: jax.Array) -> jax.Array:
@@ -129,16 +139,37 @@ def make_optimizer(cfg: OptimConfig, schedule: Schedule) -> optax.GradientTransf
     learning rate (``optax.lars`` applies the rate before the momentum, which differs whenever
     the rate changes). AdamW is Loshchilov and Hutter 2019 as torch has it: the decay is no part of
     the gradient's moments and is multiplied by the rate.
+
+    Its ``init`` raises ConfigError for a group that takes no parameter.
     """
 
+    def rate_of(factor: float, scheduled: bool) -> Callable[[Any], jax.Array]:
+        return lambda n: factor * (schedule(n) if scheduled else jnp.float32(schedule.peak))
+
+    def group_of(params: Any) -> Any:
+        patterns = [pattern for pattern, *_ in cfg.groups]
+        return jax.tree.map(str, match_paths("config.optim.groups", patterns, params))
+
+    whole = _recipe(cfg, schedule, cfg.weight_decay)
+    if cfg.groups:
+        parts: dict[Any, optax.GradientTransformation] = {"-1": whole}
+        for i, (_, rate, decay, scheduled) in enumerate(cfg.groups):
+            parts[str(i)] = _recipe(cfg, rate_of(rate, scheduled), cfg.weight_decay * decay)
+        whole = optax.partition(parts, group_of)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), whole) if cfg.clip else whole
+
+
+def _recipe(
+    cfg: OptimConfig, rate: Callable[[Any], jax.Array], weight_decay: float
+) -> optax.GradientTransformation:
     def decayed(params: Any) -> Any:
         return jax.tree.map(lambda x: not x, mask_by_path(params, cfg.exempt))
 
-    decay = optax.add_decayed_weights(cfg.weight_decay, mask=decayed)
+    decay = optax.add_decayed_weights(weight_decay, mask=decayed)
     if cfg.name == "adamw":
         adam = optax.scale_by_adam(b1=cfg.momentum, b2=cfg.b2)
-        return optax.chain(adam, decay, optax.scale_by_learning_rate(schedule))
-    parts = [decay, optax.trace(cfg.momentum), optax.scale_by_learning_rate(schedule)]
+        return optax.chain(adam, decay, optax.scale_by_learning_rate(rate))
+    parts = [decay, optax.trace(cfg.momentum), optax.scale_by_learning_rate(rate)]
     if cfg.name == "lars":
         ratio = optax.scale_by_trust_ratio(trust_coefficient=cfg.trust, eps=1e-8)
         parts.insert(1, optax.masked(ratio, decayed))

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from dsad.core.sharding import Rule, state_shardings
-from dsad.core.types import Objective, Specs
+from dsad.core.types import Objective
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +27,6 @@ class TrainState:
 def abstract_state(
     objective: Objective,
     tx: optax.GradientTransformation,
-    specs: Specs,
     mesh: Mesh,
     min_size: int,
     rules: Sequence[Rule] = (),
@@ -37,7 +36,7 @@ def abstract_state(
     ``min_size`` and ``rules`` are those of ``core.mesh.MeshConfig``. Raises ConfigError for a rule
     that does not fit.
     """
-    shapes = jax.eval_shape(lambda: _fresh(objective, tx, specs, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: _fresh(objective, tx, jax.random.key(0)))
     others = {"step": shapes.step, "extra": shapes.extra, "opt_state": shapes.opt_state}
     params, rest = state_shardings(shapes.params, others, mesh, min_size, rules)
     shardings = TrainState(params=params, **rest)
@@ -49,20 +48,17 @@ def abstract_state(
 def initial_state(
     objective: Objective,
     tx: optax.GradientTransformation,
-    specs: Specs,
     abstract: TrainState,
     seed: int,
 ) -> TrainState:
     """The state at step 0, created in place on the mesh; equal for every mesh."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    make = jax.jit(lambda key: _fresh(objective, tx, specs, key), out_shardings=shardings)
+    make = jax.jit(lambda key: _fresh(objective, tx, key), out_shardings=shardings)
     return make(jax.random.key(seed))
 
 
-def _fresh(
-    objective: Objective, tx: optax.GradientTransformation, specs: Specs, key: jax.Array
-) -> TrainState:
-    params, extra = objective.init(key, specs)
+def _fresh(objective: Objective, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    params, extra = objective.init(key)
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, extra=extra, opt_state=tx.init(params)
     )

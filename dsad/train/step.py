@@ -9,10 +9,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from dsad.core import rng
+from dsad.core.batch import Batch
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import BATCH_SPEC, batch_sharding, replicated
 from dsad.core.tree import global_norm
-from dsad.core.types import Batch, Objective, Scalars
+from dsad.core.types import Objective, Scalars
 from dsad.train.optim import Schedule
 from dsad.train.state import TrainState
 
@@ -49,7 +50,7 @@ def make_step(
       ConfigError: accumulation for an objective whose loss couples the samples of a batch.
 
     """
-    if accumulate > 1 and getattr(objective, "couples_batch", False):
+    if accumulate > 1 and objective.traits.couples_batch:
         raise ConfigError(
             f"config.accumulate={accumulate}: this objective's loss depends on the whole batch "
             "(batch statistics or negatives), so parts of it would give another result; use 1."

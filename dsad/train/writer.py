@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from dsad.core import paths
-from dsad.core.errors import WorkdirError
+from dsad.core.metric_files import parts_of, read_metrics
 
 #: Bytes after which an object in a bucket is left alone and a new one begins.
 _PART = 2**20
@@ -50,7 +50,7 @@ class MetricWriter:
         with paths.writing(self.path):
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
             paths.write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-            if (parts := _parts(self.path)).is_dir():
+            if (parts := parts_of(self.path)).is_dir():
                 parts.rmtree()
             events = folder / "tensorboard"
             events.mkdir(parents=True, exist_ok=True)
@@ -92,39 +92,6 @@ class MetricWriter:
                 self._lines.close()
             finally:
                 self._events.close()
-
-
-def read_metrics(path: str | epath.PathLike) -> list[dict[str, float]]:
-    """The lines of a ``metrics.jsonl`` and of its parts in a bucket, in order of steps.
-
-    A last line cut by a kill is left out; raises WorkdirError for any other that is no JSON.
-    """
-    path = epath.Path(path)
-    rows = _read(path)
-    if paths.is_remote(path) and (parts := _parts(path)).is_dir():
-        # A kill while a start joins the parts may leave lines in both.
-        seen = {row["step"] for row in rows}
-        later = [row for part in sorted(parts.iterdir()) for row in _read(part)]
-        rows += [row for row in later if row["step"] not in seen]
-    return rows
-
-
-def _parts(path: epath.Path) -> epath.Path:
-    return path.with_name(path.name + ".parts")
-
-
-def _read(path: epath.Path) -> list[dict[str, float]]:
-    lines = path.read_text().split("\n") if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise WorkdirError(
-                    f"{path}: line {number} is not JSON ({error}); mend or remove that line."
-                ) from error
-    return rows
 
 
 class _Appending:

@@ -203,13 +203,26 @@ def test_facts_are_those_the_function_needs(config):
     assert labels.shape == (COUNT, SIDE, SIDE)
 
 
+def test_the_box_is_the_one_that_is_asked_for():
+    published = dataclasses.replace(REGION, box="published")
+    assert REGION.facts == ("original_size", "foreground_box")
+    assert published.facts == ("original_size", "foreground_box_published")
+    for config in (REGION, published):
+        assert config.box_fact == config.facts[1]
+        free = dataclasses.replace(config, limit_box=False)
+        assert (free.facts, free.box_fact) == (("original_size",), None)
+    with pytest.raises(ConfigError, match="fact foreground_box_published"):
+        corrupt(**{**inputs(2), "images": jnp.zeros((2, 40, 40, 3)), "box": None}, config=published)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"kind": "old"}, r"corruption\.kind: expected one of 'region', 'patch'"),
         ({"label": "all"}, r"corruption\.label: expected one of"),
-        ({"most_draw": 0}, r"corruption\.most_draw: expected at least 1, found 0"),
-        ({"n_max": 0}, r"corruption\.n_max: expected at least 1, found 0"),
+        ({"box": "both"}, r"corruption\.box: expected one of 'padded', 'published'"),
+        ({"most_draw": 0}, r"corruption\.most_draw: expected an integer >= 1, found 0"),
+        ({"n_max": 0}, r"corruption\.n_max: expected an integer >= 1, found 0"),
         ({"original_side": 3.0}, r"corruption\.original_side: expected 0 or at least 16"),
         ({"original_side": float("inf")}, r"corruption\.original_side"),
         ({"original_side": float("nan")}, r"corruption\.original_side"),

@@ -36,7 +36,7 @@ def test_the_public_pass_without_torch_picks_the_same(monkeypatch):
 
 
 def test_refuses_bad_flags():
-    with pytest.raises(ConfigError, match="--rounds: expected at least 1"):
+    with pytest.raises(ConfigError, match="--rounds: expected an integer >= 1, found 0"):
         coreset.main(["--rounds=0"])
     with pytest.raises(ConfigError, match="unexpected argument"):
         coreset.main(["what"])

@@ -32,4 +32,4 @@ def test_bench_gde_without_scikit_learn(capsys, monkeypatch):
 @pytest.mark.parametrize("flag", ["--rounds=0", "--side=0"])
 def test_bench_gde_refuses(flag, capsys):
     assert main.main(["bench", "gde", flag]) == 2
-    assert f"{flag[:-2]}: expected at least 1, found 0" in capsys.readouterr().err
+    assert f"{flag[:-2]}: expected an integer >= 1, found 0" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_the_peers_view_changes_colours():
 
 
 def test_bad_flags():
-    with pytest.raises(ConfigError, match="--workers: expected at least 1, found 0"):
+    with pytest.raises(ConfigError, match="--workers: expected an integer >= 1, found 0"):
         bench.main(["input", "--workers=0"])
     with pytest.raises(ConfigError, match="unexpected argument 'more'"):
         bench.main(["input", "more"])

@@ -72,11 +72,11 @@ def test_peers_that_are_not_installed(monkeypatch):
 def test_flags_below_their_least():
     def parse(*argv):
         command = flags.Command("bench what", "a text.")
-        command.integer("rows", 5, "Rows.")
-        return _measure.parsed(command, list(argv), {"rows": 2})[1].rows
+        command.integer("rows", 5, "Rows.", at_least=2)
+        return _measure.parsed(command, list(argv))[1].rows
 
     assert (parse(), parse("--rows=2")) == (5, 2)
-    with pytest.raises(ConfigError, match="--rows: expected at least 2, found 1"):
+    with pytest.raises(ConfigError, match="--rows: expected an integer >= 2, found 1"):
         parse("--rows=1")
     with pytest.raises(ConfigError, match="dsad bench what: unexpected argument 'more'"):
         parse("more")

@@ -50,8 +50,8 @@ def test_facts_of_the_objective_arrive_in_the_batch(monkeypatch, config, cache):
         np.testing.assert_array_equal(found["size"], 32)
         np.testing.assert_array_equal(found["facts"]["original_size"], 48)
         for row, index in zip(found["facts"]["foreground_box"], found["index"], strict=True):
-            expected = facts.foreground_box(source[int(index)].image)
-            np.testing.assert_array_equal(row, expected)
+            expected = facts.find(("foreground_box",), source[int(index)].image)
+            np.testing.assert_array_equal(row, expected["foreground_box"])
 
 
 def test_an_objective_without_wishes_gets_none(config):

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from dsad.cli.main import main
+from dsad.core.metric_files import read_metrics
 from dsad.launch_local import free_port
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
-from dsad.train.writer import read_metrics
 from tests.helpers import alone, dsad
 
 SMOKE = ("pretrain", "--config=mae:smoke", "--config.data.name=folder")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dsad.assembly import pretrain, workdir
+from dsad.core import paths
 from dsad.core.errors import WorkdirError
 
 
@@ -62,12 +63,14 @@ def test_before_the_first_checkpoint_everything_may_change(tmp_path, capsys):
 
 
 def test_a_directory_whose_claim_was_killed_is_free(tmp_path):
-    (tmp_path / "config.json.writing").write_text('{"comm')
+    (tmp_path / f".config.json.0{paths.TEMPORARY}").write_text('{"comm')
     claim(tmp_path, config(), resume=False)
     assert workdir.holds_run(str(tmp_path))
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(WorkdirError, match=r"file/run: cannot be written: Not a directory"):
+    with pytest.raises(
+        WorkdirError, match=r"file/run/config.json: cannot be written: Not a directory .*--workdir"
+    ):
         claim(tmp_path / "file" / "run", config(), resume=False)

@@ -40,3 +40,16 @@ def test_every_divisor_of_a_slice_makes_a_mesh(fsdp):
 def test_a_mesh_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"data × fsdp = 85 × 3 does not equal the 256 devices"):
         make_mesh(MeshConfig(fsdp=3), SLICE)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": -2}, "data: expected an integer >= -1, found -2"),
+        ({"fsdp": 0}, r"data, fsdp: expected positive .* at most one -1, found \(-1, 0\)"),
+        ({"fsdp": -1}, r"data, fsdp: expected positive .* at most one -1, found \(-1, -1\)"),
+    ],
+)
+def test_axes_without_devices_are_refused(values, message):
+    with pytest.raises(ConfigError, match=rf"config\.mesh\.{message}"):
+        MeshConfig(**values)

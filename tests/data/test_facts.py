@@ -1,5 +1,7 @@
 """Facts of an image: Otsu's threshold from its definition, and the box of the largest object."""
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -27,7 +29,7 @@ def luma(image):
     return np.floor(image.astype(np.float64) @ [0.299, 0.587, 0.114] + 0.5).astype(np.uint8)
 
 
-def plainly(image):
+def plainly(image, published=False):
     """The box by the sheet's words: threshold, fill, label, measure, grow. Slow and simple."""
     height, width = image.shape[:2]
     threshold = defined_threshold(luma(image))
@@ -40,8 +42,16 @@ def plainly(image):
     w, h = int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1
     across, along = w // 10, h // 5
     left, top = int(xs.min()) - across, int(ys.min()) - along
+    if published:
+        x0, y0 = max(0, left), max(0, top)
+        return [x0, y0, x0 + min(width - x0, w + 2 * across), y0 + min(height - y0, h + 2 * along)]
     right, bottom = int(xs.max()) + 1 + across, int(ys.max()) + 1 + along
     return [max(0, left), max(0, top), min(width, right), min(height, bottom)]
+
+
+def box_of(image, published=False):
+    name = "foreground_box_published" if published else "foreground_box"
+    return facts.find((name,), image)[name]
 
 
 def grey_image(values):
@@ -86,21 +96,65 @@ def test_otsu_of_few_values():
     assert facts.otsu(10**7 * histogram(3, 4, 90, 91)) == 4
 
 
+@pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_box_equals_the_plain_way(seed):
+def test_box_equals_the_plain_way(seed, published):
     image = scene(100 + seed)
-    found = facts.foreground_box(image)
-    assert found.tolist() == plainly(image)
+    found = box_of(image, published)
+    assert found.tolist() == plainly(image, published)
     assert found.dtype == np.int32
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_boxes_of_any_object_in_any_image(data):
+    """The published one differs only where the left or top pad is cut, and then on the far side."""
+    near, far, image = np.zeros((3, 2), int)
+    for axis in (0, 1):
+        image[axis] = data.draw(st.integers(1, 300))
+        near[axis] = data.draw(st.integers(0, image[axis] - 1))
+        far[axis] = data.draw(st.integers(near[axis] + 1, image[axis]))
+    values = np.zeros(image[::-1])
+    values[near[1] : far[1], near[0] : far[0]] = 200
+    picture = grey_image(values)
+    boxes = facts.find(("foreground_box_published", "foreground_box"), picture)
+    padded, published = boxes["foreground_box"], boxes["foreground_box_published"]
+    for axis, share in ((0, 10), (1, 5)):
+        pad = (far[axis] - near[axis]) // share
+        cut = max(0, pad - near[axis])
+        assert padded[axis] == published[axis] == near[axis] - pad + cut
+        assert padded[2 + axis] == min(image[axis], far[axis] + pad)
+        assert published[2 + axis] == min(image[axis], far[axis] + pad + cut)
+
+
+def test_the_published_box_moves_from_the_border():
+    values = np.zeros((100, 200))
+    values[0:20, 2:62] = 200  # 60 wide, 20 high: grows by 6 and 4, cut by 4 and 4
+    assert box_of(grey_image(values)).tolist() == [0, 0, 68, 24]
+    assert box_of(grey_image(values), published=True).tolist() == [0, 0, 72, 28]
+    far = grey_image(values[::-1, ::-1])  # cut on the right and bottom alone
+    assert box_of(far).tolist() == box_of(far, published=True).tolist() == [132, 76, 200, 100]
+
+
+def test_boxes_of_one_image_look_for_its_object_once(monkeypatch):
+    calls = []
+
+    def counted(histogram, otsu=facts.otsu):
+        calls.append(histogram)
+        return otsu(histogram)
+
+    monkeypatch.setattr(facts, "otsu", counted)
+    assert set(facts.find(tuple(facts.FACTS), scene(3))) == set(facts.FACTS)
+    assert len(calls) == 1
 
 
 def test_box_of_known_objects():
     values = np.zeros((100, 200))
     values[40:50, 60:100] = 200  # 40 wide, 10 high: grows by 4 and 2
     values[5, 5] = 255
-    assert facts.foreground_box(grey_image(values)).tolist() == [56, 38, 104, 52]
+    assert box_of(grey_image(values)).tolist() == [56, 38, 104, 52]
     values[0:8, 0:199] = 200  # larger, at the border: grows as far as the image reaches
-    assert facts.foreground_box(grey_image(values)).tolist() == [0, 0, 200, 9]
+    assert box_of(grey_image(values)).tolist() == [0, 0, 200, 9]
 
 
 def test_a_ring_counts_with_what_it_surrounds():
@@ -109,25 +163,25 @@ def test_a_ring_counts_with_what_it_surrounds():
     values[11:49, 11:49] = 0  # 156 pixels of a ring around 1444
     values[20:40, 20:40] = 255  # an object inside it
     values[60:90, 60:90] = 255  # 900 pixels
-    assert facts.foreground_box(grey_image(values)).tolist() == [6, 2, 54, 58]
+    assert box_of(grey_image(values)).tolist() == [6, 2, 54, 58]
     values[10, 30] = 0  # a gap: the ring's inside is no longer surrounded
-    assert facts.foreground_box(grey_image(values)).tolist() == [57, 54, 93, 96]
+    assert box_of(grey_image(values)).tolist() == [57, 54, 93, 96]
     values[10, 30] = 255
     values[10, 10] = 0  # edges that touch by corners still close a ring
-    assert facts.foreground_box(grey_image(values)).tolist() == [6, 2, 54, 58]
+    assert box_of(grey_image(values)).tolist() == [6, 2, 54, 58]
 
 
 @pytest.mark.parametrize("value", [0, 130, 255])
 def test_a_constant_image_is_its_own_box(value):
     image = np.full((9, 14, 3), value, np.uint8)
-    assert facts.foreground_box(image).tolist() == [0, 0, 14, 9]
+    assert box_of(image).tolist() == [0, 0, 14, 9]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1)])
 def test_thin_images(shape):
     values = np.zeros(shape)
     values.flat[-1] = 9
-    box = facts.foreground_box(grey_image(values))
+    box = box_of(grey_image(values))
     if values.size == 1:
         assert box.tolist() == [0, 0, 1, 1]
     else:
@@ -146,7 +200,7 @@ def test_a_real_object_is_found():
     folder = real_data("mvtec", "hazelnut_reduced256", "train", "good")
     for file in sorted(folder.iterdir())[:5]:
         image = np.asarray(Image.open(file).convert("RGB"))
-        x1, y1, x2, y2 = facts.foreground_box(image)
+        x1, y1, x2, y2 = box_of(image)
         assert 100 < x2 - x1 < 250
         assert 100 < y2 - y1 < 256
         outside = np.ones(image.shape[:2], bool)

@@ -26,10 +26,8 @@ def runs(tmp_path_factory):
     """Two comparable runs: the second backbone sees blue only."""
 
     class Blue(Pooled):
-        arch = "blue <only> $x_1$"
-
-        def __call__(self, images):
-            maps = super().__call__(images)
+        def maps(self, images):
+            maps = super().maps(images)
             return {n: m.at[..., :2].set(0.0) for n, m in maps.items()}
 
     root = tmp_path_factory.mktemp("runs")
@@ -37,7 +35,7 @@ def runs(tmp_path_factory):
     config = EvalConfig(image_size=48, sigma=1.0, workers=1)
     dataset = Planted(categories=("disc", "tile & co"), strength=9)
     found = {}
-    for name, backbone in (("all", Pooled()), ("blue", Blue())):
+    for name, backbone in (("all", Pooled()), ("blue", Blue(arch="blue <only> $x_1$"))):
         found[name] = localize(
             backbone, Distance(), dataset, config, mesh=mesh, key=jax.random.key(0), name=name
         )
@@ -247,7 +245,7 @@ def test_training_curves_and_config(runs, tmp_path):
     assert "&lt;ds2&gt;" in text
     assert "79 steps" in text
     (folder / "metrics.jsonl").write_text("nonsense\n" + lines)
-    with pytest.raises(WorkdirError, match=r"line 1 is not valid JSON"):
+    with pytest.raises(WorkdirError, match=r"line 1 is not JSON"):
         write_report(tmp_path / "r.html", given, folder)
 
 
@@ -255,9 +253,9 @@ def test_the_page_shrinks_to_its_limit_and_is_reproducible(runs, single, tmp_pat
     root, _ = runs
     again = write_report(tmp_path / "a.html", [("all", root / "all")])
     assert again.read_bytes() == single.read_bytes()
-    full = single.stat().st_size
+    full = single.stat().length
     monkeypatch.setattr(page, "LIMIT", full * 2 // 3)
-    small = write_report(tmp_path / "b.html", [("all", root / "all")]).stat().st_size
+    small = write_report(tmp_path / "b.html", [("all", root / "all")]).stat().length
     assert small < full * 2 // 3
 
 

@@ -295,3 +295,18 @@ def test_facts_follow_the_corruption():
     assert made()[0].facts == ("original_size", "foreground_box")
     free = CorruptionConfig(limit_box=False)
     assert made(corruption=free)[0].facts == ("original_size",)
+
+
+def test_the_box_is_the_fact_that_the_corruption_asks_for():
+    padded = made(corruption=CorruptionConfig(most_draw=50))[0]
+    published = made(corruption=CorruptionConfig(most_draw=50, box="published"))[0]
+    both = batch()
+    both["facts"]["foreground_box_published"] = np.tile([[300, 400, 600, 800]], (4, 1))
+
+    def labels(objective, given):
+        return np.asarray(jax.jit(objective.views)(given, jax.random.key(3))["label"])
+
+    swapped = batch()
+    swapped["facts"]["foreground_box"] = both["facts"]["foreground_box_published"]
+    np.testing.assert_array_equal(labels(published, both), labels(padded, swapped))
+    assert (labels(published, both) != labels(padded, both)).any()

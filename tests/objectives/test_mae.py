@@ -268,7 +268,7 @@ class TestAdopt:
     ("changes", "match"),
     [
         ({"mask_ratio": 1.0}, "mask_ratio"),
-        ({"mask_ratio": 0.99}, "leaves none to see"),
+        ({"mask_ratio": 0.99}, "mask_ratio: expected a share that leaves some .* found 0.99"),
         (
             {"encoder": dataclasses.replace(ENCODER, arch="deit_tiny_distilled_patch16_224")},
             "fixed positions",

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from dsad import launch_local
+from dsad.core.metric_files import read_metrics
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
-from dsad.train.writer import read_metrics
 from tests.helpers import alone
 from tests.train import test_loop
 

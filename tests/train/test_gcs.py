@@ -4,6 +4,7 @@ It shows that paths, listings, checkpoints and metric files work without append,
 directories. It does not show the real service's authentication, latency, throttling or quotas.
 """
 
+import dataclasses
 import importlib.util
 import signal
 import subprocess
@@ -15,11 +16,17 @@ import numpy as np
 import pytest
 
 from dsad.assembly import backbones, workdir
+from dsad.cli import main
 from dsad.core import paths
 from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.metric_files import read_metrics
+from dsad.evaluation import maps
+from dsad.evaluation.results import read_results
+from dsad.terminal import flags
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
-from dsad.train.writer import MetricWriter, read_metrics
+from dsad.train.writer import MetricWriter
 from tests import gcs
+from tests.cli.test_cli import SMALL
 from tests.helpers import alone
 from tests.train.test_checkpoint import abstract, equal, opened, save, state  # noqa: F401
 from tests.train.test_writer import scalars
@@ -113,7 +120,7 @@ def test_removing_begins_with_what_makes_it_whole(store, opened):  # noqa: F811
 @pytest.mark.parametrize("place", ["gs://nobody/run", "gs://bucket/closed"])
 def test_a_bucket_that_cannot_be_written_is_refused_at_once(store, place):
     store.refuse = lambda method, bucket, name: 403 if "closed" in name else None
-    with pytest.raises(WorkdirError, match=rf"^{place}: cannot be written: .*another --workdir"):
+    with pytest.raises(WorkdirError, match=rf"^{place}/config.json: .*another --workdir"):
         workdir.claim(place, "pretrain", {"a": 1}, resume=False, overwrite=False)
     with pytest.raises(WorkdirError, match=rf"^{place}/checkpoints: cannot be written"):
         Checkpointer(place, CheckpointConfig())
@@ -184,6 +191,58 @@ def test_a_bucket_is_claimed_like_a_directory(store):
         claim({"a": 2}, resume=True)
     claim({"a": 2}, overwrite=True)
     assert store.names() == ["some/run/config.json"]
+
+
+def assert_equal(one, two, at=""):
+    """Values of two results, but for times."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), at
+        for name in one.keys() - {"seconds", "date", "stamp_sha256"}:
+            assert_equal(one[name], two[name], f"{at}/{name}")
+    elif isinstance(one, np.ndarray):
+        np.testing.assert_array_equal(one, two, err_msg=at)
+    else:
+        assert one == two, at
+
+
+def test_an_evaluation_in_a_bucket_is_that_on_a_disk(store, tmp_path, monkeypatch):
+    """Numbers, pictures, curves and maps; the backbone's run, its curves and the page too."""
+    monkeypatch.chdir(tmp_path)  # where nothing called "gs:" may appear
+    run, _, _ = flags.Command("x", "", config="mae").parse(["--config=mae:smoke"])
+    workdir.claim(RUN, "pretrain", run.to_dict(), resume=False, overwrite=False)
+    writer = MetricWriter(RUN)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": 1.0 / step})
+    writer.close()
+
+    remote, local = "gs://bucket/evaluations/here", tmp_path / "here"
+    for place in (remote, local):
+        argv = [a.replace("layer1", "block1") for a in SMALL]
+        argv += ["--config.data.categories=('wood',)", "--config.evaluation.save_maps=png"]
+        argv += [f"--config.backbone=run:{RUN}@0", f"--workdir={place}"]
+        assert main.main(["evaluate", *argv]) == 0
+    with pytest.raises(WorkdirError, match="in use"):
+        workdir.claim(remote, "evaluate", {}, resume=False, overwrite=False)
+    files = {n.removeprefix("evaluations/here/") for n in store.names("evaluations/")}
+    assert files == {p.relative_to(local).as_posix() for p in local.rglob("*.*")}
+    assert {"results.json", "gallery.npz", "curves.npz", "anomaly_maps/stamp.json"} <= files
+    one, two = (dataclasses.asdict(read_results(place)) for place in (remote, local))
+    assert_equal(one, two)
+    pictures = sorted(name for name in files if name.endswith(".png"))
+    assert pictures
+    for name in pictures:
+        np.testing.assert_array_equal(
+            maps.read_map(f"{remote}/anomaly_maps/{name.partition('/')[2]}"),
+            maps.read_map(local / name),
+        )
+
+    page = tmp_path / "one.html"
+    assert main.main(["report", remote]) == 0
+    assert main.main(["report", remote, f"--out={page}"]) == 0
+    assert store.objects["bucket", "evaluations/here/report.html"][0] == page.read_bytes()
+    assert "3 steps" in page.read_text()
+    assert 'aria-label="Loss"' in page.read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "one.html"]
 
 
 @pytest.mark.slow

@@ -13,13 +13,14 @@ import pytest
 
 from dsad.core.errors import ConfigError, NonFiniteError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
+from dsad.core.metric_files import read_metrics
 from dsad.core.types import Specs
 from dsad.train.cache import device_store, rows_here
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.loop import Loop, train
 from dsad.train.state import TrainState, abstract_state, initial_state
 from dsad.train.step import make_step
-from dsad.train.writer import MetricWriter, read_metrics
+from dsad.train.writer import MetricWriter
 from tests.helpers import alone
 
 SPECS = Specs(batch_size=8, canvas=4)

@@ -8,7 +8,8 @@ import pytest
 
 from dsad.core import paths
 from dsad.core.errors import WorkdirError
-from dsad.train.writer import MetricWriter, read_metrics
+from dsad.core.metric_files import read_metrics
+from dsad.train.writer import MetricWriter
 from tests.train.test_checkpoint import small_disk  # noqa: F401
 
 

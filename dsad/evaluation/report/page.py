@@ -2,15 +2,16 @@
 
 import json
 import math
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
+from etils import epath
 
+from dsad.core import paths
 from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.metric_files import read_metrics
 from dsad.evaluation import stamp, thresholds
 from dsad.evaluation.report import comparison, figures, panels
 from dsad.evaluation.report.comparison import Run
@@ -39,17 +40,19 @@ _TRAINING = {
 
 
 def write_report(
-    out_path: str | os.PathLike[str],
-    evaluations: Sequence[tuple[str, str | os.PathLike[str]]],
-    training_dir: str | os.PathLike[str] | None = None,
+    out_path: str | epath.PathLike,
+    evaluations: Sequence[tuple[str, str | epath.PathLike]],
+    training_dir: str | epath.PathLike | None = None,
     *,
     title: str = "Defect localization",
     allow_different: bool = False,
-) -> pathlib.Path:
+) -> epath.Path:
     """Write the page and return its path; nothing in it refers to another file or to a server.
 
+    Everything may lie in a bucket.
+
     Args:
-      out_path: the page; written under a temporary name and moved.
+      out_path: the page.
       evaluations: (name, folder with results.json) per run, side by side in this order; of two
         runs differences are shown, and images that either localizes better; the gallery's other
         cases are chosen by the first.
@@ -59,7 +62,7 @@ def write_report(
 
     Raises:
       ConfigError: no run, two runs of one name, or stamps that differ in meaning.
-      WorkdirError: files that are missing or unreadable.
+      WorkdirError: files that are missing or unreadable, or a page that cannot be written.
 
     """
     names = [name for name, _ in evaluations]
@@ -77,12 +80,7 @@ def write_report(
             "--allow-different."
         )
     page = _render(runs, title, notices, _training(training_dir))
-    out = pathlib.Path(out_path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, out)
-    return out
+    return paths.write_whole(out_path, page, "Give another --out=FILE.")
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
@@ -183,51 +181,33 @@ def _category(
     }
 
 
-def _training(folder: str | os.PathLike[str] | None) -> dict[str, Any]:
+def _training(folder: str | epath.PathLike | None) -> dict[str, Any]:
     """Charts and config of a pretraining run; empty without one."""
     if folder is None:
         return {}
-    directory = pathlib.Path(folder)
-    rows = _read_lines(directory / "metrics.jsonl")
+    directory = paths.directory(folder)
+    config = directory / "config.json"
+    for file in (directory / "metrics.jsonl", config):
+        if not file.is_file():
+            raise WorkdirError(f"{file}: no such file; expected the workdir of `dsad pretrain`.")
+    rows = read_metrics(directory / "metrics.jsonl")
     charts = []
     for name, title in _TRAINING.items():
-        points = [(r["step"], r[name]) for r in rows if _finite(r.get(name)) and "step" in r]
+        points = [(r["step"], r[name]) for r in rows if _finite(r.get(name))]
         if len(points) > 1:
             x, y = np.array(points, np.float64).T
             keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), 600)).astype(int))
             svg = figures.series_chart(x[keep], y[keep], title, name=f"training-{name}")
             charts.append(svg)
-    config = directory / "config.json"
-    if not config.is_file():
-        raise WorkdirError(f"{config}: no such file; expected the workdir of `dsad pretrain`.")
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(config.read_text())
     except ValueError as error:
         raise WorkdirError(f"{config}: not valid JSON ({error}).") from error
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    last = rows[-1].get("step") if rows else None
+    last = rows[-1]["step"] if rows else None
     return {"charts": charts, "config": text, "steps": last, "folder": directory.name}
 
 
 def _finite(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value)
-
-
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line cut by a killed process is left out."""
-    if not path.is_file():
-        raise WorkdirError(f"{path}: no such file; expected the workdir of `dsad pretrain`.")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # no line end: the process died while writing
-                continue
-            raise WorkdirError(f"{path}: line {number} is not valid JSON ({error}).") from error
-        rows.append(row)
-    return rows

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -47,6 +48,14 @@ class ViTs(Family):
     ) -> FeatureMaps:
         found, _ = network.apply(params, extra, images, layers=layers)
         return found
+
+    def run(
+        self, network: Any, params: Any, extra: Any, images: Any, *, train: bool, views: int = 1,
+        layers: tuple[str, ...] | None = None,
+    ) -> tuple[FeatureMaps, jax.Array, Any]:  # fmt: skip
+        """As ``Family.run``, with the vectors of ``ViT.pooled``; ``extra`` stays as it is."""
+        maps, pooled = network.pooled(params, extra, images, layers)
+        return maps, pooled, extra
 
     def strides(self, arch: str, **options: Any) -> dict[str, int]:
         spec = spec_of(arch, options)

@@ -11,7 +11,6 @@ import numpy as np
 
 from dsad.core.errors import ConfigError
 from dsad.core.tree import flatten
-from dsad.core.types import FeatureMaps
 from dsad.models import mobilenet, squeezenet
 from dsad.models.family import Family, Loaded, Preprocessing
 from dsad.models.functional import Functional
@@ -27,12 +26,6 @@ class _Plain(Family):
     @abc.abstractmethod
     def entries(self) -> list[names.Entry]:
         """The mapping of the network's shapes."""
-
-    def maps(
-        self, network: Any, params: Any, extra: Any, images: Any, layers: tuple[str, ...] | None
-    ) -> FeatureMaps:
-        found, _ = network.apply(params, extra, images)
-        return found if layers is None else {name: found[name] for name in layers}
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ import numpy as np
 
 from dsad.core.errors import ConfigError
 from dsad.core.tree import flatten
-from dsad.core.types import FeatureMaps
 from dsad.models import resnet
 from dsad.models.family import Family, Loaded, Preprocessing
 from dsad.models.functional import Functional
@@ -76,12 +75,6 @@ class ResNets(Family):
 
     def network(self, arch: str, *, stages: int = 4) -> Functional:
         return _network(arch, stages)
-
-    def maps(
-        self, network: Any, params: Any, extra: Any, images: Any, layers: tuple[str, ...] | None
-    ) -> FeatureMaps:
-        found, _ = network.apply(params, extra, images, train=False)
-        return found if layers is None else {name: found[name] for name in layers}
 
     def strides(self, arch: str, *, stages: int = 4) -> dict[str, int]:
         return {f"layer{s}": resnet.STRIDES[f"layer{s}"] for s in range(1, stages + 1)}

@@ -1,14 +1,13 @@
 """A backbone as files that other libraries load: published names and what belongs to them."""
 
 import json
-import os
-import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import safetensors.numpy
+from etils import epath
 
+from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.models import registry
 from dsad.models.backbone import Backbone
@@ -19,13 +18,13 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 def write(
     backbone: Backbone,
-    folder: str | os.PathLike[str],
+    folder: str | epath.PathLike,
     *,
     form: str,
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-) -> dict[str, pathlib.Path]:
-    """Write ``model.safetensors`` and ``config.json`` into a folder.
+) -> dict[str, epath.Path]:
+    """Write ``model.safetensors`` and then ``config.json`` into a folder, also of a bucket.
 
     The tensors are contiguous f32 under the names of ``form``, without a classifier: what
     ``timm.create_model(architecture, num_classes=0)`` loads with ``strict=True``. The config is
@@ -44,6 +43,7 @@ def write(
 
     Raises:
       ConfigError: a format that does not suit, or a folder that is in use.
+      WorkdirError: a folder that cannot be written.
 
     """
     family = registry.family_of(backbone.arch)
@@ -54,17 +54,13 @@ def write(
         )
     options = dict(backbone.options)
     family.check_complete(backbone.arch, **options)
-    folder = pathlib.Path(folder).expanduser()
+    folder = paths.directory(folder)
     _check_free(folder, overwrite)
     state = family.save(backbone.arch, backbone.params, backbone.extra, form, **options)
     config = json.dumps(_config(backbone, form, dict(about or {})), indent=2) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
-        made = {name: pathlib.Path(scratch, name) for name in (WEIGHTS, CONFIG)}
-        safetensors.numpy.save_file(state, made[WEIGHTS], metadata={"format": "pt"})
-        made[CONFIG].write_text(config)
-        # Both are complete before either takes its place.
-        return {name: path.replace(folder / name) for name, path in made.items()}
+    weights = safetensors.numpy.save(state, metadata={"format": "pt"})
+    files = {WEIGHTS: weights, CONFIG: config}
+    return {name: paths.write_whole(folder / name, data) for name, data in files.items()}
 
 
 def formats() -> str:
@@ -79,7 +75,7 @@ def _short(archs: tuple[str, ...]) -> str:
     return ", ".join(archs) if len(archs) <= 4 else f"{archs[0]}, {archs[1]}, .. {archs[-1]}"
 
 
-def _check_free(folder: pathlib.Path, overwrite: bool) -> None:
+def _check_free(folder: epath.Path, overwrite: bool) -> None:
     used = [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: expected a directory, found a file.")

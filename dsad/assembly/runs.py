@@ -1,0 +1,314 @@
+"""Runs and weights by name: one grammar, and what is made of what they hold.
+
+    run:DIR            a pretraining run at its newest checkpoint; DIR may be gs://BUCKET/...
+    run:DIR@STEP       at a step; 0 is its untouched initialisation
+    run:DIR/{category} one run for each category
+    WRAPPER:...        a wrapper around any of them, see ``models.wrappers``
+    ARCH               an architecture, whose weights are named beside it
+
+Where only runs and weights can be meant (``init_from``), ``run:`` may be left out.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsad import models
+from dsad.assembly import workdir
+from dsad.assembly.pretrain import PretrainConfig, Run, parse
+from dsad.core import paths, rng
+from dsad.core.errors import ConfigError
+from dsad.core.types import (
+    EarlierWeights,
+    FeatureMaps,
+    HasEncoder,
+    Objective,
+    ReadsTensors,
+    RunInfo,
+)
+from dsad.models import registry, wrappers
+from dsad.models.family import Encoder
+from dsad.models.weights import export, pretrained
+from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+
+_SCHEME = "run:"
+_CATEGORY = "{category}"
+
+
+class Place(NamedTuple):
+    """A run's directory, and a step or None for the newest one."""
+
+    directory: str
+    step: int | None
+
+
+def innermost(spec: str) -> str:
+    """The backbone inside all wrappers: ``run:DIR`` of ``patches:32/4:run:DIR``."""
+    while wrappers.is_wrapper(spec):
+        spec = wrappers.split(spec)[1]
+    return spec
+
+
+def is_run(spec: str, *, bare: bool = False) -> bool:
+    """Whether a spec names a run, also inside wrappers; ``bare``: a directory alone may."""
+    inner = innermost(spec)
+    return inner.startswith(_SCHEME) or (bare and _holds(place(inner).directory))
+
+
+def per_category(spec: str) -> bool:
+    """Whether a spec names one run for each category."""
+    return is_run(spec) and _CATEGORY in spec
+
+
+def of_category(spec: str, category: str) -> str:
+    """The spec of one category, wrappers and step included."""
+    return spec.replace(_CATEGORY, category)
+
+
+def place(spec: str) -> Place:
+    """Directory and step that a spec names; an "@" before anything but a step is the path's.
+
+    Raises ConfigError where both readings of ``DIR@5`` hold a run.
+    """
+    path = innermost(spec).removeprefix(_SCHEME)
+    directory, _, step = path.rpartition("@")
+    if not directory or not step.isdigit():
+        return Place(path, None)
+    if not _holds(path):
+        return Place(directory, int(step))
+    if _holds(directory):
+        raise ConfigError(
+            f"{spec}: both {path} and {directory} hold a run; rename one, or add the step: "
+            f"{path}@STEP."
+        )
+    return Place(path, None)
+
+
+def _holds(directory: str) -> bool:
+    return bool(directory) and (paths.directory(directory) / "checkpoints").is_dir()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenedRun:
+    """A pretraining run: its config and its objective, built as the run had built it."""
+
+    directory: str
+    config: PretrainConfig
+    objective: Objective
+    features: Callable[..., FeatureMaps]
+
+    def weights(self, step: int | None) -> tuple[Any, Any, int]:
+        """(params, extra, step), on the host unless they are those of step 0."""
+        if step == 0 and self.config.init_from:
+            raise ConfigError(
+                f"config.backbone=run:{self.directory}@0: that run began with the weights of "
+                f"{self.config.init_from}; evaluate those by themselves."
+            )
+        if step == 0:
+            return *jax.jit(self.objective.init)(jax.random.key(self.config.seed)), 0
+        checkpointer = Checkpointer(self.directory, CheckpointConfig(), read_only=True)
+        try:
+            return checkpointer.weights(step)
+        finally:
+            checkpointer.close()
+
+    def described(self, step: int) -> str:
+        """The weights of a step, for people."""
+        origin = "untouched initialisation" if step == 0 else f"step {step}"
+        return f"{self.directory} {origin}, seed {self.config.seed}"
+
+
+def opened(directory: str) -> OpenedRun:
+    """The run in a directory; raises ConfigError or WorkdirError for anything else there."""
+    stored = workdir.read(directory)
+    if stored["command"] != "pretrain":
+        hint = f"; try run:{directory}/pretrain" if stored["command"] == "demo" else ""
+        raise ConfigError(
+            f"run:{directory}: expected a pretraining run, found one of "
+            f"dsad {stored['command']}{hint}."
+        )
+    config, module, method = parse(stored["config"])
+    info = RunInfo(**stored["info"])
+    return OpenedRun(
+        directory=directory, config=config, objective=module.build(method, info),
+        features=_features(module, method, info.classes),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def _features(module: Any, method: Any, classes: int) -> Callable[..., FeatureMaps]:
+    """One function for all runs of one objective config, so that they share compiled programs.
+
+    Neither a run's length nor its number of images shapes its feature maps.
+    """
+    info = RunInfo(total_steps=1, batch_size=1, samples=1, classes=classes)
+    return module.build(method, info).features
+
+
+# --- earlier weights
+
+
+def checked_weights(run: Run) -> EarlierWeights | None:
+    """The weights that ``init_from`` names, which the run's objective can adopt; None without any.
+
+    Raises ConfigError for what does not fit, before anything is claimed.
+    """
+    if not run.config.init_from:
+        return None
+    earlier = earlier_weights(run.config.init_from, run.objective)
+    jax.eval_shape(
+        lambda params, extra: run.objective.adopt(earlier, params, extra)[:2],
+        run.abstract.params, run.abstract.extra,
+    )  # fmt: skip
+    return earlier
+
+
+def earlier_weights(spec: str, objective: Objective) -> EarlierWeights:
+    """Weights for an objective from a run, a file or a hub name."""
+    if is_run(spec, bare=True):
+        directory, step = place(spec)
+        there = opened(directory)
+        params, extra, step = there.weights(step)
+        origin, method = f"{directory} step {step}", there.objective
+        if not isinstance(method, HasEncoder):
+            return EarlierWeights(None, params, extra, {}, origin)
+        encoder = method.encoder_weights(params, extra)
+        return EarlierWeights(encoder, params, extra, method.stage_facts, origin)
+    try:
+        weights = pretrained.read(spec)
+    except ConfigError as error:
+        raise ConfigError(
+            f"config.init_from={spec!r}: neither a pretraining run (no checkpoints there) nor "
+            f"weights: {error}"
+        ) from error
+    known = {"mean": weights.mean, "std": weights.std, "side": weights.input_size}
+    facts = {name: value for name, value in known.items() if value is not None}
+    encoder, params, extra = _read(weights, objective, spec)
+    return EarlierWeights(encoder, params, extra, facts, weights.source)
+
+
+def _read(weights: pretrained.Weights, objective: Objective, spec: str) -> tuple[Encoder, Any, Any]:
+    if isinstance(objective, ReadsTensors):
+        return objective.read_tensors(weights)
+    if not isinstance(objective, HasEncoder):
+        raise ConfigError(
+            f"config.init_from={spec!r}: expected the directory of a pretraining run; this "
+            "objective has no encoder that published weights would fit."
+        )
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    own = objective.encoder_weights(*shapes)
+    loaded = registry.family_of(own.arch).load(own.arch, weights)
+    trees = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
+    return Encoder(own.arch, loaded.options, *trees, own.preprocessing), {}, {}
+
+
+# --- backbones
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "extra"],
+    meta_fields=["function", "mean", "std", "arch", "image_size", "description", "layers"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunBackbone:
+    """The encoder of a run as its objective's ``features``; a pytree.
+
+    ``layers``, unless None, are the only maps it computes.
+    """
+
+    params: Any
+    extra: Any
+    function: Callable[..., FeatureMaps]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    arch: str
+    image_size: int | None
+    description: str
+    layers: tuple[str, ...] | None = None
+
+    def only(self, layers: Sequence[str]) -> "RunBackbone":
+        """One that computes just these maps."""
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def __call__(self, images: jax.Array) -> FeatureMaps:
+        return self.function(self.params, self.extra, images, self.layers)
+
+
+def backbone(spec: str, weights: str, seed: int) -> Any:
+    """What a spec names, to compute feature maps; an architecture takes ``weights`` or ``seed``."""
+    if wrappers.is_wrapper(spec):
+        wrapper, inner = wrappers.split(spec)
+        return wrappers.wrap(wrapper, backbone(inner, weights, seed))
+    if not is_run(spec):
+        return models.backbone(spec, weights or None, seed=seed)
+    if weights:
+        raise ConfigError("config.weights: a run brings its own weights; leave it empty.")
+    run = opened(place(spec).directory)
+    params, extra, step = run.weights(place(spec).step)
+    params, extra = jax.tree.map(jnp.asarray, (params, extra))
+    objective, arch = run.objective, type(run.objective).__name__
+    if isinstance(objective, HasEncoder):
+        arch = objective.encoder_weights(params, extra).arch
+    return RunBackbone(
+        params=params, extra=extra, function=run.features, mean=objective.mean, std=objective.std,
+        arch=arch, image_size=image_size(objective), description=run.described(step),
+    )  # fmt: skip
+
+
+def image_size(objective: Objective) -> int | None:
+    """Side in pixels of the images that an objective trains on, where it tells."""
+    return objective.stage_facts.get("side") if isinstance(objective, HasEncoder) else None
+
+
+def encoder(spec: str, weights: str) -> models.Backbone:
+    """A backbone as a network of ``models``, to export it: ``ARCH`` with weights, or a run."""
+    if wrappers.is_wrapper(spec):
+        raise ConfigError(f"--backbone={spec}: a wrapper has no weights; name what is inside.")
+    if is_run(spec):
+        if weights:
+            raise ConfigError("--weights: a run brings its own weights; leave it empty.")
+        return _encoder_of_run(spec)
+    if not weights:
+        raise ConfigError(
+            f"--backbone={spec}: name its weights with --weights=SPEC (a file, a directory or "
+            "hf:owner/name), or export a run with --backbone=run:DIR."
+        )
+    return models.backbone(spec, weights)
+
+
+def _encoder_of_run(spec: str) -> models.Backbone:
+    """The network that a run trains, without its heads."""
+    directory, step = place(spec)
+    run = opened(directory)
+    params, extra, step = run.weights(step)
+    if not isinstance(run.objective, HasEncoder):
+        raise ConfigError(
+            f"{run.described(step)}: {type(run.objective).__name__} has no encoder that could be "
+            "used elsewhere."
+        )
+    network = run.objective.encoder_weights(*jax.tree.map(jnp.asarray, (params, extra)))
+    known = network.preprocessing
+    return models.Backbone(
+        params=network.params, extra=network.extra, arch=network.arch,
+        options=tuple(sorted(network.options.items())), mean=known.mean, std=known.std,
+        image_size=known.image_size, interpolation=known.interpolation, crop=known.crop,
+        description=run.described(step),
+    )  # fmt: skip
+
+
+def read_run(spec: str) -> pretrained.Weights:
+    """The encoder of ``run:DIR`` or ``run:DIR@STEP`` under published names.
+
+    An entry point of the group ``dsad.weights``, so that ``models`` can read runs.
+    """
+    return export.as_weights(_encoder_of_run(spec))
+
+
+def key_for(seed: int) -> jax.Array:
+    """The key of a localization run."""
+    return rng.named(jax.random.key(seed), "evaluate")

@@ -1,0 +1,206 @@
+"""Training of an assembled run: its images are read, then the loop goes from step 0 or on."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.console import Console
+
+from dsad.assembly import runs, workdir
+from dsad.assembly.pretrain import DataFacts, Run, assemble, parse, use_settings
+from dsad.core import distributed, hosts
+from dsad.core.batch import Batch
+from dsad.core.chips import chip_of
+from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.mesh import place_batch, replicated
+from dsad.core.types import Dataset, EarlierWeights, PerSample, Progress, Source
+from dsad.data import base as data_base
+from dsad.data.pipeline import Pipeline, make_pipeline
+from dsad.terminal import console
+from dsad.train.cache import fetch_with, put_store, rows_here
+from dsad.train.checkpoint import Checkpointer
+from dsad.train.log import Clock, Work
+from dsad.train.loop import Loop, train
+from dsad.train.state import TrainState, initial_state
+from dsad.train.writer import MetricWriter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """A run with its images: batches, and what of them lives on the devices, or None."""
+
+    run: Run
+    pipeline: Pipeline
+    store: Any
+
+
+def build(
+    config: Any, dataset: Dataset | None = None, progress: Progress | None = None
+) -> Training:
+    """A run of a config on the devices of this machine, with its images."""
+    cfg, _, _ = parse(config)
+    use_settings(cfg)
+    source = distributed.together(
+        lambda: data_base.training_source(dataset or data_base.load(cfg.data), cfg.data.split)
+    )
+    run = assemble(config, None, DataFacts.of(source.records))
+    if (needed := run.objective.traits.source) and not cfg.init_from:
+        raise ConfigError(
+            f"config.init_from: this objective starts from {needed}; name it with "
+            "--config.init_from=DIR."
+        )
+    return read(run, source, progress)
+
+
+def read(run: Run, source: Source, progress: Progress | None = None) -> Training:
+    """Read the images as ``config.data`` says; on the devices lies what they keep."""
+    cfg, rows = run.config, None
+    spec = dataclasses.replace(run.spec, features={})  # which are computed from what is read
+    places = {name: place for name, place in (run.store or {}).items() if name != "features"}
+    if places and distributed.count() > 1:
+        rows = rows_here(places, len(source))
+    pipeline = distributed.together(
+        lambda: make_pipeline(
+            source, spec, cache=cfg.data.cache, batch_size=cfg.batch_size, seed=cfg.seed,
+            process_index=jax.process_index(), process_count=jax.process_count(), rows=rows,
+            workers=cfg.data.workers, prefetch=cfg.data.prefetch, progress=progress,
+        )
+    )  # fmt: skip
+    store = None
+    if places:
+        store = put_store(pipeline.store, places)
+        pipeline = dataclasses.replace(pipeline, store=None)  # one copy is enough
+    return Training(run=run, pipeline=pipeline, store=store)
+
+
+def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Training:
+    """Build a run with progress; everything that can be refused is refused here."""
+    with console.progress("reading images", out) as tell:
+        training = build(config, dataset, progress=tell)
+    run, shapes = training.run, jax.tree.leaves(training.run.abstract.params)
+    kind = {"train": "normal", "test": "test", "all": "normal and test"}[run.config.data.split]
+    out.print(
+        f"{run.info.samples} {kind} images, {run.info.total_steps} steps of "
+        f"{run.config.batch_size} images, {sum(math.prod(x.shape) for x in shapes):,} trainable "
+        f"parameters, mesh {dict(run.mesh.shape)} on {run.mesh.size} {run.platform} device(s)"
+    )
+    return training
+
+
+def pretrain(
+    training: Training,
+    path: epath.Path,
+    out: Console,
+    *,
+    resume: bool = False,
+    earlier: EarlierWeights | None = None,
+) -> bool:
+    """Train or continue in a claimed directory; True when complete, False when asked to stop.
+
+    ``earlier`` is what ``runs.checked_weights`` gave, if that was asked already.
+    """
+    with distributed.failing_together(path):
+        try:
+            complete = _pretrain(training, path, out, resume, earlier)
+        except WorkdirError as error:
+            error.code = 3
+            raise
+    if complete:
+        workdir.mark_complete(path, training.run.info.total_steps)
+    return complete
+
+
+def _pretrain(
+    training: Training, path: epath.Path, out: Console, resume: bool, earlier: Any
+) -> bool:
+    run = training.run
+    checkpointer = Checkpointer(path, run.config.checkpoint, say=out.print)
+    checkpointer.check(run.abstract, run.info.total_steps)
+    position, clock = None, Clock()
+    if resume and (latest := distributed.on_main(checkpointer.latest)) is not None:
+        state, meta = checkpointer.restore(run.abstract, latest)
+        position, clock = meta["data"], Clock(meta.get("clock"))
+        out.print(f"resumed at step {int(state.step)} of {run.info.total_steps}")
+    else:
+        if resume:
+            out.print("no complete checkpoint yet: starting at step 0")
+        state = first_state(training, earlier or runs.checked_weights(run), out)
+    training = with_features(training, state, out)
+    batches: Any = training.pipeline.iterator()
+    if position is not None:
+        batches.set_state(position)
+    writer = MetricWriter(path, resume_step=int(state.step), quiet=not distributed.is_main())
+    try:
+        with console.progress("pretraining", out) as tell:
+            loop = Loop(
+                step=run.step, batches=batches, store=training.store, mesh=run.mesh,
+                total_steps=run.info.total_steps, batch_size=run.config.batch_size,
+                log_every=run.config.log_every, writer=writer, checkpointer=checkpointer,
+                meta={"total_steps": run.info.total_steps},
+                on_log=console.training_note(tell), clock=clock, work=_work(run),
+            )  # fmt: skip
+            state, complete = train(loop, state)
+    finally:
+        batches.close()
+        writer.close()
+        checkpointer.close()
+    return complete
+
+
+def _work(run: Run) -> Work:
+    """What an image costs the model, and what a device could do."""
+    chip = chip_of(jax.devices()[0])
+    return Work(run.model_flops_per_image, chip.peak_flops if chip else 0.0)
+
+
+def first_state(training: Training, earlier: EarlierWeights | None, out: Console) -> TrainState:
+    """The state at step 0, with earlier weights and what the objective makes of the data."""
+    run = training.run
+    state = initial_state(run.objective, run.tx, run.abstract, run.config.seed)
+    params, extra = state.params, state.extra
+    if earlier is not None:
+        params, extra, report = run.objective.adopt(earlier, params, extra)
+        out.print(f"from {earlier.origin}: {report}")
+    extra = run.objective.prepare(params, extra, lambda: passes(training))
+    state = dataclasses.replace(state, params=params, extra=extra)
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, run.abstract))
+
+
+def passes(training: Training) -> Iterator[Batch]:
+    """Batches in which every sample occurs exactly once; the last one is cut to its samples."""
+    run = training.run
+    spec = dataclasses.replace(run.spec, features={})
+    fetch: Any = lambda store, inputs: inputs  # noqa: E731
+    if training.store is not None:
+        assert run.gather is not None
+        fetch = jax.jit(fetch_with(run.gather, spec))
+    cut = jax.jit(
+        lambda batch, rows: jax.tree.map(lambda a: a[:rows], batch),
+        static_argnums=1, out_shardings=replicated(run.mesh),
+    )  # fmt: skip
+    for inputs, rows in training.pipeline.one_pass():
+        batch = fetch(training.store, place_batch(inputs, run.mesh))
+        yield batch if rows == run.info.batch_size else cut(batch, rows)
+
+
+def with_features(training: Training, state: TrainState, out: Console) -> Training:
+    """The same training with what the objective computes of every sample once."""
+    run = training.run
+    if not isinstance(run.objective, PerSample):
+        return training
+    compute = jax.jit(run.objective.per_sample, out_shardings=replicated(run.mesh))
+    parts, done = [], 0
+    with console.progress("computing features", out) as tell:
+        for batch in passes(training):
+            parts.append(jax.tree.map(hosts.whole, compute(state.params, state.extra, batch)))
+            done += len(batch["index"])
+            tell(done, run.info.samples, "")
+    features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    pipeline, store = training.pipeline.with_features(features), training.store
+    if store is not None:
+        store = {**store, "features": put_store(features, run.store["features"])}
+    return dataclasses.replace(training, pipeline=pipeline, store=store)
