@@ -17,7 +17,8 @@ if not os.environ.get("DSAD_TEST_OPTIMISED"):
     _FLAGS.append("--xla_backend_optimization_level=0")
     if tuple(map(int, JAX.split(".")[:2])) < (0, 11):
         _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
+_GIVEN = os.environ.get("XLA_FLAGS", "").split()  # a worker's hold these: keys of the cache, too
+os.environ["XLA_FLAGS"] = " ".join([*_GIVEN, *(f for f in _FLAGS if f not in _GIVEN)])
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Compiled programs serve all workers, the processes that tests start, and later runs.
 _CACHE = pathlib.Path(tempfile.gettempdir()) / f"dsad-tests-{getpass.getuser()}" / f"jax-{JAX}"
