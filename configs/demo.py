@@ -1,16 +1,16 @@
 """The demo: DS2 on procedural images, then localization before and after. No file needed.
 
 dsad demo                 about three minutes on two CPU cores
-dsad demo --config=configs/demo.py:tiny --workdir=tiny      seconds, for tests
+dsad demo --config=configs/demo.py:smoke --workdir=smoke      seconds, for tests
 """
 
 import ml_collections
 
 from dsad.assembly import evaluate, pretrain
-from dsad.core.errors import ConfigError
+from dsad.assembly.configs import apply_variants
 
 
-def get_config(variant: str = ""):
+def get_config(variants: str = ""):
     train = pretrain.default_config("ds2")
     train.data.name = "synthetic"
     train.data.canvas = 128
@@ -32,13 +32,15 @@ def get_config(variant: str = ""):
     test = evaluate.default_config("knn")
     test.evaluation.image_size = 128
     test.detector.layers = ("layer1", "layer2")
-    if variant == "tiny":
-        train.data.synthetic.update(size=48, train=4, good=2, bad=1)
-        train.data.canvas = 48
-        train.batch_size, train.steps, train.log_every = 8, 3, 1
-        train.objective.update(hidden=16, out=8)
-        train.objective.view1.side = train.objective.view2.side = 32
-        test.evaluation.image_size = 48
-    elif variant:
-        raise ConfigError(f"configs/demo.py has the variant 'tiny', not {variant!r}.")
-    return ml_collections.ConfigDict({"pretrain": train, "evaluate": test}).lock()
+    config = ml_collections.ConfigDict({"pretrain": train, "evaluate": test}).lock()
+    return apply_variants(config, variants, {"smoke": _smoke}, __file__)
+
+
+def _smoke(config):
+    train = config.pretrain
+    train.data.synthetic.update(size=48, train=4, good=2, bad=1)
+    train.data.canvas = 48
+    train.batch_size, train.steps, train.log_every = 8, 3, 1
+    train.objective.update(hidden=16, out=8)
+    train.objective.view1.side = train.objective.view2.side = 32
+    config.evaluate.evaluation.image_size = 48

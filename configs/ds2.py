@@ -8,7 +8,7 @@ Meant for accelerators; on a CPU begin with the variant small.
 
 Variants, after a colon and joined by commas:
     small      96 px views, batches of 32, 24 epochs: a laptop's size
-    fine       after small or mtd: 112 px views, loss on layer2 and layer3, 36 epochs
+    fine       with small or mtd: 112 px views, loss on layer2 and layer3, 36 epochs
     mtd        magnetic tiles, grouped split, at the size of small
     synthetic  the procedural data set, needs no file
     pixpro     PixPro (Xie et al., CVPR 2021): layer4 only, threshold 0.7, no most-similar pair
@@ -16,8 +16,8 @@ Variants, after a colon and joined by commas:
     smoke      a few steps on small synthetic images
 """
 
+from dsad.assembly.configs import apply_variants, smoke_training
 from dsad.assembly.pretrain import default_config
-from dsad.core.errors import ConfigError
 
 
 def get_config(variants: str = ""):
@@ -28,11 +28,7 @@ def get_config(variants: str = ""):
         name="lars", lr=2.0, lr_batch=256, weight_decay=1e-5, schedule="step", min_lr=1e-6,
         warmup_epochs=5.0, warmup_multiplier=100.0, milestones=(120.0, 160.0, 200.0),
     )  # fmt: skip
-    for name in filter(None, (variants or "").split(",")):
-        if name not in VARIANTS:
-            raise ConfigError(f"configs/ds2.py has the variants {sorted(VARIANTS)}, not {name!r}.")
-        VARIANTS[name](config)
-    return config
+    return apply_variants(config, variants, VARIANTS, __file__)
 
 
 def _views(config, **values):
@@ -99,22 +95,16 @@ def _published(config):
 
 def _smoke(config):
     _synthetic(config)
-    config.data.synthetic.size = 64
-    config.data.synthetic.train = 8
-    config.data.canvas = 64
-    config.batch_size = 8
-    config.steps = 4
-    config.log_every = 1
-    config.objective.hidden = 32
-    config.objective.out = 16
+    smoke_training(config)
+    config.objective.update(hidden=32, out=16)
     _views(config, side=32)
 
 
 VARIANTS = {
     "small": _small,
-    "fine": _fine,
     "mtd": _mtd,
     "synthetic": _synthetic,
+    "fine": _fine,
     "pixpro": _pixpro,
     "published": _published,
     "smoke": _smoke,

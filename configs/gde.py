@@ -18,18 +18,45 @@ classes (200 components), one for all positions otherwise (500); at most 350 nor
     loco_aligned    breakfast_box, juice_bottle, pushpins of MVTec LOCO, per position
     loco_free       screw_bag, splicing_connectors of MVTec LOCO: one Gaussian
     ksdd2           one Gaussian, 1,000 images
-The last three leave config.data.name to you.
+    smoke           a random network on a few small synthetic images, in seconds
+The three before smoke leave config.data.name to you.
 """
 
+import functools
+
+from dsad.assembly.configs import apply_variants, smoke_evaluation
 from dsad.assembly.evaluate import default_config
-from dsad.core.errors import ConfigError
 
 OBJECTS = (
     "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "transistor", "zipper",
 )  # fmt: skip
 TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
-#: Variant: (data set, categories, per position, components, images)
-VARIANTS = {
+
+
+def get_config(variants: str = ""):
+    config = default_config("gde")
+    config.backbone = "patches:32/4:resnet18"
+    config.evaluation.image_size = 256
+    config.evaluation.sigma = 0.0
+    config.evaluation.batch_size = 8
+    return apply_variants(config, variants, VARIANTS, __file__)
+
+
+def _model(row, config):
+    name, categories, per_position, components, images = row
+    config.data.name = name or config.data.name
+    config.data.categories = categories
+    config.detector.update(per_position=per_position, components=components, images=images)
+
+
+def _smoke(config):
+    smoke_evaluation(config)
+    config.backbone = "patches:32/8:resnet18"
+    config.detector.update(stride=8, components=2)
+
+
+#: Data set, categories, per position, components, images.
+PUBLISHED = {
     "mvtec_objects": ("mvtec", OBJECTS, True, 200, 350),
     "mvtec_textures": ("mvtec", TEXTURES, False, 500, 350),
     "toothbrush": ("mvtec", ("toothbrush",), True, 50, 350),
@@ -38,21 +65,7 @@ VARIANTS = {
     "ksdd2": ("", (), False, 500, 1000),
     "mtd": ("mtd:random", (), False, 500, 1000),
 }
-
-
-def get_config(variant: str = ""):
-    config = default_config("gde")
-    config.backbone = "patches:32/4:resnet18"
-    config.evaluation.image_size = 256
-    config.evaluation.sigma = 0.0
-    config.evaluation.batch_size = 8
-    if variant and variant not in VARIANTS:
-        raise ConfigError(f"configs/gde.py has the variants {sorted(VARIANTS)}, not {variant!r}.")
-    if variant:
-        name, categories, per_position, components, images = VARIANTS[variant]
-        config.data.name = name or config.data.name
-        config.data.categories = categories
-        config.detector.per_position = per_position
-        config.detector.components = components
-        config.detector.images = images
-    return config
+VARIANTS = {
+    **{name: functools.partial(_model, row) for name, row in PUBLISHED.items()},
+    "smoke": _smoke,
+}

@@ -19,7 +19,7 @@ Variants, after a colon and joined by commas:
                another normalisation than the first stage's, unchanged regions labelled, boxes
                moved from the image's left and top border
     small      after configs/mae.py:small: ViT-Ti, 8 narrow decoder blocks, 40 epochs
-    mtd        magnetic tiles, grouped split; after small 14 epochs
+    mtd        magnetic tiles, grouped split; with small 14 epochs
     synthetic  the procedural data set, needs no file, after configs/mae.py:synthetic
     smoke      a few steps on small synthetic images, after configs/mae.py:smoke
 """
@@ -27,6 +27,7 @@ Variants, after a colon and joined by commas:
 import json
 import pathlib
 
+from dsad.assembly.configs import apply_variants, smoke_training, unknown_word
 from dsad.assembly.pretrain import default_config
 from dsad.core.errors import ConfigError
 
@@ -46,39 +47,31 @@ def get_config(variants: str = ""):
         warmup_multiplier=100.0,
     )  # fmt: skip
     config.objective.encoder.arch = "mae_vit_large_patch16"
-    words = [w for w in (variants or "").split(",") if w]
-    known = {*VARIANTS, *SETS, "ext"}
-    categories = [w for w in words if w not in known]
-    for name in categories:
-        _category(config, name, words)
-    for name in VARIANTS:  # in their own order, whatever that of the words
-        if name in words:
-            VARIANTS[name](config)
-    config.data.categories = tuple(n for n in categories if not n.startswith("like_"))
-    return config
+    return apply_variants(config, variants, VARIANTS, __file__, _categories)
 
 
-def _category(config, name, words):
-    """The settings of one row of the tables."""
-    chosen = [s for s in SETS if s in words] or ["mvtec"]
-    if len(chosen) > 1:
-        raise ConfigError(f"configs/isstad.py: expected one of {SETS}, found {chosen}.")
+def _categories(config, words):
+    """The categories among the words, and the settings of their rows in the tables."""
+    sets = [s for s in SETS if s in words] or ["mvtec"]
+    if len(sets) > 1:
+        raise ConfigError(f"configs/isstad.py: expected one of {SETS}, found {sets}.")
     tables = json.loads(TABLES.read_text(encoding="utf-8"))
-    releases = tables[chosen[0]]
+    releases = tables[sets[0]]
     release = "ext" if "ext" in words or "main" not in releases else "main"
     if release not in releases:
-        raise ConfigError(f"configs/isstad.py: {chosen[0]} has no table {release!r}.")
+        raise ConfigError(f"configs/isstad.py: {sets[0]} has no table {release!r}.")
     rows = releases[release]
-    key = name.removeprefix("like_")
-    if key not in rows:
-        raise ConfigError(
-            f"configs/isstad.py: {name!r} is neither a variant ({sorted(VARIANTS)}) nor a category "
-            f"of {chosen[0]} ({sorted(rows)})."
-        )
-    row = {**tables["default"], **rows[key]}
-    for field in ("kind", "most_draw", "n_max", "limit_box", "remove_background"):
-        config.objective.corruption[field] = row[field]
-    config.epochs = float(row["epochs"])
+    names = [w for w in words if w not in (*SETS, "ext")]
+    for name in names:
+        key = name.removeprefix("like_")
+        if key not in rows:
+            known = (*VARIANTS, *SETS, "ext", *rows)
+            raise unknown_word(__file__, name, known, f"variant or category of {sets[0]}")
+        row = {**tables["default"], **rows[key]}
+        for field in ("kind", "most_draw", "n_max", "limit_box", "remove_background"):
+            config.objective.corruption[field] = row[field]
+        config.epochs = float(row["epochs"])
+    config.data.categories = tuple(n for n in names if not n.startswith("like_"))
 
 
 def _published(config):
@@ -119,11 +112,7 @@ def _synthetic(config):
 
 def _smoke(config):
     _synthetic(config)
-    config.data.synthetic.update(size=64, train=8)
-    config.data.canvas = 64
-    config.batch_size = 8
-    config.steps = 4
-    config.log_every = 1
+    smoke_training(config)
     config.objective.encoder.update(width=48, depth=2, heads=4)
     config.objective.decoder.update(width=32, depth=3, heads=4)
     config.objective.side = 32

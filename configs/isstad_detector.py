@@ -15,40 +15,44 @@ Variants, after a colon:
     mvtec, visa, mpdd
                like weighted, with the published q, a and b of each category of the data set. No
                validation set chose them: they were tuned on the test images.
+    smoke      a few small synthetic images, in seconds; after two runs, of seconds as well:
+        dsad pretrain --config=configs/mae.py:smoke --workdir=runs/a
+        dsad pretrain --config=configs/isstad.py:smoke --config.init_from=runs/a --workdir=runs/b
+        dsad evaluate --config=configs/isstad_detector.py:smoke --config.backbone=run:runs/b \
+            --workdir=runs/c
 The first code multiplies the map by 255, which changes no number: --config.detector.scale=255.
 """
 
+import functools
 import json
 import pathlib
 
+from dsad.assembly.configs import apply_variants, smoke_evaluation
 from dsad.assembly.evaluate import default_config
-from dsad.core.errors import ConfigError
 
-#: Variant: (pixel map, image score)
-SCORES = {
-    "": ("product", "product"),
-    "alpha": ("alpha", "alpha"),
-    "max": ("max", "product"),
-    "weighted": ("product", "weighted"),
-}
-DATASETS = ("mpdd", "mvtec", "visa")
 KEYS = ("q", "a", "b")
 
 
-def get_config(variant: str = ""):
-    if variant not in (*SCORES, *DATASETS):
-        known = sorted((*filter(None, SCORES), *DATASETS))
-        raise ConfigError(f"configs/isstad_detector.py has the variants {known}, not {variant!r}.")
+def get_config(variants: str = ""):
     config = default_config("isstad")
     config.evaluation.image_size = 0  # that of the run: 224 as published
     config.evaluation.sigma = 0.0
-    pixel, image = SCORES.get(variant, SCORES["weighted"])
-    config.detector.pixel, config.detector.image = pixel, image
-    if variant in DATASETS:
-        own, rows = table(variant)
-        config.detector.update(own)
-        config.detector.exponents = rows
-    return config
+    return apply_variants(config, variants, VARIANTS, __file__)
+
+
+def _scores(config, pixel, image):
+    config.detector.update(pixel=pixel, image=image)
+
+
+def _published(config, dataset):
+    _scores(config, "product", "weighted")
+    shared, rows = table(dataset)
+    config.detector.update(**shared, exponents=rows)
+
+
+def _smoke(config):
+    smoke_evaluation(config)
+    config.evaluation.image_size = 0
 
 
 def table(dataset: str):
@@ -63,3 +67,12 @@ def table(dataset: str):
     rows = {c: tuple(float(own.get(k, default[k])) for k in KEYS) for c, own in found.items()}
     differing = ((c, *row) for c, row in sorted(rows.items()) if row != shared)
     return dict(zip(KEYS, shared, strict=True)), tuple(differing)
+
+
+VARIANTS = {
+    "alpha": functools.partial(_scores, pixel="alpha", image="alpha"),
+    "max": functools.partial(_scores, pixel="max", image="product"),
+    "weighted": functools.partial(_scores, pixel="product", image="weighted"),
+    **{name: functools.partial(_published, dataset=name) for name in ("mpdd", "mvtec", "visa")},
+    "smoke": _smoke,
+}

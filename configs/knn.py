@@ -5,10 +5,13 @@
         --config.data.name=mvtec --config.data.root=MVTEC --workdir=runs/imagenet-knn
 
 By default the data are those of the run; every normal training patch is in the bank.
+
+Variant smoke: a random network on a few small synthetic images, in seconds.
 """
 
+from dsad.assembly.configs import apply_variants, smoke_evaluation
 from dsad.assembly.evaluate import default_config
 
 
-def get_config():
-    return default_config("knn")
+def get_config(variants: str = ""):
+    return apply_variants(default_config("knn"), variants, {"smoke": smoke_evaluation}, __file__)

@@ -11,11 +11,12 @@ Variants, after a colon and joined by commas; any other word is a category of th
     tiny, base, large, huge   size of the encoder; large without
     isstad     ISSTAD's first stage: 305 epochs of 20 images, 6 decoder blocks, peak rate 7.8e-5
     small      ViT-Ti and a narrow decoder from scratch, 80 epochs of 16: a laptop's size
-    mtd        magnetic tiles, grouped split; after small 15 epochs
+    mtd        magnetic tiles, grouped split; with small 15 epochs
     synthetic  the procedural data set, needs no file
     smoke      a few steps on small synthetic images
 """
 
+from dsad.assembly.configs import apply_variants, smoke_training
 from dsad.assembly.pretrain import default_config
 
 
@@ -29,12 +30,13 @@ def get_config(variants: str = ""):
     )  # fmt: skip
     config.epochs = 800.0
     _size(config, "large")
-    words = [w for w in (variants or "").split(",") if w]
-    for name in VARIANTS:  # in their own order, whatever that of the words
-        if name in words:
-            VARIANTS[name](config)
-    config.data.categories = tuple(w for w in words if w not in VARIANTS)
-    return config
+    return apply_variants(
+        config,
+        variants,
+        VARIANTS,
+        __file__,
+        lambda c, words: c.data.update(categories=tuple(words)),
+    )
 
 
 def _size(config, name):
@@ -80,11 +82,7 @@ def _synthetic(config):
 
 def _smoke(config):
     _synthetic(config)
-    config.data.synthetic.update(size=64, train=8)
-    config.data.canvas = 64
-    config.batch_size = 8
-    config.steps = 4
-    config.log_every = 1
+    smoke_training(config)
     config.objective.encoder.update(width=48, depth=2, heads=4)
     config.objective.decoder.update(width=32, depth=2, heads=4)
     config.objective.view.side = 32

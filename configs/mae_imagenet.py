@@ -8,12 +8,15 @@ IMAGENET/train holds a folder for each class; any other folder of images will do
 AdamW (0.9, 0.95), weight decay 0.05, peak rate 1.5e-4 · 4096 / 256 = 2.4e-3, random resized crop
 and flip. Published cost of ViT-L: 15.4 hours on 128 TPU v3 cores. Not measured with dsad.
 
-Variants: base, large (default), huge: the encoder; norm_pix: targets normalised per patch, as the
-published final models (better features, but no absolute brightness); bf16 compute in all.
+Variants, after a colon and joined by commas; bf16 compute in all:
+    base, large, huge   size of the encoder; large without
+    norm_pix   targets normalised per patch, as the published final models (better features, but no
+               absolute brightness)
+    smoke      a few steps on small synthetic images
 """
 
+from dsad.assembly.configs import apply_variants, smoke_training
 from dsad.assembly.pretrain import default_config
-from dsad.core.errors import ConfigError
 
 
 def get_config(variants: str = ""):
@@ -32,16 +35,30 @@ def get_config(variants: str = ""):
     )  # fmt: skip
     config.objective.dtype = "bfloat16"
     config.objective.remat = "dots"
-    config.objective.encoder.arch = "mae_vit_large_patch16"
-    for name in filter(None, (variants or "").split(",")):
-        if name == "norm_pix":
-            config.objective.norm_pix = True
-        elif name in ("base", "large", "huge"):
-            patch = 14 if name == "huge" else 16
-            config.objective.encoder.arch = f"mae_vit_{name}_patch{patch}"
-        else:
-            raise ConfigError(
-                "configs/mae_imagenet.py has the variants base, large, huge and norm_pix, not "
-                f"{name!r}."
-            )
-    return config
+    _size(config, "large")
+    return apply_variants(config, variants, VARIANTS, __file__)
+
+
+def _size(config, name):
+    patch = 14 if name == "huge" else 16
+    config.objective.encoder.arch = f"mae_vit_{name}_patch{patch}"
+
+
+def _norm_pix(config):
+    config.objective.norm_pix = True
+
+
+def _smoke(config):
+    smoke_training(config)
+    config.objective.encoder.update(width=48, depth=2, heads=4, patch=8)
+    config.objective.decoder.update(width=32, depth=2, heads=4)
+    config.objective.view.side = 32
+
+
+VARIANTS = {
+    "base": lambda config: _size(config, "base"),
+    "large": lambda config: _size(config, "large"),
+    "huge": lambda config: _size(config, "huge"),
+    "norm_pix": _norm_pix,
+    "smoke": _smoke,
+}

@@ -8,12 +8,15 @@ The published ResNet-18 settings: 100 of the 448 channels of layers 1 to 3, corn
 upsampling, Gaussian smoothing of 4 pixels. All channels, exactly:
 
     --config.detector.channels=0
+
+Variant smoke: a random network on a few small synthetic images, in seconds.
 """
 
+from dsad.assembly.configs import apply_variants, smoke_evaluation
 from dsad.assembly.evaluate import default_config
 
 
-def get_config():
+def get_config(variants: str = ""):
     config = default_config("padim")
     config.evaluation.align_corners = True
-    return config
+    return apply_variants(config, variants, {"smoke": smoke_evaluation}, __file__)

@@ -4,21 +4,25 @@
         --config.weights=FILE.npz --config.data.name=mvtec --config.data.root=MVTEC \
         --workdir=runs/imagenet-patchcore
 
-Variants: ``patchcore.py:published`` takes what the public code does differently from the paper
-(pooling to 1,024, zeros beyond borders, projection to 128, ten starts, squared distances).
+Variants, after a colon and joined by commas:
+    published  what the public code does differently from the paper: pooling to 1,024, zeros beyond
+               borders, projection to 128, ten starts, squared distances
+    smoke      a random network on a few small synthetic images, in seconds
 """
 
+from dsad.assembly.configs import apply_variants, smoke_evaluation
 from dsad.assembly.evaluate import default_config
 
 
-def get_config(variant: str = ""):
-    if variant not in ("", "published"):
-        raise ValueError(f"variant {variant!r}: expected none or 'published'")
-    config = default_config("patchcore")
-    if variant == "published":
-        config.detector.pooling = "published"
-        config.detector.zero_borders = True
-        config.detector.projection_dim = 128
-        config.detector.start = "published"
-        config.detector.score = "squared"
-    return config
+def get_config(variants: str = ""):
+    return apply_variants(default_config("patchcore"), variants, VARIANTS, __file__)
+
+
+def _published(config):
+    config.detector.update(
+        pooling="published", zero_borders=True, projection_dim=128, start="published",
+        score="squared",
+    )  # fmt: skip
+
+
+VARIANTS = {"published": _published, "smoke": smoke_evaluation}

@@ -6,14 +6,17 @@
 
 The published settings: cells of layers 1 to 3, images by layer 4, K = 50. Weights without layer 4
 need --config.detector.pooled=layer3.
+
+Variant smoke: a random network on a few small synthetic images, in seconds.
 """
 
+from dsad.assembly.configs import apply_variants, smoke_evaluation
 from dsad.assembly.evaluate import default_config
 
 
-def get_config():
+def get_config(variants: str = ""):
     config = default_config("spade")
     config.evaluation.image_size = 224
     config.evaluation.align_corners = False
     config.evaluation.sigma = 4.0
-    return config
+    return apply_variants(config, variants, {"smoke": smoke_evaluation}, __file__)

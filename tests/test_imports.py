@@ -77,3 +77,34 @@ def test_the_rule_sees_an_upward_import(tmp_path):
     bad = tmp_path / "bad.py"
     bad.write_text("def f():\n    from dsad.train import loop\n")
     assert {"dsad.train", "dsad.train.loop"} <= imported(bad)
+
+
+#: Rooms in which methods meet those who use them: what is optional there is declared in a seam.
+DECLARED = ("objectives", "detectors", "evaluation", "train", "assembly", "bench", "cli", "data")
+
+
+def hooks(path: pathlib.Path) -> list[str]:
+    """Places that look for something that no seam declares: by name, default or signature."""
+    lines = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        asked = name == "hasattr" or name.endswith("inspect.signature")
+        if asked or (name == "getattr" and len(node.args) == 3):
+            lines.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    return lines
+
+
+@pytest.mark.parametrize("room", DECLARED)
+def test_nothing_is_found_by_its_name(room):
+    #: A private thread pool of a library, which offers no other way to wait for it.
+    allowed = {"_del_thread_pool"}
+    found = [line for path in (PACKAGE / room).rglob("*.py") for line in hooks(path)]
+    assert not [line for line in found if not any(word in line for word in allowed)]
+
+
+def test_the_rule_sees_a_hook(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("if hasattr(x, 'f'):\n    getattr(x, 'g', None)\n    getattr(x, name)\n")
+    assert len(hooks(bad)) == 2

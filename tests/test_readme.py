@@ -19,7 +19,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
 SETUP = {"pip install -e . && dsad demo", 'pip install -e ".[test]" && pytest'}
 #: Shorter runs: appended to the command, so that every documented flag is still parsed.
 SHORT = {
-    "demo": ["--config=configs/demo.py:tiny"],
+    "demo": ["--config=configs/demo.py:smoke"],
     "pretrain": [
         "--config.steps=2", "--config.batch_size=4", "--config.data.canvas=32",
         "--config.log_every=1",

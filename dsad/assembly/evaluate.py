@@ -12,7 +12,7 @@ from dsad.core import config as core_config
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Dataset
+from dsad.core.types import Backbone, Dataset, Detector
 from dsad.data import base as data_base
 from dsad.evaluation import support
 from dsad.evaluation.localize import (
@@ -60,7 +60,7 @@ def default_config(detector: str) -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def parse(config: Any) -> tuple[EvaluateConfig, Any]:
+def parse(config: Any) -> tuple[EvaluateConfig, Detector]:
     """(evaluation config, detector) from nested dicts; strict."""
     values = dict(core_config.require(config, "detector", "configs/knn.py").items())
     method = dict(values.pop("detector").items())
@@ -92,8 +92,8 @@ class Evaluation:
     """The loaded parts of an evaluation; with one run per category ``backbone`` is None."""
 
     config: EvaluateConfig
-    backbone: Any
-    detector: Any
+    backbone: Backbone | None
+    detector: Detector
     dataset: Dataset
 
 
@@ -114,7 +114,7 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
         backbone, side = None, runs.image_size(found[0].objective)
     else:
         backbone = runs.backbone(cfg.backbone, cfg.weights, cfg.seed)
-        side = getattr(backbone, "image_size", None)
+        side = backbone.image_size
     if not cfg.evaluation.image_size:
         if not side:
             raise ConfigError(
@@ -126,10 +126,10 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
     return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset)
 
 
-def _check_patches(spec: str, detector: Any) -> None:
+def _check_patches(spec: str, detector: Detector) -> None:
     """Refuse a detector of patches on features of others: its map would lie beside the image."""
-    wanted = getattr(detector, "patches", None)
-    if wanted is None or spec.startswith(f"patches:{wanted}:"):
+    wanted = detector.traits.patches
+    if not wanted or spec.startswith(f"patches:{wanted}:"):
         return
     raise ConfigError(
         f"config.backbone: this detector draws its maps for patches:{wanted}:BACKBONE (its keys "
@@ -145,7 +145,7 @@ def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "
     """
     cfg = parts.config
 
-    def of_category(category: str) -> Any:
+    def of_category(category: str) -> Backbone:
         spec = runs.of_category(cfg.backbone, category)
         return runs.backbone(spec, cfg.weights, cfg.seed)
 

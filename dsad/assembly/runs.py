@@ -26,7 +26,6 @@ from dsad.core.types import (
     EarlierWeights,
     FeatureMaps,
     HasEncoder,
-    HasStageFacts,
     Objective,
     ReadsTensors,
     RunInfo,
@@ -174,10 +173,11 @@ def earlier_weights(spec: str, objective: Objective) -> EarlierWeights:
         directory, step = place(spec)
         there = opened(directory)
         params, extra, step = there.weights(step)
-        method: Any = there.objective
-        encoder = method.encoder_weights(params, extra) if isinstance(method, HasEncoder) else None
-        facts = method.stage_facts if isinstance(method, HasStageFacts) else {}
-        return EarlierWeights(encoder, params, extra, facts, f"{directory} step {step}")
+        origin, method = f"{directory} step {step}", there.objective
+        if not isinstance(method, HasEncoder):
+            return EarlierWeights(None, params, extra, {}, origin)
+        encoder = method.encoder_weights(params, extra)
+        return EarlierWeights(encoder, params, extra, method.stage_facts, origin)
     try:
         weights = pretrained.read(spec)
     except ConfigError as error:
@@ -262,7 +262,7 @@ def backbone(spec: str, weights: str, seed: int) -> Any:
 
 def image_size(objective: Objective) -> int | None:
     """Side in pixels of the images that an objective trains on, where it tells."""
-    return objective.stage_facts.get("side") if isinstance(objective, HasStageFacts) else None
+    return objective.stage_facts.get("side") if isinstance(objective, HasEncoder) else None
 
 
 def encoder(spec: str, weights: str) -> models.Backbone:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsad.bench import _measure
-from dsad.core.types import FeatureBatch
+from dsad.core.types import FeatureBatch, silent
 from dsad.detectors import gde
 from dsad.ops import gaussian
 from dsad.terminal import console, flags
@@ -109,10 +109,10 @@ def _dsad(sizes: Sizes, normal: np.ndarray, test: np.ndarray) -> Callable[[], np
     detector = gde.build(
         gde.Config(layers=("patch",), components=sizes.components, images=0, per_position=True)
     )
-    score = jax.jit(detector.patch_scores)
+    score = jax.jit(lambda state, maps: gde.patch_scores(state, detector.embed(maps)))
 
     def run() -> np.ndarray:
-        state = detector.fit(_Source(normal), mesh=None, key=jax.random.key(0))
+        state = detector.fit(_Source(normal), mesh=None, key=jax.random.key(0), progress=silent)
         parts = [np.asarray(score(state, b.maps)) for b in _Source(test)]
         return np.concatenate(parts).reshape(len(test), -1)
 

@@ -236,12 +236,16 @@ def require(config: Any, group: str, example: str) -> Any:
     return config
 
 
+#: What a member of each seam exposes, besides its ``Config``.
+ENTRY = {"objectives": "build", "detectors": "build", "data": "scan"}
+
+
 def members(package: str) -> tuple[str, ...]:
-    """Names of the modules of ``dsad.<package>`` that expose ``build``: the members of a seam."""
+    """Names of the modules of ``dsad.<package>`` that expose its ``ENTRY``: members of a seam."""
     found = importlib.import_module(f"dsad.{package}")
     names = (m.name for m in pkgutil.iter_modules(found.__path__) if not m.name.startswith("_"))
     return tuple(
-        n for n in names if hasattr(importlib.import_module(f"dsad.{package}.{n}"), "build")
+        n for n in names if ENTRY[package] in vars(importlib.import_module(f"dsad.{package}.{n}"))
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core.batch import Batch, BatchSpec, Needs
 
@@ -54,6 +55,19 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Sample: ...
+
+
+@runtime_checkable
+class KnownSource(Protocol):
+    """A source that tells an image, and gives its mask, without decoding the image."""
+
+    def identity(self, index: int) -> str:
+        """Equal for equal pixels of the sample's image."""
+        ...
+
+    def annotation(self, index: int, shape: tuple[int, int]) -> np.ndarray | None:
+        """The mask of a sample whose image has ``shape`` (h, w)."""
+        ...
 
 
 @runtime_checkable
@@ -126,7 +140,7 @@ class EarlierWeights(NamedTuple):
 
     ``encoder`` is a ``models.family.Encoder``; ``params`` and ``extra`` are all that the earlier
     objective has, or what published tensors hold beside the encoder; ``facts`` tell what no shape
-    does (``HasStageFacts``); ``origin`` is text for people.
+    does (``HasEncoder.stage_facts``); ``origin`` is text for people.
     """
 
     encoder: Any
@@ -185,7 +199,13 @@ class Objective(Protocol):
 
 @runtime_checkable
 class HasEncoder(Protocol):
-    """An objective whose encoder can be used elsewhere: exported, or adopted by other methods."""
+    """An objective whose encoder can be used elsewhere: exported, or adopted by other methods.
+
+    ``stage_facts`` are what a later stage has to share with it, and no tensor's shape tells.
+    """
+
+    @property
+    def stage_facts(self) -> Mapping[str, Any]: ...
 
     def encoder_weights(self, params: Tree, extra: Tree) -> Any:
         """The encoder as a ``models.family.Encoder``."""
@@ -199,14 +219,6 @@ class ReadsTensors(Protocol):
     def read_tensors(self, tensors: Mapping[str, Any]) -> tuple[Any, Tree, Tree]:
         """``EarlierWeights``'s encoder, params and extra from tensors under published names."""
         ...
-
-
-@runtime_checkable
-class HasStageFacts(Protocol):
-    """An objective that says what a later stage has to share with it, and no shape tells."""
-
-    @property
-    def stage_facts(self) -> Mapping[str, Any]: ...
 
 
 @runtime_checkable
@@ -243,6 +255,38 @@ class HasParts(Protocol):
 
 
 @runtime_checkable
+class Backbone(Protocol):
+    """A frozen network in inference mode: feature maps of normalised images.
+
+    ``mean`` and ``std`` are of RGB pixels in [0, 1]; ``arch`` and ``description`` name the network
+    and its weights; ``image_size`` is the side in pixels of the images it was trained on, None if
+    nothing tells; ``layers`` are the maps it computes, None for all. One that is a pytree of arrays
+    enters compiled programs as an argument.
+    """
+
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def image_size(self) -> int | None: ...
+    @property
+    def layers(self) -> tuple[str, ...] | None: ...
+
+    def only(self, layers: Sequence[str]) -> "Backbone":
+        """The backbone that computes just these of its maps."""
+        ...
+
+    def __call__(self, images: jax.Array) -> FeatureMaps:
+        """Feature maps of normalised images (b, H, W, 3); pure and jittable."""
+        ...
+
+
+@runtime_checkable
 class KnowsFlops(Protocol):
     """An objective that says what the matrix products of a training step cost per image."""
 
@@ -251,11 +295,10 @@ class KnowsFlops(Protocol):
 
 
 @runtime_checkable
-class BackboneWrapper(Protocol):
+class BackboneWrapper(Backbone, Protocol):
     """A backbone around another: its features may depend on a bank made from normal images.
 
-    ``mean``, ``std``, ``arch`` and ``description`` are those of a backbone, and so is the call on
-    images for a wrapper whose bank is empty.
+    The call on images is for a wrapper whose bank is empty.
     """
 
     def adapt(self, normals: Iterable[jax.Array]) -> Tree:
@@ -294,39 +337,71 @@ class Scores(NamedTuple):
     image: jax.Array
 
 
+#: Called with (done, total, message) by long work.
+Progress = Callable[[int, int, str], None]
+
+
+def silent(done: int, total: int, message: str) -> None:
+    """The progress of work that nobody watches."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectorTraits:
+    """What sets a detector apart from the others, for whoever evaluates it.
+
+    ``smooths``: its maps come smoothed, so that it must not be done again. ``patches``: SIZE/STRIDE
+    of the patches that its maps are laid out for, as in a backbone's name; empty for any features.
+    """
+
+    smooths: bool = False
+    patches: str = ""
+
+
 @runtime_checkable
 class Detector(Protocol):
     """Turns features into anomaly maps; ``detectors/<name>.py`` has ``Config`` and ``build(cfg)``.
 
-    ``layers`` names the feature maps it reads.
+    ``layers`` names the feature maps it reads; ``config`` is what the stamp says of it.
     """
 
-    layers: tuple[str, ...]
+    @property
+    def config(self) -> Any: ...
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+    @property
+    def traits(self) -> DetectorTraits: ...
 
     def fit(
         self,
         source: FeatureSource,
         *,
-        mesh: jax.sharding.Mesh | None,
+        mesh: Mesh | None,
         key: jax.Array,
+        progress: Progress,
         trained: Tree | None = None,
     ) -> Tree:
         """State (a pytree of arrays) from the features of normal images."""
         ...
 
-    def score(self, state: Tree, features: FeatureMaps) -> Scores:
-        """Pure and jittable."""
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+        """Pure and jittable; ``mesh``, of several devices, may split the work."""
         ...
 
 
-class Metric(Protocol):
-    """A metric as a mergeable state: hosts update their own and merge in any order."""
+@runtime_checkable
+class HasPanels(Protocol):
+    """A detector that can show more of an image than its map.
 
-    def empty(self) -> Tree: ...
-    def update(self, state: Tree, maps: Any, masks: Any, /) -> Tree: ...
-    def merge(self, left: Tree, right: Tree, /) -> Tree: ...
-    def compute(self, state: Tree, /) -> float: ...
+    ``panel_layers`` are the feature maps this takes. ``panel_tops`` are the values {name: value} at
+    which the colours of a panel of values end; for others it is the 99.9th percentile over the
+    cases of a category. Colours begin at 0.
+    """
 
+    @property
+    def panel_layers(self) -> tuple[str, ...]: ...
+    @property
+    def panel_tops(self) -> Mapping[str, float]: ...
 
-#: Called with (done, total, message) by long work.
-Progress = Callable[[int, int, str], None]
+    def panels(self, features: FeatureMaps) -> dict[str, jax.Array]:
+        """{name: (b, h, w) values or (b, h, w, 3) pixels in [0, 1]}; pure and jittable."""
+        ...

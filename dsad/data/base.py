@@ -200,4 +200,12 @@ def load(config: DataConfig) -> IndexedDataset:
     Raises ConfigError for a name or category that does not exist and DataError with ALL faults of
     the index (missing folder, empty class, missing mask, duplicate stem).
     """
-    return core_config.resolve("data", config.name.partition(":")[0]).build(config)
+    dataset = indexed(config)
+    if errors := [f for f in dataset.faults if f.severity == "error"]:
+        raise FaultError(*errors, where=f"{dataset.name} in {config.root}")
+    return dataset
+
+
+def indexed(config: DataConfig) -> IndexedDataset:
+    """Likewise with the faults of its index, none of them raised."""
+    return core_config.resolve("data", config.name.partition(":")[0]).scan(config)

@@ -8,17 +8,16 @@ import dataclasses
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import scipy.ndimage
 
-from dsad.core import config as core_config
 from dsad.core.types import Dataset, Progress, Record
 from dsad.data import decode
-from dsad.data.base import DataConfig, Fault, FaultError, error, warning
+from dsad.data.base import DataConfig, Fault, FaultError, error, indexed, warning
 from dsad.data.canvases import nearest_pixels, size_on
 from dsad.data.files import EncodedSource, FileDataset
 
@@ -317,6 +316,4 @@ def _order(fault: Fault) -> tuple[bool, int, str]:
 
 def check(config: DataConfig, *, progress: Progress | None = None) -> CheckReport:
     """Check the data set of a config; faults of the index are part of the report, not raised."""
-    module = core_config.resolve("data", config.name.partition(":")[0])
-    opened: Callable[[DataConfig], Dataset] = getattr(module, "scan", module.build)
-    return check_dataset(opened(config), canvas=config.canvas, progress=progress)
+    return check_dataset(indexed(config), canvas=config.canvas, progress=progress)

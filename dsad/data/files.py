@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,7 +16,6 @@ from dsad.core.types import Record, Sample
 from dsad.data import decode
 from dsad.data.base import DataConfig, Fault, FaultError, IndexedDataset, error, warning
 
-T = TypeVar("T")
 #: Suffixes, in lower case, of files that count as images.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 _COPY = re.compile(r"\(copy( \d+)?\)|[ -]copy( ?\(?\d+\)?)?$|~$", re.IGNORECASE)
@@ -257,12 +255,3 @@ class FileDataset(IndexedDataset):
 def by_path(records: Iterable[Record]) -> tuple[Record, ...]:
     """Records sorted by path: the order never depends on the file system."""
     return tuple(sorted(records, key=lambda r: r.path))
-
-
-def accepted(dataset: T) -> T:
-    """The data set itself, or DataError with every error of its index."""
-    found: Any = dataset
-    errors = [f for f in found.faults if f.severity == "error"]
-    if errors:
-        raise FaultError(*errors, where=f"{found.name} in {found.root}")
-    return dataset

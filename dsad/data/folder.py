@@ -154,8 +154,3 @@ def scan(config: DataConfig) -> files.FileDataset:
             "K15": "no image has a mask",
         },
     )
-
-
-def build(config: DataConfig) -> files.FileDataset:
-    """The data set; raises DataError with every error of the index."""
-    return files.accepted(scan(config))

@@ -227,8 +227,3 @@ def scan(config: DataConfig) -> files.FileDataset | TarDataset:
         places=members.places,
         faults=tuple(members.faults),
     )
-
-
-def build(config: DataConfig) -> files.FileDataset | TarDataset:
-    """The data set; raises DataError with every error of the index."""
-    return files.accepted(scan(config))

@@ -199,8 +199,3 @@ def scan(config: DataConfig) -> files.FileDataset:
             **({"K13": "a random cut separates no groups"} if rule == "random" else {}),
         },
     )
-
-
-def build(config: DataConfig) -> files.FileDataset:
-    """The data set; raises DataError with every error of the index."""
-    return files.accepted(scan(config))

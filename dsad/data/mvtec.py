@@ -206,8 +206,3 @@ def scan(config: DataConfig) -> files.FileDataset:
         normal_masks=found.normal_masks,
         skipped=skipped,
     )
-
-
-def build(config: DataConfig) -> files.FileDataset:
-    """The data set; raises DataError with every error of the index."""
-    return files.accepted(scan(config))

@@ -283,7 +283,7 @@ def _refuse(config: DataConfig, about: Mapping[str, Any], splits: Mapping[str, A
             raise FaultError(*faults, where=f"records in {config.root}")
 
 
-def build(config: DataConfig) -> RecordDataset:
+def scan(config: DataConfig) -> RecordDataset:
     """The prepared data set; raises DataError for a folder that is incomplete or damaged."""
     variant(config)
     root = files.root_folder(config)

@@ -96,7 +96,7 @@ def _records(category: str, split: str, kind: str, count: int) -> list[Record]:
     return made
 
 
-def build(config: DataConfig) -> SyntheticDataset:
+def scan(config: DataConfig) -> SyntheticDataset:
     """The data set; categories weave, wood, tiles, speckle (textures) and washer (object)."""
     variant(config)
     counts = config.synthetic

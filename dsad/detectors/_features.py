@@ -1,18 +1,68 @@
 """What every detector does with the features it is given: choose layers, join them, check them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core import hosts, rng
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Tree
+from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Tree
 from dsad.ops.resize import match_grid, neighbourhood_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureDetector:
+    """A detector with a config that names its layers; without traits unless it says so."""
+
+    config: Any
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the feature maps it reads."""
+        return self.config.layers
+
+    @property
+    def traits(self) -> DetectorTraits:
+        """Nothing that sets it apart."""
+        return DetectorTraits()
+
+    def fit(
+        self,
+        source: FeatureSource,
+        *,
+        mesh: Mesh | None,
+        key: jax.Array,
+        progress: Progress,
+        trained: Tree | None = None,
+    ) -> Tree:
+        """State from the features of normal images; each class says what is in it.
+
+        Raises ConfigError for trained parameters, which it has no use for, and DataError for too
+        few or broken features.
+        """
+        if trained is not None:
+            name = type(self).__module__.rpartition(".")[2]
+            raise ConfigError(f"detector {name} has nothing to train, but trained parameters came.")
+        return self._fit(source, mesh, key, progress)
+
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
+    ) -> Tree:
+        raise NotImplementedError
+
+
+@runtime_checkable
+class EmbedsCells(Protocol):
+    """A detector of descriptors: ``embed`` gives those of a batch, pure and jittable."""
+
+    def embed(self, features: FeatureMaps) -> Any: ...
 
 
 class Cells(NamedTuple):
@@ -46,13 +96,13 @@ def joined(
     return jnp.concatenate([match_grid(m, grid, method) for m in means], axis=-1)  # type: ignore[arg-type]
 
 
-def embedding(detector: Any) -> Callable[[FeatureMaps], Any]:
+def embedding(detector: EmbedsCells) -> Callable[[FeatureMaps], Any]:
     """``detector.embed``, compiled once per configuration and shapes, not once per fit."""
     return functools.partial(_embedded, detector)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embedded(detector: Any, features: FeatureMaps) -> Any:
+def _embedded(detector: EmbedsCells, features: FeatureMaps) -> Any:
     return detector.embed(features)
 
 
@@ -82,7 +132,7 @@ def cells(source: FeatureSource, embed: Callable[[FeatureMaps], Any], name: str)
         yield Cells(jax.tree.unflatten(structure, leaves), index, batch.category)
 
 
-def bank_state(padded: Any, count: np.ndarray, mesh: jax.sharding.Mesh | None) -> Tree:
+def bank_state(padded: Any, count: np.ndarray, mesh: Mesh | None) -> Tree:
     """{"bank": (M, d) float32, "rows": () int32} of what ``pad_bank`` returned.
 
     On a mesh of several processes every device gets its own rows only, as ``nearest`` splits them;
@@ -92,12 +142,6 @@ def bank_state(padded: Any, count: np.ndarray, mesh: jax.sharding.Mesh | None) -
         return {"bank": jnp.asarray(padded), "rows": jnp.asarray(count)}
     padded = np.pad(np.asarray(padded), ((0, -len(padded) % mesh.size), (0, 0)))
     return {"bank": hosts.split(padded, mesh), "rows": jnp.asarray(count)}
-
-
-def nothing_to_train(name: str, trained: object) -> None:
-    """Refuse trained parameters that a detector has no use for."""
-    if trained is not None:
-        raise ConfigError(f"detector {name} has nothing to train, but trained parameters came.")
 
 
 class Subset:

@@ -13,17 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from dsad.core.config import Settings, field
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import (
-    Cells,
-    cells,
-    embedding,
-    nothing_to_train,
-    select,
-)
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import Cells, FeatureDetector, cells, embedding, select
 from dsad.ops.neighbors import bucket
 from dsad.ops.resize import resize_maps
 
@@ -64,7 +59,7 @@ class Subspace(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Fre:
+class Fre(FeatureDetector):
     """The detector; its state is {layer: {"mean", "axes", "weight"}}, float32.
 
     "mean" is (gh, gw, d) in mode "image" and (d,) in mode "patch"; "axes" has a leading axis of r
@@ -74,23 +69,13 @@ class Fre:
 
     config: Config
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
-
     def embed(self, features: FeatureMaps) -> dict[str, jax.Array]:
         """Pooled maps {layer: (b, gh, gw, d)} of a batch."""
         maps = select(features, self.layers)
         return {n: pooled(m, self.config.pool) for n, m in zip(self.layers, maps, strict=True)}
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Mean and principal axes of the normal images, computed in float64 on the host.
 
@@ -98,8 +83,6 @@ class Fre:
         (D × D if that is smaller), in float64; mode "patch" streams over the images and keeps a
         d × d matrix. Raises DataError with fewer than 2 images, or NaN or infinite features.
         """
-        del mesh, key
-        nothing_to_train("fre", trained)
         parts = cells(source, embedding(self), "fre")
         count, found = (self._images if self.config.mode == "image" else self._patches)(parts)
         if count < 2:
@@ -119,7 +102,7 @@ class Fre:
             }
         return state
 
-    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Squared errors: map (b, gh, gw) on the first layer's pooled grid, image (b,) their sum.
 
         Maps of further layers are brought to that grid bilinearly and scaled by the ratio of the

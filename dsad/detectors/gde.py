@@ -14,18 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import (
-    Cells,
-    cells,
-    embedding,
-    joined,
-    nothing_to_train,
-)
+from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import Cells, FeatureDetector, cells, embedding, joined
 from dsad.ops import gaussian, similarity
 
 #: Rows whose moments are taken at once.
@@ -66,7 +61,7 @@ class Config(Settings, place="detector"):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gde:
+class Gde(FeatureDetector):
     """The detector; its state is the mean and a factor of the inverse covariance.
 
     {"mean": (gh, gw, d), "factor": (gh, gw, d, k)}, without the grid for a global model; without
@@ -76,26 +71,16 @@ class Gde:
     config: Config
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
-
-    @property
-    def patches(self) -> str:
-        """SIZE/STRIDE of the patches that its maps are laid out for, as in a backbone's name."""
-        return f"{self.config.patch}/{self.config.stride}"
+    def traits(self) -> DetectorTraits:
+        """The patches that its maps are laid out for."""
+        return DetectorTraits(patches=f"{self.config.patch}/{self.config.stride}")
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Unit vectors (b, gh, gw, d) of the joined layers."""
         return similarity.unit(joined(features, self.layers))
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Mean and shrunk covariance of the normal images' patches, on the host in float64.
 
@@ -104,32 +89,22 @@ class Gde:
         ``images`` images is drawn from (key, sample index) and is the same for any order of the
         source. Raises DataError for too few images or patches without any variance.
         """
-        del mesh
-        nothing_to_train("gde", trained)
         key = rng.named(key, "gde images")
         blocks = _Cache(lambda: cells(source, embedding(self), "gde"), self.config)
         fit = self._fit_positions if self.config.per_position else self._fit_global
         state = jax.tree.map(jnp.asarray, fit(blocks, key))
         return state
 
-    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, H, W) in input pixels, see ``patch_heatmap``; image (b,): largest patch score.
 
         The image score is taken before the map is smoothed, as published.
         """
-        scores = self.patch_scores(state, features)
+        scores = patch_scores(state, self.embed(features))
         maps = gaussian.patch_heatmap(
             scores, self.config.patch, self.config.stride, normalise=self.config.normalise
         )
         return Scores(map=maps, image=jnp.max(scores, axis=(1, 2)))
-
-    def patch_scores(self, state: Tree, features: FeatureMaps) -> jax.Array:
-        """Mahalanobis distance of every patch, (b, gh, gw)."""
-        embedded = self.embed(features)
-        if state["mean"].ndim == 1:
-            rows = embedded.reshape(-1, embedded.shape[-1])
-            return _distance(rows, state).reshape(embedded.shape[:3])
-        return gaussian.per_position(embedded, state, _distance)
 
     # --- fitting
 
@@ -219,6 +194,14 @@ class Gde:
         if not damped:
             return {"mean": mean, "factor": factor}
         return {"mean": mean, "basis": factor, "scale": (1 / np.sqrt(floor)).astype(np.float32)}
+
+
+def patch_scores(state: Tree, embedded: jax.Array) -> jax.Array:
+    """Mahalanobis distances (b, gh, gw) of embedded patches (b, gh, gw, d)."""
+    if state["mean"].ndim == 1:
+        rows = embedded.reshape(-1, embedded.shape[-1])
+        return _distance(rows, state).reshape(embedded.shape[:3])
+    return gaussian.per_position(embedded, state, _distance)
 
 
 class _Cache:

@@ -25,11 +25,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dsad.core.config import Refused, Settings, field, listed
 from dsad.core.errors import ConfigError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import nothing_to_train, select
+from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import FeatureDetector, select
 from dsad.ops.resize import gaussian_smooth
 
 #: A further map of the network, shown in reports beside the two that are scored.
@@ -72,20 +73,15 @@ class Config(Settings, place="detector"):
 
 
 @dataclasses.dataclass(frozen=True)
-class Isstad:
+class Isstad(FeatureDetector):
     """The detector; its state is {"row": int32 ()}, which of ``config.rows`` its categories use."""
 
     config: Config
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
-
-    @property
-    def smooths(self) -> bool:
-        """Whether its maps come smoothed, so that an evaluation must not do it again."""
-        return self.config.sigma > 0
+    def traits(self) -> DetectorTraits:
+        """Its maps come smoothed."""
+        return DetectorTraits(smooths=self.config.sigma > 0)
 
     @property
     def panel_layers(self) -> tuple[str, ...]:
@@ -97,20 +93,13 @@ class Isstad:
         """The values that end the colour scale of a panel; others follow what is shown."""
         return {"probability": 1.0}
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Nothing is learnt: only the names of the categories are looked at, no image is read.
 
         Raises ConfigError if one detector is to serve categories with unlike exponents.
         """
-        del mesh, key
-        nothing_to_train("isstad", trained)
         names = [row[0] for row in self.config.exponents]
         rows = [names.index(c) + 1 if c in names else 0 for c in source.categories]
         if len({self.config.rows[row] for row in rows}) > 1:
@@ -121,7 +110,7 @@ class Isstad:
             )
         return {"row": jnp.asarray(rows[0] if rows else 0, jnp.int32)}
 
-    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """The maps (b, h, w) and image scores (b,) that the config names.
 
         Raises ConfigError for a missing map and for maps that are not (b, h, w, 1) of one size.
@@ -159,7 +148,7 @@ class Isstad:
         return p[..., 0], r[..., 0]
 
     def _smooth(self, maps: jax.Array) -> jax.Array:
-        return gaussian_smooth(maps, self.config.sigma) if self.smooths else maps
+        return gaussian_smooth(maps, self.config.sigma) if self.config.sigma > 0 else maps
 
     def _mixed(self, p: jax.Array, n: jax.Array) -> jax.Array:
         alpha = self.config.alpha

@@ -11,18 +11,19 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
+    FeatureDetector,
     Subset,
     bank_state,
     cells,
     embedding,
     joined,
-    nothing_to_train,
 )
 from dsad.ops.neighbors import Precision, nearest, pad_bank
 
@@ -49,7 +50,7 @@ class Config(Settings, place="detector"):
 
 
 @dataclasses.dataclass(frozen=True)
-class Knn:
+class Knn(FeatureDetector):
     """The detector; its state is {"bank": (M, d) float32, "rows": () int32}.
 
     The bank is padded to a bucket, so that categories share compiled programs; ``rows`` count.
@@ -57,22 +58,12 @@ class Knn:
 
     config: Config
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
-
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d): neighbourhood means, on the grid of the first layer."""
         return joined(features, self.layers, self.config.neighbourhood)
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """The bank of the normal images' rows, in the order of the source.
 
@@ -82,7 +73,6 @@ class Knn:
         on the host each holds it whole while fitting. Raises DataError without rows or with NaN or
         infinite features.
         """
-        nothing_to_train("knn", trained)
         blocks = self._rows(source)
         rows = self._sampled(blocks, key) if self.config.bank_rows else [r for r, _ in blocks]
         bank = np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
@@ -96,9 +86,7 @@ class Knn:
         del bank
         return bank_state(padded, count, mesh)
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): mean distance to the k nearest rows; image (b,): its maximum.
 
         ``mesh`` splits the search over the devices.

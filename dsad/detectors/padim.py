@@ -16,11 +16,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import cells, joined, nothing_to_train
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import FeatureDetector, cells, joined
 from dsad.ops import gaussian
 from dsad.ops.resize import resize_maps
 
@@ -55,7 +56,7 @@ class Config(Settings, place="detector"):
 
 
 @dataclasses.dataclass(frozen=True)
-class Padim:
+class Padim(FeatureDetector):
     """The detector; its state holds one part per Gaussian grid: the joint one, or per layer.
 
     A part is {"mean": (gh, gw, d), "factor": (gh, gw, d, d)} in full form and {"mean", "factor":
@@ -63,11 +64,6 @@ class Padim:
     """
 
     config: Config
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
 
     def embed(self, features: FeatureMaps) -> list[jax.Array]:
         """What each Gaussian models, (b, gh, gw, d): one array if joint, else one per layer."""
@@ -79,13 +75,8 @@ class Padim:
         subset = channel_subset(values.shape[-1], self.config.channels, self.config.channel_seed)
         return [jnp.take(values, jnp.asarray(subset), axis=-1)]
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Mean and covariance (divisor n - 1) + ridge I per position, on the host in float64.
 
@@ -93,8 +84,7 @@ class Padim:
         many images as channels, then folded into the covariance; nothing depends on the order of
         the source. Raises DataError for fewer than 2 images or broken features.
         """
-        del mesh, key  # the channel subset is one for all categories, and nothing else is random
-        nothing_to_train("padim", trained)
+        # No ``key``: the channel subset is one for all categories, and nothing else is random.
         groups = 1 if self.config.joint else len(self.layers)
         made = []
         for group in range(groups):
@@ -104,7 +94,7 @@ class Padim:
             made.append(jax.tree.map(jnp.asarray, self._part(fold)))
         return tuple(made)
 
-    def score(self, state: Tree, features: FeatureMaps) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw) of Mahalanobis distances; image (b,): its maximum."""
         maps = [
             gaussian.per_position(values, part, self._distance)

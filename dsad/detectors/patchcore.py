@@ -12,16 +12,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core import hosts, rng
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
+    FeatureDetector,
     bank_state,
     cells,
     embedding,
-    nothing_to_train,
     select,
 )
 from dsad.ops.coreset import budget_rows, greedy_coreset, kmeans_rows, random_rows
@@ -73,18 +74,13 @@ class Config(Settings, place="detector"):
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchCore:
+class PatchCore(FeatureDetector):
     """The detector; its state is {"bank": (M, d) float32, "rows": () int32}.
 
     The bank is padded to a bucket, so that categories share compiled programs; ``rows`` count.
     """
 
     config: Config
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d), on the grid of the first layer."""
@@ -101,14 +97,8 @@ class PatchCore:
         joined = jnp.concatenate([match_grid(m, grid) for m in means], axis=-1)
         return adaptive_mean(joined, cfg.pooled_dim) if cfg.pooling == "published" else joined
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
-        progress: Progress | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """The bank, chosen from the normal images' rows in the order of their sample indices.
 
@@ -118,7 +108,6 @@ class PatchCore:
         as well; every process holds all rows on its host meanwhile. Raises DataError without rows,
         with fewer than the image score needs, or with NaN or infinite features.
         """
-        nothing_to_train("patchcore", trained)
         rows = self._gathered(source)
         least = self.config.neighbours if self.config.image_score == "reweighted" else 1
         bank = self._chosen(rows, mesh, key, progress) if len(rows) else rows
@@ -133,9 +122,7 @@ class PatchCore:
         del bank
         return bank_state(padded, count, mesh)
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): distance, or its square, to the nearest row; image (b,).
 
         ``mesh`` splits the search over the devices.
@@ -176,9 +163,9 @@ class PatchCore:
     def _chosen(
         self,
         rows: np.ndarray,
-        mesh: jax.sharding.Mesh | None,
+        mesh: Mesh | None,
         key: jax.Array,
-        progress: Progress | None,
+        progress: Progress,
     ) -> np.ndarray | jax.Array:
         cfg, key = self.config, rng.named(key, "patchcore")
         if cfg.bank == "all":
@@ -250,7 +237,7 @@ def _weight(
     state: Tree,
     row: jax.Array,
     neighbours: int,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Eq. 7's factor (b,) for worst cells (b, d) with nearest bank rows ``row`` (b,).
 

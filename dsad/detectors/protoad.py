@@ -12,17 +12,18 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import Settings, field
 from dsad.core.errors import DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import (
+    FeatureDetector,
     Subset,
     cells,
     embedding,
     joined,
-    nothing_to_train,
 )
 from dsad.detectors._images import per_image
 from dsad.ops import finch
@@ -53,7 +54,7 @@ class Config(Settings, place="detector"):
 
 
 @dataclasses.dataclass(frozen=True)
-class ProtoAd:
+class ProtoAd(FeatureDetector):
     """The detector; its state is {"prototypes": (K, d) float32}, of unit norm.
 
     The last prototype is repeated, which changes no score, up to a bucket, so that categories share
@@ -62,22 +63,12 @@ class ProtoAd:
 
     config: Config
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the feature maps it reads."""
-        return self.config.layers
-
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d) on the grid of the first layer, not yet normalised."""
         return joined(features, self.layers, self.config.neighbourhood, "nearest")
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """Prototypes of the normal cells.
 
@@ -86,7 +77,6 @@ class ProtoAd:
         features are all zero have no direction and are left out. Raises DataError without cells,
         or with NaN or infinite features.
         """
-        nothing_to_train("protoad", trained)
         key = rng.named(key, "protoad rows")
         rows = self._rows(source, key)
         if not len(rows):
@@ -97,9 +87,7 @@ class ProtoAd:
         found = finch.prototypes(rows, self.config.level, self.config.prototypes, mesh=mesh)
         return {"prototypes": jnp.asarray(_bucketed(found))}
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): 1 - the largest cosine to a prototype; image (b,): its maximum.
 
         Cells of zeros score 1. ``mesh`` splits the images over the devices. Memory beyond the

@@ -13,18 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import Settings, field
 from dsad.core.errors import DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Scores, Tree
-from dsad.detectors._features import (
-    Subset,
-    cells,
-    embedding,
-    nothing_to_train,
-    select,
-)
+from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.detectors._features import FeatureDetector, Subset, cells, embedding, select
 from dsad.detectors._images import per_image
 from dsad.ops.neighbors import nearest
 from dsad.ops.resize import resize_maps
@@ -52,10 +47,10 @@ class Config(Settings, place="detector"):
 
 
 @dataclasses.dataclass(frozen=True)
-class Spade:
+class Spade(FeatureDetector):
     """The detector; its state is {"pooled": (n, d), "gallery": {layer: (n, cells, d)}}, float32.
 
-    Where n is padded (see ``fit``) the rows of "pooled" are infinite and never among the nearest.
+    Where n is padded (to BUCKET) the rows of "pooled" are infinite and never among the nearest.
     The state takes 4 · n · Σ cells · d bytes: 1.4 MB per image for ResNet-18 and 5.6 MB for a wide
     ResNet-50 at 224 pixels, layers 1 to 3; fitting holds it twice on the host. Scoring adds,
     whatever the batch, up to three copies of K images' cells of one layer (3 · 4 · K · cells · d
@@ -84,13 +79,8 @@ class Spade:
             },
         }
 
-    def fit(
-        self,
-        source: FeatureSource,
-        *,
-        mesh: jax.sharding.Mesh | None,
-        key: jax.Array,
-        trained: Tree | None = None,
+    def _fit(
+        self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         """The features of the normal images, in the order of the source.
 
@@ -99,8 +89,6 @@ class Spade:
         batching of the source. Raises DataError without images, with fewer cells than kappa, or
         with NaN or infinite features.
         """
-        del mesh  # the whole state on every device
-        nothing_to_train("spade", trained)
         key, subset = rng.named(key, "spade gallery"), Subset(self.config.gallery_images)
         for values, index, _ in cells(source, embedding(self), "spade"):
             subset.add(values, np.stack([rng.priorities(key, index), index]))
@@ -114,9 +102,7 @@ class Spade:
         state = self._padded(state)
         return jax.tree.map(jnp.asarray, state)
 
-    def score(
-        self, state: Tree, features: FeatureMaps, *, mesh: jax.sharding.Mesh | None = None
-    ) -> Scores:
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): mean over the layers of the distances; image (b,): mean over K images.
 
         Distances are Euclidean; maps of deeper layers are brought to the first grid bilinearly.

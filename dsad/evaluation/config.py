@@ -1,10 +1,11 @@
 """How an evaluation measures: its config, and what of it a detector rules out."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError
 from dsad.core.paths import is_remote
+from dsad.core.types import Detector
 from dsad.evaluation import metrics
 
 
@@ -55,9 +56,9 @@ class EvalConfig(Settings, place="evaluation"):
         return tuple(dict.fromkeys((self.fpr_limit, 0.05)))
 
 
-def check_smoothing(detector: Any, config: EvalConfig) -> None:
-    """Refuse a second Gaussian on the maps of a detector that has one of its own (``smooths``)."""
-    if config.sigma > 0 and getattr(detector, "smooths", False):
+def check_smoothing(detector: Detector, config: EvalConfig) -> None:
+    """Refuse a second Gaussian on the maps of a detector that has one of its own."""
+    if config.sigma > 0 and detector.traits.smooths:
         raise ConfigError(
             "evaluation.sigma: this detector smooths its maps itself (detector.sigma); expected 0, "
             f"found {config.sigma:g}. Set --config.evaluation.sigma=0."

@@ -17,7 +17,7 @@ from dsad.core.config import listed
 from dsad.core.errors import ConfigError
 from dsad.core.hosts import put, spans
 from dsad.core.mesh import batch_sharding, replicated
-from dsad.core.types import FeatureMaps
+from dsad.core.types import Backbone, FeatureMaps
 from dsad.evaluation.hosts import Hosts
 
 
@@ -32,9 +32,9 @@ def fetched(mesh: Mesh) -> NamedSharding:
 class Extractor:
     """The feature maps ``layers`` of uint8 images of a side, as one program.
 
-    A backbone that offers ``only(layers)`` is asked for one that computes nothing else. A backbone
-    that is a pytree of arrays is an argument of the program, so its weights are no constants of
-    it. ``then`` turns the maps into something else within the program, for the host to read.
+    The backbone is asked for one that computes nothing else. One that is a pytree of arrays is an
+    argument of the program, so its weights are no constants of it. ``then`` turns the maps into
+    something else within the program, for the host to read.
     """
 
     def __init__(
@@ -48,16 +48,19 @@ class Extractor:
         self._out = fetched(mesh) if then else batch_sharding(mesh)
         self._with_tree = jax.jit(self._forward, out_shardings=self._out)
 
-    def use(self, backbone: Any) -> None:
+    def use(self, backbone: Backbone) -> None:
         """Take another backbone; one of the same architecture needs no new program.
 
-        Raises ConfigError for a layer that it does not have, here or when it first runs.
+        Raises ConfigError, with all the maps that it has, for a layer that it does not have.
         """
-        if self.then or hasattr(backbone, "only"):
-            images = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.float32)
-            self._check(jax.eval_shape(backbone, images))
-        if hasattr(backbone, "only"):
-            backbone = backbone.only(self.layers)
+        images = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.float32)
+        maps = jax.eval_shape(backbone, images)
+        if missing := [n for n in self.layers if n not in maps]:
+            raise ConfigError(
+                f"detector.layers: the backbone has no feature map {listed(missing)}; "
+                f"it has: {listed(maps)}."
+            )
+        backbone = backbone.only(self.layers)
         self._network = None
         if _is_arrays(backbone):
             self._network = network = placed(_untitled(backbone), self.mesh)
@@ -111,20 +114,11 @@ class Extractor:
         mean = jnp.asarray(network.mean, jnp.float32)[None, None, None, :]
         std = jnp.asarray(network.std, jnp.float32)[None, None, None, :]
         maps = network((images.astype(jnp.float32) / 255.0 - mean) / std)
-        self._check(maps)
         found = {n: maps[n].astype(jnp.float32) for n in self.layers}
         return self.then(found) if self.then else found
 
-    def _check(self, maps: Any) -> None:
-        missing = [n for n in self.layers if n not in maps]
-        if missing:
-            raise ConfigError(
-                f"detector.layers: the backbone has no feature map {listed(missing)}; "
-                f"it has: {listed(maps)}."
-            )
 
-
-def placed(backbone: Any, mesh: Mesh) -> Any:
+def placed(backbone: Backbone, mesh: Mesh) -> Backbone:
     """The backbone with its arrays on every device; one that is no pytree of arrays as it is.
 
     Raises ConfigError if the processes of the mesh have unlike weights.
@@ -145,7 +139,7 @@ def placed(backbone: Any, mesh: Mesh) -> Any:
     return jax.tree.unflatten(structure, [put(x, replicated(mesh)) for x in leaves])
 
 
-def _is_arrays(backbone: Any) -> bool:
+def _is_arrays(backbone: Backbone) -> bool:
     leaves = jax.tree.leaves(backbone)
     return bool(leaves) and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves)
 
@@ -162,6 +156,6 @@ def _untitled(backbone: Any) -> Any:
         value = getattr(backbone, field.name)
         if field.name == "description":
             changed[field.name] = ""
-        elif hasattr(value, "description"):
+        elif isinstance(value, Backbone):
             changed[field.name] = _untitled(value)
     return dataclasses.replace(backbone, **changed)

@@ -1,6 +1,5 @@
 """The localization run: features, detector, anomaly maps on original pixels, metrics."""
 
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from dsad.core import paths
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DsadError, MetricError
 from dsad.core.rng import named
-from dsad.core.types import Dataset, Detector, Progress, Source, Tree
+from dsad.core.types import Backbone, Dataset, Detector, Progress, Source, Tree, silent
 from dsad.evaluation import maps, metrics, stamp, support, thresholds
 from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.config import EvalConfig, check_smoothing
@@ -35,14 +34,14 @@ __all__ = [
 
 
 def localize(
-    backbone: Any,
+    backbone: Backbone | None,
     detector: Detector,
     dataset: Dataset,
     config: EvalConfig,
     *,
     mesh: Mesh,
     key: jax.Array,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     name: str = "",
     categories: Sequence[str] | None = None,
     details: Mapping[str, Any] | None = None,
@@ -51,13 +50,12 @@ def localize(
     seeds: Sequence[int] = (0,),
     pooled: bool = False,
     folder: str | epath.PathLike | None = None,
-    backbone_of: Callable[[str], Any] | None = None,
+    backbone_of: Callable[[str], Backbone] | None = None,
 ) -> Results:
     """Fit and score every category; all pixel numbers are on original-resolution masks.
 
     Args:
-      backbone: callable on normalised images (b, s, s, 3) f32, with ``mean`` and ``std``; if a
-        pytree of arrays, it enters the compiled program as an argument.
+      backbone: of images (b, s, s, 3), None with ``backbone_of``.
       detector: fitted once per category on its training images.
       dataset: its "train" and "test" splits are used.
       config: see ``EvalConfig``.
@@ -114,20 +112,21 @@ def localize(
     run = _Run(dataset, detector, config, key, train, sets, tuple(seeds), folder)
     run.watch(progress, chosen)
     for group in [chosen] if pooled else [(c,) for c in chosen]:
-        found = backbone_of(group[0]) if backbone_of else backbone
+        network = backbone_of(group[0]) if backbone_of else backbone
+        assert network is not None, "expected a backbone, or backbone_of"
         if run.device is None:
-            run.device = Device(found, detector, config, mesh)
+            run.device = Device(network, detector, config, mesh)
             run.made.stamp.update(
                 stamp.make_stamp(
-                    dataset, chosen, config=config, detector=detector, backbone=found, key=key,
+                    dataset, chosen, config=config, detector=detector, backbone=network, key=key,
                     name=name, details={**protocol, **(details or {})},
                 )
             )  # fmt: skip
         elif backbone_of:
-            run.device.use(found)
+            run.device.use(network)
         if backbone_of:
             each = run.made.stamp["backbone"].setdefault("per_category", {})
-            each[group[0]] = stamp.describe_backbone(found)
+            each[group[0]] = stamp.describe_backbone(network)
         run.group(group, "all categories" if pooled else group[0])
     run.made.support.update(support.listing(sets, shots=shots))
     over_seeds.conclude(run.made, config.metric_names)
@@ -163,7 +162,7 @@ class _Run:
             curves={},
         )
 
-    def watch(self, progress: Progress | None, categories: Sequence[str]) -> None:
+    def watch(self, progress: Progress, categories: Sequence[str]) -> None:
         """Count the images to come: every seed reads its support set and the test images."""
         self.progress, self.done, self.total = progress, 0, 0
         for c in categories:
@@ -174,10 +173,9 @@ class _Run:
     def tick(self, category: str, what: str) -> Callable[[int], None]:
         def advance(n: int) -> None:
             self.done = min(self.done + n, self.total)
-            if self.progress:
-                stored = n > 0 and self.device is not None and self.device.all_stored
-                note = " (cached features)" if stored else ""
-                self.progress(self.done, self.total, f"{category}: {what}{note}")
+            stored = n > 0 and self.device is not None and self.device.all_stored
+            note = " (cached features)" if stored else ""
+            self.progress(self.done, self.total, f"{category}: {what}{note}")
 
         return advance
 
@@ -185,8 +183,7 @@ class _Run:
         """Reports of a detector's own work; images done stay as they are."""
 
         def show(done: int, total: int, text: str) -> None:
-            if self.progress:
-                self.progress(self.done, self.total, f"{title}: {done}/{total} {text}")
+            self.progress(self.done, self.total, f"{title}: {done}/{total} {text}")
 
         return show
 
@@ -221,7 +218,7 @@ class _Run:
         self, reader: Reader, group: Sequence[str], title: str, seed: int
     ) -> tuple[Tree, dict[str, float]]:
         parts = [
-            (c, support.Subset(self.dataset.source("train", c), self.sets[c][seed].bank))
+            (c, support.subset(self.dataset.source("train", c), self.sets[c][seed].bank))
             for c in group
         ]
         features = Features(reader, parts, self.tick(title, "training features"))
@@ -229,12 +226,10 @@ class _Run:
         # Seed 0 keeps the key that a category has without seeds.
         key = named(self.key, title if seed == 0 else f"{title}, seed {seed}")
         trained = self.train(self.detector, features, title) if self.train else None
-        # Optional, not part of the seam: a fit that takes long tells how far it is.
-        takes = "progress" in inspect.signature(self.detector.fit).parameters
-        told = {"progress": self.fitting(title)} if takes and self.progress else {}
         state = self.detector.fit(
-            features, mesh=reader.device.mesh, key=key, trained=trained, **told
-        )
+            features, mesh=reader.device.mesh, key=key, progress=self.fitting(title),
+            trained=trained,
+        )  # fmt: skip
         state = jax.block_until_ready(reader.device.place(state))
         fit = time.perf_counter() - start - features.seconds
         return state, {"features": features.seconds, "fit": fit}
@@ -259,7 +254,7 @@ class _Run:
         )  # fmt: skip
         if config.false_alarm_rate > 0:
             held = self.sets[category][seed].held_out
-            source = support.Subset(self.dataset.source("train", category), held)
+            source = support.subset(self.dataset.source("train", category), held)
             tick = self.tick(category, "held-out training images")
             normal = score(reader, state, source, f"{category}/held out", tick, keep=False)
             found = thresholds.measure(scored, normal, config.false_alarm_rate)

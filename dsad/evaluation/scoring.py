@@ -3,7 +3,6 @@
 import concurrent.futures
 import functools
 import hashlib
-import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,17 @@ from jax.sharding import Mesh
 
 from dsad.core.hosts import own_part, own_rows, put
 from dsad.core.mesh import batch_sharding, replicated
-from dsad.core.types import Detector, FeatureBatch, FeatureMaps, Scores, Source, Tree
+from dsad.core.types import (
+    Backbone,
+    Detector,
+    FeatureBatch,
+    FeatureMaps,
+    HasPanels,
+    KnownSource,
+    Scores,
+    Source,
+    Tree,
+)
 from dsad.evaluation import stamp, stored
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.extract import Extractor, placed
@@ -54,7 +63,7 @@ def _row(source: Source, index: int, side: int, store: stored.FeatureStore | Non
     """Decode and resize an image, as far as nothing is known of it."""
     identity = stored.of_file(source, index) if store else None
     if store and identity and (found := store.find(identity)):
-        mask = cast(Any, source).annotation(index, found.shape)
+        mask = cast(KnownSource, source).annotation(index, found.shape)
         return _Row(None, found.shape, mask, found)
     sample = source[index]
     image, shape = resize_image(sample.image, side), sample.image.shape[:2]
@@ -114,11 +123,13 @@ class Device:
     """The compiled parts of a run: features, scores, maps at network input size.
 
     Every part is compiled once per combination of shapes, so categories whose detector states have
-    equal shapes share one program. A detector whose ``score`` takes ``mesh`` gets it when there
-    are several devices.
+    equal shapes share one program. The detector's ``score`` gets the mesh where there are several
+    devices.
     """
 
-    def __init__(self, backbone: Any, detector: Detector, config: EvalConfig, mesh: Mesh) -> None:
+    def __init__(
+        self, backbone: Backbone, detector: Detector, config: EvalConfig, mesh: Mesh
+    ) -> None:
         self.mesh = mesh
         self.batch = -(-config.batch_size // mesh.size) * mesh.size
         self.layers = tuple(detector.layers)
@@ -128,10 +139,8 @@ class Device:
             maps = resize.resize_maps(cells, side, align_corners=config.align_corners)
             return resize.gaussian_smooth(maps, config.sigma) if config.sigma > 0 else maps
 
-        score: Callable[..., Scores] = detector.score
-        if mesh.size > 1 and "mesh" in inspect.signature(score).parameters:
-            score = functools.partial(score, mesh=mesh)
-        self._score = jax.jit(score)
+        several = mesh if mesh.size > 1 else None
+        self._score = jax.jit(functools.partial(detector.score, mesh=several))
         self._finish = jax.jit(
             lambda scores: Scores(map=finish(scores.map), image=scores.image),
             out_shardings=batch_sharding(mesh),
@@ -146,12 +155,13 @@ class Device:
         self.all_stored = False
         self._features = Extractor(self.layers, config.image_size, mesh)
         self._panels: Extractor | None = None
-        more: Any = detector  # optional, not part of the seam: see ``evaluation.panels``
-        if config.gallery > 0 and hasattr(more, "panels"):
-            self._panels = Extractor(more.panel_layers, config.image_size, mesh, more.panels)
+        if config.gallery > 0 and isinstance(detector, HasPanels):
+            self._panels = Extractor(
+                detector.panel_layers, config.image_size, mesh, detector.panels
+            )
         self.use(backbone)
 
-    def use(self, backbone: Any) -> None:
+    def use(self, backbone: Backbone) -> None:
         """Take another backbone; one of the same architecture needs no new program."""
         about = stamp.describe_backbone(backbone)
         backbone = placed(backbone, self.mesh)  # once for both

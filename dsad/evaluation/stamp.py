@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dsad
-from dsad.core.types import Dataset, Record
+from dsad.core.types import Backbone, Dataset, Detector, Record
 
 #: Fields that may differ between comparable numbers: what is compared, and when and by what.
 IGNORED = (
@@ -55,21 +55,15 @@ def records_hash(splits: Mapping[str, Sequence[Record]]) -> str:
     return digest.hexdigest()
 
 
-def describe_backbone(backbone: Any) -> dict[str, Any]:
-    """Architecture and weights as far as the object names them."""
-    found = {"arch": getattr(backbone, "arch", None), "weights": None}
-    found["arch"] = found["arch"] or getattr(backbone, "__name__", type(backbone).__name__)
-    found["weights"] = getattr(backbone, "description", None)
-    return plain({k: v for k, v in found.items() if v})
+def describe_backbone(backbone: Backbone) -> dict[str, Any]:
+    """Architecture and weights."""
+    return {"arch": backbone.arch, "weights": backbone.description}
 
 
-def describe_detector(detector: Any) -> dict[str, Any]:
-    """Module name and configuration: ``detector.config``, or its own fields if a dataclass."""
-    config = getattr(detector, "config", None)
-    if config is None and dataclasses.is_dataclass(detector):
-        config = detector
+def describe_detector(detector: Detector) -> dict[str, Any]:
+    """Module name and configuration."""
     name = type(detector).__module__.rpartition(".")[2]
-    return {"name": name, "config": {} if config is None else plain(config)}
+    return {"name": name, "config": plain(detector.config)}
 
 
 def describe_state(state: Any) -> dict[str, Any]:
@@ -119,8 +113,8 @@ def make_stamp(
     categories: Sequence[str],
     *,
     config: Any,
-    detector: Any,
-    backbone: Any,
+    detector: Detector,
+    backbone: Backbone,
     key: jax.Array,
     name: str = "",
     details: Mapping[str, Any] | None = None,

@@ -19,7 +19,7 @@ import numpy as np
 
 from dsad.core import paths
 from dsad.core.errors import ConfigError
-from dsad.core.types import Source
+from dsad.core.types import KnownSource, Source
 
 KEY = "evaluation.feature_cache"
 _ADVICE = f"Every folder in {KEY} can be deleted; name another one, or leave the key empty."
@@ -126,12 +126,8 @@ class FeatureStore:
 
 
 def of_file(source: Source, index: int) -> str | None:
-    """Identity by what an image is decoded from, for sources that offer ``identity``.
-
-    Such a source also has ``annotation(index, shape)``, which gives the mask without the image.
-    """
-    own: Callable[[int], str] | None = getattr(source, "identity", None)
-    return f"file {own(index)}" if own else None
+    """Identity by what an image is decoded from, for sources that tell."""
+    return f"file {source.identity(index)}" if isinstance(source, KnownSource) else None
 
 
 def of_pixels(image: np.ndarray) -> str:

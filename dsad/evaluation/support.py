@@ -5,8 +5,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dsad.core.errors import ConfigError, MetricError
-from dsad.core.types import Dataset, Record, Sample, Source
+from dsad.core.types import Dataset, KnownSource, Record, Sample, Source
 
 #: Said in the stamp.
 RULE = "lowest SHA-256 of (seed, category, path), in path order"
@@ -35,7 +37,8 @@ class Subset:
 
     def __init__(self, source: Source, paths: Sequence[str]) -> None:
         place = {r.path: i for i, r in enumerate(source.records)}
-        self._source, self._at = source, [place[p] for p in paths]
+        self._source: Any = source
+        self._at = [place[p] for p in paths]
         self.records: Sequence[Record] = [source.records[i] for i in self._at]
 
     def __len__(self) -> int:
@@ -44,12 +47,20 @@ class Subset:
     def __getitem__(self, index: int, /) -> Sample:
         return self._source[self._at[index]]
 
-    def __getattr__(self, name: str) -> Any:
-        """What a source may offer beside the seam, for the samples of this one."""
-        if name not in ("annotation", "identity"):
-            raise AttributeError(name)
-        of_whole = getattr(self._source, name)
-        return lambda index, *rest: of_whole(self._at[index], *rest)
+
+class _KnownSubset(Subset):
+    """Likewise of a ``KnownSource``."""
+
+    def identity(self, index: int) -> str:
+        return self._source.identity(self._at[index])
+
+    def annotation(self, index: int, shape: tuple[int, int]) -> np.ndarray | None:
+        return self._source.annotation(self._at[index], shape)
+
+
+def subset(source: Source, paths: Sequence[str]) -> Subset:
+    """The samples of a source with the given paths, in their order."""
+    return (_KnownSubset if isinstance(source, KnownSource) else Subset)(source, paths)
 
 
 def draw(paths: Sequence[str], shots: int, seed: int, category: str) -> tuple[str, ...]:

@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dsad.core.errors import ConfigError
-from dsad.core.types import FeatureMaps, Tree
+from dsad.core.types import Backbone, FeatureMaps, Tree
 from dsad.ops.similarity import unit
 
 _PATCHES = re.compile(r"(\d+)/(\d+)")
@@ -30,7 +29,7 @@ class Patches:
     of 256 pixels gives 57 × 57 cells of 32 × 32 patches 4 pixels apart.
     """
 
-    encoder: Any
+    encoder: Backbone
     size: int
     stride: int
 
@@ -54,10 +53,19 @@ class Patches:
         """The encoder's weights."""
         return self.encoder.description
 
+    @property
+    def image_size(self) -> None:
+        """Not told: its encoder was trained on images of about a patch's size."""
+        return None
+
+    @property
+    def layers(self) -> tuple[str, ...] | None:
+        """The maps it computes, None for all of the encoder's."""
+        return self.encoder.layers
+
     def only(self, layers: Sequence[str]) -> "Patches":
-        """The same patches by an encoder that computes just these maps, where it offers that."""
-        narrow = getattr(self.encoder, "only", None)
-        return dataclasses.replace(self, encoder=narrow(layers)) if narrow else self
+        """The same patches by an encoder that computes just these maps."""
+        return dataclasses.replace(self, encoder=self.encoder.only(layers))
 
     def adapt(self, normals: Iterable[jax.Array]) -> Tree:
         """Nothing is learnt from normal images: an empty bank."""
@@ -116,7 +124,7 @@ def split(spec: str) -> tuple[str, str]:
     return f"{kind}:{options}", inner
 
 
-def wrap(wrapper: str, encoder: Any) -> Patches:
+def wrap(wrapper: str, encoder: Backbone) -> Patches:
     """The wrapper named by the first part of ``split`` around an encoder."""
     size, stride = (int(n) for n in wrapper.removeprefix("patches:").split("/"))
     return Patches(encoder=encoder, size=size, stride=stride)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsad.core import distributed, hosts, rng
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import Progress
+from dsad.core.types import Progress, silent
 from dsad.ops import _kcentre
 from dsad.ops.neighbors import nearest
 
@@ -347,7 +347,7 @@ def _finish(
     run: Callable[..., _kcentre.State] = functools.partial(_kcentre.slab, sizes=sizes, mesh=mesh)
     target = _spread(np.int32(size), mesh)
     if progress is None and hosts.spans(mesh):
-        progress = _untold  # another process may tell, and all must make the same calls
+        progress = silent  # another process may tell, and all must make the same calls
     if progress is None:
         return run(made, state, target, _spread(np.int32(2**31 - 1), mesh))
     progress(0, size, "picks, compiling")
@@ -365,10 +365,6 @@ def _finish(
         step = max(1, min(2 * step, int(step * REPORT_EVERY / max(lasted, 1e-6))))
         progress(done, size, f"picks, about {_left(marks, size):.0f} s left")
     return state
-
-
-def _untold(done: int, total: int, text: str) -> None:
-    pass
 
 
 def _left(marks: list[tuple[float, int]], size: int) -> float:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsad.core.errors import ConfigError
+from dsad.core.config import Refused, Settings, field
 from dsad.core.tree import check_pattern, mask_by_path, match_paths
 
 #: A pattern of parameters' paths, factors on their rate and decay, and whether they follow the
@@ -28,8 +28,7 @@ class Schedule:
         return self.rate(count)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Settings, place="optim"):
     """Optimiser and schedule; lengths are in epochs. The defaults are no method's own.
 
     Attributes:
@@ -53,41 +52,30 @@ class OptimConfig:
     """
 
     name: Literal["lars", "sgd", "adamw"] = "adamw"
-    lr: float = 1e-3
-    lr_batch: int = 0
-    momentum: float = 0.9
-    b2: float = 0.999
-    weight_decay: float = 0.0
-    trust: float = 0.001
-    clip: float = 0.0
+    lr: float = field(1e-3, above=0)
+    lr_batch: int = field(0, at_least=0)
+    momentum: float = field(0.9, at_least=0, below=1)
+    b2: float = field(0.999, at_least=0, below=1)
+    weight_decay: float = field(0.0, at_least=0)
+    trust: float = field(0.001, above=0)
+    clip: float = field(0.0, at_least=0)
     exempt: str = r"(bias|scale|gamma)$"
     groups: tuple[Group, ...] = ()
     schedule: Literal["step", "cosine", "periodic", "constant"] = "constant"
-    warmup_epochs: float = 0.0
-    warmup_multiplier: float = 0.0
-    milestones: tuple[float, ...] = ()
-    gamma: float = 0.1
-    min_lr: float = 0.0
-    period_epochs: float = 30.0
+    warmup_epochs: float = field(0.0, at_least=0)
+    warmup_multiplier: float = field(0.0, at_least=0)
+    milestones: tuple[float, ...] = field((), rising=True)
+    gamma: float = field(0.1, above=0)
+    min_lr: float = field(0.0, at_least=0)
+    period_epochs: float = field(30.0, above=0)
     published_schedule: bool = False
 
-    def __post_init__(self) -> None:
-        for field in ("lr", "period_epochs"):
-            if getattr(self, field) <= 0:
-                raise ConfigError(f"optim.{field}: expected > 0, found {getattr(self, field)}.")
-        for field in ("weight_decay", "clip", "warmup_epochs", "warmup_multiplier", "min_lr"):
-            if getattr(self, field) < 0:
-                raise ConfigError(f"optim.{field}: expected >= 0, found {getattr(self, field)}.")
-        if list(self.milestones) != sorted(self.milestones):
-            raise ConfigError(f"optim.milestones: expected rising epochs, found {self.milestones}.")
-        check_pattern("optim.exempt", self.exempt)
-        for i, (pattern, rate, decay, _) in enumerate(self.groups):
-            check_pattern(f"optim.groups[{i}]", pattern)
-            if min(rate, decay) < 0:
-                raise ConfigError(
-                    f"optim.groups[{i}] {pattern!r}: expected factors >= 0 on rate and decay, "
-                    f"found {rate} and {decay}."
-                )
+    def check(self) -> None:
+        check_pattern("exempt", self.exempt)
+        for i, (pattern, *factors, _) in enumerate(self.groups):
+            check_pattern(f"groups[{i}][0]", pattern)
+            if min(factors) < 0:
+                raise Refused(f"groups[{i}]", "factors >= 0 on rate and decay", factors)
 
 
 def make_schedule(
@@ -164,7 +152,7 @@ def make_optimizer(cfg: OptimConfig, schedule: Schedule) -> optax.GradientTransf
 
     whole = _recipe(cfg, schedule, cfg.weight_decay)
     if cfg.groups:
-        parts = {"-1": whole}
+        parts: dict[Any, optax.GradientTransformation] = {"-1": whole}
         for i, (_, rate, decay, scheduled) in enumerate(cfg.groups):
             parts[str(i)] = _recipe(cfg, rate_of(rate, scheduled), cfg.weight_decay * decay)
         whole = optax.partition(parts, group_of)

@@ -153,7 +153,7 @@ def test_a_workdir_is_needed():
 
 def test_demo_writes_everything(tmp_path):
     where = tmp_path / "demo"
-    argv = ["demo", "--config=configs/demo.py:tiny", "--workdir=demo"]
+    argv = ["demo", "--config=configs/demo.py:smoke", "--workdir=demo"]
     done = dsad(*argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout

@@ -20,10 +20,11 @@ from jax import export
 from dsad.core.config import members
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
-from dsad.core.types import Detector, Scores
+from dsad.core.types import Detector, DetectorTraits, HasPanels, Scores
+from dsad.detectors._features import Embeds
 from dsad.ops import neighbors
 from tests.contracts.detectors import common
-from tests.contracts.detectors.common import KEY, Batches, close, made
+from tests.contracts.detectors.common import ALONE, Batches, close, made
 
 CASES = {n: importlib.import_module(f"tests.contracts.detectors.{n}") for n in members("detectors")}
 PARAMS = [(name, config) for name, case in CASES.items() for config in case.CONFIGS]
@@ -59,7 +60,7 @@ def test_equals_its_oracle(name, config):
     detector = made(name, **config)
     assert isinstance(detector, Detector)
     normal, test = maps_of(name, 0, 6), maps_of(name, 1, 8)
-    state = detector.fit(Batches(normal), mesh=None, key=KEY)
+    state = detector.fit(Batches(normal), **ALONE)
     scores = jitted(detector)(state, test)
     assert isinstance(scores, Scores)
     expected = CASES[name].oracle(config, normal, test)
@@ -68,13 +69,22 @@ def test_equals_its_oracle(name, config):
     close(scores, expected, 1e-5)
 
 
+@pytest.mark.parametrize("name", members("detectors"))
+def test_public_members_are_those_of_the_seam(name):
+    detector = made(name)
+    seams = [s for s in (Detector, HasPanels, Embeds) if isinstance(detector, s)]
+    public = lambda of: {n for n in dir(of) if not n.startswith("_")}  # noqa: E731
+    assert public(detector) == set().union(*map(public, seams))
+    assert isinstance(detector.traits, DetectorTraits)
+
+
 def test_order_padding_and_batch_size_change_nothing(case):
     detector, score, maps = case
     normal, test = maps(0, 6), maps(1, 8)
-    expected = score(detector.fit(Batches(normal), mesh=None, key=KEY), test)
+    expected = score(detector.fit(Batches(normal), **ALONE), test)
     # Batches of 4 leave two rows of padding; batches of 3 leave none.
     other = Batches(normal, order=np.random.default_rng(0).permutation(6), size=3)
-    state = detector.fit(other, mesh=None, key=KEY)
+    state = detector.fit(other, **ALONE)
     close(score(state, test), expected)
     one = score(state, {n: m[1:2] for n, m in test.items()})
     close(one, jax.tree.map(lambda x: x[1:2], expected))
@@ -88,17 +98,17 @@ def devices(request):
 def test_same_on_one_two_and_eight_devices(case, devices):
     detector, score, maps = case
     normal, test = maps(0, 6), maps(1, 8)
-    expected = score(detector.fit(Batches(normal), mesh=None, key=KEY), test)
+    expected = score(detector.fit(Batches(normal), **ALONE), test)
     mesh = make_mesh(MeshConfig(), devices)
-    state = detector.fit(Batches(normal), mesh=mesh, key=KEY)
+    state = detector.fit(Batches(normal), **ALONE | {"mesh": mesh})
     placed = jax.device_put(test, batch_sharding(mesh))
-    close(score(state, placed), expected)
+    close(jax.jit(functools.partial(detector.score, mesh=mesh))(state, placed), expected)
 
 
 def test_state_is_arrays_that_survive_a_file(case, tmp_path):
     detector, score, maps = case
     test = maps(1, 8)
-    state = detector.fit(Batches(maps(0, 6)), mesh=None, key=KEY)
+    state = detector.fit(Batches(maps(0, 6)), **ALONE)
     leaves, structure = jax.tree.flatten(state)
     assert all(isinstance(x, jax.Array) and not x.weak_type for x in leaves)
     np.savez(tmp_path / "state.npz", *leaves)
@@ -111,7 +121,7 @@ def test_state_is_arrays_that_survive_a_file(case, tmp_path):
 def test_same_for_any_tile_of_the_search(case, monkeypatch):
     detector, score, maps = case
     test = maps(1, 8)
-    state = detector.fit(Batches(maps(0, 6)), mesh=None, key=KEY)
+    state = detector.fit(Batches(maps(0, 6)), **ALONE)
     expected = score(state, test)
     for name in [n for n in vars(neighbors) if n.endswith("TILE")]:
         monkeypatch.setattr(neighbors, name, 8)
@@ -121,7 +131,7 @@ def test_same_for_any_tile_of_the_search(case, monkeypatch):
 def test_exported_program_equals_the_live_one(case, request):
     detector, score, maps = case
     test = maps(1, 8)
-    state = detector.fit(Batches(maps(0, 6)), mesh=None, key=KEY)
+    state = detector.fit(Batches(maps(0, 6)), **ALONE)
     symbolic = getattr(CASES[request.node.callspec.params["case"]], "SYMBOLIC", False)
     batch = export.symbolic_shape("b")[0] if symbolic else 8
     spec = lambda x, *lead: jax.ShapeDtypeStruct((*lead, *x.shape[len(lead) :]), x.dtype)  # noqa: E731
@@ -136,7 +146,7 @@ def test_exported_program_equals_the_live_one(case, request):
 
 def test_normal_scores_lie_below_corrupted_ones(case, request):
     detector, score, maps = case
-    state = detector.fit(Batches(maps(0, 6)), mesh=None, key=KEY)
+    state = detector.fit(Batches(maps(0, 6)), **ALONE)
     test = maps(1, 8)
     corrupt = getattr(CASES[request.node.callspec.params["case"]], "corrupted", common.corrupted)
     corrupt = corrupt({n: m.copy() for n, m in test.items()})
@@ -174,15 +184,15 @@ def test_missing_layer_lists_what_exists(reader):
     detector, _, maps = reader
     source = Batches({"layer2": maps(0, 4)["layer2"]})
     with pytest.raises(ConfigError, match=r"no feature map named layer3.*gives: layer2"):
-        detector.fit(source, mesh=None, key=KEY)
+        detector.fit(source, **ALONE)
 
 
 def test_empty_and_broken_sources_are_errors(reader):
     detector, _, maps = reader
     empty = {n: m[:0] for n, m in maps(0, 1).items()}
     with pytest.raises(DataError, match="found 0"):
-        detector.fit(Batches(empty), mesh=None, key=KEY)
+        detector.fit(Batches(empty), **ALONE)
     normal = maps(0, 6)
     normal["layer3"][4, 1, 1, 2] = np.nan
     with pytest.raises(DataError, match=r"NaN or infinite features of tiles samples \[4\]"):
-        detector.fit(Batches(normal), mesh=None, key=KEY)
+        detector.fit(Batches(normal), **ALONE)

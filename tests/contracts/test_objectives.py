@@ -6,6 +6,7 @@ a file of ``tests/seams`` is a miniature method together with its ``CASE``.
 
 import functools
 import re
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,22 @@ import numpy as np
 import optax
 import pytest
 
+from dsad.core import types as seams
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.tree import flatten
-from dsad.core.types import Objective
+from dsad.core.types import Objective, PerSample
+from dsad.objectives.encoder import EncoderObjective
 from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
+from dsad.train.state import abstract_state
 from dsad.train.step import make_step
 from tests.contracts.objectives import common
 from tests.contracts.objectives.common import BATCH, batch, cases, perturbed
+
+#: What an objective may offer besides.
+OFFERS = (
+    seams.HasEncoder, seams.ReadsTensors, seams.Embeds, seams.PerSample,
+    seams.HasParts, seams.KnowsFlops,
+)  # fmt: skip
 
 
 def evaluate(name, devices):
@@ -38,7 +48,7 @@ def evaluate(name, devices):
     with jax.set_mesh(mesh):
         replicated = jax.sharding.NamedSharding(mesh, jax.P())
         placed = jax.device_put((params, extra), replicated)
-        return jax.device_get(run(*placed, place_batch(batch(), mesh)))
+        return jax.device_get(run(*placed, place_batch(batch(name), mesh)))
 
 
 @functools.cache
@@ -55,6 +65,27 @@ def on_eight(name):
 class TestObjective:
     def test_satisfies_the_protocol(self, name):
         assert isinstance(perturbed(name)[0], Objective)
+
+    def test_offers_nothing_that_no_seam_declares(self, name):
+        """A public member that nobody declared would be a hook that nobody can know of."""
+        objective, case = perturbed(name)[0], cases()[name].case
+        known = {m for seam in (Objective, *OFFERS) for m in dir(seam) if m[0] != "_"}
+        known |= {*typing.get_type_hints(Objective), *vars(EncoderObjective), *case.own}
+        methods = {m for m in dir(type(objective)) if m[0] != "_"}
+        assert methods <= known, methods - known
+
+    def test_what_is_computed_per_sample_does_not_change_in_training(self, name):
+        objective = perturbed(name)[0]
+        if not isinstance(objective, PerSample):
+            pytest.skip("computes nothing per sample")
+        state, step, mesh = training(name)
+        compute = jax.jit(objective.per_sample)
+        before = jax.device_get(compute(state.params, state.extra, batch(name)))
+        with jax.set_mesh(mesh):
+            for _ in range(3):
+                state, _ = step(state, place_batch(batch(name), mesh), None)
+        after = compute(state.params, state.extra, batch(name))
+        jax.tree.map(np.testing.assert_array_equal, before, after)
 
     def test_loss_is_a_finite_f32_scalar(self, name):
         loss = on_one(name)[1]
@@ -86,10 +117,10 @@ class TestObjective:
     def test_views_depend_on_key_and_epoch(self, name):
         objective, _, _ = perturbed(name)
         views = jax.jit(objective.views)
-        first = flatten(views(batch(), jax.random.key(5)))
-        again = flatten(views(batch(), jax.random.key(5)))
-        other_key = flatten(views(batch(), jax.random.key(6)))
-        other_epoch = flatten(views(batch(1), jax.random.key(5)))
+        first = flatten(views(batch(name), jax.random.key(5)))
+        again = flatten(views(batch(name), jax.random.key(5)))
+        other_key = flatten(views(batch(name), jax.random.key(6)))
+        other_epoch = flatten(views(batch(name, 1), jax.random.key(5)))
         for path in first:
             np.testing.assert_array_equal(first[path], again[path])
             if path in cases()[name].case.fixed_views:
@@ -110,13 +141,13 @@ class TestObjective:
         """Also weak types: a leaf that changes its type would compile the step again."""
         state, step, mesh = training(name)
         with jax.set_mesh(mesh):
-            shapes = jax.eval_shape(step, state, place_batch(batch(), mesh), None)[0]
+            shapes = jax.eval_shape(step, state, place_batch(batch(name), mesh), None)[0]
             for path, leaf in flatten(state).items():
                 found = flatten(shapes)[path]
                 assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype), path
                 assert found.weak_type == leaf.weak_type, path
             for epoch in range(3):
-                state, _ = step(state, place_batch(batch(epoch), mesh), None)
+                state, _ = step(state, place_batch(batch(name, epoch), mesh), None)
         assert step._cache_size() == 1
 
     def test_training_reduces_the_loss(self, name):
@@ -124,7 +155,7 @@ class TestObjective:
         losses, first = [], cases()[name].case.warm_up
         with jax.set_mesh(mesh):
             for _ in range(first + 30):
-                state, scalars = step(state, place_batch(batch(), mesh), None)
+                state, scalars = step(state, place_batch(batch(name), mesh), None)
                 losses.append(float(scalars["loss"]))
         assert np.mean(losses[-3:]) < np.mean(losses[first : first + 3]) - 0.05
 
@@ -145,7 +176,7 @@ def parts(name):
     optim = OptimConfig(name="adamw", lr=1e-3, lr_batch=0, schedule="constant", warmup_epochs=0)
     schedule = make_schedule(optim, batch_size=BATCH, steps_per_epoch=1, total_steps=30)
     tx: optax.GradientTransformation = make_optimizer(optim, schedule)
-    abstract = common.abstract_state(objective, tx, mesh, 2**18)
+    abstract = abstract_state(objective, tx, mesh, 2**18)
     step = make_step(objective, tx, schedule, abstract, mesh=mesh, seed=0)
     return (objective, tx, abstract), step, mesh
 

@@ -7,14 +7,14 @@ from sklearn.decomposition import PCA
 
 from dsad.core.errors import ConfigError, DataError
 from dsad.detectors import fre
-from tests.contracts.detectors.common import KEY, Batches, made, maps_of
+from tests.contracts.detectors.common import ALONE, Batches, made, maps_of
 
 ONE = {"layers": ("layer2",), "pool": 1}
 
 
 def fitted(images=6, **config):
     detector = made("fre", **{**ONE, **config})
-    return detector, detector.fit(Batches(maps_of(0, images)), mesh=None, key=KEY)
+    return detector, detector.fit(Batches(maps_of(0, images)), **ALONE)
 
 
 def axes_of(state, name="layer2"):
@@ -61,7 +61,7 @@ def test_layers_add_up_where_grids_divide():
     wide = {
         n: m[:, :, [0, 1, 2, 3, 4, 0]] if n == "layer2" else m for n, m in maps_of(0, 6).items()
     }
-    state = detector.fit(Batches(wide), mesh=None, key=KEY)
+    state = detector.fit(Batches(wide), **ALONE)
     test = {
         n: m[:, :, [0, 1, 2, 3, 4, 0]] if n == "layer2" else m for n, m in maps_of(1, 8).items()
     }
@@ -71,7 +71,7 @@ def test_layers_add_up_where_grids_divide():
         total = wide[name].reshape(6, -1).var(axis=0, dtype=np.float64).sum()
         assert part["weight"] == pytest.approx(1 / total, rel=1e-6)
     plain = made("fre", layers=("layer2", "layer3"), pool=1, balance=False)
-    assert plain.fit(Batches(wide), mesh=None, key=KEY)["layer3"]["weight"] == 1.0
+    assert plain.fit(Batches(wide), **ALONE)["layer3"]["weight"] == 1.0
 
 
 def test_full_rank_reconstructs_the_training_images():
@@ -145,7 +145,7 @@ def test_pooled_means():
 def test_identical_images_are_their_own_mean():
     detector = made("fre", **ONE)
     same = {n: np.repeat(m, 4, axis=0) for n, m in maps_of(0, 1).items()}
-    state = detector.fit(Batches(same), mesh=None, key=KEY)
+    state = detector.fit(Batches(same), **ALONE)
     eight = {n: np.repeat(m[:1], 8, axis=0) for n, m in same.items()}
     np.testing.assert_allclose(jax.jit(detector.score)(state, eight).map, 0.0, atol=1e-10)
 
@@ -164,4 +164,4 @@ def test_refuses_bad_configurations():
     with pytest.raises(DataError, match=r"at least 2 normal images, found 1"):
         fitted(1)
     with pytest.raises(ConfigError, match="nothing to train"):
-        made("fre").fit(Batches(maps_of(0, 2)), mesh=None, key=KEY, trained={})
+        made("fre").fit(Batches(maps_of(0, 2)), **ALONE, trained={})

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dsad.core.errors import ConfigError, DataError
-from tests.contracts.detectors.common import KEY, Batches, close, made, maps_of
+from dsad.detectors import gde
+from tests.contracts.detectors.common import ALONE, KEY, Batches, close, made, maps_of
 from tests.contracts.detectors.gde import SMALL
 
 ONE = {**SMALL, "per_position": False, "components": 6}
@@ -13,7 +14,7 @@ EACH = {**SMALL, "components": 3}
 
 
 def fit(normal, key=KEY, order=None, size=4, **config):
-    return made("gde", **config).fit(Batches(normal, order, size), mesh=None, key=key)
+    return made("gde", **config).fit(Batches(normal, order, size), **ALONE | {"key": key})
 
 
 @pytest.mark.parametrize("config", [ONE, {**ONE, "cache_gb": 0.0}, EACH])
@@ -55,7 +56,7 @@ def test_gde_passes_over_the_source_as_rarely_as_it_can():
         ({**ONE, "cache_gb": 0.0, "images": 5}, 3),
     ]:
         source = Counted(maps_of(0, 6))
-        made("gde", **config).fit(source, mesh=None, key=KEY)
+        made("gde", **config).fit(source, **ALONE)
         assert source.passes == expected
 
 
@@ -64,7 +65,7 @@ def test_gde_image_score_is_the_largest_patch_score():
     normal, test = maps_of(0, 6), maps_of(1, 8)
     test["layer2"][:, 4, 1, ::2] += 6
     detector = made("gde", **{**SMALL, "components": 0})
-    state = detector.fit(Batches(normal), mesh=None, key=KEY)
+    state = detector.fit(Batches(normal), **ALONE)
     scores = jax.jit(detector.score)(state, test)
     assert (scores.image > scores.map.max(axis=(1, 2))).all()
     rows, columns = np.unravel_index(
@@ -100,8 +101,8 @@ def test_gde_of_constant_patches():
     with pytest.raises(DataError, match=r"of 4 of 30 positions do not vary.*floor"):
         fit(normal, **{**one, "floor": 0.0})
     detector = made("gde", **{**one, "components": 0})
-    state = fit(normal, **{**one, "components": 0})
-    scores = np.asarray(detector.patch_scores(state, test))
+    of = lambda state, maps: np.asarray(gde.patch_scores(state, detector.embed(maps)))  # noqa: E731
+    scores = of(fit(normal, **{**one, "components": 0}), test)
     rows = normal["layer2"] / np.linalg.norm(normal["layer2"], axis=3, keepdims=True)
     mean = rows.mean(axis=0, dtype=np.float64)
     variance = 0.01 * np.mean(np.sum((rows - mean) ** 2, axis=(0, 3)) / 6 / 7)
@@ -110,8 +111,8 @@ def test_gde_of_constant_patches():
     np.testing.assert_allclose(scores[:, :2, :2], expected[:, :2, :2], rtol=1e-5)
     own = fit({n: m[:, 2:] for n, m in normal.items()}, **{**one, "components": 0})
     rest = {n: m[:, 2:] for n, m in test.items()}
-    np.testing.assert_allclose(scores[:, 2:], detector.patch_scores(own, rest), rtol=1e-5)
+    np.testing.assert_allclose(scores[:, 2:], of(own, rest), rtol=1e-5)
     # With PCA those positions borrow the axes of the others: part of the distance.
-    some = np.asarray(made("gde", **one).patch_scores(fit(normal, **one), test))[:, :2, :2]
+    some = of(fit(normal, **one), test)[:, :2, :2]
     assert (some > 0).all()
     assert (some <= expected[:, :2, :2]).all()

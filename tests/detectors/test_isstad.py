@@ -1,5 +1,6 @@
 """ISSTAD's scores: the published numbers, exponents per category, no second Gaussian."""
 
+import dataclasses
 import json
 import shutil
 
@@ -15,7 +16,8 @@ from dsad.detectors import isstad
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.ops.resize import gaussian_smooth
 from dsad.terminal import flags
-from tests.contracts.detectors.common import KEY, Batches, close, made
+from tests.backbones import Plain, static
+from tests.contracts.detectors.common import ALONE, KEY, Batches, close, made
 from tests.contracts.detectors.isstad import maps_of, oracle
 from tests.evaluation.test_localize import Planted
 from tests.helpers import ROOT
@@ -28,7 +30,7 @@ def fitted(detector, *categories):
 
     source = Named(maps_of(0, 1))
     source.categories = categories
-    return detector.fit(source, mesh=None, key=KEY)
+    return detector.fit(source, **ALONE)
 
 
 def scored(config, maps):
@@ -124,15 +126,15 @@ def test_maps_that_do_not_belong_are_refused():
         detector.score(state, maps)
 
 
-class Maps:
+@dataclasses.dataclass(frozen=True)
+class Maps(Plain):
     """Colour above grey as probability, and twice its square as error: a network's two maps."""
 
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean: tuple = static(default=(0.0, 0.0, 0.0))
+    std: tuple = static(default=(1.0, 1.0, 1.0))
+    images: list = dataclasses.field(default_factory=list, compare=False)
 
-    def __init__(self):
-        self.images = []
-
-    def __call__(self, images):
+    def maps(self, images):
         jax.debug.callback(lambda n: self.images.append(int(n)), images.shape[0])
         excess = images.max(-1, keepdims=True) - images.min(-1, keepdims=True)
         return {"probability": excess, "error": 2 * excess**2, "reconstruction": images}
@@ -158,7 +160,7 @@ def test_an_evaluation_reads_test_images_only_and_smooths_once():
     with pytest.raises(ConfigError, match=r"evaluation\.sigma: .*itself.*expected 0, found 4"):
         run(Maps(), sigma=4.0)
     # Without its own Gaussian, that of the evaluation is welcome.
-    assert not made("isstad", sigma=0.0).smooths
+    assert not made("isstad", sigma=0.0).traits.smooths
 
 
 def parsed(spec, *argv):
@@ -175,7 +177,7 @@ def test_the_configs_are_the_published_scores(variant, pixel, image):
     cfg, detector = parsed(f"configs/isstad_detector.py{variant}")
     assert (cfg.evaluation.image_size, cfg.evaluation.sigma) == (0, 0.0)  # that of the run
     assert detector.config == isstad.Config(pixel=pixel, image=image)
-    with pytest.raises(ConfigError, match=r"isstad_detector.py has the variants.*not 'nope'"):
+    with pytest.raises(ConfigError, match="isstad_detector.py has no variant 'nope'"):
         parsed("configs/isstad_detector.py:nope")
 
 

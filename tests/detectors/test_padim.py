@@ -6,14 +6,14 @@ import pytest
 
 from dsad.core.errors import ConfigError, DataError
 from dsad.detectors.padim import channel_subset
-from tests.contracts.detectors.common import KEY, Batches, close, made, maps_of
+from tests.contracts.detectors.common import ALONE, KEY, Batches, close, made, maps_of
 
 BOTH = {"layers": ("layer2", "layer3")}
 
 
 def fitted(normal, size=4, key=KEY, **config):
     detector = made("padim", **BOTH, **config)
-    return detector, detector.fit(Batches(normal, size=size), mesh=None, key=key)
+    return detector, detector.fit(Batches(normal, size=size), **ALONE | {"key": key})
 
 
 def test_padim_forms_agree_and_auto_takes_the_smaller():

@@ -8,7 +8,7 @@ import pytest
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.detectors import patchcore
-from tests.contracts.detectors.common import KEY, Batches, close, kept_rows, made, maps_of
+from tests.contracts.detectors.common import ALONE, KEY, Batches, close, kept_rows, made, maps_of
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_reweighting_with_equal_distances():
 @pytest.mark.parametrize("bank", ["coreset", "random", "all"])
 def test_memory_rows_score_zero_and_keep_their_values(bank):
     normal, detector = maps_of(0, 6), made("patchcore", bank=bank, bank_fraction=0.25)
-    state = detector.fit(Batches(normal), mesh=None, key=KEY)
+    state = detector.fit(Batches(normal), **ALONE)
     rows = {r.tobytes() for r in kept_rows(state)}
     assert len(rows) == (180 if bank == "all" else 45)
     eight = {n: np.concatenate([m, m[:2]]) for n, m in normal.items()}
@@ -65,7 +65,7 @@ def test_memory_rows_score_zero_and_keep_their_values(bank):
 def test_the_bank_depends_on_the_key_and_the_size_on_the_budget():
     normal = maps_of(0, 6)
     fit = lambda key=KEY, **config: np.asarray(  # noqa: E731
-        kept_rows(made("patchcore", **config).fit(Batches(normal), mesh=None, key=key))
+        kept_rows(made("patchcore", **config).fit(Batches(normal), **ALONE | {"key": key}))
     )
     assert not np.array_equal(fit(), fit(jax.random.key(1)))
     np.testing.assert_array_equal(fit(bank_rows=18), fit(bank_bytes=18 * 44 + 43))
@@ -75,15 +75,15 @@ def test_the_bank_depends_on_the_key_and_the_size_on_the_budget():
 def test_search_split_over_a_mesh(devices):
     detector, test = made("patchcore", bank="random", image_score="reweighted"), maps_of(1, 8)
     mesh = make_mesh(MeshConfig(), devices)
-    state = detector.fit(Batches(maps_of(0, 6)), mesh=mesh, key=KEY)
-    alone = detector.fit(Batches(maps_of(0, 6)), mesh=None, key=KEY)
+    state = detector.fit(Batches(maps_of(0, 6)), **ALONE | {"mesh": mesh})
+    alone = detector.fit(Batches(maps_of(0, 6)), **ALONE)
     close(detector.score(state, test, mesh=mesh), jax.jit(detector.score)(alone, test))
 
 
 def test_fit_tells_its_progress():
     calls = []
     made("patchcore").fit(
-        Batches(maps_of(0, 6)), mesh=None, key=KEY, progress=lambda *call: calls.append(call)
+        Batches(maps_of(0, 6)), **ALONE | {"progress": lambda *call: calls.append(call)}
     )
     assert calls[-1][:2] == (18, 18)
 
@@ -102,6 +102,6 @@ def test_refuses_bad_configurations():
             made("patchcore", **config)
     small = made("patchcore", bank="random", bank_rows=4, image_score="reweighted")
     with pytest.raises(DataError, match="at least 9 feature rows.*found 4 of 180"):
-        small.fit(Batches(maps_of(0, 6)), mesh=None, key=KEY)
+        small.fit(Batches(maps_of(0, 6)), **ALONE)
     with pytest.raises(ConfigError, match="nothing to train"):
-        made("patchcore").fit(Batches(maps_of(0, 1)), mesh=None, key=KEY, trained={})
+        made("patchcore").fit(Batches(maps_of(0, 1)), **ALONE, trained={})

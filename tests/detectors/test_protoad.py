@@ -8,7 +8,7 @@ from jax import lax
 
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
-from tests.contracts.detectors.common import KEY, Batches, close, joined, made, maps_of
+from tests.contracts.detectors.common import ALONE, KEY, Batches, close, joined, made, maps_of
 
 BOTH = {"layers": ("layer2", "layer3")}
 EVERY = {**BOTH, "image_levels": 0, "level": 0}
@@ -21,7 +21,7 @@ def spread(seed, count):
 
 def test_equals_a_convolution_with_the_prototypes():
     detector, test = made("protoad", **BOTH, image_levels=1), spread(1, 8)
-    state = detector.fit(Batches(spread(0, 6)), mesh=None, key=KEY)
+    state = detector.fit(Batches(spread(0, 6)), **ALONE)
     kernels = np.asarray(state["prototypes"])
     np.testing.assert_allclose(np.linalg.norm(kernels, axis=1), 1.0, rtol=1e-6)
     cells = joined(test, 1, order=0)
@@ -37,7 +37,7 @@ def test_equals_a_convolution_with_the_prototypes():
 
 def test_own_prototypes_score_zero_and_scale_changes_nothing():
     detector, normal = made("protoad", **EVERY), spread(0, 6)
-    state = detector.fit(Batches(normal), mesh=None, key=KEY)
+    state = detector.fit(Batches(normal), **ALONE)
     eight = {n: np.concatenate([m, m[:2]]) for n, m in normal.items()}
     score = jax.jit(detector.score)
     np.testing.assert_allclose(score(state, eight).map, 0.0, atol=1e-12)
@@ -45,7 +45,7 @@ def test_own_prototypes_score_zero_and_scale_changes_nothing():
     # A power of two scales float32 exactly.
     larger = score(state, {n: 1024 * m for n, m in test.items()})
     close(larger, score(state, test))
-    scaled = detector.fit(Batches({n: 3 * m for n, m in normal.items()}), mesh=None, key=KEY)
+    scaled = detector.fit(Batches({n: 3 * m for n, m in normal.items()}), **ALONE)
     close(score(scaled, test), score(state, test), 1e-5)
 
 
@@ -53,18 +53,18 @@ def test_cells_of_zeros_have_no_direction():
     detector, normal = made("protoad", **EVERY), spread(0, 6)
     for maps in (normal, test := spread(1, 8)):
         maps["layer2"][0, 0, 0], maps["layer3"][0, 0, 0] = 0, 0
-    state = detector.fit(Batches(normal), mesh=None, key=KEY)
+    state = detector.fit(Batches(normal), **ALONE)
     assert len(np.unique(state["prototypes"], axis=0)) == 179
     assert jax.jit(detector.score)(state, test).map[0, 0, 0] == 1.0
     nothing = {n: 0 * m for n, m in normal.items()}
     with pytest.raises(DataError, match="other than zero, found 0"):
-        detector.fit(Batches(nothing), mesh=None, key=KEY)
+        detector.fit(Batches(nothing), **ALONE)
 
 
 def test_caps_bound_what_is_clustered_and_kept():
     normal = spread(0, 9)
     fit = lambda order=None, size=4, key=KEY, **c: np.unique(  # noqa: E731
-        made("protoad", **BOTH, **c).fit(Batches(normal, order, size), mesh=None, key=key)[
+        made("protoad", **BOTH, **c).fit(Batches(normal, order, size), **ALONE | {"key": key})[
             "prototypes"
         ],
         axis=0,
@@ -86,16 +86,15 @@ def test_caps_bound_what_is_clustered_and_kept():
 def test_states_of_similar_size_share_their_shape():
     detector = made("protoad", **EVERY)
     shapes = {
-        detector.fit(Batches(spread(s, 5)), mesh=None, key=KEY)["prototypes"].shape
-        for s in range(2)
-    } | {detector.fit(Batches(spread(0, 6)), mesh=None, key=KEY)["prototypes"].shape}
+        detector.fit(Batches(spread(s, 5)), **ALONE)["prototypes"].shape for s in range(2)
+    } | {detector.fit(Batches(spread(0, 6)), **ALONE)["prototypes"].shape}
     assert shapes == {(192, 11)}
 
 
 def test_images_split_over_a_mesh():
     detector, test = made("protoad", **EVERY), spread(1, 6)
     mesh = make_mesh(MeshConfig(), jax.devices()[:8])
-    state = detector.fit(Batches(spread(0, 6)), mesh=mesh, key=KEY)
+    state = detector.fit(Batches(spread(0, 6)), **ALONE | {"mesh": mesh})
     split = jax.jit(lambda s, f: detector.score(s, f, mesh=mesh))
     close(split(state, test), jax.jit(detector.score)(state, test))
 
@@ -112,12 +111,12 @@ def test_refuses_bad_configurations():
         with pytest.raises(ConfigError, match=message):
             made("protoad", **config)
     with pytest.raises(ConfigError, match="nothing to train"):
-        made("protoad").fit(Batches(spread(0, 1)), mesh=None, key=KEY, trained={})
+        made("protoad").fit(Batches(spread(0, 1)), **ALONE, trained={})
 
 
 def test_broken_features_reach_the_scores():
     detector = made("protoad", **EVERY)
-    state = detector.fit(Batches(spread(0, 6)), mesh=None, key=KEY)
+    state = detector.fit(Batches(spread(0, 6)), **ALONE)
     test = spread(1, 8)
     test["layer2"][0, 0, 0, 1], test["layer2"][1, 2, 2, 1] = np.nan, np.inf
     scores = jax.jit(detector.score)(state, test)

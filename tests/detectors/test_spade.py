@@ -7,7 +7,7 @@ import pytest
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.ops.neighbors import nearest
-from tests.contracts.detectors.common import KEY, Batches, close, made, maps_of, upsampled
+from tests.contracts.detectors.common import ALONE, KEY, Batches, close, made, maps_of, upsampled
 
 BOTH = {"layers": ("layer2", "layer3"), "pooled": "layer3"}
 
@@ -15,7 +15,7 @@ BOTH = {"layers": ("layer2", "layer3"), "pooled": "layer3"}
 def fitted(images=6, order=None, size=4, key=KEY, **config):
     detector = made("spade", **BOTH, **config)
     normal = maps_of(0, images)
-    return detector, detector.fit(Batches(normal, order, size), mesh=None, key=key)
+    return detector, detector.fit(Batches(normal, order, size), **ALONE | {"key": key})
 
 
 def test_a_training_image_finds_itself():
@@ -98,6 +98,6 @@ def test_refuses_bad_configurations():
     with pytest.raises(DataError, match=r"at least kappa = 20 cells of layer3.*found 18"):
         fitted(2, kappa=20)
     with pytest.raises(ConfigError, match="no feature map named layer4"):
-        made("spade", layers=("layer2",)).fit(Batches(maps_of(0, 2)), mesh=None, key=KEY)
+        made("spade", layers=("layer2",)).fit(Batches(maps_of(0, 2)), **ALONE)
     with pytest.raises(ConfigError, match="nothing to train"):
-        made("spade", **BOTH).fit(Batches(maps_of(0, 1)), mesh=None, key=KEY, trained={})
+        made("spade", **BOTH).fit(Batches(maps_of(0, 1)), **ALONE, trained={})

@@ -18,6 +18,7 @@ from dsad.core.errors import DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Record, Sample
 from dsad.evaluation.localize import EvalConfig, localize, write_results
+from tests.backbones import Plain, static
 
 
 class Images:
@@ -70,14 +71,13 @@ class Source:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Backbone:
+class Backbone(Plain):
     """A random projection of patches of 4, 8 and 16 pixels, and the maps that isstad reads."""
 
     weights: jax.Array
-    mean = std = (0.5, 0.5, 0.5)
-    arch, description = "projection", "random"
+    std: tuple = static(default=(0.5, 0.5, 0.5))
 
-    def __call__(self, images):
+    def maps(self, images):
         size = images.shape[0], images.shape[1]
 
         def layer(side, depth):
@@ -138,7 +138,7 @@ def evaluated(case, folder, broken="", devices=None):
     found = localize(
         Backbone(jnp.asarray(weights, jnp.float32)), detector, Images(broken), config,
         mesh=make_mesh(MeshConfig(), devices), key=jax.random.key(1),
-        folder=folder, progress=(lambda *_: None) if distributed.is_main() else None, **several,
+        folder=folder, **several,
     )  # fmt: skip
     if distributed.is_main():
         write_results(found, folder)

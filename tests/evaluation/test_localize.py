@@ -14,10 +14,11 @@ from sklearn import metrics as oracle
 
 from dsad.core.errors import ConfigError, DataError, MetricError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Record, Sample, Scores
+from dsad.core.types import DetectorTraits, Record, Sample, Scores
 from dsad.evaluation import geometry
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.report import gallery
+from tests.backbones import Plain
 
 NUMBERS = {
     *("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max"),
@@ -83,15 +84,14 @@ class PlantedSource:
         return Sample(record=record, image=image.astype(np.uint8), mask=None if lost else mask)
 
 
-class Pooled:
+@dataclasses.dataclass(frozen=True)
+class Pooled(Plain):
     """Mean colour of 4 × 4 pixels as features: an untrained backbone with a known answer."""
 
-    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    arch, description = "pooled", "none"
-    traced = 0
+    traced = 0  # how often with just the maps that a detector reads
 
-    def __call__(self, images):
-        type(self).traced += 1
+    def maps(self, images):
+        Pooled.traced += self.layers is not None
         b, h, w, c = images.shape
         cells = images.reshape(b, h // 4, 4, w // 4, 4, c).mean((2, 4))
         return {"colour": cells, "unused": cells}
@@ -103,8 +103,10 @@ class Distance:
 
     layers: tuple[str, ...] = ("colour",)
     power: float = 1.0
+    traits = DetectorTraits()
+    config = property(lambda self: self)
 
-    def fit(self, source, *, mesh, key, trained=None):
+    def fit(self, source, *, mesh, key, progress, trained=None):
         seen = []
         for _ in range(2):  # the source is re-iterable
             total, count = np.zeros(3), 0
@@ -117,7 +119,7 @@ class Distance:
         assert np.array_equal(*seen)
         return {"mean": jnp.asarray(seen[0], jnp.float32)}
 
-    def score(self, state, features):
+    def score(self, state, features, *, mesh=None):
         cells = features["colour"] - state["mean"][None, None, None, :]
         found = jnp.sqrt(jnp.sum(cells**2, -1)) ** self.power
         return Scores(map=found, image=found.max((1, 2)))
@@ -399,9 +401,9 @@ def test_what_a_training_detector_learned_reaches_its_fit():
     calls = []
 
     class Trained(Distance):
-        def fit(self, source, *, mesh, key, trained=None):
+        def fit(self, source, *, trained=None, **given):
             assert trained == {"images": 7}
-            return super().fit(source, mesh=mesh, key=key)
+            return super().fit(source, **given)
 
     def train(detector, source, category):
         calls.append((type(detector).__name__, category))

@@ -1,6 +1,7 @@
 """What a detector shows beside its map: made for the gallery's cases, drawn in its own rows."""
 
 import base64
+import dataclasses
 import html
 import io
 import re
@@ -17,16 +18,19 @@ from dsad.evaluation.geometry import resize_image
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.report import panels
 from dsad.evaluation.report.page import write_report
+from tests.backbones import Plain, static
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
 
-class Maps:
+@dataclasses.dataclass(frozen=True)
+class Maps(Plain):
     """Colour above grey as probability and a tenth of its square as error; pixels as they are."""
 
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean: tuple = static(default=(0.0, 0.0, 0.0))
+    std: tuple = static(default=(1.0, 1.0, 1.0))
     names = ("probability", "error", "reconstruction")
 
-    def __call__(self, images):
+    def maps(self, images):
         excess = images.max(-1, keepdims=True) - images.min(-1, keepdims=True)
         made = {"probability": excess, "error": 0.1 * excess**2, "reconstruction": images}
         return {n: made[n] for n in self.names}

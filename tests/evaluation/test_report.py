@@ -26,10 +26,8 @@ def runs(tmp_path_factory):
     """Two comparable runs: the second backbone sees blue only."""
 
     class Blue(Pooled):
-        arch = "blue <only> $x_1$"
-
-        def __call__(self, images):
-            maps = super().__call__(images)
+        def maps(self, images):
+            maps = super().maps(images)
             return {n: m.at[..., :2].set(0.0) for n, m in maps.items()}
 
     root = tmp_path_factory.mktemp("runs")
@@ -37,7 +35,7 @@ def runs(tmp_path_factory):
     config = EvalConfig(image_size=48, sigma=1.0, workers=1)
     dataset = Planted(categories=("disc", "tile & co"), strength=9)
     found = {}
-    for name, backbone in (("all", Pooled()), ("blue", Blue())):
+    for name, backbone in (("all", Pooled()), ("blue", Blue(arch="blue <only> $x_1$"))):
         found[name] = localize(
             backbone, Distance(), dataset, config, mesh=mesh, key=jax.random.key(0), name=name
         )

@@ -33,7 +33,7 @@ def test_the_stamp_holds_the_protocol_and_is_json():
     assert (mark["pixels"], mark["normals"], mark["connectivity"]) == ("original", "included", 8)
     assert (mark["fpr_limit"], mark["image_size"]) == (0.3, 224)
     assert mark["detector"]["config"] == {"layers": ["colour"], "power": 1.0}
-    assert mark["backbone"] == {"arch": "pooled", "weights": "none"}
+    assert mark["backbone"] == {"arch": "plain", "weights": "none"}
     assert mark["smoothing"] == {"gaussian_sigma_px": 4.0, "at_image_size": 224}
     assert mark["code"]["dsad"]
     assert mark["jax"] == jax.__version__
@@ -42,7 +42,7 @@ def test_the_stamp_holds_the_protocol_and_is_json():
 
 def test_details_are_merged():
     mark = made(backbone={"run": "A", "step": np.int64(30)}, note=("x", 1))
-    assert mark["backbone"] == {"arch": "pooled", "weights": "none", "run": "A", "step": 30}
+    assert mark["backbone"] == {"arch": "plain", "weights": "none", "run": "A", "step": 30}
     assert mark["note"] == ["x", 1]
 
 

@@ -3,19 +3,19 @@
 import concurrent.futures
 import dataclasses
 import errno
-import functools
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dsad.assembly.backbones import RunBackbone
 from etils import epath
 
+from dsad.assembly.runs import RunBackbone
 from dsad.core import paths
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.types import silent
 from dsad.data import base
 from dsad.data.base import FaultError
 from dsad.data.files import FileSource
@@ -24,23 +24,20 @@ from dsad.evaluation import stamp, stored, support
 from dsad.evaluation.extract import Extractor
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.models.wrappers import Patches
+from tests.backbones import Plain, static
 from tests.data import trees
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["gain"], meta_fields=["power", "description"]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cells:
+class Cells(Plain):
     """Mean colours of 4 × 4 pixels times a weight, and what ISSTAD's network would give."""
 
     gain: jax.Array
-    power: int = 1
-    description: str = "weights"
-    mean, std, arch = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "cells"
+    power: int = static(default=1)
 
-    def __call__(self, images):
+    def maps(self, images):
         b, h, w, c = images.shape
         cells = (images * self.gain).reshape(b, h // 4, 4, w // 4, 4, c).mean((2, 4))
         grey = jnp.abs(images.mean(-1, keepdims=True))
@@ -68,7 +65,7 @@ def seen(monkeypatch):
 
 
 def run(
-    folder, dataset=None, *, backbone=CELLS, detector=None, devices=1, progress=None, seeds=(0,),
+    folder, dataset=None, *, backbone=CELLS, detector=None, devices=1, progress=silent, seeds=(0,),
     shots=0, pooled=False, **config,
 ):  # fmt: skip
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
@@ -205,7 +202,7 @@ def test_whatever_changes_a_value_changes_the_fingerprint():
     class Objective:
         factor: float
 
-        def features(self, params, extra, images):
+        def features(self, params, extra, images, layers=None):
             found = images * params * self.factor + extra
             return {"a": found, "b": 2 * found}
 
@@ -280,7 +277,7 @@ def test_faults_are_found_as_without_a_store(tree, tmp_path):
     run(tmp_path / "store", files(root, lossy=("RGBA",)))
     with pytest.raises(FaultError, match=r"good/000.png: \[K3\]"):
         run(tmp_path / "store", files(root))
-    source = support.Subset(files(root).source("test", "disc"), ["disc/test/good/001.png"])
+    source = support.subset(files(root).source("test", "disc"), ["disc/test/good/001.png"])
     (root / "disc/test/good/001.png").unlink()
     with pytest.raises(FaultError, match=r"good/001.png: \[K8\]"):
         stored.of_file(source, 0)
@@ -364,9 +361,9 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
 
 
 def test_a_subset_offers_no_more_than_its_source(tree):
-    planted = support.Subset(Planted().source("test", "disc"), ["disc/test/good/001.png"])
+    planted = support.subset(Planted().source("test", "disc"), ["disc/test/good/001.png"])
     assert not hasattr(planted, "identity")
     assert stored.of_file(planted, 0) is None
     whole = files(tree).source("test", "disc")
-    part = support.Subset(whole, [whole.records[2].path])
+    part = support.subset(whole, [whole.records[2].path])
     assert part.identity(0) == whole.identity(2) != whole.identity(1)

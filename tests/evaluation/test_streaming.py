@@ -6,8 +6,9 @@ import pytest
 
 from dsad.core.errors import MetricError
 from dsad.evaluation import metrics
-from dsad.evaluation.metrics import STREAMING, bins, ranking, streaming
+from dsad.evaluation.metrics import bins, streaming
 from dsad.evaluation.metrics.spro import Saturation
+from tests.evaluation.test_hosts import Threads
 from tests.evaluation.test_metrics import blobs, score_kinds
 
 PIXELS = {"auroc": "auroc", "ap": "ap", "f1": "f1_max", "pro30": 0.3, "pro05": 0.05}
@@ -74,19 +75,12 @@ def test_passes_reach_the_tolerance_under_increasing_transforms(transform):
     maps = TRANSFORMS[transform](np.clip(plain, -12, 12)).astype(np.float32)
     measured = streaming.measure("regions", PIXELS, maps, masks)
     assert measured.passes <= 4
-    steps = metrics._steps(metrics._pixel_state(maps, masks, regions=True), "")
-    exact = {
-        "auroc": ranking.auroc(steps),
-        "ap": ranking.average_precision(steps),
-        "f1": ranking.f1_max(steps),
-        "pro30": ranking.overlap_area(steps, 0.3),
-        "pro05": ranking.overlap_area(steps, 0.05),
-    }
+    exact = dict(zip(PIXELS, metrics.pixel_metrics(maps, masks, (0.3, 0.05)).values(), strict=True))
     for key, found in measured.found.items():
         assert found.bound <= streaming.TOLERANCE
         assert abs(found.value - exact[key]) <= found.bound, key
     one = streaming.Counts("regions")
-    state = one.update(one.empty(), maps, masks)
+    state = one.add(one.empty(), *streaming.truths("regions", maps, masks))
     for key, found in one.measure(state, PIXELS).items():
         assert abs(found.value - exact[key]) <= found.bound, key
     assert one.refined(state, PIXELS) is not None
@@ -103,7 +97,7 @@ def test_every_kind_of_scores_within_its_bound():
             single = maps.astype(np.float32)
             exact = metrics.pixel_metrics(single, masks, (0.3, 0.05))
             wanted = dict(zip(exact, ["auroc", "ap", "f1_max", 0.3, 0.05], strict=True))
-            state = counts.update(counts.empty(), single, masks)
+            state = counts.add(counts.empty(), *streaming.truths("regions", single, masks))
             for key, found in counts.measure(state, wanted).items():
                 assert abs(found.value - exact[key]) <= found.bound, (kind, key)
             again = streaming.measure("regions", wanted, single, masks, leading=leading)
@@ -151,35 +145,33 @@ def test_sheet_values_by_counting():
     assert metrics.f1_max(flat, mask, method="streaming") == pytest.approx(18 / 209)
 
 
-def test_hosts_refine_together():
+def test_hosts_refine_together(monkeypatch):
     rng = np.random.default_rng(5)
     masks = blobs(rng, 6, 24, 24)
     maps = (100 + 0.1 * (rng.standard_normal(masks.shape) + masks)).astype(np.float32)
-    metric = streaming.Streaming(0.3, "AUPRO", "regions")
     halves = [(maps[::2], masks[::2]), (maps[1::2], masks[1::2])]
-    first = [metric.update(metric.empty(), *half) for half in halves]
-    finer = metric.refined(metric.merge(*first))
-    assert finer is not None
-    second = metric.merge(*(metric.update(finer, *half) for half in halves))
-    assert metric.bounded(metric.merge(*first)).bound > streaming.TOLERANCE
-    assert metric.bounded(second).bound <= streaming.TOLERANCE
-    assert metric.compute(second) == pytest.approx(metrics.aupro(maps, masks), abs=1e-5)
-    assert metric.refined(second) is None
-    with pytest.raises(MetricError, match="of one pass"):
-        metric.merge(first[0], second)
+
+    def measured(index, hosts):
+        return streaming.measure("regions", {"value": 0.3}, *halves[index], hosts=hosts)
+
+    for result in Threads(monkeypatch, 2)(measured):
+        value, bound, _ = result.found["value"]
+        assert result.passes == 2
+        assert bound <= streaming.TOLERANCE
+        assert value == pytest.approx(metrics.aupro(maps, masks), abs=bound)
 
 
-@pytest.mark.parametrize("key", ["spro_05", "aupro_30"])
-def test_memory_does_not_depend_on_the_images(key):
+@pytest.mark.parametrize("unit", ["channels", "regions"])
+def test_memory_does_not_depend_on_the_images(unit):
     rng = np.random.default_rng(6)
-    metric = STREAMING[key]
+    counts = streaming.Counts(unit)
     masks = blobs(rng, 4, 16, 16)
-    truth = masks[:, None] if key.startswith("spro") else masks
     maps = rng.standard_normal(masks.shape).astype(np.float32)
-    state = metric.update(metric.empty(), maps, truth)
+    images = streaming.truths(unit, maps, masks[:, None] if unit == "channels" else masks)
+    state = counts.add(counts.empty(), *images)
     size = sum(a.nbytes for a in state.values())
     for _ in range(5):
-        state = metric.update(state, maps, truth)
+        state = counts.add(state, *images)
     assert sum(a.nbytes for a in state.values()) == size
     assert state["normal"].sum() + state["defect"].sum() == 6 * maps.size
 

@@ -13,6 +13,7 @@ from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Scores
 from dsad.evaluation import geometry, scoring, stamp, support
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
+from tests.backbones import Plain
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
 PATHS = [f"c/train/good/{i:03d}.png" for i in range(40)]
@@ -86,10 +87,10 @@ def test_a_model_sees_its_support_set_and_nothing_else():
     seen = {}
 
     class Watching(Distance):
-        def fit(self, source, *, mesh, key, trained=None):
+        def fit(self, source, **given):
             rows = [(b.category, int(i)) for b in source for i in b.index[b.valid]]
             seen[len(seen)] = rows
-            return super().fit(source, mesh=mesh, key=key)
+            return super().fit(source, **given)
 
     results = run(Planted(categories=("a", "b")), Watching(), shots=2, seeds=(0, 5))
     assert [rows[0][0] for rows in seen.values()] == ["a", "a", "b", "b"]
@@ -168,9 +169,9 @@ def test_a_detector_draws_by_seed_and_seed_0_is_the_plain_key():
     keys = {}
 
     class Keyed(Distance):
-        def fit(self, source, *, mesh, key, trained=None):
+        def fit(self, source, *, key, **given):
             keys.setdefault("used", []).append(tuple(stamp.key_data(key)))
-            return super().fit(source, mesh=mesh, key=key)
+            return super().fit(source, key=key, **given)
 
     run(detector=Keyed(), seeds=(0, 1))
     run(detector=Keyed())
@@ -195,7 +196,7 @@ def test_one_program_scores_categories_of_unequal_size():
     traced = []
 
     class Counting(Distance):
-        def score(self, state, features):
+        def score(self, state, features, *, mesh=None):
             traced.append(1)
             return super().score(state, features)
 
@@ -210,9 +211,9 @@ def test_one_model_for_all_categories(devices):
     fits = []
 
     class Watching(Distance):
-        def fit(self, source, *, mesh, key, trained=None):
+        def fit(self, source, **given):
             fits.append([(b.category, b.index[b.valid].tolist()) for b in source])
-            return super().fit(source, mesh=mesh, key=key)
+            return super().fit(source, **given)
 
     dataset = Unequal(categories=("a", "b"), strength=9)
     results = run(dataset, Watching(), mesh=make_mesh(MeshConfig(), devices), pooled=True)
@@ -240,22 +241,20 @@ def test_one_model_for_all_categories(devices):
 def test_one_backbone_per_category_shares_a_program():
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass(frozen=True)
-    class Weighted:
+    class Weighted(Plain):
         weight: jax.Array
-        description: str = dataclasses.field(metadata={"static": True}, default="")
-        mean = std = (0.5, 0.5, 0.5)
 
-        def __call__(self, images):
-            traced.append(1)
+        def maps(self, images):
+            traced.append(self.layers)
             maps = Pooled()(images)
             return {n: m * self.weight for n, m in maps.items()}
 
     traced = []
     weights = {"a": 1.0, "b": 2.0}
     dataset = Planted(categories=("a", "b"), strength=9)
-    made = run(dataset, backbone_of=lambda c: Weighted(jnp.float32(weights[c]), f"run of {c}"))
-    assert len(traced) == 1
-    assert made.stamp["backbone"]["per_category"]["b"]["weights"] == "run of b"
+    made = run(dataset, backbone_of=lambda c: Weighted(jnp.float32(weights[c]), description=c))
+    assert traced.count(("colour",)) == 1
+    assert made.stamp["backbone"]["per_category"]["b"]["weights"] == "b"
     for c in "ab":
         own = run(dataset, backbone=Weighted(jnp.float32(weights[c])), categories=[c])
         assert made.images[c] == own.images[c]
@@ -263,7 +262,7 @@ def test_one_backbone_per_category_shares_a_program():
         run(dataset, backbone_of=lambda c: None, pooled=True)
 
 
-def test_a_score_that_takes_the_mesh_gets_it(devices):
+def test_a_score_gets_a_mesh_of_several_devices(devices):
     seen = []
 
     class Meshed(Distance):

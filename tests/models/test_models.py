@@ -185,7 +185,7 @@ def test_initialisation_is_the_published_one():
 
 
 def test_imagenet_weights_load_and_layer4_is_refused():
-    from dsad.core.types import FeatureBatch
+    from dsad.core.types import FeatureBatch, silent
     from dsad.detectors import knn
 
     path = real_data("weights", "resnet18_in1k_folded_l1l3_fp16.npz")
@@ -197,7 +197,7 @@ def test_imagenet_weights_load_and_layer4_is_refused():
     detector = knn.build(knn.Config(layers=("layer3", "layer4")))
     batch = FeatureBatch(maps, np.ones(2, bool), "x", np.arange(2))
     with pytest.raises(ConfigError, match=r"layer4.*layer1, layer2, layer3"):
-        detector.fit([batch], mesh=None, key=jax.random.key(0))
+        detector.fit([batch], mesh=None, key=jax.random.key(0), progress=silent)
 
 
 def test_golden_features():

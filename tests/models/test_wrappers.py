@@ -7,7 +7,7 @@ import pytest
 from dsad import models
 from dsad.assembly import backbones, evaluate
 from dsad.core.errors import ConfigError
-from dsad.core.types import BackboneWrapper
+from dsad.core.types import Backbone, BackboneWrapper
 from dsad.models import wrappers
 from dsad.terminal import flags
 
@@ -43,6 +43,9 @@ def test_a_wrapper_shows_its_encoder(patches):
     assert (patches.mean, patches.std) == (patches.encoder.mean, patches.encoder.std)
     assert patches.arch == "patches:32/8:resnet18"
     assert patches.description == "random, seed 3"
+    assert patches.image_size is None  # patches fill an image of any side
+    assert patches.only(("layer1",)).layers == ("layer1",)
+    assert isinstance(patches.encoder, Backbone)
     assert jax.tree.structure(patches).num_leaves == len(jax.tree.leaves(patches.encoder))
 
 

@@ -11,7 +11,7 @@ import optax
 
 from dsad.core.mesh import place_batch, replicated
 from dsad.core.tree import flatten, path_name
-from dsad.train.state import TrainState
+from dsad.train.state import TrainState, abstract_state
 from dsad.train.step import make_step
 from tests.contracts.objectives import common
 from tests.contracts.objectives.common import batch
@@ -63,7 +63,7 @@ def drawn(objective):
         fan_in = math.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[max(leaf.ndim - 2, 0)]
         return noise / math.sqrt(fan_in)
 
-    shapes = jax.eval_shape(lambda: common.init(objective, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
     return jax.tree.map_with_path(draw, shapes)
 
 
@@ -71,7 +71,7 @@ def parts(name, mesh, min_size=MIN_SIZE, accumulate=1, rules=()):
     """Step and abstract state of an objective on a mesh."""
     objective, params, extra = recorded(name)
     tx = keep_gradients()
-    abstract = common.abstract_state(objective, tx, mesh, min_size, rules)
+    abstract = abstract_state(objective, tx, mesh, min_size, rules)
     step = make_step(
         objective, tx, lambda n: jnp.float32(0), abstract, mesh=mesh, seed=5, accumulate=accumulate
     )
@@ -85,7 +85,7 @@ def one_step(name, mesh, min_size=MIN_SIZE, accumulate=1, rows=slice(None)):
     """Run it from the same state and batch; ``rows`` of the batch are this process's."""
     step, abstract, values = parts(name, mesh, min_size, accumulate)
     state = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), values, abstract)
-    inputs = place_batch(jax.tree.map(lambda x: x[rows], batch()), mesh)
+    inputs = place_batch(jax.tree.map(lambda x: x[rows], batch(name)), mesh)
     state, scalars = step.lower(state, inputs, None).compile(QUICK)(state, inputs, None)
     out = {"grads": state.opt_state["kept"], "extra": state.extra, "scalars": scalars}
     # Every process needs a whole copy to bring it to its host.

@@ -13,7 +13,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.tree import flatten
 from dsad.launch_local import free_port
-from tests.contracts.objectives.common import cases, couples_batch
+from tests.contracts.objectives.common import cases
 from tests.helpers import ROOT, alone
 from tests.train.equality import Found, assert_equal, one_step, parts, recorded
 
@@ -89,7 +89,7 @@ def test_two_processes_of_two_devices_are_one_of_four(name, tmp_path):
 @pytest.mark.parametrize("name", cases())
 def test_accumulation_is_exact_or_refused(name):
     mesh = mesh_of(2)
-    if couples_batch(recorded(name)[0]):
+    if recorded(name)[0].traits.couples_batch:
         with pytest.raises(ConfigError, match=r"config\.accumulate=4"):
             parts(name, mesh, accumulate=4)
     else:

@@ -32,7 +32,7 @@ def moved(name, devices, split):
         dims = (PER_DEVICE * devices, *x.shape[1:])
         return jax.ShapeDtypeStruct(dims, x.dtype, sharding=batch_sharding(mesh))
 
-    compiled = step.lower(abstract, jax.tree.map(shape, batch()), None).compile(QUICK)
+    compiled = step.lower(abstract, jax.tree.map(shape, batch(name)), None).compile(QUICK)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
     return collectives(compiled.as_text()), size
 

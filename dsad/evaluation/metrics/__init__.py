@@ -1,4 +1,4 @@
-"""Image and pixel metrics of anomaly localization, and the exact ones as mergeable states.
+"""Image and pixel metrics of anomaly localization.
 
 Definitions: AUROC is the area of TPR over FPR with ties counted one half; AP is the sum over
 distinct scores of (recall gained) · (precision there), not a trapezoid; F1-max is the largest F1
@@ -15,10 +15,9 @@ their leading bits in memory that does not grow with the images, and counts agai
 error bound is at most ``streaming.TOLERANCE`` (``streaming.measure`` also returns the bounds).
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,8 +27,6 @@ from dsad.evaluation.metrics import bounds, inputs, ranking, streaming
 from dsad.evaluation.metrics.inputs import region_sizes as region_sizes
 from dsad.evaluation.metrics.spro import FULL, Saturation, units
 
-#: A metric's state: a dict of arrays that hosts exchange and concatenate.
-State = dict[str, np.ndarray]
 Method = Literal["exact", "streaming"]
 
 
@@ -132,7 +129,7 @@ def pixel_metrics(
     else:
         if hosts.several:
             raise MetricError(f"{', '.join(wanted)}: sorting takes all maps in one process.")
-        steps = _steps(_pixel_state(maps, masks, regions=True), "pixel metrics")
+        steps = _sorted("regions", "pixel metrics", maps, masks)
         made = {name: bounds.exact(what)(steps) for name, what in wanted.items()}
     if curve_points > 0:
         made["curves"] = ranking.curves(steps, limits[0], curve_points)
@@ -143,7 +140,7 @@ def _value(what: bounds.What, name: str, unit: str, method: Method, *arguments: 
     if _streams(method):
         measured = streaming.measure(unit, {"value": what}, *arguments, name=name)
         return measured.found["value"].value
-    return bounds.exact(what)(_steps(_STATES[unit](*arguments), name))
+    return bounds.exact(what)(_sorted(unit, name, *arguments))
 
 
 def _streams(method: str) -> bool:
@@ -152,137 +149,73 @@ def _streams(method: str) -> bool:
     return method == "streaming"
 
 
-# The mergeable form: states hold every score, so merging is concatenation and any order of
-# updates and merges gives the same value.
+# --- by sorting -----------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Exact:
-    """One metric over images, pixels, regions or channels (``unit``) as a mergeable state.
+class _Split(NamedTuple):
+    """All scores by class; for overlaps the pixels of each defect pixel's region, and their count.
 
-    ``what`` is "auroc", "ap", "f1_max", or the FPR limit of an overlap. States are arrays: all
-    scores by class; for overlaps ``size``, the pixels of each defect pixel's region (S of its
-    channel), and ``regions``, the region count of each update.
+    Of channels the size is S, the pixels that earn full credit.
     """
 
-    what: bounds.What
-    name: str
-    unit: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.what, str):
-            inputs.check_limit(self.what)
-
-    def empty(self) -> State:
-        """Nothing seen."""
-        if self.unit == "images":
-            return {"scores": np.zeros(0, np.float32), "labels": np.zeros(0, bool)}
-        return _empty_pixels(np.dtype(np.float32), self.unit != "pixels")
-
-    def update(self, state: State, scores: Any, truth: Any, /, *more: Any) -> State:
-        """Add image scores and labels (n,), maps and masks, or maps, channels and saturation.
-
-        Whole images only: regions are found within each mask.
-        """
-        return self.merge(state, _STATES[self.unit](scores, truth, *more))
-
-    def merge(self, left: State, right: State, /) -> State:
-        """The state of both parts together."""
-        return {name: np.concatenate([left[name], right[name]]) for name in left}
-
-    def compute(self, state: State, /) -> float:
-        """The value over everything merged."""
-        return bounds.exact(self.what)(_steps(state, self.name))
+    normal: np.ndarray
+    defect: np.ndarray
+    size: np.ndarray | None = None
+    regions: int = 0
 
 
-def _image_state(scores: Any, labels: Any) -> State:
+def _images(scores: Any, labels: Any) -> _Split:
     values, truth = inputs.labelled(scores, labels)
-    return {"scores": values, "labels": truth}
+    return _Split(values[~truth], values[truth])
 
 
-def _empty_pixels(dtype: np.dtype, regions: bool, normal: int = 0, defect: int = 0) -> State:
-    state = {"normal": np.empty(normal, dtype), "defect": np.empty(defect, dtype)}
-    if regions:
-        state |= {"size": np.empty(defect, np.uint32), "regions": np.zeros(0, np.int64)}
-    return state
-
-
-def _pixel_state(maps: Any, masks: Any, *, regions: bool) -> State:
+def _pixels(maps: Any, masks: Any, *, regions: bool) -> _Split:
     """Scores split by class into arrays of their final size: one pass, no second copy."""
     scores, truth = inputs.maps_and_masks(maps, masks)
     defects = [int(np.count_nonzero(mask)) for mask in truth]
     pixels = sum(mask.size for mask in truth)
     dtype = np.result_type(np.float32, *{score.dtype for score in scores})
-    state = _empty_pixels(dtype, regions, pixels - sum(defects), sum(defects))
-    found, at, on = 0, 0, 0
-    for score, mask, count in zip(scores, truth, defects, strict=True):
-        if count == 0:
-            state["normal"][at : at + score.size] = score.ravel()
+    normal, defect = np.empty(pixels - sum(defects), dtype), np.empty(sum(defects), dtype)
+    size = np.empty(sum(defects), np.uint32) if regions else None
+    count, at, on = 0, 0, 0
+    for score, mask, marked in zip(scores, truth, defects, strict=True):
+        if marked == 0:
+            normal[at : at + score.size] = score.ravel()
             at += score.size
             continue
-        state["normal"][at : at + score.size - count] = score[~mask]
-        state["defect"][on : on + count] = score[mask]
-        if regions:
-            state["size"][on : on + count], new = inputs.region_sizes(mask)
-            found += new
-        at, on = at + score.size - count, on + count
-    if regions:
-        state["regions"] = np.array([found], np.int64)
-    return state
+        normal[at : at + score.size - marked] = score[~mask]
+        defect[on : on + marked] = score[mask]
+        if size is not None:
+            size[on : on + marked], new = inputs.region_sizes(mask)
+            count += new
+        at, on = at + score.size - marked, on + marked
+    return _Split(normal, defect, size, count)
 
 
-def _channel_state(maps: Any, channels: Any, saturation: Any = FULL) -> State:
+def _channels(maps: Any, channels: Any, saturation: Any = FULL) -> _Split:
     scores = inputs.scored(maps)
-    normal, defect, size, count = [], [], [], 0
-    for score, own in zip(scores, units(scores, channels, saturation), strict=True):
-        top, sizes = own.positives(score.ravel())
-        normal.append(np.delete(score.ravel(), own.union))
+    dtype = np.result_type(np.float32, *{score.dtype for score in scores})
+    normal, defect, size = [np.zeros(0, dtype)], [np.zeros(0, dtype)], [np.zeros(0, np.uint32)]
+    count = 0
+    for score, truth in zip(scores, units(scores, channels, saturation), strict=True):
+        top, sizes = truth.positives(score.ravel())
+        normal.append(np.delete(score.ravel(), truth.union))
         defect.append(top)
         size.append(sizes)
-        count += own.groups
-    dtype = np.result_type(np.float32, *{score.dtype for score in scores})
-    return {
-        "normal": np.concatenate([np.zeros(0, dtype), *normal]),
-        "defect": np.concatenate([np.zeros(0, dtype), *defect]),
-        "size": np.concatenate([np.zeros(0, np.uint32), *size]),
-        "regions": np.array([count], np.int64),
-    }
+        count += truth.groups
+    return _Split(np.concatenate(normal), np.concatenate(defect), np.concatenate(size), count)
 
 
-_STATES: dict[str, Callable[..., State]] = {
-    "images": _image_state,
-    "pixels": functools.partial(_pixel_state, regions=False),
-    "regions": functools.partial(_pixel_state, regions=True),
-    "channels": _channel_state,
+_SPLIT: dict[str, Callable[..., _Split]] = {
+    "images": _images,
+    "pixels": functools.partial(_pixels, regions=False),
+    "regions": functools.partial(_pixels, regions=True),
+    "channels": _channels,
 }
 
 
-def _steps(state: State, name: str) -> ranking.Steps:
-    if "labels" in state:
-        scores, labels = state["scores"], state["labels"]
-        normal, defect, unit = scores[~labels], scores[labels], "images"
-    else:
-        normal, defect, unit = state["normal"], state["defect"], "pixels"
-    inputs.check_classes(normal.size, defect.size, name, unit)
-    if "size" not in state:
-        return ranking.rank(normal, defect)
-    return ranking.rank(normal, defect, state["size"], int(state["regions"].sum()))
-
-
-#: Result keys to exact metrics; each takes scores and truth of its unit.
-METRICS: dict[str, Exact] = {
-    "image_auroc": Exact("auroc", "image AUROC", "images"),
-    "image_ap": Exact("ap", "image AP", "images"),
-    "image_f1_max": Exact("f1_max", "image F1-max", "images"),
-    "pixel_auroc": Exact("auroc", "pixel AUROC", "pixels"),
-    "pixel_ap": Exact("ap", "pixel AP", "pixels"),
-    "pixel_f1_max": Exact("f1_max", "pixel F1-max", "pixels"),
-    "aupro_30": Exact(0.3, "AUPRO", "regions"),
-    "aupro_05": Exact(0.05, "AUPRO", "regions"),
-    "spro_05": Exact(0.05, "sPRO", "channels"),
-}
-#: The same by counting.
-STREAMING: dict[str, streaming.Streaming] = {
-    key: streaming.Streaming(metric.what, metric.name, metric.unit)
-    for key, metric in METRICS.items()
-}
+def _sorted(unit: str, name: str, *arguments: Any) -> ranking.Steps:
+    split = _SPLIT[unit](*arguments)
+    what = "images" if unit == "images" else "pixels"
+    inputs.check_classes(split.normal.size, split.defect.size, name, what)
+    return ranking.rank(*split)

@@ -12,7 +12,6 @@ Defect pixels, a few percent, are counted and weighed on the host in float64.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -111,7 +110,7 @@ def _single(values: Any, what: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Counts of images, pixels, regions or channels (``unit``) as a mergeable state.
+    """Counts of images, pixels, regions or channels (``unit``), whose states add up.
 
     States are arrays: per slot, in the order of the raw bits, all scores but those of defects
     (``normal``), positives (``defect``) int64 and the sum of 1 / size over these (``weight``)
@@ -136,11 +135,6 @@ class Counts:
             "regions": np.zeros(1, np.int64),
             "extra": extra,
         }
-
-    def update(self, state: State, scores: Any, truth: Any, /, *more: Any) -> State:
-        """Add image scores and labels (n,), maps and masks, or maps, channels and saturation."""
-        copy = {name: array.copy() for name, array in state.items()}
-        return self.add(copy, *truths(self.unit, scores, truth, *more))
 
     def add(
         self,
@@ -172,15 +166,6 @@ class Counts:
             state["weight"] += np.bincount(slots, weights, minlength=layout.slots)
         state["regions"] += sum(t.groups for _, t in marked)
         return state
-
-    def merge(self, left: State, right: State, /) -> State:
-        """The counts of both parts; MetricError if they are of different passes."""
-        if not np.array_equal(left["extra"], right["extra"]):
-            raise MetricError(
-                "streaming counts: expected two states of one pass, found differently split bins. "
-                "Refine the merged state of the first pass, and count again on every host."
-            )
-        return {name: left[name] if name == "extra" else left[name] + right[name] for name in left}
 
     def steps(self, state: State, name: str) -> tuple[ranking.Steps, np.ndarray, np.ndarray]:
         """Curves over the slots with positives, from the highest down; their leading bins, settled.
@@ -220,10 +205,14 @@ class Counts:
         return {key: bounds.bounded(what, steps, settled) for key, what in wanted.items()}
 
     def refined(
-        self, state: State, wanted: Mapping[str, bounds.What], tolerance: float = TOLERANCE
+        self,
+        state: State,
+        wanted: Mapping[str, bounds.What],
+        tolerance: float = TOLERANCE,
+        name: str = "metrics",
     ) -> State | None:
         """An empty state for another pass, or None if every bound is at most ``tolerance``."""
-        steps, leading, settled = self.steps(state, "metrics")
+        steps, leading, settled = self.steps(state, name)
         extra = state["extra"].astype(np.float64)
         again = bool(extra.any())
         planned = extra.copy()
@@ -325,48 +314,6 @@ def passes(
         return {n: x if n == "extra" else hosts.total(x) for n, x in own.items()}
 
     state, done = counted(counts.empty()), 1
-    steps, _, settled = counts.steps(state, name)
-    while (finer := counts.refined(state, wanted, tolerance)) is not None:
+    while (finer := counts.refined(state, wanted, tolerance, name)) is not None:
         state, done = counted(finer), done + 1
-        steps, _, settled = counts.steps(state, name)
-    found = {key: bounds.bounded(what, steps, settled) for key, what in wanted.items()}
-    return Measured(found, steps, done)
-
-
-@dataclasses.dataclass(frozen=True)
-class Streaming:
-    """One metric over counts as a mergeable state; see ``Counts`` for its states."""
-
-    what: bounds.What
-    name: str
-    unit: str
-    leading: int = LEADING
-
-    @functools.cached_property
-    def counts(self) -> Counts:
-        """What is counted."""
-        return Counts(self.unit, self.leading)
-
-    def empty(self) -> State:
-        """Nothing counted."""
-        return self.counts.empty()
-
-    def update(self, state: State, scores: Any, truth: Any, /, *more: Any) -> State:
-        """See ``Counts.update``."""
-        return self.counts.update(state, scores, truth, *more)
-
-    def merge(self, left: State, right: State, /) -> State:
-        """See ``Counts.merge``."""
-        return self.counts.merge(left, right)
-
-    def compute(self, state: State, /) -> float:
-        """The value, at most ``bound`` away from the exact one."""
-        return self.bounded(state).value
-
-    def bounded(self, state: State, /) -> Bounded:
-        """The value with the bound of its error."""
-        return self.counts.measure(state, {"value": self.what}, self.name)["value"]
-
-    def refined(self, state: State, /, tolerance: float = TOLERANCE) -> State | None:
-        """An empty state to count the same maps into again, or None: the bound is small enough."""
-        return self.counts.refined(state, {"value": self.what}, tolerance)
+    return Measured(counts.measure(state, wanted, name), counts.steps(state, name)[0], done)

@@ -1,13 +1,4 @@
-"""Further pictures of the gallery's cases, by a detector that can show more than its map.
-
-Such a detector offers, beside what every detector does:
-
-* ``panels(features)``: {name: (b, h, w) values or (b, h, w, 3) pixels in [0, 1]} of a batch, pure
-  and jittable;
-* ``panel_layers``: the feature maps that it needs for them;
-* ``panel_tops`` (optional): {name: value} at which the colours of a panel of values end. For the
-  others it is the 99.9th percentile over the cases of a category. Colours begin at 0.
-"""
+"""Further pictures of the gallery's cases, by a detector that ``HasPanels``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,11 +6,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from dsad.core.types import Source
+from dsad.core.types import Detector, HasPanels, Source
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.report import gallery
 from dsad.evaluation.scoring import Device, batches
-from dsad.evaluation.support import Subset
+from dsad.evaluation.support import subset
 
 #: Keys of the scales, before the name of a panel: a value of the detector's, or of the cases.
 FIXED, SHOWN = "panel_top/", "panel_p99_9/"
@@ -27,7 +18,7 @@ FIXED, SHOWN = "panel_top/", "panel_p99_9/"
 
 def pictures(
     device: Device,
-    detector: Any,
+    detector: Detector,
     config: EvalConfig,
     category: str,
     source: Source,
@@ -40,11 +31,11 @@ def pictures(
     scale and what lies above it; and these tops, under ``FIXED`` or ``SHOWN`` and the name.
     """
     numbers = sorted({n for section in cases.values() for n in section})
-    if not hasattr(detector, "panels"):
+    if not isinstance(detector, HasPanels):
         return {}, {}
     found: dict[str, list[np.ndarray]] = {}
     shapes: dict[int, tuple[int, int]] = {}  # of this process's images
-    shown = Subset(source, [source.records[n].path for n in numbers])
+    shown = subset(source, [source.records[n].path for n in numbers])
     for host in batches(shown, config, device.mesh, device.batch, device.panel_store):
         for name, values in device.panels(host).items():
             found.setdefault(name, []).extend(values[: int(host.valid.sum())])
@@ -56,9 +47,9 @@ def pictures(
     for name, values in sorted(found.items(), key=lambda item: (-item[1][0].ndim, item[0])):
         top = 1.0
         if values[0].ndim == 2:
-            own = getattr(detector, "panel_tops", {}).get(name)
-            top = float(np.quantile(np.stack(values), 0.999)) if own is None else own
-            tops[f"{SHOWN if own is None else FIXED}{name}"] = top
+            fixed = detector.panel_tops.get(name)
+            top = float(np.quantile(np.stack(values), 0.999)) if fixed is None else fixed
+            tops[f"{SHOWN if fixed is None else FIXED}{name}"] = top
         for number, size, value in zip(numbers, sizes, values, strict=True):
             arrays[f"panel/{name}/{category}/{number}"] = _picture(value / (top or 1.0), size)
     return arrays, tops

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
-from dsad.core.types import FeatureBatch
+from dsad.core.types import FeatureBatch, silent
 
 KEY = jax.random.key(0)
+#: How a detector is fitted on one device.
+ALONE = {"mesh": None, "key": KEY, "progress": silent}
 
 
 def maps_of(seed, count, shift=0.0):

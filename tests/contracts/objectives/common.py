@@ -12,8 +12,12 @@ import jax
 import numpy as np
 
 from dsad.augment.views import ViewConfig
+from dsad.core import batch as batches
 from dsad.core import config as core_config
-from dsad.core.types import RunInfo, Specs
+from dsad.core.batch import BatchSpec
+from dsad.core.types import PerSample, Record, RunInfo
+from dsad.data import facts as image_facts
+from dsad.data.companions import CompanionDraws
 from dsad.models.decoder import DecoderConfig
 from dsad.objectives import mae
 from dsad.train import state
@@ -21,7 +25,6 @@ from tests import seams
 
 BATCH, CANVAS, SIDE = 8, 40, 32
 RUN = RunInfo(total_steps=30, batch_size=BATCH, samples=BATCH, classes=2)
-SPECS = Specs(batch_size=BATCH, canvas=CANVAS)
 VIEW = ViewConfig(side=SIDE, area=(0.3, 1.0))
 ENCODER = mae.EncoderConfig(arch="mae_vit_tiny_patch16", width=48, depth=2, heads=4, patch=8)
 DECODER = DecoderConfig(width=32, depth=2, heads=4)
@@ -41,6 +44,7 @@ class Case:
         under names that start with "chosen".
       collectives: kinds allowed in a step of whole parameters; none are asserted by default.
       summed: share of the gradients' bytes that such a step may sum in addition.
+      own: public methods that are no part of a seam, for its own tests and benches.
       long_compile: compared with other meshes in the slow run only.
 
     """
@@ -53,6 +57,7 @@ class Case:
     recorded: Callable[[Any, RunInfo], Any] | None = None
     collectives: frozenset[str] | None = None
     summed: float = 0.0
+    own: tuple[str, ...] = ()
     long_compile: bool = False
 
 
@@ -87,46 +92,81 @@ def build(name, quick=False, recorded=False):
     return ((recorded and case.recorded) or module.build)(config, RUN)
 
 
-def init(objective, key):
-    """Parameters and extra."""
-    return objective.init(key, SPECS)
-
-
-def abstract_state(objective, tx, mesh, min_size, rules=()):
-    return state.abstract_state(objective, tx, SPECS, mesh, min_size, rules)
-
-
 def initial_state(objective, tx, abstract):
-    return state.initial_state(objective, tx, SPECS, abstract, seed=0)
+    return state.initial_state(objective, tx, abstract, seed=0)
 
 
-def couples_batch(objective):
-    """Whether the gradient of a batch is not the mean of those of its parts."""
-    return getattr(objective, "couples_batch", False)
+#: Two categories, of each two normal and two anomalous images; the last has no annotation.
+RECORDS = [
+    Record(path=f"{i}.png", category="ab"[i % 2], label=i // 4, kind=("good", "bad")[i // 4])
+    for i in range(BATCH)
+]
 
 
-def batch(epoch=0):
-    """Eight smooth images on the host, each a canvas of which the left 32 columns are filled."""
+@functools.cache
+def spec(name):
+    """What the batches of an objective hold."""
+    objective = build(name)
+    needs = objective.traits.needs
+    plain = BatchSpec(canvas=CANVAS, needs=needs, facts=image_facts.fields(needs.facts))
+    if not isinstance(objective, PerSample):
+        return plain
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    features = jax.eval_shape(objective.per_sample, *shapes, batches.shapes(plain.whole, BATCH))
+    return dataclasses.replace(plain, features=batches.fields_of(features))
+
+
+@functools.cache
+def samples():
+    """Eight smooth images, each a canvas of which the left 32 columns are filled, by field."""
     g = np.random.default_rng(1)
     coarse = g.uniform(0, 255, (BATCH, 10, 10, 3))
+    number = [np.arange(BATCH) % 2, np.arange(BATCH) // 4, np.arange(BATCH) % 2]
+    mask = np.zeros((BATCH, CANVAS, CANVAS), np.uint8)
+    mask[4:-1, 8:24, 8:16] = 1
+    box = np.tile(np.array([[100, 50, 700, 900]], np.int32), (BATCH, 1))
     return {
         "image": coarse.repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8),
         "size": np.tile(np.array([[CANVAS, 32]], np.int32), (BATCH, 1)),
-        "index": np.arange(BATCH, dtype=np.int32),
-        "epoch": np.full(BATCH, epoch, np.int32),
-        "category": np.zeros(BATCH, np.int32),
+        **dict(zip(("category", "label", "group"), np.asarray(number, np.int32), strict=True)),
+        "mask": mask,
+        "masked": np.array([1] * (BATCH - 1) + [0], np.int32),
         "facts": {
             "original_size": np.tile(np.array([[1000, 800]], np.int32), (BATCH, 1)),
-            "foreground_box": np.tile(np.array([[100, 50, 700, 900]], np.int32), (BATCH, 1)),
+            "foreground_box": box,
+            "foreground_box_published": box,
         },
     }
+
+
+@functools.cache
+def batch(name, epoch=0):
+    """All samples as the batch of an objective, on the host."""
+    wanted = spec(name)
+    stored = dict(samples())
+    if wanted.needs.mask:  # defects can be seen
+        stored["image"] = np.where(stored["mask"][..., None], 255, stored["image"]).astype(np.uint8)
+    stored["facts"] = {fact: stored["facts"][fact] for fact in wanted.facts}
+    drawn = {"index": np.arange(BATCH, dtype=np.int32), "epoch": np.full(BATCH, epoch, np.int32)}
+    if wanted.needs.companions:
+        draws = CompanionDraws(RECORDS, wanted.needs.companions, seed=0)
+        drawn["references"] = draws(drawn["index"], drawn["epoch"])
+
+    def rows(index, names):
+        return jax.tree.map(lambda a: a[index], {n: stored[n] for n in names})
+
+    if wanted.features:
+        objective, params, extra = perturbed(name)
+        plain = dataclasses.replace(wanted, features={}).complete(drawn, rows)
+        stored["features"] = jax.device_get(objective.per_sample(params, extra, plain))
+    return wanted.complete(drawn, rows)
 
 
 @functools.cache
 def perturbed(name):
     """The objective with perturbed parameters: fresh ones hide gradients behind zero scales."""
     objective = build(name)
-    params, extra = jax.jit(lambda k: init(objective, k))(jax.random.key(0))
+    params, extra = jax.jit(objective.init)(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(9), len(leaves))
     noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]

@@ -13,5 +13,6 @@ CASE = Case(
     collectives=frozenset({"all-reduce"}),
     # The one classifier is summed for each of the two blocks that it stands behind.
     summed=0.12,
+    own=("encode",),
     long_compile=True,
 )

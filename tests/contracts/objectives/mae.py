@@ -11,4 +11,5 @@ CASE = Case(
     },
     collectives=frozenset({"all-reduce"}),
     summed=0.01,
+    own=("encode", "decode"),
 )

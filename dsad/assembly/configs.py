@@ -1,0 +1,71 @@
+"""What config files share: the words after their colon, and sizes for a run of seconds."""
+
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from dsad.core.config import listed, suggestion
+from dsad.core.errors import ConfigError
+
+#: Changes a config in place.
+Variant = Callable[[Any], None]
+
+
+def apply_variants(
+    config: Any,
+    words: str,
+    variants: Mapping[str, Variant],
+    file: str,
+    others: Callable[[Any, list[str]], None] | None = None,
+) -> Any:
+    """The config, changed by the words of ``--config=FILE:WORD,WORD``.
+
+    Args:
+      config: what the file has without variants.
+      words: the text after the colon.
+      variants: by name; applied in this order, whatever that of the words.
+      file: ``__file__`` of the config file, for messages.
+      others: changes the config by the words that are no variants, before the variants do.
+
+    Raises:
+      ConfigError: for such words without ``others``.
+
+    """
+    chosen = [word.strip() for word in words.split(",") if word.strip()]
+    rest = [word for word in chosen if word not in variants]
+    if others:
+        others(config, rest)
+    elif rest:
+        raise unknown_word(file, rest[0], variants)
+    for name, change in variants.items():
+        if name in chosen:
+            change(config)
+    return config
+
+
+def unknown_word(file: str, word: str, known: Iterable[str], kind: str = "variant") -> ConfigError:
+    """The error for a word after the colon that the config file does not know."""
+    path, known = pathlib.Path(file), tuple(known)
+    return ConfigError(
+        f"{path.parent.name}/{path.name} has no {kind} {word!r}.{suggestion(word, known)} "
+        f"It has: {listed(known)}."
+    )
+
+
+def smoke_training(config: Any) -> None:
+    """Four steps on a few small synthetic images; the network's size is left to the method."""
+    config.data.name = "synthetic"
+    config.data.synthetic.update(size=64, train=8)
+    config.data.canvas = 64
+    config.batch_size = 8
+    config.steps = 4
+    config.log_every = 1
+
+
+def smoke_evaluation(config: Any) -> None:
+    """A few small synthetic images of one category, for a random network."""
+    config.data.name = "synthetic"
+    config.data.categories = ("tiles",)
+    config.data.synthetic.update(size=64, train=4, good=2, bad=1)
+    config.evaluation.image_size = 64
+    config.evaluation.batch_size = 8

@@ -1,0 +1,107 @@
+"""The words after a config's colon, and a run of seconds of every shipped config."""
+
+import json
+
+import jax
+import ml_collections
+import pytest
+
+from dsad.assembly.configs import apply_variants
+from dsad.cli import main
+from dsad.core.errors import ConfigError
+from dsad.terminal import flags
+
+VARIANTS = {
+    "first": lambda config: config.update(order=(*config.order, 1)),
+    "second": lambda config: config.update(order=(*config.order, 2)),
+}
+
+
+def applied(words, others=None):
+    config = ml_collections.ConfigDict({"order": ()}).lock()
+    assert apply_variants(config, words, VARIANTS, "/somewhere/mine/new.py", others) is config
+    return config.order
+
+
+@pytest.mark.parametrize(
+    ("words", "order"),
+    [("", ()), (",", ()), ("second", (2,)), ("first,second", (1, 2)), ("second, first", (1, 2)),
+     ("first,first", (1,))],
+)  # fmt: skip
+def test_variants_are_applied_in_their_own_order(words, order):
+    assert applied(words) == order
+
+
+def test_other_words_are_refused_with_what_exists():
+    with pytest.raises(ConfigError) as error:
+        applied("first,secnd")
+    assert str(error.value) == (
+        "mine/new.py has no variant 'secnd'. Did you mean 'second'? It has: first, second."
+    )
+
+
+def test_other_words_may_have_a_meaning_and_come_before_the_variants():
+    def others(config, words):
+        assert config.order == ()
+        config.order = tuple(words)
+
+    assert applied("b,second,a,first", others) == ("b", "a", 1, 2)
+    assert applied("first", others) == (1,)
+
+
+FOLDER = flags.config_directory()
+NAMES = [
+    n for n in flags.shipped_configs() if "def get_config(" in (FOLDER / f"{n}.py").read_text()
+]
+
+
+def loaded(name, words):
+    config, _, _ = flags.Command("x", "", config=f"{name}:{words}").parse([])
+    return config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_has_a_small_size_and_says_what_else_there_is(name):
+    config = loaded(name, "smoke")
+    data = config.pretrain.data if name == "demo" else config.data
+    assert data.name == "synthetic"
+    assert data.synthetic.size <= 64
+    if name not in ("mae", "isstad"):  # where other words are categories
+        with pytest.raises(ConfigError, match=rf"configs/{name}.py has no variant 'smok'.*'smoke'"):
+            loaded(name, "smok")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """One device and programs compiled without optimisation: compiling is all that takes long."""
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
+def test_every_smoke_runs(quick, tmp_path, monkeypatch):
+    """Objectives first: ISSTAD's stages begin with the run before. The demo has a test itself."""
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["check-data", "--config=data:smoke"]) == 0
+    before = {
+        "isstad": "--config.init_from=runs/mae",
+        "isstad_detector": "--config.backbone=run:runs/isstad",
+    }
+    configs = {n: loaded(n, "smoke") for n in NAMES if n not in ("data", "demo")}
+    for name in sorted(configs, key=lambda n: ("detector" in configs[n], n in before, n)):
+        argv = [
+            f"--config={name}:smoke",
+            f"--workdir=runs/{name}",
+            *filter(None, [before.get(name)]),
+        ]
+        path = tmp_path / "runs" / name
+        if "objective" in configs[name]:
+            assert main.main(["pretrain", *argv]) == 0, name
+            assert (path / "checkpoints" / "4").is_dir(), name
+        else:
+            assert main.main(["evaluate", *argv]) == 0, name
+            mean = json.loads((path / "results.json").read_text())["mean"]
+            assert 0 <= mean["pixel_auroc"] <= 1, name
