@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from dsad.core.types import EarlierWeights
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -22,6 +24,12 @@ def real_data(*parts: str) -> pathlib.Path:
         if root and (path := pathlib.Path(root, *parts)).exists():
             return path
     pytest.skip(f"real data {'/'.join(parts)} is absent; set DSAD_DATA to run this test")
+
+
+def earlier_weights(objective: Any, params: Any, extra: Any, **facts: Any) -> EarlierWeights:
+    """What ``adopt`` gets of an earlier run of an objective."""
+    encoder = objective.encoder_weights(params, extra)
+    return EarlierWeights(encoder, params, extra, facts, "an earlier run")
 
 
 def alone() -> dict[str, str]:
