@@ -13,6 +13,7 @@ from dsad.bench import _measure
 from dsad.core.types import RunInfo
 from dsad.models.transformer import POLICIES
 from dsad.objectives import mae
+from dsad.terminal import console
 
 #: Depth must not cost compilation: the deepest network is compared with the shallowest.
 SIZES = ("mae_vit_tiny_patch16", "mae_vit_large_patch16")
@@ -48,7 +49,7 @@ def memory(out: Console, run: Run, views: Any, weights: Any) -> dict[str, int]:
     """Temporary bytes of one device's loss and gradient for every remat policy, as compiled."""
     cfg = run.objective.cfg  # type: ignore[attr-defined]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (*weights, views))
-    table = _measure.table(None, "remat", "temporaries MiB", "compile s")
+    table = console.table("remat", "temporaries MiB", "compile s", whole=True)
     found = {}
     for policy in ("none", *POLICIES):
         made = type(run.objective)(dataclasses.replace(cfg, remat=policy), run.info)  # type: ignore[call-arg]

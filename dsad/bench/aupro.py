@@ -13,7 +13,6 @@ from rich.table import Table
 from scipy import ndimage
 
 from dsad.bench import _measure
-from dsad.core.errors import ConfigError
 from dsad.evaluation.metrics import ranking, streaming
 from dsad.terminal import console, flags
 
@@ -53,23 +52,13 @@ def main(argv: list[str]) -> int:
     command.integer("peer_maps", 10, "Maps that the slower routes get, 0 for all of them.")
     command.integer("stream", 0, "Instead: count this many maps into one state, showing memory.")
     command.string("limit", "0.3", "False-positive rate to integrate up to.")
-    _, values = _measure.parsed(command, argv)
-    limit = _limit(values.limit)
+    _, values, _ = command.parse(argv)
+    limit = flags.share("limit", values.limit, "rate")
     if values.stream:
         stream(values.stream, values.maps, values.size, limit)
     else:
         compare(values.maps, values.size, values.rounds, values.peer_maps or values.maps, limit)
     return 0
-
-
-def _limit(text: str) -> float:
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = float("nan")
-    if not 0 < limit <= 1:
-        raise ConfigError(f"--limit: expected a rate in (0, 1], found {text!r}.")
-    return limit
 
 
 def problem(maps: int, size: int, seed: int = 0) -> Problem:
@@ -176,16 +165,14 @@ def compare(maps: int, size: int, rounds: int, peer_maps: int, limit: float) -> 
         route(f"dsad counts: {label}", made, by_counting)
     counting = tuple(calls)  # the others compile nothing
     route("dsad sorts: s", given, by_sorting)
-    missing = []
     for label, module, function in PEERS:
         if _measure.installed(module):
             route(label, given.part(peer_maps), function)
-        else:
-            missing.append(_measure.missing(label, _PACKAGES[module]))
     timings = _measure.interleaved(calls, rounds, first=counting, keep=True)
     made = _print(out, problems, timings, limit)
-    for line in missing:
-        out.print(line)
+    for label, module, _ in PEERS:
+        if label not in calls:
+            out.print(_measure.missing(label, _PACKAGES[module]))
     first = next(iter(timings.values()))
     _print_floors(out, given.pixels, first.result.passes, rounds)
     return made
@@ -194,10 +181,9 @@ def compare(maps: int, size: int, rounds: int, peer_maps: int, limit: float) -> 
 def _print(
     out: Any, problems: dict[str, Problem], timings: dict[str, _measure.Timing], limit: float
 ) -> dict[str, Any]:
-    table = _measure.table(
-        f"AUPRO up to {limit:g}, regions labelled beforehand",
+    table = console.table(
         "route: scores", "maps", "s", "CPU s", "ns/pixel", "passes", "AUPRO", "error", "bound",
-        "MB extra",
+        "MB extra", title=f"AUPRO up to {limit:g}, regions labelled beforehand", whole=True,
     )  # fmt: skip
     base = None
     made: dict[str, Any] = {}

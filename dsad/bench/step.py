@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     if named and not any(a.startswith("--config=") for a in argv):
         core_config.resolve("objectives", named[-1])
         argv = [f"--config=configs/{named[-1]}.py:synthetic", *argv]
-    config, values = _measure.parsed(command, argv)
+    config, values, _ = command.parse(argv)
     if values.objective and values.objective != config.objective.name:
         raise ConfigError(
             f"--objective={values.objective}: the config's objective is {config.objective.name}."
@@ -96,7 +96,7 @@ def _parts(
 
 def _print(out: Any, median: dict[str, float], run: Run, rounds: int) -> None:
     parts = sum(v for name, v in median.items() if name != "step")
-    table = _measure.table(None, "part", "ms", "share of parts")
+    table = console.table("part", "ms", "share of parts", whole=True)
     for name, value in median.items():
         share = "" if name == "step" else f"{value / parts:.1%}"
         if name == "step":

@@ -3,7 +3,6 @@
 from dsad.assembly import datasets, runs, training, workdir
 from dsad.assembly.pretrain import parse
 from dsad.core import distributed
-from dsad.core.errors import ConfigError
 from dsad.terminal import console, flags
 from dsad.train.stop import end_on_sigterm
 
@@ -16,9 +15,7 @@ def main(argv: list[str]) -> int:
     command.switch("continue", "Continue the run in --workdir if it holds one, else start it.")
     command.switch("overwrite", "Replace the run in --workdir.")
     command.distributed()
-    config, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad pretrain: unexpected argument {rest[0]!r}.")
+    config, values, _ = command.parse(argv)
     flags.start_distributed(values)
     end_on_sigterm()
     again = bool(values["continue"].value) and workdir.holds_run(values.workdir)
@@ -29,9 +26,7 @@ def main(argv: list[str]) -> int:
     made = training.prepare(config, out, dataset)
     # A run that goes on has its weights already; the earlier stage may be gone.
     continued = resume and bool(distributed.on_main(lambda: runs.is_run(values.workdir, bare=True)))
-    earlier = None
-    if not continued:
-        earlier = distributed.together(lambda: runs.checked_weights(made.run))
+    earlier = None if continued else distributed.together(lambda: runs.checked_weights(made.run))
     path = workdir.claim(
         values.workdir, "pretrain", config.to_dict(), info=made.run.info, resume=resume,
         overwrite=values.overwrite,

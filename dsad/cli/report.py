@@ -13,8 +13,9 @@ from dsad.terminal import flags
 def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
-        "report", "DIR [DIR ...]: write report.html from evaluations, side by side."
-    )
+        "report", "DIR [DIR ...]: write report.html from evaluations, side by side.",
+        positional=True,
+    )  # fmt: skip
     command.string("out", "", "File to write; default report.html in the first directory.")
     command.string("training", "", "Run whose training curves to show; default: the backbone's.")
     command.string("title", "", "Title of the page.")

@@ -14,7 +14,7 @@ import pathlib
 
 from dsad.core.types import Record
 from dsad.data import files
-from dsad.data.base import DataConfig, Fault, chosen, error, variant, warning
+from dsad.data.base import DataConfig, Fault, chosen, error, variant
 from dsad.data.decode import MaskRule
 
 
@@ -36,7 +36,7 @@ class _Walk:
                         if self._enters(entry, prefix + entry.name):
                             folders.append(prefix + entry.name)
                     elif reason := files.stray(entry.name):
-                        self._ignored(prefix + entry.name, reason)
+                        self.faults.append(files.ignored(prefix + entry.name, reason))
                     else:
                         images.append(prefix + entry.name)
         except OSError as problem:
@@ -54,20 +54,16 @@ class _Walk:
         return found
 
     def _enters(self, entry: os.DirEntry[str], path: str) -> bool:
-        if entry.name.startswith("."):
-            self._ignored(path, "hidden")
-            return False
-        if entry.is_symlink():
+        reason = "hidden" if entry.name.startswith(".") else ""
+        if not reason and entry.is_symlink():
             # Links to other places are followed; one to a folder above would never end.
             target = os.path.realpath(entry.path)
             above = os.path.realpath(os.path.dirname(entry.path))
             if os.path.commonpath((target, above)) == target:
-                self._ignored(path, "a link to a folder that it lies in")
-                return False
-        return True
-
-    def _ignored(self, path: str, reason: str) -> None:
-        self.faults.append(warning("K9", path, f"ignored: {reason}."))
+                reason = "a link to a folder that it lies in"
+        if reason:
+            self.faults.append(files.ignored(path, reason))
+        return not reason
 
 
 def _root_name(root: pathlib.Path) -> str:
@@ -101,7 +97,7 @@ def _index(root: pathlib.Path, config: DataConfig, faults: list[Fault]) -> dict[
             )
             faults.append(error("K0", folder, text))
         else:
-            faults.append(warning("K9", folder, "ignored: no image in the folder or below it."))
+            faults.append(files.ignored(folder, "no image in the folder or below it"))
     return {name: loose}
 
 
@@ -109,48 +105,33 @@ def scan(config: DataConfig) -> files.FileDataset:
     """The index with its faults, none of them raised."""
     variant(config)
     root = files.root_folder(config)
-    faults: list[Fault] = []
-    found: dict[str, list[str]] = {}
-    if root.is_dir():
-        found = _index(root, config, faults)
-    else:
-        faults.append(files.missing_root(root))
-    splits = {
-        "train": files.by_path(
-            Record(path=path, category=category, label=0, kind="good")
-            for category, paths in found.items()
-            for path in paths
-        ),
-        "test": (),
-    }
+    faults = [] if root.is_dir() else [files.missing_root(root)]
+    found = _index(root, config, faults) if root.is_dir() else {}
+    records = (
+        Record(path=path, category=category, label=0, kind="good")
+        for category, paths in found.items()
+        for path in paths
+    )
+    splits = {"train": files.by_path(records), "test": ()}
     return files.FileDataset(
         name="folder",
         categories=tuple(sorted(found)),
-        protocol={
-            "dataset": f"{_root_name(root)} (folder of images)",
-            "split": "all images train, none is held out",
-            "split_hash": files.split_hash(splits),
-            "licence": files.licence(root),
-            "missing_masks": config.missing_masks,
-            "lossy": sorted(config.lossy),
-            "canvas_crop": "none",
-        },
+        protocol=files.protocol(
+            config, splits, licence=files.licence(root),
+            dataset=f"{_root_name(root)} (folder of images)",
+            split="all images train, none is held out",
+        ),
         config=config,
         root=root,
         splits=splits,
         rule=MaskRule(),
         faults=tuple(faults),
         skipped={
-            "K1": "no image has a mask",
-            "K2": "no image has a mask",
-            "K4": "no image has a mask",
-            "K5": "no image has a mask",
-            "K6": "no image has a mask",
+            **dict.fromkeys(("K1", "K2", "K4", "K5", "K6", "K15"), "no image has a mask"),
             "K7": "nothing is matched by stem",
             "K11": "every image counts as normal",
             "K12": "no published table",
             "K13": "the layout names no groups",
             "K14": "there is no test image",
-            "K15": "no image has a mask",
         },
-    )
+    )  # fmt: skip

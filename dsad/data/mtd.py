@@ -55,8 +55,8 @@ def _folder(
     """Records of one defect folder, and the masks that exist for normal images."""
     folder = root / f"MT_{defect}" / "Imgs"
     path = f"MT_{defect}/Imgs"
-    found = files.images(root, folder, faults, (".jpg",), ignored=(".png",))
-    masks = files.images(root, folder, faults, (".png",), ignored=(".jpg",))
+    found = files.images(root, folder, faults, (".jpg",), others=(".png",))
+    masks = files.images(root, folder, faults, (".png",), others=(".jpg",))
     if not found:
         what = "empty class: no .jpg image" if folder.is_dir() else "folder missing"
         faults.append(error("K0", path, f"{what}; expected the original MTD tree."))
@@ -72,15 +72,10 @@ def _folder(
         if stem not in masks:
             allowed = config.missing_masks == "image_only"
             faults.append(files.missing_mask(image, f"{path}/{stem}.png", allowed))
+        shown = (masks[stem],) if stem in masks else ()
+        kind, group = defect.lower(), _group(image)
         records.append(
-            Record(
-                path=image,
-                category=CATEGORY,
-                label=1,
-                kind=defect.lower(),
-                masks=(masks[stem],) if stem in masks else (),
-                group=_group(image),
-            )
+            Record(path=image, category=CATEGORY, label=1, kind=kind, masks=shown, group=group)
         )
     return records, {}
 
@@ -106,11 +101,9 @@ def _grouped(normals: list[Record], faults: list[Fault]) -> tuple[set[str], set[
         if record.path not in rows:
             text = "not in the group list of mtd:grouped; use mtd:random for other images."
             faults.append(error("K13", record.path, text))
-    known = [r.path for r in normals if r.path in rows]
-    return (
-        {p for p in known if rows[p]["split"] == "train"},
-        {p for p in known if rows[p]["split"] == "test"},
-    )
+    known = {r.path for r in normals if r.path in rows}
+    train = {path for path in known if rows[path]["split"] == "train"}
+    return train, known - train
 
 
 def _check_counts(records: list[Record], config: DataConfig, faults: list[Fault]) -> None:
@@ -156,36 +149,32 @@ def scan(config: DataConfig) -> files.FileDataset:
     """The index with its faults, none of them raised."""
     rule = variant(config, ("grouped", "random"))
     root = files.root_folder(config)
-    faults: list[Fault] = []
-    normals: list[Record] = []
-    defective: list[Record] = []
-    normal_masks: dict[str, str] = {}
     chosen(config, (CATEGORY,))
+    faults = [] if root.is_dir() else [files.missing_root(root)]
+    found: list[Record] = []
+    normal_masks: dict[str, str] = {}
     if root.is_dir():
         for defect in COUNTS:
             records, masks = _folder(root, defect, config, faults)
-            (normals if defect == "Free" else defective).extend(records)
+            found += records
             normal_masks |= masks
-        _check_counts(normals + defective, config, faults)
-    else:
-        faults.append(files.missing_root(root))
+        _check_counts(found, config, faults)
+    normals = [r for r in found if not r.label]
     train, test, facts = _cut(rule, normals, config, faults)
     splits = {
         "train": files.by_path(r for r in normals if r.path in train),
-        "test": files.by_path([r for r in normals if r.path in test] + defective),
+        "test": files.by_path(r for r in found if r.label or r.path in test),
     }
     return files.FileDataset(
         name=config.name,
         categories=(CATEGORY,),
-        protocol={
-            "dataset": "MTD",
+        protocol=files.protocol(
+            config,
+            splits,
+            licence="none stated; citation asked, research use",
+            dataset="MTD",
             **facts,
-            "split_hash": files.split_hash(splits),
-            "licence": "none stated; citation asked, research use",
-            "missing_masks": config.missing_masks,
-            "lossy": sorted(config.lossy),
-            "canvas_crop": "none",
-        },
+        ),
         config=config,
         root=root,
         splits=splits,

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from dsad.assembly.pretrain import Run
 from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.plan import hlo, hlo_cost
+from dsad.terminal import console
 
 Effort = Literal["fast", "full"]
 #: What the compilers take for "finish soon", as jax 0.10 spells it and as later versions do. On
@@ -255,28 +255,14 @@ def captured_stderr() -> Iterator[Captured]:
 def waiting(out: Console, what: str) -> Iterator[None]:
     """Signs of life with the seconds so far, while a call gives none."""
     if out.is_terminal:
-        with out.status(what) as status, _every(1.0, lambda s: status.update(f"{what}: {s:.0f} s")):
+        with (
+            out.status(what) as status,
+            console.every(1.0, lambda s: status.update(f"{what}: {s:.0f} s")),
+        ):
             yield
         return
-    with _every(EVERY, lambda s: out.print(f"{what}: {s:.0f} s", markup=False)):
+    with console.every(EVERY, lambda s: out.print(f"{what}: {s:.0f} s", markup=False)):
         yield
-
-
-@contextlib.contextmanager
-def _every(seconds: float, tell: Any) -> Iterator[None]:
-    start, stop = time.monotonic(), threading.Event()
-
-    def run() -> None:
-        while not stop.wait(seconds):
-            tell(time.monotonic() - start)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def default_cache() -> str:
