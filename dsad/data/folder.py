@@ -12,7 +12,6 @@ ImageNet, with ``data.cache="none"``.
 import os
 import pathlib
 
-from dsad.core.types import Record
 from dsad.data import files
 from dsad.data.base import DataConfig, Fault, chosen, error, variant
 from dsad.data.decode import MaskRule
@@ -107,12 +106,8 @@ def scan(config: DataConfig) -> files.FileDataset:
     root = files.root_folder(config)
     faults = [] if root.is_dir() else [files.missing_root(root)]
     found = _index(root, config, faults) if root.is_dir() else {}
-    records = (
-        Record(path=path, category=category, label=0, kind="good")
-        for category, paths in found.items()
-        for path in paths
-    )
-    splits = {"train": files.by_path(records), "test": ()}
+    train = ((category, path) for category, paths in found.items() for path in paths)
+    splits = {"train": files.normals(train), "test": ()}
     return files.FileDataset(
         name="folder",
         categories=tuple(sorted(found)),

@@ -107,11 +107,11 @@ def _grouped(normals: list[Record], faults: list[Fault]) -> tuple[set[str], set[
 
 
 def _check_counts(records: list[Record], config: DataConfig, faults: list[Fault]) -> None:
-    make = error if config.strict else warning
     for defect, expected in COUNTS.items():
         found = sum(r.path.startswith(f"MT_{defect}/") for r in records)
         if found != expected:
-            faults.append(make("K12", f"MT_{defect}", f"{found} images; MTD has {expected}."))
+            text = f"{found} images; MTD has {expected}."
+            faults.append(files.miscounted(config, f"MT_{defect}", text))
 
 
 def _twins(train: set[str], test: set[str]) -> int:
@@ -128,21 +128,18 @@ def _cut(
     if rule == "grouped":
         train, test = _grouped(normals, faults)
         return train, test, {"split": "grouped by tile (heuristic list of dsad)"}
-    cut = random_cut([r.path for r in normals], config.seed)
-    train, test = set(cut[0]), set(cut[1])
-    twins = _twins(train, test)
-    if twins:
+    *sides, unused = random_cut([r.path for r in normals], config.seed)
+    train, test = map(set, sides)
+    if twins := _twins(train, test):
         text = f"{twins} of {len(test)} test normals have another exposure of their tile in train"
         faults.append(warning("K13", CATEGORY, f"{text}; mtd:grouped avoids this."))
-    published = len(normals) >= sum(RANDOM_SIZES)
-    facts = {
-        "split": f"random, seed {config.seed}",
-        "cut": "published sizes, {} training and {} test normals".format(*RANDOM_SIZES)
-        if published
-        else f"a fifth of the normals to test: only {len(normals)}, published sizes do not fit",
-        "unused": sorted(cut[2]),
-    }
-    return train, test, {**facts, "test_normals_with_twin_in_train": twins}
+    how = "published sizes, {} training and {} test normals".format(*RANDOM_SIZES)
+    if len(normals) < sum(RANDOM_SIZES):
+        how = f"a fifth of the normals to test: only {len(normals)}, published sizes do not fit"
+    return train, test, {
+        "split": f"random, seed {config.seed}", "cut": how, "unused": sorted(unused),
+        "test_normals_with_twin_in_train": twins,
+    }  # fmt: skip
 
 
 def scan(config: DataConfig) -> files.FileDataset:

@@ -131,9 +131,9 @@ class _Scan:
         bad = sum(r.label for r in test)
         found = (sum(r.category == name for r in self.train), len(test) - bad, bad, len(kinds))
         if name in OFFICIAL and found != OFFICIAL[name]:
-            make = error if self.config.strict else warning
             text = "/".join(map(str, found)) + " train/good/anomalous images/kinds; MVTec AD has "
-            self.faults.append(make("K12", name, text + "/".join(map(str, OFFICIAL[name])) + "."))
+            text += "/".join(map(str, OFFICIAL[name])) + "."
+            self.faults.append(files.miscounted(self.config, name, text))
         return found == OFFICIAL.get(name)
 
 
