@@ -168,23 +168,16 @@ def scan(config: DataConfig) -> files.FileDataset:
     if not any(name in OFFICIAL for name in categories):
         skipped["K12"] = "no category has the name of an official one"
     return files.FileDataset(
-        name="mvtec",
-        categories=categories,
+        name="mvtec", categories=categories, config=config, root=root, splits=splits,
+        rule=MaskRule(threshold=127, values=(0, 255)), faults=tuple(found.faults),
+        normal_masks=found.normal_masks, skipped=skipped,
         protocol=files.protocol(
-            config,
-            splits,
+            config, splits,
             licence="CC BY-NC-SA 4.0 (MVTec AD)" if official else files.licence(root),
             dataset="MVTec AD" if official else f"{root.resolve().name} (MVTec AD layout)",
             split="official" if official else "as the folders give it",
         ),
-        config=config,
-        root=root,
-        splits=splits,
-        rule=MaskRule(threshold=127, values=(0, 255)),
-        faults=tuple(found.faults),
-        normal_masks=found.normal_masks,
-        skipped=skipped,
-    )
+    )  # fmt: skip
 
 
 def build(config: DataConfig) -> files.FileDataset:

@@ -15,14 +15,12 @@ from dsad.plan._hlo_text import Array, Computation, Module, Op, parse
 from dsad.plan.hlo import executions
 
 #: Operations that name or group values and move nothing.
-_FREE = frozenset(
-    (
-        "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-        "call", "after-all", "optimization-barrier", "partition-id", "replica-id", "iota",
-        "async-start", "async-update", "async-done", "copy-done", "all-gather-done",
-        "all-reduce-done", "collective-permute-done", "send-done", "recv-done",
-    )
-)  # fmt: skip
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "optimization-barrier", "partition-id", "replica-id", "iota",
+    "async-start", "async-update", "async-done", "copy-done", "all-gather-done",
+    "all-reduce-done", "collective-permute-done", "send-done", "recv-done",
+}  # fmt: skip
 #: Operations that read no more of their first operand than they return.
 _READS_A_PART = ("dynamic-slice", "slice", "gather")
 #: Inside a fusion these cost nothing and change no value's size.
