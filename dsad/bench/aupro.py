@@ -136,14 +136,10 @@ _PACKAGES = {"sklearn": "scikit-learn", "torch": "torch"}
 
 
 def _split(given: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    normal, defect, sizes = [], [], []
-    for scores, truth in zip(given.maps, given.truth, strict=True):
-        keep = np.ones(scores.size, bool)
-        keep[truth.union] = False
-        normal.append(scores[keep])
-        defect.append(scores[truth.union])
-        sizes.append(truth.sizes)
-    return np.concatenate(normal), np.concatenate(defect), np.concatenate(sizes)
+    pairs = list(zip(given.maps, given.truth, strict=True))
+    normal = np.concatenate([np.delete(scores, truth.union) for scores, truth in pairs])
+    defect = np.concatenate([scores[truth.union] for scores, truth in pairs])
+    return normal, defect, np.concatenate([truth.sizes for truth in given.truth])
 
 
 # --- what is printed ------------------------------------------------------------------------
@@ -209,13 +205,12 @@ def _print(
 def _print_floors(out: Any, pixels: int, passes: int, rounds: int) -> None:
     machine = _measure.machine()
     read = machine.bytes / 2  # nothing is written
-    device = jax.devices()[0].device_kind
     out.print(
         f"Floors of the first row, {passes} passes over {pixels / 1e6:.0f} M pixels: bytes "
         f"{4 * pixels * passes / read:.3f} s at {read / 1e9:.1f} GB/s read in a copy, operations "
         f"{_OPERATIONS * pixels * passes / machine.operations:.3f} s at "
         f"{machine.operations / 1e9:.0f} GFLOP/s of a plain matmul. Medians of {rounds} "
-        f"interleaved rounds on {device}. "
+        f"interleaved rounds on {jax.devices()[0].device_kind}. "
         "Error: to the exact route on the same scores; MB extra: growth of the resident memory."
     )
 

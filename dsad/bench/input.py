@@ -199,11 +199,7 @@ def _rounds(calls: dict[str, Any], rounds: int, name: str, out: Any) -> dict[str
     medians = {}
     for label, timing in timings.items():
         results = [run.result for run in timing.rounds]
-        medians[label] = Spent(
-            statistics.median(r.wall for r in results),
-            statistics.median(r.cpu for r in results),
-            results[0].images,
-        )
+        medians[label] = Spent(*map(statistics.median, zip(*results, strict=True)))
     return medians
 
 

@@ -63,9 +63,9 @@ def neighbors(
     for module, (label, package) in PEERS.items():
         if not _measure.installed(module):
             out.print(_measure.missing(label, package))
-    device = jax.devices()[0]
+    device = jax.devices()[0].device_kind
     out.print(
-        f"{queries} queries × {rows} rows × {depth}, {os.cpu_count()} CPUs, {device.device_kind}; "
+        f"{queries} queries × {rows} rows × {depth}, {os.cpu_count()} CPUs, {device}; "
         f"medians of {rounds} interleaved rounds. Floors: operations {operations * 1e3:.0f} ms, "
         f"bytes {traffic * 1e3:.1f} ms (plain matmul {machine.operations / 1e9:.0f} GFLOP/s, copy "
         f"{machine.bytes / 1e9:.1f} GB/s). Error: largest relative difference from float64 "

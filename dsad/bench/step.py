@@ -103,11 +103,11 @@ def _print(out: Any, median: dict[str, float], run: Run, rounds: int) -> None:
             table.add_section()
         table.add_row(name, f"{value * 1e3:.1f}", share)
     out.print(table)
-    device = jax.devices()[0]
-    _utilisation(out, run, run.config.batch_size / median["step"])
+    batch, device = run.config.batch_size, jax.devices()[0].device_kind
+    _utilisation(out, run, batch / median["step"])
     out.print(
-        f"{run.config.batch_size / median['step']:.1f} images/s ({run.config.batch_size} images a "
-        f"step, {run.mesh.size} × {device.device_kind}); medians of {rounds} interleaved rounds. "
+        f"{batch / median['step']:.1f} images/s ({batch} images a step, "
+        f"{run.mesh.size} × {device}); medians of {rounds} interleaved rounds. "
         "Each part is compiled by itself, encoder and losses with their backward passes, so the "
         "parts need not add up to the step, which also updates the weights."
     )

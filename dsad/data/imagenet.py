@@ -19,16 +19,7 @@ from typing import Any, NamedTuple
 
 from dsad.core.types import Record
 from dsad.data import files, folder
-from dsad.data.base import (
-    DataConfig,
-    Fault,
-    FaultError,
-    IndexedDataset,
-    chosen,
-    error,
-    variant,
-    warning,
-)
+from dsad.data.base import DataConfig, Fault, FaultError, IndexedDataset, chosen, error, variant
 from dsad.data.decode import MaskRule
 
 #: Classes and images of the training set.
@@ -165,9 +156,8 @@ def _counts(config: DataConfig, categories: int, images: int) -> list[Fault]:
     """K12, unless the config asks for some of the classes only."""
     if config.categories or (categories, images) == (CLASSES, IMAGES):
         return []
-    make = error if config.strict else warning
     text = f"{images:,} images of {categories:,} classes; ImageNet has {IMAGES:,} of {CLASSES:,}."
-    return [make("K12", "train", text)]
+    return [files.miscounted(config, "train", text)]
 
 
 def _unpacked(config: DataConfig) -> files.FileDataset:
@@ -198,11 +188,7 @@ def scan(config: DataConfig) -> files.FileDataset | TarDataset:
     for name in categories:
         if not members.images(name, tars[name]):
             members.faults.append(error("K0", f"{name}.tar", "empty class: no image in it."))
-    records = (
-        Record(path=path, category=path.partition("/")[0], label=0, kind="good")
-        for path in members.places
-    )
-    splits = {"train": files.by_path(records), "test": ()}
+    splits = {"train": files.normals((p.partition("/")[0], p) for p in members.places), "test": ()}
     images = len(splits["train"])
     if not tars:
         members.faults.append(error("K0", archive, f"no tar of a class in it; expected {ARCHIVE}."))

@@ -131,9 +131,9 @@ class _Scan:
         bad = sum(r.label for r in test)
         found = (sum(r.category == name for r in self.train), len(test) - bad, bad, len(kinds))
         if name in OFFICIAL and found != OFFICIAL[name]:
-            make = error if self.config.strict else warning
             text = "/".join(map(str, found)) + " train/good/anomalous images/kinds; MVTec AD has "
-            self.faults.append(make("K12", name, text + "/".join(map(str, OFFICIAL[name])) + "."))
+            text += "/".join(map(str, OFFICIAL[name])) + "."
+            self.faults.append(files.miscounted(self.config, name, text))
         return found == OFFICIAL.get(name)
 
 
@@ -168,15 +168,16 @@ def scan(config: DataConfig) -> files.FileDataset:
     if not any(name in OFFICIAL for name in categories):
         skipped["K12"] = "no category has the name of an official one"
     return files.FileDataset(
-        name="mvtec",
-        categories=categories,
+        name="mvtec", categories=categories, config=config, root=root, splits=splits,
+        rule=MaskRule(threshold=127, values=(0, 255)), faults=tuple(found.faults),
+        normal_masks=found.normal_masks, skipped=skipped,
         protocol=files.protocol(
-            config,
-            splits,
+            config, splits,
             licence="CC BY-NC-SA 4.0 (MVTec AD)" if official else files.licence(root),
             dataset="MVTec AD" if official else f"{root.resolve().name} (MVTec AD layout)",
             split="official" if official else "as the folders give it",
         ),
+<<<<<<< HEAD
         config=config,
         root=root,
         splits=splits,
@@ -185,3 +186,11 @@ def scan(config: DataConfig) -> files.FileDataset:
         normal_masks=found.normal_masks,
         skipped=skipped,
     )
+=======
+    )  # fmt: skip
+
+
+def build(config: DataConfig) -> files.FileDataset:
+    """The data set; raises DataError with every error of the index."""
+    return files.accepted(scan(config))
+>>>>>>> hi

@@ -55,9 +55,9 @@ class Program:
       peak: the compiler's own figure for all of it at the fullest moment; 0 where it gives none.
       refused: the compiler's words where the program does not fit and was not made; then all other
         figures are 0 but ``peak``, what it would have needed, if that was said.
-      flops, bf16_flops, bytes: see ``core.hlo_cost.Cost``.
+      flops, bf16_flops, bytes: see ``hlo_cost.Cost``.
       xla_flops, xla_bytes: of ``cost_analysis``, which counts bodies of loops once.
-      collectives: rows of ``core.hlo.summary`` with the bytes of one result, largest traffic first.
+      collectives: rows of ``hlo.summary`` with the bytes of one result, largest traffic first.
       messages: the partitioner's warnings.
       seconds: of compilation.
 
@@ -105,7 +105,8 @@ def compiled(
     with waiting(out, f"compiling for {about} ({effort})"):
         program = _compile(lowered, effort)
     if file:
-        _store(file, program)
+        text = json.dumps(dataclasses.asdict(program))
+        paths.write_whole(file, text, "Give another --cache=DIR, or --cache=off.")
     return program, False
 
 
@@ -145,7 +146,7 @@ def _compile(lowered: jax.stages.Lowered, effort: Effort) -> Program:
             )  # fmt: skip
     seconds = time.monotonic() - start
     text, memory, analysis = made.as_text() or "", made.memory_analysis(), made.cost_analysis()
-    cost, own = hlo_cost.cost(text), analysis if isinstance(analysis, dict) else {}
+    own = analysis if isinstance(analysis, dict) else {}
     if memory is None:
         raise ConfigError("this version of jax states no memory figures for these devices.")
     return Program(
@@ -155,9 +156,7 @@ def _compile(lowered: jax.stages.Lowered, effort: Effort) -> Program:
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         peak=int(getattr(memory, "peak_memory_in_bytes", 0) or 0),
-        flops=cost.flops,
-        bf16_flops=cost.bf16_flops,
-        bytes=cost.bytes,
+        **dataclasses.asdict(hlo_cost.cost(text)),
         xla_flops=float(own.get("flops", 0.0)),
         xla_bytes=float(own.get("bytes accessed", 0.0)),
         collectives=tuple(_collectives(text)),
@@ -181,13 +180,8 @@ def _collectives(text: str) -> list[dict[str, Any]]:
     """One row for equal ones; ``sent`` are the bytes of all its executions that a device sends."""
     found = hlo.collectives(text)
     size = {(c.kind, ", ".join(c.shapes), c.group_size): c.result_bytes for c in found}
-    return [
-        {
-            "kind": kind, "shapes": shapes, "group_size": group, "count": count,
-            "result_bytes": size[kind, shapes, group], "sent": sent,
-        }
-        for kind, shapes, group, count, sent in hlo.summary(found)
-    ]  # fmt: skip
+    names = ("kind", "shapes", "group_size", "count", "sent", "result_bytes")
+    return [dict(zip(names, (*r, size[r[:3]]), strict=True)) for r in hlo.summary(found)]
 
 
 def needed(message: str) -> int:
@@ -200,10 +194,8 @@ def needed(message: str) -> int:
         r"(?:Used|memory required for HLO temporaries \()\s*([\d.]+)([KMGT])\w*\)?\s*"
         r"(?:of|exceeds)|Total \w+ usage >= ([\d.]+)([KMGT])"
     )
-    sizes = []
-    for first, unit, second, other in re.findall(pattern, message):
-        sizes.append(int(float(first or second) * units[unit or other]))
-    return max(sizes, default=0)
+    found = re.findall(pattern, message)
+    return max((int(float(a or b) * units[u or v]) for a, u, b, v in found), default=0)
 
 
 def partitioner_messages(log: str) -> list[str]:
@@ -295,8 +287,3 @@ def _stored(file: epath.Path) -> Program | None:
         return Program(**{**values, "messages": tuple(values["messages"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def _store(file: epath.Path, program: Program) -> None:
-    text = json.dumps(dataclasses.asdict(program))
-    paths.write_whole(file, text, "Give another --cache=DIR, or --cache=off.")
