@@ -271,20 +271,3 @@ class FileDataset(IndexedDataset):
 def by_path(records: Iterable[Record]) -> tuple[Record, ...]:
     """Records sorted by path: the order never depends on the file system."""
     return tuple(sorted(records, key=lambda r: r.path))
-<<<<<<< HEAD
-=======
-
-
-def normals(paths: Iterable[tuple[str, str]]) -> tuple[Record, ...]:
-    """Records of normal images by (category, path), sorted by path."""
-    return by_path(Record(path=p, category=c, label=0, kind="good") for c, p in paths)
-
-
-def accepted(dataset: T) -> T:
-    """The data set itself, or DataError with every error of its index."""
-    found: Any = dataset
-    errors = [f for f in found.faults if f.severity == "error"]
-    if errors:
-        raise FaultError(*errors, where=f"{found.name} in {found.root}")
-    return dataset
->>>>>>> hi

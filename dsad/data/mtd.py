@@ -170,13 +170,4 @@ def scan(config: DataConfig) -> files.FileDataset:
             # Its leak is one warning of the index.
             **({"K13": "a random cut separates no groups"} if rule == "random" else {}),
         },
-<<<<<<< HEAD
-    )
-=======
     )  # fmt: skip
-
-
-def build(config: DataConfig) -> files.FileDataset:
-    """The data set; raises DataError with every error of the index."""
-    return files.accepted(scan(config))
->>>>>>> hi

@@ -177,20 +177,4 @@ def scan(config: DataConfig) -> files.FileDataset:
             dataset="MVTec AD" if official else f"{root.resolve().name} (MVTec AD layout)",
             split="official" if official else "as the folders give it",
         ),
-<<<<<<< HEAD
-        config=config,
-        root=root,
-        splits=splits,
-        rule=MaskRule(threshold=127, values=(0, 255)),
-        faults=tuple(found.faults),
-        normal_masks=found.normal_masks,
-        skipped=skipped,
-    )
-=======
     )  # fmt: skip
-
-
-def build(config: DataConfig) -> files.FileDataset:
-    """The data set; raises DataError with every error of the index."""
-    return files.accepted(scan(config))
->>>>>>> hi
