@@ -271,3 +271,8 @@ class FileDataset(IndexedDataset):
 def by_path(records: Iterable[Record]) -> tuple[Record, ...]:
     """Records sorted by path: the order never depends on the file system."""
     return tuple(sorted(records, key=lambda r: r.path))
+
+
+def normals(paths: Iterable[tuple[str, str]]) -> tuple[Record, ...]:
+    """Records of normal images by (category, path), sorted by path."""
+    return by_path(Record(path=p, category=c, label=0, kind="good") for c, p in paths)
