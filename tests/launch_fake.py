@@ -1,9 +1,9 @@
 """Stands in for gcloud, git, dsad and others in the tests of launch/; imports the standard library.
 
-One file under many names. Every call is recorded in $FAKE/calls as a line of JSON. Two workers are
-simulated by two home directories: what gcloud's ssh is given is really executed there. What dsad
-does is said by $FAKE/plan, a word for each slice that was created, or each run where there is none;
-$FAKE/plan-N is that of worker N, or of process N of srun:
+One file under many names, each a script that calls ``main``. Every call is recorded in $FAKE/calls
+as a line of JSON. Two workers are simulated by two home directories: what gcloud's ssh is given is
+really executed there. What dsad does is said by $FAKE/plan, a word for each slice that was created,
+or each run where there is none; $FAKE/plan-N is that of worker N, or of process N of srun:
 
   complete  makes all steps          stopped  saves and exits, as after SIGTERM
   crash     exits with 1             refuse   exits with 2
@@ -24,7 +24,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 
 FAKE = pathlib.Path(os.environ["FAKE"])
@@ -109,6 +108,8 @@ def git(args: list[str]) -> int:
     elif "status" in args:
         print(read("uncommitted", ""), end="")
     elif "archive" in args:
+        import tarfile  # takes longer than most calls
+
         with tarfile.open(value(args, "--output"), "w:gz") as archive:
             archive.add(LAUNCH, "launch")
     return 0
@@ -210,7 +211,8 @@ def record(name: str, args: list[str]) -> None:
         file.write(line)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The call that started this process, under the name it was called by."""
     name, args = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
     record(name, args)
     sys.exit(globals().get(name, lambda args: 0)(args))

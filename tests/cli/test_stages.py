@@ -24,22 +24,6 @@ from tests.models.test_models import torch_names
 SMALL = ("--config.data.synthetic.train=4", "--config.data.categories=('tiles','wood')")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Steps that were compiled once serve the runs that come after."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.1)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @contextlib.contextmanager
 def one_device():
     """Programs for one of the eight devices take less time to compile."""
@@ -80,7 +64,7 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
-def stage1(tmp_path_factory, compiled):
+def stage1(tmp_path_factory):
     path = tmp_path_factory.mktemp("stages") / "mae"
     with one_device():  # the second stage runs on eight
         run("pretrain", "--config=mae:smoke", *SMALL, f"--workdir={path}")
