@@ -17,8 +17,6 @@ import numpy as np
 
 from dsad.terminal import console
 
-# --- peers ----------------------------------------------------------------------------------
-
 
 def installed(module: str) -> bool:
     """Whether there is such a module, which is then imported: that is not to be timed."""
@@ -31,9 +29,6 @@ def installed(module: str) -> bool:
 def missing(label: str, package: str) -> str:
     """What is printed instead of a peer's row."""
     return f"{label}: not installed: pip install {package}"
-
-
-# --- time and memory ------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
@@ -126,9 +121,6 @@ def resident() -> int:
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-# --- floors ---------------------------------------------------------------------------------
 
 
 class Machine(NamedTuple):

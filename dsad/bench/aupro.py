@@ -1,6 +1,7 @@
 """``dsad bench aupro``: AUPRO by counting and by sorting, with its error and its memory."""
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -85,9 +86,6 @@ def _enlarged(noise: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(wide)
 
 
-# --- the routes -----------------------------------------------------------------------------
-
-
 def by_counting(given: Problem, limit: float) -> streaming.Measured:
     """All passes that the tolerance asks for."""
     counts = streaming.Counts("regions")
@@ -140,9 +138,6 @@ def _split(given: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     normal = np.concatenate([np.delete(scores, truth.union) for scores, truth in pairs])
     defect = np.concatenate([scores[truth.union] for scores, truth in pairs])
     return normal, defect, np.concatenate([truth.sizes for truth in given.truth])
-
-
-# --- what is printed ------------------------------------------------------------------------
 
 
 def compare(maps: int, size: int, rounds: int, peer_maps: int, limit: float) -> dict[str, Any]:
@@ -215,9 +210,6 @@ def _print_floors(out: Any, pixels: int, passes: int, rounds: int) -> None:
     )
 
 
-# --- constant memory ------------------------------------------------------------------------
-
-
 def stream(total: int, maps: int, size: int, limit: float) -> dict[str, Any]:
     """Count ``total`` maps, ``maps`` different ones over and over, into one state."""
     out = console.console()
@@ -255,7 +247,6 @@ def stream(total: int, maps: int, size: int, limit: float) -> dict[str, Any]:
 def _portions(given: Problem, total: int) -> Iterator[Problem]:
     """All maps again and again, ``total`` of them."""
     whole, left = divmod(total, len(given.maps))
-    for _ in range(whole):
-        yield given
+    yield from itertools.repeat(given, whole)
     if left:
         yield Problem(given.maps[:left], given.truth[:left])

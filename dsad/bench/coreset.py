@@ -83,9 +83,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-# --- banks ----------------------------------------------------------------------------------
-
-
 def gaussian(rows: int, dim: int) -> np.ndarray:
     """Standard normal rows."""
     return np.random.default_rng(0).standard_normal((rows, dim), np.float32)
@@ -127,9 +124,6 @@ def bottle_features(root: str, weights: str) -> np.ndarray:
 
         reader = Reader(device, EvalConfig())
         return detector._gathered(Features(reader, [(category, source)], tick, keep=False))
-
-
-# --- routes ---------------------------------------------------------------------------------
 
 
 def by_numpy(case: Case, picks: int) -> np.ndarray:
@@ -195,9 +189,6 @@ def by_dsad(case: Case) -> Measured:
     now, _, left = next(c for c in calls if c[1] >= case.size / 10)
     ratio = left / max(end - now, 1e-9)
     return Measured(np.asarray(made.result), made.seconds, made.growth, ratio)
-
-
-# --- comparison -----------------------------------------------------------------------------
 
 
 def compare(case: Case, rounds: int, peer_picks: int) -> dict[str, float]:

@@ -87,9 +87,6 @@ def _features(sizes: Sizes, seed: int) -> np.ndarray:
     return made
 
 
-# --- programs -------------------------------------------------------------------------------
-
-
 class _Source:
     """Batches of given features."""
 
@@ -140,9 +137,6 @@ def _one_thread(run: Callable[[], np.ndarray]) -> np.ndarray:
     """Small matrices gain nothing from more BLAS threads, and lose where cores are shared."""
     with gaussian.one_blas_thread():
         return run()
-
-
-# --- checks and floors ----------------------------------------------------------------------
 
 
 def _errors(

@@ -60,9 +60,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-# --- images ---------------------------------------------------------------------------------
-
-
 def picture(height: int, width: int, seed: int) -> np.ndarray:
     """Smooth structure with sensor noise (height, width, 3) uint8: it compresses like a photo."""
     rng = np.random.default_rng(seed)
@@ -81,9 +78,6 @@ def _generate(scratch: pathlib.Path, name: str, count: int, out: Any) -> pathlib
             image.save(folder / f"{i:04d}{suffix}", quality=90)  # PNG has none and ignores it
             tell(i + 1, count, "")
     return folder.parent
-
-
-# --- modes ----------------------------------------------------------------------------------
 
 
 class Spent(NamedTuple):
@@ -240,9 +234,6 @@ def _sizes(files: list[str]) -> str:
         size = f"{first.width}×{first.height}"
     mean = statistics.mean(os.path.getsize(f) for f in files)
     return f"the first {size}, {mean / 1e3:,.0f} kB on average"
-
-
-# --- a training step ------------------------------------------------------------------------
 
 
 def waiting(

@@ -105,8 +105,7 @@ def compiled(
     with waiting(out, f"compiling for {about} ({effort})"):
         program = _compile(lowered, effort)
     if file:
-        text = json.dumps(dataclasses.asdict(program))
-        paths.write_whole(file, text, "Give another --cache=DIR, or --cache=off.")
+        _store(file, program)
     return program, False
 
 
@@ -287,3 +286,8 @@ def _stored(file: epath.Path) -> Program | None:
         return Program(**{**values, "messages": tuple(values["messages"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _store(file: epath.Path, program: Program) -> None:
+    text = json.dumps(dataclasses.asdict(program))
+    paths.write_whole(file, text, "Give another --cache=DIR, or --cache=off.")

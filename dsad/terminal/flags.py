@@ -48,12 +48,8 @@ def locate(spec: str) -> str:
 
 def start_distributed(values: flags.FlagValues) -> None:
     """Join the other processes as the flags of ``Command.distributed`` say; first of all work."""
-    distributed.start(
-        coordinator=values.coordinator,
-        num_processes=values.num_processes,
-        process_id=values.process_id,
-        auto=values.distributed,
-    )
+    names = ("coordinator", "num_processes", "process_id")
+    distributed.start(**{n: values[n].value for n in names}, auto=values.distributed)
 
 
 def share(name: str, text: str, noun: str) -> float:
