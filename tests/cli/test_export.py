@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dsad.assembly import backbones, pretrain, workdir
+from dsad.assembly import pretrain, runs, workdir
 from dsad.cli import main
 from dsad.core.errors import DsadError
 from dsad.core.tree import flatten
+from dsad.core.types import RunInfo
 from dsad.models import backbone
 from dsad.models.weights import export, pretrained
 from dsad.models.weights.pretrained import Weights
@@ -37,11 +38,10 @@ def run_of(tmp_path, objective, **changes):
     config = pretrain.default_config(objective)
     with config.unlocked():
         config.objective.update(ml_collections.ConfigDict(changes))
-    path = tmp_path / f"run-{objective}"
-    path.mkdir()
-    text = json.dumps({"command": "pretrain", "config": json.loads(config.to_json())})
-    (path / workdir.CONFIG).write_text(text)
-    return path
+    info = RunInfo(total_steps=1, batch_size=2, samples=2, classes=1)
+    return workdir.claim(
+        str(tmp_path / f"run-{objective}"), "pretrain", config.to_dict(), info=info
+    )
 
 
 def test_names_shapes_config_and_the_way_back(resnet_file, tmp_path, capsys):
@@ -161,7 +161,7 @@ def test_runs_are_exported_and_read_as_weights(tmp_path, monkeypatch, capsys):
     # A run sees whole images, also where its architecture's published weights saw a centre crop.
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["pretrained_cfg"]["crop_pct"] == 1.0
-    own = backbones.load(f"run:{run}@0", "", 0)
+    own = runs.backbone(f"run:{run}@0", "", 0)
     back = backbone("mae_vit_tiny_patch16", tmp_path / "out")
     for name, values in own(images()).items():
         np.testing.assert_array_equal(back(images())[name], values)
@@ -177,8 +177,8 @@ def test_runs_are_exported_and_read_as_weights(tmp_path, monkeypatch, capsys):
 
 def test_the_encoder_of_a_contrastive_run(tmp_path):
     run = run_of(tmp_path, "ds2", hidden=8, out=4)
-    own = backbones.load(f"run:{run}@0", "", 0)
-    read = backbone("resnet18", backbones.read_run(f"run:{run}@0"))
+    own = runs.backbone(f"run:{run}@0", "", 0)
+    read = backbone("resnet18", runs.read_run(f"run:{run}@0"))
     for name, values in own(images(64)).items():
         np.testing.assert_array_equal(read(images(64))[name], values)
     found = export.write(read, tmp_path / "out", form="torchvision")
