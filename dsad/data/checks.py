@@ -268,7 +268,7 @@ def check_dataset(
     ]
     seen = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        looks = pool.map(lambda job: _look(dataset, *job, canvas), jobs)
+        looks = pool.map(lambda job: _look(dataset, job[0], job[1], job[2], canvas), jobs)
         for done, item in enumerate(looks, start=1):
             seen.append(item)
             if progress is not None:

@@ -48,8 +48,10 @@ def locate(spec: str) -> str:
 
 def start_distributed(values: flags.FlagValues) -> None:
     """Join the other processes as the flags of ``Command.distributed`` say; first of all work."""
-    names = ("coordinator", "num_processes", "process_id")
-    distributed.start(**{n: values[n].value for n in names}, auto=values.distributed)
+    distributed.start(
+        coordinator=values.coordinator, num_processes=values.num_processes,
+        process_id=values.process_id, auto=values.distributed,
+    )  # fmt: skip
 
 
 def share(name: str, text: str, noun: str) -> float:
@@ -161,7 +163,8 @@ class Command:
     def _unknown_key(self, argv: Sequence[str], error: Exception) -> str:
         config = self._loaded(argv)
         for argument in (a for a in argv if a.startswith("--config.")):
-            node, where = config, "config"
+            node: Any = config
+            where = "config"
             for part in argument.partition("=")[0].split(".")[1:]:
                 if not isinstance(node, Mapping | ml_collections.ConfigDict) or part not in node:
                     have = node.keys() if hasattr(node, "keys") else ()
