@@ -5,7 +5,6 @@ onto the leading principal axes W of the normal features, û = μ + Wᵀ W (u - 
 squared error e = u - û summed over channels, the image score the sum of the map.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 from dsad.core.config import Settings, field
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import Cells, FeatureDetector, cells, embedding, select
+from dsad.detectors._features import Cells, FeatureDetector, select
 from dsad.ops.neighbors import bucket
 from dsad.ops.resize import resize_maps
 
@@ -58,16 +57,13 @@ class Subspace(NamedTuple):
     total: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Fre(FeatureDetector):
+class Fre(FeatureDetector[Config]):
     """The detector; its state is {layer: {"mean", "axes", "weight"}}, float32.
 
     "mean" is (gh, gw, d) in mode "image" and (d,) in mode "patch"; "axes" has a leading axis of r
     rows, filled up with zero rows, which change nothing, to a bucket of at least 32: so categories
     share compiled programs. "weight" is a factor on the squared errors.
     """
-
-    config: Config
 
     def embed(self, features: FeatureMaps) -> dict[str, jax.Array]:
         """Pooled maps {layer: (b, gh, gw, d)} of a batch."""
@@ -83,7 +79,7 @@ class Fre(FeatureDetector):
         (D × D if that is smaller), in float64; mode "patch" streams over the images and keeps a
         d × d matrix. Raises DataError with fewer than 2 images, or NaN or infinite features.
         """
-        parts = cells(source, embedding(self), "fre")
+        parts = self._cells(source)
         count, found = (self._images if self.config.mode == "image" else self._patches)(parts)
         if count < 2:
             raise DataError(
@@ -258,6 +254,4 @@ def _bucketed(axes: np.ndarray) -> np.ndarray:
     return np.pad(axes, ((0, bucket(max(len(axes), 1), 32) - len(axes)), (0, 0)))
 
 
-def build(cfg: Config) -> Fre:
-    """The detector of a configuration."""
-    return Fre(cfg)
+build = Fre
