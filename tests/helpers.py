@@ -10,9 +10,12 @@ import sys
 import tempfile
 from typing import Any
 
+import ml_collections
 import pytest
+from etils import epath
 
-from dsad.core.types import EarlierWeights
+from dsad.assembly import pretrain, workdir
+from dsad.core.types import EarlierWeights, RunInfo
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -30,6 +33,15 @@ def earlier_weights(objective: Any, params: Any, extra: Any, **facts: Any) -> Ea
     """What ``adopt`` gets of an earlier run of an objective."""
     encoder = objective.encoder_weights(params, extra)
     return EarlierWeights(encoder, params, extra, facts, "an earlier run")
+
+
+def untrained_run(path: pathlib.Path, objective: str, **changes: Any) -> epath.Path:
+    """A directory that holds a run of an objective, changed so; its step 0 needs no checkpoint."""
+    config = pretrain.default_config(objective)
+    with config.unlocked():
+        config.objective.update(ml_collections.ConfigDict(changes))
+    info = RunInfo(total_steps=7, batch_size=2, samples=5, classes=3)
+    return workdir.claim(str(path), "pretrain", config.to_dict(), info=info)
 
 
 def alone() -> dict[str, str]:

@@ -15,7 +15,7 @@ from dsad.assembly.pretrain import DataFacts, Run, assemble, parse, use_settings
 from dsad.core import distributed, hosts
 from dsad.core.batch import Batch
 from dsad.core.chips import chip_of
-from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.errors import WorkdirError
 from dsad.core.mesh import place_batch, replicated
 from dsad.core.types import Dataset, EarlierWeights, PerSample, Progress, Source
 from dsad.data import base as data_base
@@ -47,13 +47,7 @@ def build(
     source = distributed.together(
         lambda: data_base.training_source(dataset or data_base.load(cfg.data), cfg.data.split)
     )
-    run = assemble(config, None, DataFacts.of(source.records))
-    if (needed := run.objective.traits.source) and not cfg.init_from:
-        raise ConfigError(
-            f"config.init_from: this objective starts from {needed}; name it with "
-            "--config.init_from=DIR."
-        )
-    return read(run, source, progress)
+    return read(assemble(config, None, DataFacts.of(source.records)), source, progress)
 
 
 def read(run: Run, source: Source, progress: Progress | None = None) -> Training:

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     dataset = distributed.together(lambda: datasets.loaded(cfg.data, out))
     made = training.prepare(config, out, dataset)
     # A run that goes on has its weights already; the earlier stage may be gone.
-    continued = resume and bool(distributed.on_main(lambda: runs.is_run(values.workdir, bare=True)))
+    continued = resume and distributed.on_main(lambda: workdir.has_checkpoint(values.workdir))
     earlier = None if continued else distributed.together(lambda: runs.checked_weights(made.run))
     path = workdir.claim(
         values.workdir, "pretrain", config.to_dict(), info=made.run.info, resume=resume,

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from dsad.assembly import workdir
+from dsad.assembly import runs, workdir
 from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.evaluation.report.page import write_report
@@ -44,8 +44,8 @@ def _training(directories: list[str]) -> str:
     """The first run that a backbone came from and that is still there."""
     for directory in directories:
         spec = workdir.read(directory)["config"].get("backbone", "")
-        _, run, rest = spec.partition("run:")  # also inside a wrapper, patches:32/4:run:DIR
-        path = rest.partition("@")[0]
-        if run and (paths.directory(path) / "metrics.jsonl").is_file():
-            return path
+        if runs.is_run(spec):
+            path = runs.place(spec).directory
+            if (paths.directory(path) / "metrics.jsonl").is_file():
+                return path
     return ""

@@ -95,7 +95,8 @@ class EncoderObjective:
         held = own_extra if tree.diff(own_extra, held) else held
         params, extra = self.with_encoder(params, extra, (taken, held))
         report = f"encoder: {len(jax.tree.leaves(taken))} tensors"
-        if left := sorted(set(encoder.params) - set(own)):
+        left = sorted({name.partition("_")[0] for name in encoder.params if name not in own})
+        if left:
             report += f" without {', '.join(left)}"
         return params, extra, report
 

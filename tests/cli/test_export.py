@@ -4,19 +4,18 @@ import json
 import sys
 from importlib import metadata
 
-import ml_collections
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from dsad.assembly import pretrain, runs, workdir
+from dsad.assembly import pretrain, runs
 from dsad.cli import main
 from dsad.core.errors import DsadError
 from dsad.core.tree import flatten
-from dsad.core.types import RunInfo
 from dsad.models import backbone
 from dsad.models.weights import export, pretrained
 from dsad.models.weights.pretrained import Weights
+from tests.helpers import untrained_run
 from tests.models import published
 
 SMALL = {"width": 24, "depth": 2, "heads": 3, "patch": 8, "image": 32}
@@ -31,17 +30,6 @@ def resnet_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("in") / "resnet18.npz"
     np.savez(path, **published.by_rule(published.resnet()))
     return path
-
-
-def run_of(tmp_path, objective, **changes):
-    """A directory that looks like a run; its step 0 needs no checkpoint."""
-    config = pretrain.default_config(objective)
-    with config.unlocked():
-        config.objective.update(ml_collections.ConfigDict(changes))
-    info = RunInfo(total_steps=1, batch_size=2, samples=2, classes=1)
-    return workdir.claim(
-        str(tmp_path / f"run-{objective}"), "pretrain", config.to_dict(), info=info
-    )
 
 
 def test_names_shapes_config_and_the_way_back(resnet_file, tmp_path, capsys):
@@ -152,8 +140,8 @@ def test_small_networks_are_written_under_their_own_names(arch, tmp_path):
 def test_runs_are_exported_and_read_as_weights(tmp_path, monkeypatch, capsys):
     decoder = {"width": 16, "depth": 1, "heads": 2}
     encoder = {"arch": "mae_vit_tiny_patch16", "width": 24, "depth": 2, "heads": 3, "patch": 8}
-    run = run_of(
-        tmp_path, "mae", encoder=encoder, decoder=decoder,
+    run = untrained_run(
+        tmp_path / "run", "mae", encoder=encoder, decoder=decoder,
         view={**pretrain.default_config("mae").objective.view.to_dict(), "side": 32},
     )  # fmt: skip
     assert main.main(["export", f"--backbone=run:{run}@0", f"--out={tmp_path / 'out'}"]) == 0
@@ -176,7 +164,7 @@ def test_runs_are_exported_and_read_as_weights(tmp_path, monkeypatch, capsys):
 
 
 def test_the_encoder_of_a_contrastive_run(tmp_path):
-    run = run_of(tmp_path, "ds2", hidden=8, out=4)
+    run = untrained_run(tmp_path / "run", "ds2", hidden=8, out=4)
     own = runs.backbone(f"run:{run}@0", "", 0)
     read = backbone("resnet18", runs.read_run(f"run:{run}@0"))
     for name, values in own(images(64)).items():

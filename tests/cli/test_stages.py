@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from dsad import models
-from dsad.assembly import pretrain, runs, training
+from dsad.assembly import pretrain, runs, training, workdir
 from dsad.cli import main
 from dsad.core.mesh import make_mesh
 from dsad.core.tree import flatten
@@ -84,6 +84,8 @@ def published(stage1):
     params, extra, _ = weights(stage1)
     there = runs.opened(str(stage1))
     assert there.config.steps == 4
+    info = workdir.read(stage1)["info"]
+    assert info == {"total_steps": 4, "batch_size": 8, "samples": 8, "classes": 2}
     spec = there.objective.encoder.spec
     path = stage1.parent / "mae.safetensors"
     safetensors.numpy.save_file(mae_state(spec, params, extra), path)

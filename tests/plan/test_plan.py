@@ -57,11 +57,10 @@ def config(spec, *overrides):
 @pytest.mark.parametrize(
     ("spec", "overrides"),
     [
-        ("isstad:smoke", ("--config.mesh.fsdp=4", "--config.mesh.min_fsdp_size=2048",
-                          "--config.init_from=somewhere")),
-        ("mae:smoke", ("--config.data.cache=host", "--config.accumulate=1")),
+        ("isstad:smoke", ("--config.mesh.fsdp=4", "--config.mesh.min_fsdp_size=2048")),
+        ("mae:smoke", ("--config.data.cache=host", "--config.data.split=all")),
     ],
-)  # fmt: skip
+)
 def test_the_step_is_that_of_the_run(spec, overrides):
     """Same program text as what ``dsad pretrain`` compiles, from shapes alone."""
     chosen = config(spec, *overrides)

@@ -12,6 +12,7 @@ from dsad.assembly.pretrain import DataFacts, assemble
 from dsad.cli import main
 from dsad.core.chips import CHIPS, Chip
 from dsad.core.errors import ConfigError
+from dsad.data import base
 from dsad.data.base import DataConfig
 from dsad.plan import _compile, _estimate, _samples, _topology, _warnings
 from dsad.terminal import flags
@@ -99,10 +100,16 @@ def test_numbers_of_images():
     assert of("mae", name="folder") == (None, 1, "")
     assert of("mae", name="mvtec", categories=("other",))[0] is None
     assert of("mae", 77, name="folder") == (77, 1, "--samples")
+    assert of("ds2", 77, name="mvtec") == (77, 15, "--samples")
+    assert of("ds2", name="mvtec", categories=("bottle", "cable"))[1] == 2
+    assert of("mae", name="imagenet")[1] == 1000
+    assert of("ds2", name="mvtec", split="all")[0] is None  # what is published are the normal ones
     synthetic = DataConfig(name="synthetic")
     found = _samples.count(synthetic, "mae", 0)
     assert found[0] == found[1] * synthetic.synthetic.train
     assert found[2] == "the data set"
+    tested = DataConfig(name="synthetic", split="test")
+    assert _samples.count(tested, "mae", 0)[0] == len(base.load(tested).source("test")) != found[0]
 
 
 def test_data_that_are_there_are_counted(tmp_path):
