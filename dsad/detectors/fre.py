@@ -57,6 +57,10 @@ class Subspace(NamedTuple):
     total: float
 
 
+#: By layer: the shape of what is one vector there, and its subspace.
+Subspaces = dict[str, tuple[tuple[int, ...], Subspace]]
+
+
 class Fre(FeatureDetector[Config]):
     """The detector; its state is {layer: {"mean", "axes", "weight"}}, float32.
 
@@ -128,9 +132,7 @@ class Fre(FeatureDetector[Config]):
             inside = jnp.einsum("bhwr,rd->bhwd", weights, state["axes"], precision=high)
         return jnp.sum(jnp.square(centred - inside), axis=3)
 
-    def _images(
-        self, parts: Iterable[Cells]
-    ) -> tuple[int, dict[str, tuple[tuple[int, ...], Subspace]]]:
+    def _images(self, parts: Iterable[Cells]) -> tuple[int, Subspaces]:
         kept = list(parts)
         if not kept:
             return 0, {}
@@ -145,9 +147,7 @@ class Fre(FeatureDetector[Config]):
             found[name] = rows.shape[1:], space
         return len(index), found
 
-    def _patches(
-        self, parts: Iterable[Cells]
-    ) -> tuple[int, dict[str, tuple[tuple[int, ...], Subspace]]]:
+    def _patches(self, parts: Iterable[Cells]) -> tuple[int, Subspaces]:
         images, moments = 0, {}
         for part in parts:
             images += len(part.index)

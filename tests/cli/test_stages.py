@@ -16,9 +16,9 @@ from dsad.cli import main
 from dsad.core.mesh import make_mesh
 from dsad.core.tree import flatten
 from dsad.data.pipeline import Pipeline
-from dsad.models.weights.pretrained import mae_state
 from dsad.terminal import console, flags
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+from tests.models.published import mae_state
 from tests.models.test_models import torch_names
 
 SMALL = ("--config.data.synthetic.train=4", "--config.data.categories=('tiles','wood')")
