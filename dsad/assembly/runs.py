@@ -213,8 +213,8 @@ def _read(weights: pretrained.Weights, objective: Objective, spec: str) -> tuple
     shapes = jax.eval_shape(objective.init, jax.random.key(0))
     own = objective.encoder_weights(*shapes)
     loaded = registry.family_of(own.arch).load(own.arch, weights)
-    trees = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
-    return Encoder(own.arch, loaded.options, *trees, own.preprocessing), {}, {}
+    params, extra = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
+    return Encoder(own.arch, loaded.options, params, extra, own.preprocessing), {}, {}
 
 
 # --- backbones
