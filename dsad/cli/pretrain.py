@@ -1,6 +1,6 @@
 """``dsad pretrain``: train an encoder on the images of a data set."""
 
-from dsad.assembly import datasets, runs, training, workdir
+from dsad.assembly import datasets, training, workdir
 from dsad.assembly.pretrain import parse
 from dsad.core import distributed
 from dsad.terminal import console, flags
@@ -23,15 +23,13 @@ def main(argv: list[str]) -> int:
     out = console.console()
     cfg, _, _ = parse(config)
     dataset = distributed.together(lambda: datasets.loaded(cfg.data, out))
-    made = training.prepare(config, out, dataset)
-    # A run that goes on has its weights already; the earlier stage may be gone.
     continued = resume and distributed.on_main(lambda: workdir.has_checkpoint(values.workdir))
-    earlier = None if continued else distributed.together(lambda: runs.checked_weights(made.run))
+    made = training.prepare(config, out, dataset, continued=continued)
     path = workdir.claim(
         values.workdir, "pretrain", config.to_dict(), info=made.run.info, resume=resume,
         overwrite=values.overwrite,
     )  # fmt: skip
-    if training.pretrain(made, path, out, resume=resume, earlier=earlier):
+    if training.pretrain(made, path, out, resume=resume):
         out.print(f"done; evaluate it with: dsad evaluate --config.backbone=run:{path}")
     else:
         out.print(f"stopped and saved; continue with: dsad pretrain ... --workdir={path} --resume")
