@@ -16,11 +16,11 @@ from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.tree import flatten
 from dsad.core.types import RunInfo
 from dsad.models.decoder import DecoderConfig
-from dsad.models.weights.pretrained import mae_state
 from dsad.objectives import ds2, isstad, mae
 from dsad.terminal import flags
 from tests.helpers import untrained_run
 from tests.models import published
+from tests.models.published import mae_state
 
 INFO = RunInfo(total_steps=7, batch_size=2, samples=5, classes=3)  # that of untrained runs
 

@@ -21,13 +21,13 @@ from dsad.core import paths
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.metric_files import read_metrics
 from dsad.core.types import RunInfo
-from dsad.evaluation import maps
 from dsad.evaluation.results import read_results
 from dsad.terminal import flags
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.writer import MetricWriter
 from tests import gcs
 from tests.cli.test_cli import SMALL
+from tests.evaluation.test_maps import read_map
 from tests.helpers import alone
 from tests.train.test_checkpoint import abstract, equal, opened, save, state  # noqa: F401
 from tests.train.test_writer import scalars
@@ -232,8 +232,8 @@ def test_an_evaluation_in_a_bucket_is_that_on_a_disk(store, tmp_path, monkeypatc
     assert pictures
     for name in pictures:
         np.testing.assert_array_equal(
-            maps.read_map(f"{remote}/anomaly_maps/{name.partition('/')[2]}"),
-            maps.read_map(local / name),
+            read_map(f"{remote}/anomaly_maps/{name.partition('/')[2]}"),
+            read_map(local / name),
         )
 
     page = tmp_path / "one.html"
