@@ -192,8 +192,11 @@ def test_several_masks_of_an_image_are_one(tmp_path, config):
 
 
 def test_canvases_of_a_split_refuse_the_other(config, tmp_path):
-    data = load(dataclasses.replace(config, split="test"))
-    records_builder.write(records_builder.plan(data, SIDE), str(tmp_path / "out"))
+    train = records_builder.plan(load(dataclasses.replace(config, split="train")), SIDE)
+    assert train.bytes == 5 * SIDE**2 * 3
+    planned = records_builder.plan(load(dataclasses.replace(config, split="test")), SIDE)
+    assert planned.bytes == 7 * SIDE**2 * 4, "defects come with masks"
+    records_builder.write(planned, str(tmp_path / "out"))
     made = load(DataConfig(name="records", root=str(tmp_path / "out"), missing_masks="image_only"))
     assert len(made.source("test")) == 7
     with pytest.raises(ConfigError, match="canvases of the test images alone, not of the train"):
