@@ -11,7 +11,12 @@ import tempfile
 from typing import Any
 
 import jax
+import ml_collections
 import pytest
+from etils import epath
+
+from dsad.assembly import pretrain, workdir
+from dsad.core.types import EarlierWeights, RunInfo
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -23,6 +28,21 @@ def real_data(*parts: str) -> pathlib.Path:
         if root and (path := pathlib.Path(root, *parts)).exists():
             return path
     pytest.skip(f"real data {'/'.join(parts)} is absent; set DSAD_DATA to run this test")
+
+
+def earlier_weights(objective: Any, params: Any, extra: Any, **facts: Any) -> EarlierWeights:
+    """What ``adopt`` gets of an earlier run of an objective."""
+    encoder = objective.encoder_weights(params, extra)
+    return EarlierWeights(encoder, params, extra, facts, "an earlier run")
+
+
+def untrained_run(path: pathlib.Path, objective: str, **changes: Any) -> epath.Path:
+    """A directory that holds a run of an objective, changed so; its step 0 needs no checkpoint."""
+    config = pretrain.default_config(objective)
+    with config.unlocked():
+        config.objective.update(ml_collections.ConfigDict(changes))
+    info = RunInfo(total_steps=7, batch_size=2, samples=5, classes=3)
+    return workdir.claim(str(path), "pretrain", config.to_dict(), info=info)
 
 
 def alone() -> dict[str, str]:

@@ -21,8 +21,8 @@ def test_quickstart_runs(tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures inline, as in a notebook
     book = nbformat.read(PATH, as_version=4)
     settings = next(c for c in book.cells if c.source.startswith("VARIANT"))
-    settings.source = settings.source.replace('VARIANT = ""', 'VARIANT = "tiny"')
-    assert "tiny" in settings.source.splitlines()[0]
+    settings.source = settings.source.replace('VARIANT = ""', 'VARIANT = "smoke"')
+    assert "smoke" in settings.source.splitlines()[0]
     NotebookClient(
         book, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()

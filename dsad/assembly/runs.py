@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from dsad import models
 from dsad.assembly import workdir
 from dsad.assembly.pretrain import PretrainConfig, Run, parse
-from dsad.core import paths, rng
-from dsad.core.errors import ConfigError
+from dsad.core import config as core_config
+from dsad.core import rng
+from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.types import (
     EarlierWeights,
     FeatureMaps,
@@ -56,7 +57,7 @@ def innermost(spec: str) -> str:
 def is_run(spec: str, *, bare: bool = False) -> bool:
     """Whether a spec names a run, also inside wrappers; ``bare``: a directory alone may."""
     inner = innermost(spec)
-    return inner.startswith(_SCHEME) or (bare and _holds(place(inner).directory))
+    return inner.startswith(_SCHEME) or (bare and workdir.has_checkpoint(place(inner).directory))
 
 
 def per_category(spec: str) -> bool:
@@ -76,20 +77,16 @@ def place(spec: str) -> Place:
     """
     path = innermost(spec).removeprefix(_SCHEME)
     directory, _, step = path.rpartition("@")
-    if not directory or not step.isdigit():
+    if not directory or not step.isdecimal():
         return Place(path, None)
-    if not _holds(path):
+    if not workdir.has_checkpoint(path):
         return Place(directory, int(step))
-    if _holds(directory):
+    if workdir.has_checkpoint(directory):
         raise ConfigError(
             f"{spec}: both {path} and {directory} hold a run; rename one, or add the step: "
             f"{path}@STEP."
         )
     return Place(path, None)
-
-
-def _holds(directory: str) -> bool:
-    return bool(directory) and (paths.directory(directory) / "checkpoints").is_dir()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +102,8 @@ class OpenedRun:
         """(params, extra, step), on the host unless they are those of step 0."""
         if step == 0 and self.config.init_from:
             raise ConfigError(
-                f"config.backbone=run:{self.directory}@0: that run began with the weights of "
-                f"{self.config.init_from}; evaluate those by themselves."
+                f"run:{self.directory}@0: that run began with the weights of "
+                f"{self.config.init_from}; name those by themselves."
             )
         if step == 0:
             return *jax.jit(self.objective.init)(jax.random.key(self.config.seed)), 0
@@ -131,8 +128,13 @@ def opened(directory: str) -> OpenedRun:
             f"run:{directory}: expected a pretraining run, found one of "
             f"dsad {stored['command']}{hint}."
         )
+    if "info" not in stored:
+        raise WorkdirError(
+            f"run:{directory}: written by an older dsad, which did not keep what the run knew of "
+            "its data (the key info). Train it again, or use the dsad that wrote it."
+        )
     config, module, method = parse(stored["config"])
-    info = RunInfo(**stored["info"])
+    info = core_config.build_dataclass(RunInfo, stored["info"], "info")
     return OpenedRun(
         directory=directory, config=config, objective=module.build(method, info),
         features=_features(module, method, info.classes),
@@ -155,9 +157,14 @@ def _features(module: Any, method: Any, classes: int) -> Callable[..., FeatureMa
 def checked_weights(run: Run) -> EarlierWeights | None:
     """The weights that ``init_from`` names, which the run's objective can adopt; None without any.
 
-    Raises ConfigError for what does not fit, before anything is claimed.
+    Raises ConfigError for what does not fit or is missing, before anything is claimed.
     """
     if not run.config.init_from:
+        if needed := run.objective.traits.source:
+            raise ConfigError(
+                f"config.init_from: this objective starts from {needed}; name it with "
+                "--config.init_from=DIR."
+            )
         return None
     earlier = earlier_weights(run.config.init_from, run.objective)
     jax.eval_shape(
@@ -169,6 +176,10 @@ def checked_weights(run: Run) -> EarlierWeights | None:
 
 def earlier_weights(spec: str, objective: Objective) -> EarlierWeights:
     """Weights for an objective from a run, a file or a hub name."""
+    if wrappers.is_wrapper(spec):
+        raise ConfigError(
+            f"config.init_from={spec}: a wrapper has no weights; name what is inside."
+        )
     if is_run(spec, bare=True):
         directory, step = place(spec)
         there = opened(directory)
@@ -202,8 +213,8 @@ def _read(weights: pretrained.Weights, objective: Objective, spec: str) -> tuple
     shapes = jax.eval_shape(objective.init, jax.random.key(0))
     own = objective.encoder_weights(*shapes)
     loaded = registry.family_of(own.arch).load(own.arch, weights)
-    trees = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
-    return Encoder(own.arch, loaded.options, *trees, own.preprocessing), {}, {}
+    params, extra = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
+    return Encoder(own.arch, loaded.options, params, extra, own.preprocessing), {}, {}
 
 
 # --- backbones

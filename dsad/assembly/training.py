@@ -15,7 +15,7 @@ from dsad.assembly.pretrain import DataFacts, Run, assemble, parse, use_settings
 from dsad.core import distributed, hosts
 from dsad.core.batch import Batch
 from dsad.core.chips import chip_of
-from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.errors import WorkdirError
 from dsad.core.mesh import place_batch, replicated
 from dsad.core.types import Dataset, EarlierWeights, PerSample, Progress, Source
 from dsad.data import base as data_base
@@ -31,29 +31,36 @@ from dsad.train.writer import MetricWriter
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """A run with its images: batches, and what of them lives on the devices, or None."""
+    """A run with its images: batches, and what of them lives on the devices, or None.
+
+    ``earlier`` are the weights that it starts from, if they were asked for before the images.
+    """
 
     run: Run
     pipeline: Pipeline
     store: Any
+    earlier: EarlierWeights | None = None
 
 
 def build(
-    config: Any, dataset: Dataset | None = None, progress: Progress | None = None
+    config: Any,
+    dataset: Dataset | None = None,
+    progress: Progress | None = None,
+    *,
+    weights: bool = False,
 ) -> Training:
-    """A run of a config on the devices of this machine, with its images."""
+    """A run of a config on the devices of this machine, with its images.
+
+    With ``weights`` those that ``init_from`` names are read first, and refused if they do not fit.
+    """
     cfg, _, _ = parse(config)
     use_settings(cfg)
     source = distributed.together(
         lambda: data_base.training_source(dataset or data_base.load(cfg.data), cfg.data.split)
     )
     run = assemble(config, None, DataFacts.of(source.records))
-    if (needed := run.objective.traits.source) and not cfg.init_from:
-        raise ConfigError(
-            f"config.init_from: this objective starts from {needed}; name it with "
-            "--config.init_from=DIR."
-        )
-    return read(run, source, progress)
+    earlier = distributed.together(lambda: runs.checked_weights(run)) if weights else None
+    return dataclasses.replace(read(run, source, progress), earlier=earlier)
 
 
 def read(run: Run, source: Source, progress: Progress | None = None) -> Training:
@@ -77,10 +84,15 @@ def read(run: Run, source: Source, progress: Progress | None = None) -> Training
     return Training(run=run, pipeline=pipeline, store=store)
 
 
-def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Training:
-    """Build a run with progress; everything that can be refused is refused here."""
+def prepare(
+    config: Any, out: Console, dataset: Dataset | None = None, *, continued: bool = False
+) -> Training:
+    """Build a run with progress; everything that can be refused is refused here.
+
+    A run that is ``continued`` has its weights already; the earlier stage may be gone.
+    """
     with console.progress("reading images", out) as tell:
-        training = build(config, dataset, progress=tell)
+        training = build(config, dataset, progress=tell, weights=not continued)
     run, shapes = training.run, jax.tree.leaves(training.run.abstract.params)
     kind = {"train": "normal", "test": "test", "all": "normal and test"}[run.config.data.split]
     out.print(
@@ -91,21 +103,11 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Traini
     return training
 
 
-def pretrain(
-    training: Training,
-    path: epath.Path,
-    out: Console,
-    *,
-    resume: bool = False,
-    earlier: EarlierWeights | None = None,
-) -> bool:
-    """Train or continue in a claimed directory; True when complete, False when asked to stop.
-
-    ``earlier`` is what ``runs.checked_weights`` gave, if that was asked already.
-    """
+def pretrain(training: Training, path: epath.Path, out: Console, *, resume: bool = False) -> bool:
+    """Train or continue in a claimed directory; True when complete, False when asked to stop."""
     with distributed.failing_together(path):
         try:
-            complete = _pretrain(training, path, out, resume, earlier)
+            complete = _pretrain(training, path, out, resume)
         except WorkdirError as error:
             error.code = 3
             raise
@@ -114,9 +116,7 @@ def pretrain(
     return complete
 
 
-def _pretrain(
-    training: Training, path: epath.Path, out: Console, resume: bool, earlier: Any
-) -> bool:
+def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) -> bool:
     run = training.run
     checkpointer = Checkpointer(path, run.config.checkpoint, say=out.print)
     checkpointer.check(run.abstract, run.info.total_steps)
@@ -128,7 +128,7 @@ def _pretrain(
     else:
         if resume:
             out.print("no complete checkpoint yet: starting at step 0")
-        state = first_state(training, earlier or runs.checked_weights(run), out)
+        state = first_state(training, training.earlier or runs.checked_weights(run), out)
     training = with_features(training, state, out)
     batches: Any = training.pipeline.iterator()
     if position is not None:

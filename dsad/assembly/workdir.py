@@ -75,7 +75,7 @@ def _take(
         if resume:
             # Without a checkpoint nothing depends on the old config, such as one that did not fit
             # into memory.
-            _check_same(path, text, free=not _has_checkpoint(path))
+            _check_same(path, text, free=not has_checkpoint(workdir))
             paths.write_whole(path / CONFIG, text, _ADVICE)
             return
         if not overwrite:
@@ -118,9 +118,10 @@ def mark_complete(path: epath.Path, step: int) -> None:
         paths.write_whole(path / COMPLETE, json.dumps({"step": step}) + "\n")
 
 
-def _has_checkpoint(path: epath.Path) -> bool:
-    folder = path / "checkpoints"
-    return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+def has_checkpoint(workdir: str) -> bool:
+    """Whether a directory holds a pretraining run that saved something."""
+    folder = paths.directory(workdir) / "checkpoints"
+    return bool(workdir) and folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
 
 
 def _check_same(path: epath.Path, text: str, *, free: bool) -> None:
@@ -131,15 +132,20 @@ def _check_same(path: epath.Path, text: str, *, free: bool) -> None:
         )
     changed = differences(found["config"], wanted["config"])
     if not free:
-        changed += differences(found.get("info", {}), wanted.get("info", {}), "data")
+        changed += differences(_data(found), _data(wanted), "data")
     lines = [line for line in changed if not free and not _is_free(line.partition(":")[0])]
     if lines:
         raise WorkdirError(
-            f"{path}: --resume needs the run's own config; these keys differ (found there → now):"
-            "\n  " + "\n  ".join(lines)
+            f"{path}: --resume needs the run's own config and data; these differ (there → now):\n  "
+            + "\n  ".join(lines)
         )
     for line in changed:
         print(f"resumed with {line}")
+
+
+def _data(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's info is its data's; the rest follows from the config."""
+    return {k: v for k, v in about.get("info", {}).items() if k in ("samples", "classes")}
 
 
 def _is_free(key: str) -> bool:
@@ -161,11 +167,6 @@ def read(path: str | epath.PathLike) -> dict[str, Any]:
     keys = set(found) if isinstance(found, dict) else set()
     if not {"command", "config"} <= keys or not isinstance(found["config"], dict):
         raise WorkdirError(f"{file}: not written by dsad; expected the keys command and config.")
-    if found["command"] == "pretrain" and "info" not in keys:
-        raise WorkdirError(
-            f"{file}: written by an older dsad, which did not keep what the run knew of its data "
-            "(the key info). Train it again, or use the dsad that wrote it."
-        )
     return found
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsad.augment._isstad_regions import integers, uniforms
-from dsad.augment.blur import NO_BLUR, TRUNCATE, along_both
+from dsad.augment.blur import NO_BLUR, TRUNCATE, along_both, taps
 from dsad.augment.color import JitterDraws, adjust_saturation, apply_jitter, draw_jitter
 from dsad.core.rng import named
 
@@ -91,22 +91,18 @@ def _filters(sigma: jax.Array, extent: jax.Array, mirror: jax.Array, pixels: int
     kernel's tails. What comes out beyond the patch has no meaning.
     """
     radius = math.ceil(TRUNCATE * BLUR[1])
-    steps = jnp.arange(radius + 1, dtype=jnp.float32)[None, :] / sigma[:, None]
-    half = jnp.exp(-0.5 * jnp.square(steps))
-    half = half / (2 * jnp.sum(half, axis=1, keepdims=True) - half[:, :1])
-    tail = jnp.flip(jnp.cumsum(jnp.flip(half, 1), axis=1), 1)  # tail[t] = taps t and beyond
-    half, tail = (jnp.pad(v, ((0, 0), (0, 1))) for v in (half, tail))
+    half, tail = taps(sigma, radius)
     place, last = jnp.arange(pixels, dtype=jnp.int32)[None, :], extent[:, None] - 1
     out = jnp.where(mirror[:, None], last - place, place)
 
-    def taps(table: jax.Array, distance: jax.Array) -> jax.Array:
+    def at(table: jax.Array, distance: jax.Array) -> jax.Array:
         return jnp.take_along_axis(table, jnp.clip(distance, 0, radius + 1), axis=1)
 
     between = jnp.abs(out[:, :, None] - place[:, None, :])
-    band = taps(half, between.reshape(-1, pixels * pixels)).reshape(between.shape)
+    band = at(half, between.reshape(-1, pixels * pixels)).reshape(between.shape)
     first = (place == 0)[:, None, :]
     end = (place == last)[:, None, :]
-    left, right = taps(tail, out)[:, :, None], taps(tail, last - out)[:, :, None]
+    left, right = at(tail, out)[:, :, None], at(tail, last - out)[:, :, None]
     matrix = jnp.where(first, left, jnp.where(end, right, band))
     matrix = jnp.where(place[:, None, :] > last[:, :, None], 0, matrix)
     return jnp.where((last == 0)[:, :, None], first.astype(jnp.float32), matrix)

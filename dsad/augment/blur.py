@@ -11,19 +11,27 @@ TRUNCATE = 4.0
 NO_BLUR = 1e-3
 
 
+def taps(sigma: jax.Array, radius: int) -> tuple[jax.Array, jax.Array]:
+    """Weights (b, radius + 2) at distances 0, 1, ... of Gaussians ``sigma`` (b,) cut at ``radius``.
+
+    And their tails: the sum of the weights at that distance and beyond. The last of both is 0.
+    """
+    offsets = jnp.arange(radius + 1, dtype=jnp.float32)[None, :]
+    half = jnp.exp(-0.5 * jnp.square(offsets / sigma[:, None]))
+    half = half / (2 * jnp.sum(half, axis=1, keepdims=True) - half[:, :1])
+    tail = jnp.flip(jnp.cumsum(jnp.flip(half, 1), axis=1), 1)
+    return jnp.pad(half, ((0, 0), (0, 1))), jnp.pad(tail, ((0, 0), (0, 1)))
+
+
 def blur_matrix(sigma: jax.Array, pixels: int, radius: int) -> jax.Array:
     """Blur matrices (b, pixels, pixels): row o holds the weights of the inputs of output o.
 
     Pixels beyond the ends count as copies of the outermost ones: those collect the kernel's tails.
     A ``sigma`` of NO_BLUR pixels gives the identity.
     """
-    offsets = jnp.arange(radius + 1, dtype=jnp.float32)[None, :]
-    half = jnp.exp(-0.5 * jnp.square(offsets / sigma[:, None]))  # taps 0 .. radius
-    half = half / (2 * jnp.sum(half, axis=1, keepdims=True) - half[:, :1])
-    tail = jnp.flip(jnp.cumsum(jnp.flip(half, 1), axis=1), 1)  # tail[t] = taps t and beyond
+    half, tail = taps(sigma, radius)
     place = jnp.arange(pixels)
     distance = jnp.abs(place[:, None] - place[None, :])
-    half, tail = (jnp.pad(x, ((0, 0), (0, 1))) for x in (half, tail))
     band = half[:, jnp.minimum(distance, radius + 1)]
     first = tail[:, jnp.minimum(place, radius + 1)][:, :, None]
     ends = (place == 0)[None, None, :], (place == pixels - 1)[None, None, :]

@@ -108,24 +108,9 @@ def _shift_hue(lines: jax.Array, shift: jax.Array) -> jax.Array:
     return jnp.clip(value - chroma * jnp.clip(2 - away, 0, 1), 0, 1)
 
 
-def adjust_brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
-    """Multiply by ``factor`` (b,) and clip to [0, 1]."""
-    return jnp.clip(_per_sample(factor) * images, 0, 1)
-
-
-def adjust_contrast(images: jax.Array, factor: jax.Array) -> jax.Array:
-    """Blend with the image's mean luma, ``factor`` (b,) of the image, and clip to [0, 1]."""
-    return _lines(_blend_mean(_lines(images), factor))
-
-
 def adjust_saturation(images: jax.Array, factor: jax.Array) -> jax.Array:
     """Blend with the luma of each pixel, ``factor`` (b,) of the image, and clip to [0, 1]."""
     return _lines(_blend_grey(_lines(images), factor, 1 - factor))
-
-
-def adjust_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
-    """Turn the HSV hue by ``shift`` (b,) in turns: 1/3 makes red green."""
-    return _lines(_shift_hue(_lines(images), shift))
 
 
 def draw_jitter(
@@ -195,29 +180,9 @@ def apply_jitter(
     return _lines(jnp.where(_per_sample(draws.apply), lines, original))
 
 
-def color_jitter(
-    images: jax.Array,
-    keys: jax.Array,
-    *,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-    hue: float,
-    probability: float,
-) -> jax.Array:
-    """With ``probability``, change the colours of (b, h, w, 3) images in random order.
-
-    ``keys`` (b,), one per sample. Amounts as in ``draw_jitter``, semantics as in ``adjust_*``.
-    """
-    draws = draw_jitter(
-        keys,
-        brightness=brightness,
-        contrast=contrast,
-        saturation=saturation,
-        hue=hue,
-        probability=probability,
-    )
-    return apply_jitter(images, draws, hue=hue > 0)
+def color_jitter(images: jax.Array, keys: jax.Array, *, hue: float, **amounts: float) -> jax.Array:
+    """Change the colours of (b, h, w, 3) images as ``draw_jitter`` says, keys (b,) per sample."""
+    return apply_jitter(images, draw_jitter(keys, hue=hue, **amounts), hue=hue > 0)
 
 
 def to_grey(images: jax.Array, keys: jax.Array, *, probability: float) -> jax.Array:

@@ -14,6 +14,9 @@ from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core.rng import named, sample_keys
 from dsad.core.types import Batch
 
+#: What ``ViewConfig.jitter`` gives the amounts of.
+JITTERED = ("brightness", "contrast", "saturation", "hue")
+
 
 class ViewConfig(Settings, place="view"):
     """How one view is made; the defaults are view 1 of DS2.
@@ -89,15 +92,9 @@ def make_view(batch: Batch, key: jax.Array, config: ViewConfig) -> dict[str, Any
     if config.filter == "bicubic":
         images = jnp.clip(images, 0.0, 1.0)  # the cubic overshoots at edges
     if config.jitter_probability and any(config.jitter):
-        brightness, contrast, saturation, hue = config.jitter
+        amounts = dict(zip(JITTERED, config.jitter, strict=True))
         images = color_jitter(
-            images,
-            keys("jitter"),
-            brightness=brightness,
-            contrast=contrast,
-            saturation=saturation,
-            hue=hue,
-            probability=config.jitter_probability,
+            images, keys("jitter"), **amounts, probability=config.jitter_probability
         )
     if config.grey_probability:
         images = to_grey(images, keys("grey"), probability=config.grey_probability)
@@ -106,10 +103,6 @@ def make_view(batch: Batch, key: jax.Array, config: ViewConfig) -> dict[str, Any
             images, keys("blur"), sigma=config.blur_sigma, probability=config.blur_probability
         )
     if config.solarize_probability:
-        images = solarize(
-            images,
-            keys("solarize"),
-            probability=config.solarize_probability,
-            threshold=config.solarize_threshold,
-        )
+        probability, threshold = config.solarize_probability, config.solarize_threshold
+        images = solarize(images, keys("solarize"), probability=probability, threshold=threshold)
     return {"image": normalize(images, config.mean, config.std), "box": box}

@@ -5,6 +5,7 @@ has them; without it the same operations from Pillow and numpy. Blur is Pillow's
 than a convolution. Every sample ends as two normalised float32 arrays (3, side, side).
 """
 
+import dataclasses
 import importlib
 import math
 import random
@@ -21,11 +22,11 @@ from dsad.objectives.ds2 import Config
 View = Callable[[Image.Image], Any]
 
 
+@dataclasses.dataclass
 class Blur:
     """Gaussian blur of a random width in pixels."""
 
-    def __init__(self, sigma: tuple[float, float]):
-        self.sigma = sigma
+    sigma: tuple[float, float]
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
@@ -47,11 +48,11 @@ def torchvision_view(config: ViewConfig) -> View:
     )
 
 
+@dataclasses.dataclass
 class PillowView:
     """The same view without torchvision."""
 
-    def __init__(self, config: ViewConfig):
-        self.config = config
+    config: ViewConfig
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         config = self.config

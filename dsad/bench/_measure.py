@@ -1,43 +1,21 @@
-"""What bench topics share: flags, interleaved rounds, memory growth, peers and the two floors."""
+"""What bench topics share: interleaved rounds, memory growth, peers and the two floors."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import resource
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.flags import FlagValues
-from rich.table import Table
 
-from dsad.core.errors import ConfigError
-from dsad.terminal.flags import Command
-
-
-def parsed(command: Command, argv: list[str]) -> tuple[Any, FlagValues]:
-    """Config and flags of a topic; ConfigError for other arguments."""
-    config, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad {command.name}: unexpected argument {rest[0]!r}.")
-    return config, values
-
-
-def table(title: str | None, *columns: str) -> Table:
-    """An empty table: a column of labels, the others numbers."""
-    made = Table(title=title)
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", no_wrap=not number)
-    return made
-
-
-# --- peers ----------------------------------------------------------------------------------
+from dsad.terminal import console
 
 
 def installed(module: str) -> bool:
@@ -51,9 +29,6 @@ def installed(module: str) -> bool:
 def missing(label: str, package: str) -> str:
     """What is printed instead of a peer's row."""
     return f"{label}: not installed: pip install {package}"
-
-
-# --- time and memory ------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
@@ -84,7 +59,7 @@ class Timing(NamedTuple):
 
 def timed(call: Callable[[], Any], *, keep: bool = True) -> Run:
     """Run a call until its arrays are there; without ``keep`` its result is dropped."""
-    with Growth() as growth:
+    with growing() as growth:
         start, busy = time.perf_counter(), time.process_time()
         result = jax.block_until_ready(call())
         seconds, busy = time.perf_counter() - start, time.process_time() - busy
@@ -104,7 +79,7 @@ def interleaved(
     ``first``: the calls that are made once before, apart, because they compile (None: all).
     ``tell`` hears of every run: its round from 1 (0 for the first calls), its name, and it.
     """
-    made: dict[str, Timing] = {name: Timing(None, []) for name in calls}
+    made = {name: Timing(None, []) for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
             if number == 0 and first is not None and name not in first:
@@ -120,24 +95,22 @@ def interleaved(
 
 
 class Growth:
-    """Largest growth of the resident set within the block, in bytes, polled."""
+    """Largest growth of the resident set, in bytes."""
 
     bytes = 0
 
-    def __enter__(self) -> "Growth":
-        self._before, self._stop = resident(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.bytes = max(self.bytes, resident() - self._before)
+@contextlib.contextmanager
+def growing() -> Iterator[Growth]:
+    """The growth within the block, polled."""
+    before, growth = resident(), Growth()
 
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self.bytes = max(self.bytes, resident() - self._before)
+    def look(_: float = 0.0) -> None:
+        growth.bytes = max(growth.bytes, resident() - before)
+
+    with console.every(0.005, look):
+        yield growth
+    look()
 
 
 def resident() -> int:
@@ -148,9 +121,6 @@ def resident() -> int:
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-# --- floors ---------------------------------------------------------------------------------
 
 
 class Machine(NamedTuple):

@@ -13,6 +13,7 @@ from dsad.bench import _measure
 from dsad.core.types import RunInfo
 from dsad.models.transformer import POLICIES
 from dsad.objectives import mae
+from dsad.terminal import console
 
 #: Depth must not cost compilation: the deepest network is compared with the shallowest.
 SIZES = ("mae_vit_tiny_patch16", "mae_vit_large_patch16")
@@ -44,21 +45,26 @@ def masking(
     return every / kept
 
 
+def _compiled(objective: Any, *shapes: Any) -> tuple[jax.stages.Compiled, float]:
+    """Loss and gradient for shapes of params, extra and views, and the seconds it took."""
+
+    def loss(*arguments: Any) -> Any:
+        return objective.loss(*arguments, key=jax.random.key(0), step=jnp.int32(0))
+
+    start = time.perf_counter()
+    made = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*shapes).compile()
+    return made, time.perf_counter() - start
+
+
 def memory(out: Console, run: Run, views: Any, weights: Any) -> dict[str, int]:
     """Temporary bytes of one device's loss and gradient for every remat policy, as compiled."""
     cfg = run.objective.cfg  # type: ignore[attr-defined]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (*weights, views))
-    table = _measure.table(None, "remat", "temporaries MiB", "compile s")
+    table = console.table("remat", "temporaries MiB", "compile s", whole=True)
     found = {}
     for policy in ("none", *POLICIES):
         made = type(run.objective)(dataclasses.replace(cfg, remat=policy), run.info)  # type: ignore[call-arg]
-
-        def loss(params: Any, extra: Any, views: Any, made: Any = made) -> Any:
-            return made.loss(params, extra, views, key=jax.random.key(0), step=jnp.int32(0))
-
-        start = time.perf_counter()
-        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*shapes).compile()
-        seconds = time.perf_counter() - start
+        compiled, seconds = _compiled(made, *shapes)
         size = compiled.memory_analysis()
         found[policy] = int(size.temp_size_in_bytes) if size is not None else 0
         table.add_row(policy, f"{found[policy] / 2**20:.1f}", f"{seconds:.1f}")
@@ -78,13 +84,7 @@ def compile_times(out: Console, batch: int = 8) -> dict[str, float]:
             "image": jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32),
             "noise": jax.ShapeDtypeStruct((batch, cells), jnp.float32),
         }
-
-        def loss(params: Any, extra: Any, views: Any, made: Any = made) -> Any:
-            return made.loss(params, extra, views, key=None, step=None)
-
-        start = time.perf_counter()
-        jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, extra, views).compile()
-        found[arch] = time.perf_counter() - start
+        found[arch] = _compiled(made, params, extra, views)[1]
     tiny, large = (found[a] for a in SIZES)
     out.print(
         f"compiling loss and gradient, {batch} images of 224 px: ViT-Ti (12 blocks) {tiny:.1f} s, "

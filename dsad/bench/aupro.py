@@ -1,6 +1,7 @@
 """``dsad bench aupro``: AUPRO by counting and by sorting, with its error and its memory."""
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,6 @@ from rich.table import Table
 from scipy import ndimage
 
 from dsad.bench import _measure
-from dsad.core.errors import ConfigError
 from dsad.evaluation.metrics import ranking, streaming
 from dsad.terminal import console, flags
 
@@ -53,23 +53,13 @@ def main(argv: list[str]) -> int:
     command.integer("peer_maps", 10, "Maps that the slower routes get, 0 for all of them.")
     command.integer("stream", 0, "Instead: count this many maps into one state, showing memory.")
     command.string("limit", "0.3", "False-positive rate to integrate up to.")
-    _, values = _measure.parsed(command, argv)
-    limit = _limit(values.limit)
+    _, values, _ = command.parse(argv)
+    limit = flags.share("limit", values.limit, "rate")
     if values.stream:
         stream(values.stream, values.maps, values.size, limit)
     else:
         compare(values.maps, values.size, values.rounds, values.peer_maps or values.maps, limit)
     return 0
-
-
-def _limit(text: str) -> float:
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = float("nan")
-    if not 0 < limit <= 1:
-        raise ConfigError(f"--limit: expected a rate in (0, 1], found {text!r}.")
-    return limit
 
 
 def problem(maps: int, size: int, seed: int = 0) -> Problem:
@@ -94,9 +84,6 @@ def _enlarged(noise: np.ndarray, size: int) -> np.ndarray:
     smooth = ndimage.gaussian_filter(noise, 1.0, mode="wrap")
     wide = jax.image.resize(jnp.asarray(smooth / smooth.std()), (size, size), "bilinear")
     return np.asarray(wide)
-
-
-# --- the routes -----------------------------------------------------------------------------
 
 
 def by_counting(given: Problem, limit: float) -> streaming.Measured:
@@ -147,17 +134,10 @@ _PACKAGES = {"sklearn": "scikit-learn", "torch": "torch"}
 
 
 def _split(given: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    normal, defect, sizes = [], [], []
-    for scores, truth in zip(given.maps, given.truth, strict=True):
-        keep = np.ones(scores.size, bool)
-        keep[truth.union] = False
-        normal.append(scores[keep])
-        defect.append(scores[truth.union])
-        sizes.append(truth.sizes)
-    return np.concatenate(normal), np.concatenate(defect), np.concatenate(sizes)
-
-
-# --- what is printed ------------------------------------------------------------------------
+    pairs = list(zip(given.maps, given.truth, strict=True))
+    normal = np.concatenate([np.delete(scores, truth.union) for scores, truth in pairs])
+    defect = np.concatenate([scores[truth.union] for scores, truth in pairs])
+    return normal, defect, np.concatenate([truth.sizes for truth in given.truth])
 
 
 def compare(maps: int, size: int, rounds: int, peer_maps: int, limit: float) -> dict[str, Any]:
@@ -176,16 +156,14 @@ def compare(maps: int, size: int, rounds: int, peer_maps: int, limit: float) -> 
         route(f"dsad counts: {label}", made, by_counting)
     counting = tuple(calls)  # the others compile nothing
     route("dsad sorts: s", given, by_sorting)
-    missing = []
     for label, module, function in PEERS:
         if _measure.installed(module):
             route(label, given.part(peer_maps), function)
-        else:
-            missing.append(_measure.missing(label, _PACKAGES[module]))
     timings = _measure.interleaved(calls, rounds, first=counting, keep=True)
     made = _print(out, problems, timings, limit)
-    for line in missing:
-        out.print(line)
+    for label, module, _ in PEERS:
+        if label not in calls:
+            out.print(_measure.missing(label, _PACKAGES[module]))
     first = next(iter(timings.values()))
     _print_floors(out, given.pixels, first.result.passes, rounds)
     return made
@@ -194,10 +172,9 @@ def compare(maps: int, size: int, rounds: int, peer_maps: int, limit: float) -> 
 def _print(
     out: Any, problems: dict[str, Problem], timings: dict[str, _measure.Timing], limit: float
 ) -> dict[str, Any]:
-    table = _measure.table(
-        f"AUPRO up to {limit:g}, regions labelled beforehand",
+    table = console.table(
         "route: scores", "maps", "s", "CPU s", "ns/pixel", "passes", "AUPRO", "error", "bound",
-        "MB extra",
+        "MB extra", title=f"AUPRO up to {limit:g}, regions labelled beforehand", whole=True,
     )  # fmt: skip
     base = None
     made: dict[str, Any] = {}
@@ -223,18 +200,14 @@ def _print(
 def _print_floors(out: Any, pixels: int, passes: int, rounds: int) -> None:
     machine = _measure.machine()
     read = machine.bytes / 2  # nothing is written
-    device = jax.devices()[0].device_kind
     out.print(
         f"Floors of the first row, {passes} passes over {pixels / 1e6:.0f} M pixels: bytes "
         f"{4 * pixels * passes / read:.3f} s at {read / 1e9:.1f} GB/s read in a copy, operations "
         f"{_OPERATIONS * pixels * passes / machine.operations:.3f} s at "
         f"{machine.operations / 1e9:.0f} GFLOP/s of a plain matmul. Medians of {rounds} "
-        f"interleaved rounds on {device}. "
+        f"interleaved rounds on {jax.devices()[0].device_kind}. "
         "Error: to the exact route on the same scores; MB extra: growth of the resident memory."
     )
-
-
-# --- constant memory ------------------------------------------------------------------------
 
 
 def stream(total: int, maps: int, size: int, limit: float) -> dict[str, Any]:
@@ -274,7 +247,6 @@ def stream(total: int, maps: int, size: int, limit: float) -> dict[str, Any]:
 def _portions(given: Problem, total: int) -> Iterator[Problem]:
     """All maps again and again, ``total`` of them."""
     whole, left = divmod(total, len(given.maps))
-    for _ in range(whole):
-        yield given
+    yield from itertools.repeat(given, whole)
     if left:
         yield Problem(given.maps[:left], given.truth[:left])

@@ -15,6 +15,7 @@ from dsad import models
 from dsad.assembly import datasets
 from dsad.bench import _measure
 from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.types import Progress
 from dsad.data import base as data_base
 from dsad.detectors import patchcore
 from dsad.evaluation.config import EvalConfig
@@ -68,12 +69,11 @@ def main(argv: list[str]) -> int:
         "bottle", "", "Folder of MVTec's bottle; its features replace the first large bank."
     )
     command.string("weights", "", "Weights of the ResNet-18 for --bottle.")
-    _, values = _measure.parsed(command, argv)
+    _, values, _ = command.parse(argv)
     size = max(2, values.rows * min(values.percent, 100) // 100)
     bank = gaussian(values.rows, values.dim)
-    compare(
-        Case("Gaussian", bank, size, values.projection), values.rounds, values.peer_picks or size
-    )
+    case = Case("Gaussian", bank, size, values.projection)
+    compare(case, values.rounds, values.peer_picks or size)
     if values.bottle:
         bank = bottle_features(values.bottle, values.weights)
         alone(Case("bottle, layers 2 + 3", bank, len(bank) // 10, 0))
@@ -81,9 +81,6 @@ def main(argv: list[str]) -> int:
         for rows, dim, projection in LONG[1:] if values.bottle else LONG:
             alone(Case("clustered", clustered(rows, dim), rows // 10, projection))
     return 0
-
-
-# --- banks ----------------------------------------------------------------------------------
 
 
 def gaussian(rows: int, dim: int) -> np.ndarray:
@@ -129,9 +126,6 @@ def bottle_features(root: str, weights: str) -> np.ndarray:
         return detector._gathered(Features(reader, [(category, source)], tick, keep=False))
 
 
-# --- routes ---------------------------------------------------------------------------------
-
-
 def by_numpy(case: Case, picks: int) -> np.ndarray:
     """Farthest first one by one: a product with the bank per pick, norms kept."""
     bank, out = case.bank, [0]
@@ -175,7 +169,14 @@ def _published_torch(case: Case, picks: int) -> np.ndarray:
     return np.array(out)
 
 
-def by_dsad(case: Case, bank: Any = None) -> Measured:
+def _picked(case: Case, bank: Any, progress: Progress | None = None) -> Any:
+    projection = case.projection or None
+    return greedy_coreset(
+        bank, case.size, key=jax.random.key(0), projection_dim=projection, progress=progress
+    )
+
+
+def by_dsad(case: Case) -> Measured:
     """``greedy_coreset`` from row 0, with progress, as users run it."""
     calls: list[tuple[float, int, float]] = []
 
@@ -183,32 +184,18 @@ def by_dsad(case: Case, bank: Any = None) -> Measured:
         left = re.search(r"about (\d+) s", note)
         calls.append((time.perf_counter(), done, float(left[1]) if left else np.nan))
 
-    def run() -> Any:
-        return greedy_coreset(
-            case.bank if bank is None else bank, case.size, key=jax.random.key(0),
-            projection_dim=case.projection or None, progress=progress,
-        )  # fmt: skip
-
-    made = _measure.timed(run)
+    made = _measure.timed(lambda: _picked(case, case.bank, progress))
     end = time.perf_counter()
     now, _, left = next(c for c in calls if c[1] >= case.size / 10)
     ratio = left / max(end - now, 1e-9)
     return Measured(np.asarray(made.result), made.seconds, made.growth, ratio)
 
 
-# --- comparison -----------------------------------------------------------------------------
-
-
 def compare(case: Case, rounds: int, peer_picks: int) -> dict[str, float]:
     """Interleaved rounds of all routes on one bank; prints a table, returns median seconds."""
     out = console.console()
     placed = jnp.asarray(case.bank)
-    run = lambda: np.asarray(  # noqa: E731
-        greedy_coreset(
-            placed, case.size, key=jax.random.key(0), projection_dim=case.projection or None
-        )
-    )
-    calls: dict[str, Callable[[], np.ndarray]] = {"dsad": run}
+    calls: dict[str, Callable[[], np.ndarray]] = {"dsad": lambda: np.asarray(_picked(case, placed))}
     torch = _measure.installed("torch")
     if not case.projection:
         public = "torch" if torch else "numpy"
@@ -222,8 +209,7 @@ def compare(case: Case, rounds: int, peer_picks: int) -> dict[str, float]:
     picks = first.result
     pace = {n: v / (case.size if n == "dsad" else peer_picks) for n, v in median.items()}
     columns = ("route", "picks", "s", "ms a pick", "times dsad", "picks as dsad")
-    table = _measure.table(_title(case), *columns)
-    table.title_justify = "left"
+    table = console.table(*columns, title=_title(case), title_justify="left", whole=True)
     for name, value in median.items():
         same = np.mean(found[name] == picks[: len(found[name])])
         table.add_row(

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     command.integer("channels", 512, "Features per patch.", at_least=1)
     command.integer("components", 50, "Of the PCA.", at_least=1)
     command.integer("rounds", 3, "Timed rounds of every program; medians are shown.", at_least=1)
-    _, values = _measure.parsed(command, argv)
+    _, values, _ = command.parse(argv)
     names = ("images", "side", "channels", "components")
     bench(Sizes(**{n: getattr(values, n) for n in names}), values.rounds)
     return 0
@@ -85,9 +85,6 @@ def _features(sizes: Sizes, seed: int) -> np.ndarray:
         image[:] = np.maximum(mean + 0.1 * (draws @ mixing), 0)
         image /= np.maximum(np.linalg.norm(image, axis=-1, keepdims=True), 1e-6)
     return made
-
-
-# --- programs -------------------------------------------------------------------------------
 
 
 class _Source:
@@ -142,9 +139,6 @@ def _one_thread(run: Callable[[], np.ndarray]) -> np.ndarray:
         return run()
 
 
-# --- checks and floors ----------------------------------------------------------------------
-
-
 def _errors(
     sizes: Sizes, timings: dict[str, _measure.Timing], normal: np.ndarray, test: np.ndarray
 ) -> dict[str, float]:
@@ -191,7 +185,8 @@ def _print(
     out: Any, sizes: Sizes, timings: dict[str, _measure.Timing], errors: dict[str, float],
     rounds: int,
 ) -> None:  # fmt: skip
-    table = _measure.table(None, "program", "s", "times dsad", "max. relative error", "memory MB")
+    columns = ("program", "s", "times dsad", "max. relative error", "memory MB")
+    table = console.table(*columns, whole=True)
     own = timings["dsad"]
     for name, timing in timings.items():
         grown = statistics.median(run.growth for run in timing.rounds)

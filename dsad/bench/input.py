@@ -31,7 +31,8 @@ from dsad.train.state import initial_state
 KINDS = {"jpeg": (400, 500, ".jpg"), "png": (1024, 1024, ".png")}
 
 
-def _command() -> flags.Command:
+def main(argv: list[str]) -> int:
+    """The command: ``dsad bench input``."""
     command = flags.Command(
         "bench input", "images/s of every input mode, beside a torch DataLoader.",
         config="configs/ds2.py:small",
@@ -44,31 +45,19 @@ def _command() -> flags.Command:
     command.integer("workers", 2, "Worker processes of the rows with workers.", at_least=1)
     command.integer("rounds", 3, "Timed rounds of every mode; medians are shown.", at_least=1)
     command.integer("steps", 8, "Steps of the config in which the input is waited for (0: none).")
-    return command
-
-
-def main(argv: list[str]) -> int:
-    """The command: ``dsad bench input``."""
-    command = _command()
-    config, values = _measure.parsed(command, argv)
+    config, values, _ = command.parse(argv)
     out = console.console()
     with tempfile.TemporaryDirectory() as scratch:
-        folders = (
-            {"root": pathlib.Path(values.root).expanduser()}
-            if values.root
-            else {
-                name: _generate(pathlib.Path(scratch), name, values.images, out) for name in KINDS
-            }
-        )
+        place = pathlib.Path(scratch)
+        folders = {"root": pathlib.Path(values.root).expanduser()}
+        if not values.root:
+            folders = {name: _generate(place, name, values.images, out) for name in KINDS}
         for name, folder in folders.items():
-            work = pathlib.Path(scratch) / f"work-{name}"
+            work = place / f"work-{name}"
             measure(name, folder, work, values, out)
             if values.steps:
                 waiting(name, folder, work, config, values, out)
     return 0
-
-
-# --- images ---------------------------------------------------------------------------------
 
 
 def picture(height: int, width: int, seed: int) -> np.ndarray:
@@ -89,9 +78,6 @@ def _generate(scratch: pathlib.Path, name: str, count: int, out: Any) -> pathlib
             image.save(folder / f"{i:04d}{suffix}", quality=90)  # PNG has none and ignores it
             tell(i + 1, count, "")
     return folder.parent
-
-
-# --- modes ----------------------------------------------------------------------------------
 
 
 class Spent(NamedTuple):
@@ -207,11 +193,7 @@ def _rounds(calls: dict[str, Any], rounds: int, name: str, out: Any) -> dict[str
     medians = {}
     for label, timing in timings.items():
         results = [run.result for run in timing.rounds]
-        medians[label] = Spent(
-            statistics.median(r.wall for r in results),
-            statistics.median(r.cpu for r in results),
-            results[0].images,
-        )
+        medians[label] = Spent(*map(statistics.median, zip(*results, strict=True)))
     return medians
 
 
@@ -220,7 +202,8 @@ def _print(
     method: Any, out: Any,
 ) -> None:  # fmt: skip
     columns = ("mode", "images/s", "batches/s", "CPU ms an image", "images/s a core", "× peer")
-    table = _measure.table(f"{name}: {len(files)} images, {_sizes(files)}", *columns)
+    title = f"{name}: {len(files)} images, {_sizes(files)}"
+    table = console.table(*columns, title=title, whole=True)
     base = rows[peers[0]] if peers else None
     for label, row in rows.items():
         if label == next(iter(peers), None):
@@ -253,9 +236,6 @@ def _sizes(files: list[str]) -> str:
     return f"the first {size}, {mean / 1e3:,.0f} kB on average"
 
 
-# --- a training step ------------------------------------------------------------------------
-
-
 def waiting(
     name: str, folder: pathlib.Path, work: pathlib.Path, config: Any, values: Any, out: Any
 ) -> dict[str, tuple[float, float]]:
@@ -273,9 +253,9 @@ def waiting(
             made = cached if label == "device" else streamed
             rows[label] = _steps(made, pipeline, values.steps)
             tell(number, len(modes), label)
-    table = _measure.table(
-        f"{name}: waiting for the input in {values.steps} steps", "mode", "ms a step",
-        "ms waited", "share",
+    table = console.table(
+        "mode", "ms a step", "ms waited", "share", whole=True,
+        title=f"{name}: waiting for the input in {values.steps} steps",
     )  # fmt: skip
     for label, (wait, total) in rows.items():
         each, waited = (1e3 * s / values.steps for s in (total, wait))

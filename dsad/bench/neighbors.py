@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     command.integer("depth", 384, "Features per row.", at_least=1)
     command.string("k", "1,9", "Numbers of neighbours, separated by commas.")
     command.integer("rounds", 5, "Timed rounds of everything; medians are shown.", at_least=1)
-    _, values = _measure.parsed(command, argv)
+    _, values, _ = command.parse(argv)
     try:
         numbers = [int(k) for k in values.k.split(",")]
     except ValueError as error:
@@ -52,20 +52,20 @@ def neighbors(
     traffic = 4.0 * depth * (queries + rows) / machine.bytes
     result = {}
     for k in numbers:
-        calls = _calls(q, b, k)
+        makers = _makers().items()
+        calls = {name: make(q, b, k) for name, make in makers}
         # Timed first: memory that was freed before would hide growth.
         timed = result[k] = _measure.interleaved(calls, rounds)
-        errors = {name: [_error(make, q, b, k, mean) for mean in (0, 30)]
-                  for name, make in _makers().items()}  # fmt: skip
+        errors = {n: [_error(make, q, b, k, mean) for mean in (0, 30)] for n, make in makers}
         share = certified_share(q, b, k)
         _print(out, f"k = {k}", timed, errors)
         out.print(f"certified without repeating: {share:.1%} of the queries")
     for module, (label, package) in PEERS.items():
         if not _measure.installed(module):
             out.print(_measure.missing(label, package))
-    device = jax.devices()[0]
+    device = jax.devices()[0].device_kind
     out.print(
-        f"{queries} queries × {rows} rows × {depth}, {os.cpu_count()} CPUs, {device.device_kind}; "
+        f"{queries} queries × {rows} rows × {depth}, {os.cpu_count()} CPUs, {device}; "
         f"medians of {rounds} interleaved rounds. Floors: operations {operations * 1e3:.0f} ms, "
         f"bytes {traffic * 1e3:.1f} ms (plain matmul {machine.operations / 1e9:.0f} GFLOP/s, copy "
         f"{machine.bytes / 1e9:.1f} GB/s). Error: largest relative difference from float64 "
@@ -82,16 +82,8 @@ Maker = Callable[[np.ndarray, np.ndarray, int], Search]
 def _makers() -> dict[str, Maker]:
     """Everything that can be timed here: name to (queries, bank, k) to a search."""
     peers = {"faiss": _faiss, "sklearn": _sklearn}
-    makers: dict[str, Maker] = {
-        label: peers[module] for module, (label, _) in PEERS.items() if _measure.installed(module)
-    }
-    for label in DSAD:
-        makers[label] = functools.partial(_dsad, precision=label.split()[1])
-    return makers
-
-
-def _calls(queries: np.ndarray, bank: np.ndarray, k: int) -> dict[str, Search]:
-    return {name: make(queries, bank, k) for name, make in _makers().items()}
+    makers = {PEERS[module][0]: peers[module] for module in PEERS if _measure.installed(module)}
+    return makers | {n: functools.partial(_dsad, precision=n.split()[1]) for n in DSAD}
 
 
 def _faiss(queries: np.ndarray, bank: np.ndarray, k: int) -> Search:
@@ -134,9 +126,8 @@ def _error(make: Maker, queries: np.ndarray, bank: np.ndarray, k: int, mean: flo
 def _print(
     out: Any, title: str, timed: dict[str, _measure.Timing], errors: dict[str, list[float]]
 ) -> None:
-    table = _measure.table(
-        title, "", "ms", "× dsad exact", "first call ms", "memory MB", "error", "at mean 30"
-    )
+    columns = ("", "ms", "× dsad exact", "first call ms", "memory MB", "error", "at mean 30")
+    table = console.table(*columns, title=title, whole=True)
     for name, timing in timed.items():
         first = timing.first
         assert first is not None  # every call was made apart once

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     if named and not any(a.startswith("--config=") for a in argv):
         core_config.resolve("objectives", named[-1])
         argv = [f"--config=configs/{named[-1]}.py:synthetic", *argv]
-    config, values = _measure.parsed(command, argv)
+    config, values, _ = command.parse(argv)
     if values.objective and values.objective != config.objective.name:
         raise ConfigError(
             f"--objective={values.objective}: the config's objective is {config.objective.name}."
@@ -96,18 +96,18 @@ def _parts(
 
 def _print(out: Any, median: dict[str, float], run: Run, rounds: int) -> None:
     parts = sum(v for name, v in median.items() if name != "step")
-    table = _measure.table(None, "part", "ms", "share of parts")
+    table = console.table("part", "ms", "share of parts", whole=True)
     for name, value in median.items():
         share = "" if name == "step" else f"{value / parts:.1%}"
         if name == "step":
             table.add_section()
         table.add_row(name, f"{value * 1e3:.1f}", share)
     out.print(table)
-    device = jax.devices()[0]
-    _utilisation(out, run, run.config.batch_size / median["step"])
+    batch, device = run.config.batch_size, jax.devices()[0].device_kind
+    _utilisation(out, run, batch / median["step"])
     out.print(
-        f"{run.config.batch_size / median['step']:.1f} images/s ({run.config.batch_size} images a "
-        f"step, {run.mesh.size} × {device.device_kind}); medians of {rounds} interleaved rounds. "
+        f"{batch / median['step']:.1f} images/s ({batch} images a step, "
+        f"{run.mesh.size} × {device}); medians of {rounds} interleaved rounds. "
         "Each part is compiled by itself, encoder and losses with their backward passes, so the "
         "parts need not add up to the step, which also updates the weights."
     )

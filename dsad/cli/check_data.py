@@ -1,14 +1,16 @@
 """``dsad check-data``: every fault of a data set, a summary table, and an exit code."""
 
+import sys
 from collections import Counter
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from dsad.core import config as core_config
-from dsad.core.errors import ConfigError
 from dsad.data.base import DataConfig
 from dsad.data.checks import TITLES, CheckReport, check
 from dsad.terminal import flags
@@ -19,13 +21,8 @@ _COLOURS = {"error": "bold red", "warning": "yellow"}
 def _print_faults(report: CheckReport, console: Console) -> None:
     """One fault a line: a line is never cut, whatever the width of the terminal."""
     for fault in report.faults:
-        console.print(
-            f"{fault.severity:7} {fault}",
-            style=_COLOURS[fault.severity],
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        line = Text(f"{fault.severity:7} {fault}", _COLOURS[fault.severity])
+        console.print(line, soft_wrap=True)
 
 
 def _print_checks(report: CheckReport, console: Console) -> None:
@@ -44,33 +41,18 @@ def _print_checks(report: CheckReport, console: Console) -> None:
 def _table(report: CheckReport) -> Table:
     title = f"{report.protocol['dataset']}, split: {report.protocol['split']}"
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("category", overflow="fold")
-    for name in ("train", "good", "bad", "kinds"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("width×height", "mode"):
-        table.add_column(name, overflow="fold")
-    for name in ("area %", "vanish"):
-        table.add_column(name, justify="right", no_wrap=True)
+    texts = ("category", "width×height", "mode")
+    for name in (*texts[:1], "train", "good", "bad", "kinds", *texts[1:], "area %", "vanish"):
+        if name in texts:
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
-        without = f" ({row.without_mask} no mask)" if row.without_mask else ""
-        table.add_row(
-            row.category,
-            str(row.train),
-            str(row.good),
-            f"{row.bad}{without}",
-            str(row.kinds),
-            row.sizes,
-            row.modes,
-            "-" if row.area is None else f"{row.area:.3g}",
-            f"{row.vanished}/{row.regions}",
-        )
+        bad = f"{row.bad} ({row.without_mask} no mask)" if row.without_mask else row.bad
+        area = "-" if row.area is None else f"{row.area:.3g}"
+        cells = (row.category, row.train, row.good, bad, row.kinds, row.sizes, row.modes, area)
+        table.add_row(*map(str, cells), f"{row.vanished}/{row.regions}")
     return table
-
-
-def _plain_console() -> Console:
-    """Standard output; wide enough for the table where no terminal limits it."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
 
 
 def run(config: DataConfig, console: Console | None = None) -> int:
@@ -78,7 +60,8 @@ def run(config: DataConfig, console: Console | None = None) -> int:
 
     Raises ConfigError for a name, root or category that cannot be meant.
     """
-    out = console or _plain_console()
+    # Wide enough for the table where no terminal limits it.
+    out = console or Console(width=None if sys.stdout.isatty() else 160)
     columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
         task = bar.add_task("", total=None)
@@ -94,10 +77,10 @@ def run(config: DataConfig, console: Console | None = None) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    errors = sum(f.severity == "error" for f in report.faults)
-    warnings = len(report.faults) - errors
+    count = Counter(f.severity for f in report.faults)
     verdict = "usable" if report.ok else "NOT usable"
-    out.print(f"{report.name}: {errors} errors, {warnings} warnings: {verdict}.", highlight=False)
+    text = f"{report.name}: {count['error']} errors, {count['warning']} warnings: {verdict}."
+    out.print(text, highlight=False)
     return 0 if report.ok else 1
 
 
@@ -107,12 +90,10 @@ def main(argv: list[str]) -> int:
         "check-data", "check a data set and print every fault at once; exit code 1 with errors.",
         config="configs/data.py",
     )  # fmt: skip
-    config, _, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad check-data: unexpected argument {rest[0]!r}.")
-    data = core_config.build_dataclass(
-        DataConfig,
-        dict(core_config.require(config, "data", "configs/data.py").data.items()),
-        "config.data",
-    )
-    return run(data)
+    return run(data_config(command.parse(argv)[0]))
+
+
+def data_config(config: Any) -> DataConfig:
+    """The group ``data`` of a config; raises ConfigError."""
+    group = core_config.require(config, "data", "configs/data.py").data
+    return core_config.build_dataclass(DataConfig, dict(group.items()), "config.data")

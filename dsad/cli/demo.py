@@ -9,7 +9,6 @@ from rich.table import Table
 
 from dsad.assembly import evaluate, pretrain, training, workdir
 from dsad.core import config as core_config
-from dsad.core.errors import ConfigError
 from dsad.data import base as data_base
 from dsad.evaluation.localize import Results
 from dsad.evaluation.report.page import write_report
@@ -26,9 +25,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     command.string("workdir", "dsad-demo", "Directory for everything the demo writes.")
     command.switch("overwrite", "Replace an earlier demo in --workdir.")
-    config, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad demo: unexpected argument {rest[0]!r}.")
+    config, values, _ = command.parse(argv)
     path = workdir.claim(values.workdir, "demo", config.to_dict(), overwrite=values.overwrite)
     return 0 if run(config, path, console.console()) else 1
 
@@ -81,15 +78,10 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
 
 def comparison(results: dict[str, Results]) -> Table:
     """Pixel AUROC and AUPRO of every category, one column pair per encoder."""
-    table = Table()
-    table.add_column("category")
     shown = ("image_auroc", "pixel_auroc", "aupro_30")
-    for name in results:
-        for metric in shown:
-            table.add_column(f"{metric}\n{name}", justify="right")
+    table = console.table("category", *(f"{m}\n{name}" for name in results for m in shown))
     first = next(iter(results.values()))
-    rows = [*first.categories, "mean"]
-    for row in rows:
+    for row in (*first.categories, "mean"):
         if row == "mean":
             table.add_section()
         numbers = [r.mean if row == "mean" else r.categories[row] for r in results.values()]

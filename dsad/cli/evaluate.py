@@ -7,7 +7,6 @@ from rich.table import Table
 
 from dsad.assembly import evaluate, workdir
 from dsad.core import distributed
-from dsad.core.errors import ConfigError
 from dsad.evaluation import thresholds
 from dsad.evaluation.localize import Results
 from dsad.terminal import console, flags
@@ -19,10 +18,8 @@ def table(results: Results, title: str = "") -> Table:
     F1-max is left to results.json and the report: the table fits 80 columns.
     """
     names = [name for name in results.metric_names if not name.endswith("_f1_max")]
-    made = Table(title=title or None, title_justify="left")
-    made.add_column("category / kind")
-    for column in ("images", *names):
-        made.add_column(column.replace("_", "\n", 1), justify="right")
+    columns = ("images", *(name.replace("_", "\n", 1) for name in names))
+    made = console.table("category / kind", *columns, title=title or None, title_justify="left")
     std = results.std
     for category, row in results.categories.items():
         counts = row["counts"]
@@ -53,14 +50,11 @@ def _cells(row: Any, names: list[str], spread: Mapping[str, float] | None = None
 def threshold_table(results: Results) -> Table:
     """Thresholds from held-out normals, and what they achieve on the test images."""
     rate = results.stamp["thresholds"]["false_alarm_rate"]
-    made = Table(
+    made = console.table(
+        "category", "held out", *(label.lower() for _, label in thresholds.COLUMNS),
         title=f"Thresholds from normal training images, false-alarm rate {rate:g}",
-        title_justify="left",
-        caption="means over seeds" if results.std else None,
-    )
-    made.add_column("category")
-    for column in ("held out", *(label.lower() for _, label in thresholds.COLUMNS)):
-        made.add_column(column, justify="right")
+        title_justify="left", caption="means over seeds" if results.std else None,
+    )  # fmt: skip
     for category, by_seed in results.thresholds.items():
         row = thresholds.mean(list(by_seed.values()))
         cells = [f"{row[n]:.4g}" for n, _ in thresholds.COLUMNS]
@@ -77,9 +71,7 @@ def main(argv: list[str]) -> int:
     command.string("name", "", "Name of this evaluation in tables and reports.")
     command.switch("overwrite", "Replace the evaluation in --workdir.")
     command.distributed()
-    config, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad evaluate: unexpected argument {rest[0]!r}.")
+    config, values, _ = command.parse(argv)
     flags.start_distributed(values)
     out = console.console()
     parts = distributed.together(lambda: evaluate.prepare(config, out))

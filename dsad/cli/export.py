@@ -21,8 +21,9 @@ _USE = {
 def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
-        "export", "write an encoder as model.safetensors and config.json under published names."
-    )
+        "export", "write an encoder as model.safetensors and config.json under published names.",
+        positional=True,
+    )  # fmt: skip
     command.string("backbone", "", "run:DIR, run:DIR@STEP, or an architecture with --weights.")
     command.string("weights", "", "File, directory, hf:owner/name[@revision][/file] or run:DIR.")
     command.string("format", "", f"Names to write, default the first: {export.formats()}.")

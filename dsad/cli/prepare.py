@@ -3,10 +3,8 @@
 import time
 
 from dsad.assembly import datasets
-from dsad.core import config as core_config
-from dsad.core.errors import ConfigError
+from dsad.cli.check_data import data_config
 from dsad.data import records, records_builder
-from dsad.data.base import DataConfig
 from dsad.terminal import console, flags
 
 
@@ -19,14 +17,8 @@ def main(argv: list[str]) -> int:
     command.string("out", "", "Folder for the records.")
     command.integer("canvas", 0, "Store decoded canvases of this side instead of the files.")
     command.switch("overwrite", "Replace the records in --out.")
-    config, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad prepare: unexpected argument {rest[0]!r}.")
-    data = core_config.build_dataclass(
-        DataConfig,
-        dict(core_config.require(config, "data", "configs/data.py").data.items()),
-        "config.data",
-    )
+    config, values, _ = command.parse(argv)
+    data = data_config(config)
     out = console.console()
     records.tfds()  # before anything is read
     dataset = datasets.loaded(data, out)

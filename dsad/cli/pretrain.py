@@ -1,9 +1,8 @@
 """``dsad pretrain``: train an encoder on the images of a data set."""
 
-from dsad.assembly import datasets, runs, training, workdir
+from dsad.assembly import datasets, training, workdir
 from dsad.assembly.pretrain import parse
 from dsad.core import distributed
-from dsad.core.errors import ConfigError
 from dsad.terminal import console, flags
 from dsad.train.stop import end_on_sigterm
 
@@ -16,9 +15,7 @@ def main(argv: list[str]) -> int:
     command.switch("continue", "Continue the run in --workdir if it holds one, else start it.")
     command.switch("overwrite", "Replace the run in --workdir.")
     command.distributed()
-    config, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad pretrain: unexpected argument {rest[0]!r}.")
+    config, values, _ = command.parse(argv)
     flags.start_distributed(values)
     end_on_sigterm()
     again = bool(values["continue"].value) and workdir.holds_run(values.workdir)
@@ -26,17 +23,13 @@ def main(argv: list[str]) -> int:
     out = console.console()
     cfg, _, _ = parse(config)
     dataset = distributed.together(lambda: datasets.loaded(cfg.data, out))
-    made = training.prepare(config, out, dataset)
-    # A run that goes on has its weights already; the earlier stage may be gone.
-    continued = resume and bool(distributed.on_main(lambda: runs.is_run(values.workdir, bare=True)))
-    earlier = None
-    if not continued:
-        earlier = distributed.together(lambda: runs.checked_weights(made.run))
+    continued = resume and distributed.on_main(lambda: workdir.has_checkpoint(values.workdir))
+    made = training.prepare(config, out, dataset, continued=continued)
     path = workdir.claim(
         values.workdir, "pretrain", config.to_dict(), info=made.run.info, resume=resume,
         overwrite=values.overwrite,
     )  # fmt: skip
-    if training.pretrain(made, path, out, resume=resume, earlier=earlier):
+    if training.pretrain(made, path, out, resume=resume):
         out.print(f"done; evaluate it with: dsad evaluate --config.backbone=run:{path}")
     else:
         out.print(f"stopped and saved; continue with: dsad pretrain ... --workdir={path} --resume")

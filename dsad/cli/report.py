@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from dsad.assembly import workdir
+from dsad.assembly import runs, workdir
 from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.evaluation.report.page import write_report
@@ -13,8 +13,9 @@ from dsad.terminal import flags
 def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
-        "report", "DIR [DIR ...]: write report.html from evaluations, side by side."
-    )
+        "report", "DIR [DIR ...]: write report.html from evaluations, side by side.",
+        positional=True,
+    )  # fmt: skip
     command.string("out", "", "File to write; default report.html in the first directory.")
     command.string("training", "", "Run whose training curves to show; default: the backbone's.")
     command.string("title", "", "Title of the page.")
@@ -43,8 +44,8 @@ def _training(directories: list[str]) -> str:
     """The first run that a backbone came from and that is still there."""
     for directory in directories:
         spec = workdir.read(directory)["config"].get("backbone", "")
-        _, run, rest = spec.partition("run:")  # also inside a wrapper, patches:32/4:run:DIR
-        path = rest.partition("@")[0]
-        if run and (paths.directory(path) / "metrics.jsonl").is_file():
-            return path
+        if runs.is_run(spec):
+            path = runs.place(spec).directory
+            if (paths.directory(path) / "metrics.jsonl").is_file():
+                return path
     return ""

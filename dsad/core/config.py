@@ -36,6 +36,15 @@ def suggestion(name: str, known: Any) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def named(known: Mapping[str, T], name: str, what: str) -> T:
+    """``known[name]``; an unknown name is refused with what exists."""
+    if name not in known:
+        raise ConfigError(
+            f"no {what} named {name!r}.{suggestion(name, known)} Known: {listed(known)}."
+        )
+    return known[name]
+
+
 class Refused(ConfigError):
     """A value that its key cannot take: the key, what it expects, the value, and what to do.
 

@@ -97,8 +97,7 @@ def _stripped(params: dict[str, Any]) -> dict[str, Any]:
 
 def _has_remat(jaxpr: Any) -> bool:
     return any(
-        e.primitive.name in _REMAT or any(_has_remat(b) for b in _bodies(e.params))
-        for e in jaxpr.eqns
+        e.primitive.name in _REMAT or any(map(_has_remat, _bodies(e.params))) for e in jaxpr.eqns
     )
 
 

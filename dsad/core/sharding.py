@@ -1,6 +1,5 @@
 """Where the arrays of a training state lie: rules by path, and an automatic rule for the rest."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -132,55 +131,3 @@ def _ruled(
                 f"{shape[axis]} cannot be split over {'+'.join(names)} of {parts} devices."
             )
     return NamedSharding(mesh, spec)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Placement:
-    """How a tree of arrays lies on a mesh.
-
-    Attributes:
-      split, whole: number of arrays that are split over devices, and that each device holds whole.
-      split_elements, whole_elements: of these arrays.
-      total_bytes: of all arrays, once.
-      device_bytes: what each device holds of them.
-
-    """
-
-    split: int
-    whole: int
-    split_elements: int
-    whole_elements: int
-    total_bytes: int
-    device_bytes: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.split} arrays split ({_short(self.split_elements)}), {self.whole} whole "
-            f"({_short(self.whole_elements)}); {self.device_bytes / 1e6:,.1f} of "
-            f"{self.total_bytes / 1e6:,.1f} MB on each device"
-        )
-
-
-def placement(tree: Any) -> Placement:
-    """Counts of arrays, or shapes with shardings, such as ``abstract.params``."""
-    leaves = jax.tree.leaves(tree)
-    whole = [x.sharding.is_fully_replicated for x in leaves]
-
-    def of(value: bool) -> list[int]:
-        return [math.prod(x.shape) for x, w in zip(leaves, whole, strict=True) if w == value]
-
-    size = [x.dtype.itemsize for x in leaves]
-    held = [math.prod(x.sharding.shard_shape(x.shape)) for x in leaves]
-    return Placement(
-        split=len(of(False)), whole=len(of(True)),
-        split_elements=sum(of(False)), whole_elements=sum(of(True)),
-        total_bytes=sum(math.prod(x.shape) * s for x, s in zip(leaves, size, strict=True)),
-        device_bytes=sum(n * s for n, s in zip(held, size, strict=True)),
-    )  # fmt: skip
-
-
-def _short(count: int) -> str:
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return str(count)

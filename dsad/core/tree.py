@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -71,13 +71,13 @@ def global_norm(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
-def diff(expected: Any, found: Any, describe: Callable[[Any], str] | None = None) -> list[str]:
+def diff(expected: Any, found: Any) -> list[str]:
     """Lines naming every path whose presence, shape or dtype differs between two trees."""
-    describe = describe or (lambda x: f"{tuple(x.shape)} {x.dtype}")
-    want, have = flatten(expected), flatten(found)
-    lines = [f"{p}: missing, expected {describe(want[p])}" for p in want if p not in have]
-    lines += [f"{p}: unexpected, found {describe(have[p])}" for p in have if p not in want]
-    for p in want.keys() & have.keys():
-        if describe(want[p]) != describe(have[p]):
-            lines.append(f"{p}: expected {describe(want[p])}, found {describe(have[p])}")
-    return sorted(lines)
+    want, have = (
+        {p: f"{tuple(x.shape)} {x.dtype}" for p, x in flatten(tree).items()}
+        for tree in (expected, found)
+    )
+    lines = [f"{p}: missing, expected {want[p]}" for p in want if p not in have]
+    lines += [f"{p}: unexpected, found {have[p]}" for p in have if p not in want]
+    both = [p for p in want if want[p] != have.get(p, want[p])]
+    return sorted([*lines, *(f"{p}: expected {want[p]}, found {have[p]}" for p in both)])

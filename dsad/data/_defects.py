@@ -160,25 +160,14 @@ def missing(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     return _blend(clean, broken, cover(gone - 0.02, 0.03)), lost
 
 
-_TEXTURE: dict[str, Callable[..., Drawn]] = {
-    "patch": patch,
-    "scratch": scratch,
-    "spot": spot,
-    "stain": stain,
-    "warp": warp,
-}
-_OBJECT: dict[str, Callable[..., Drawn]] = {
-    "bent": bent,
-    "missing": missing,
-    "scratch": scratch,
-    "spot": spot,
-    "stain": stain,
+_KINDS: dict[str, tuple[Callable[..., Drawn], ...]] = {
+    "washer": (bent, missing, scratch, spot, stain),
+    # A displacement of irregular grains is no visible defect.
+    "speckle": (patch, scratch, spot, stain),
 }
 
 
 def kinds(category: str) -> dict[str, Callable[..., Drawn]]:
     """Defect kinds of a category by name."""
-    if category == "washer":
-        return _OBJECT
-    # A displacement of irregular grains is no visible defect.
-    return {k: v for k, v in _TEXTURE.items() if (category, k) != ("speckle", "warp")}
+    drawn = _KINDS.get(category, (patch, scratch, spot, stain, warp))
+    return {defect.__name__: defect for defect in drawn}

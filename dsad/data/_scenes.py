@@ -118,12 +118,8 @@ class Speckle:
         self.offset = rng.uniform(0, 50, 2).tolist()
         self.scale = rng.uniform(1.30, 1.42)
         tint = rng.normal(0, 0.005, 3).astype(np.float32)
-        self.colours = [
-            _rgb(0.62, 0.58, 0.55) + tint,
-            _rgb(0.73, 0.69, 0.65) + tint,
-            _rgb(0.50, 0.47, 0.46) + tint,
-            _rgb(0.33, 0.31, 0.32) + tint,
-        ]
+        grains = (0.62, 0.58, 0.55), (0.73, 0.69, 0.65), (0.50, 0.47, 0.46), (0.33, 0.31, 0.32)
+        self.colours = [_rgb(*grain) + tint for grain in grains]
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         x, y = self.scale * x + self.offset[0], self.scale * y + self.offset[1]
@@ -180,9 +176,8 @@ class Washer:
         distance = self.outline(x, y)
         shadow = self.outline(x + 0.018 * math.cos(self.light), y + 0.018 * math.sin(self.light))
         ridge = 0.5 + 0.5 * np.sin(2 * np.pi * 21 * (x + 0.004 * self.belt(6 * x, 6 * y)))
-        ground = (
-            0.86 + 0.16 * ridge + 0.16 * self.belt(44 * x, 44 * y) + 0.10 * self.dust(9 * x, 9 * y)
-        )
+        ground = 0.86 + 0.16 * ridge + 0.16 * self.belt(44 * x, 44 * y)
+        ground += 0.10 * self.dust(9 * x, 9 * y)
         ground *= 1 - 0.5 * cover(shadow - 0.012, 0.05)
         dx, dy = x - self.centre[0], y - self.centre[1]
         radius, turn = np.hypot(dx, dy), np.arctan2(dy, dx)
@@ -198,10 +193,4 @@ class Washer:
         return _mix(self.rubber * ground[..., None], metal, cover(distance, 0.008))
 
 
-SCENES: dict[str, type] = {
-    "speckle": Speckle,
-    "tiles": Tiles,
-    "washer": Washer,
-    "weave": Weave,
-    "wood": Wood,
-}
+SCENES = {scene.__name__.lower(): scene for scene in (Speckle, Tiles, Washer, Weave, Wood)}

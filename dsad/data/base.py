@@ -160,27 +160,28 @@ def chosen(config: DataConfig, known: tuple[str, ...]) -> tuple[str, ...]:
 class _Joined:
     """The samples of several sources, one source after the other."""
 
-    def __init__(self, parts: Sequence[Source]):
+    def __init__(self, parts: Sequence[Any]):
         self.records: Sequence[Record] = [record for part in parts for record in part.records]
-        self._at = [(part, i) for part in parts for i in range(len(part))]
+        self.parts = parts
+        self.at = [(n, i) for n, part in enumerate(parts) for i in range(len(part))]
 
     def __len__(self) -> int:
-        return len(self._at)
+        return len(self.at)
 
     def __getitem__(self, index: int, /) -> Sample:
-        part, place = self._at[index]
-        return part[place]
+        number, place = self.at[index]
+        return self.parts[number][place]
 
 
 class _JoinedCanvases(_Joined):
     """Likewise, of sources that hold canvases."""
 
     def canvas_reader(self, spec: BatchSpec) -> Callable[[int, dict[str, Any]], None]:
-        readers = {id(part): part.canvas_reader(spec) for part, _ in self._at}  # type: ignore
+        readers = [part.canvas_reader(spec) for part in self.parts]
 
         def read(index: int, row: dict[str, Any]) -> None:
-            part, place = self._at[index]
-            readers[id(part)](place, row)
+            number, place = self.at[index]
+            readers[number](place, row)
 
         return read
 

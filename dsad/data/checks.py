@@ -115,10 +115,12 @@ def vanishing(mask: np.ndarray, side: int) -> tuple[int, int]:
     return regions, regions - int((left > 0).sum())
 
 
-def _read_files(
-    dataset: FileDataset, record: Record
-) -> tuple[list[Fault], np.ndarray | None, str, np.ndarray | None]:
-    """Faults, image, mode and mask of a record on disk."""
+#: Faults, image, mode and mask of a record.
+_Read = tuple[list[Fault], np.ndarray | None, str, np.ndarray | None]
+
+
+def _read_files(dataset: FileDataset, record: Record) -> _Read:
+    """What there is of a record on disk."""
     faults: list[Fault] = []
     image, mask, mode = None, None, ""
     try:
@@ -146,10 +148,8 @@ def _read_files(
     return faults, image, mode, mask
 
 
-def _read_sample(
-    dataset: Dataset, split: str, index: int
-) -> tuple[list[Fault], np.ndarray | None, str, np.ndarray | None]:
-    """Faults, image, mode and mask of a record that is no file of its own."""
+def _read_sample(dataset: Dataset, split: str, index: int) -> _Read:
+    """What there is of a record that is no file of its own."""
     source: Any = dataset.source(split)
     try:
         if not isinstance(source, EncodedSource):
@@ -166,30 +166,18 @@ def _look(dataset: Dataset, split: str, index: int, record: Record, side: int) -
         faults, image, mode, mask = _read_files(dataset, record)
     else:
         faults, image, mode, mask = _read_sample(dataset, split, index)
-    area, regions, vanished = None, 0, 0
+    shown: dict[str, Any] = {}
+    if image is not None:
+        size = image.shape[:2]
+        digest = hashlib.blake2b(image.tobytes(), digest_size=16, person=b"%dx%d" % size)
+        shown = {"size": size, "digest": digest.hexdigest()}
     if record.label and mask is not None:
         if not mask.any():
             text = "the mask is empty: pixel metrics keep the image, AUPRO has no region for it."
             faults.append(warning("K5", record.masks[0] if record.masks else record.path, text))
-        area = 100.0 * float(mask.mean())
         regions, vanished = vanishing(mask, side)
-    return _Seen(
-        record=record,
-        split=split,
-        faults=tuple(faults),
-        size=None if image is None else (image.shape[0], image.shape[1]),
-        mode=mode,
-        digest="" if image is None else _digest(image),
-        area=area,
-        regions=regions,
-        vanished=vanished,
-    )
-
-
-def _digest(image: np.ndarray) -> str:
-    return hashlib.blake2b(
-        image.tobytes(), digest_size=16, person=b"%dx%d" % image.shape[:2]
-    ).hexdigest()
+        shown |= {"area": 100.0 * float(mask.mean()), "regions": regions, "vanished": vanished}
+    return _Seen(record=record, split=split, faults=tuple(faults), mode=mode, **shown)
 
 
 def _shared_content(seen: Iterable[_Seen]) -> list[Fault]:
@@ -226,12 +214,12 @@ def _split_groups(seen: Iterable[_Seen]) -> list[Fault]:
 
 def _order_faults(dataset: Dataset) -> list[Fault]:
     """K10: records that are not sorted by path depend on who listed the folder."""
-    faults = []
-    for split in ("train", "test"):
-        paths = [r.path for r in dataset.source(split).records]
-        if paths != sorted(paths):
-            faults.append(error("K10", dataset.name, f"the {split} records are not in path order."))
-    return faults
+    paths = {s: [r.path for r in dataset.source(s).records] for s in ("train", "test")}
+    return [
+        error("K10", dataset.name, f"the {split} records are not in path order.")
+        for split, found in paths.items()
+        if found != sorted(found)
+    ]
 
 
 def _span(values: list[int]) -> str:
@@ -264,11 +252,8 @@ def _vanished(row: Row, seen: list[_Seen], side: int) -> list[Fault]:
     """K15 once per category, naming the first image."""
     if row.vanished == 0:
         return []
-    example = next(s.record.path for s in seen if s.vanished)
-    text = (
-        f"{row.vanished} of {row.regions} defect regions have no pixel on a canvas of {side}; "
-        f"the first is in {example}."
-    )
+    text = f"{row.vanished} of {row.regions} defect regions have no pixel on a canvas of {side}; "
+    text += f"the first is in {next(s.record.path for s in seen if s.vanished)}."
     return [warning("K15", row.category, text)]
 
 
@@ -281,19 +266,15 @@ def check_dataset(
         for split in ("train", "test")
         for i, record in enumerate(dataset.source(split).records)
     ]
-
-    def look(job: tuple[str, int, Record]) -> _Seen:
-        return _look(dataset, *job, canvas)
-
     seen = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        for done, item in enumerate(pool.map(look, jobs), start=1):
+        looks = pool.map(lambda job: _look(dataset, job[0], job[1], job[2], canvas), jobs)
+        for done, item in enumerate(looks, start=1):
             seen.append(item)
             if progress is not None:
                 progress(done, len(jobs), item.record.path)
     skipped = dataset.skipped if isinstance(dataset, FileDataset) else _SKIPPED
-    faults = list(dataset.faults)
-    faults += [fault for item in seen for fault in item.faults]
+    faults = [*dataset.faults, *(fault for item in seen for fault in item.faults)]
     faults += [] if "K13" in skipped else _split_groups(seen)
     faults += _shared_content(seen) + _order_faults(dataset)
     rows = []
@@ -301,17 +282,11 @@ def check_dataset(
         mine = [s for s in seen if s.record.category == category]
         rows.append(_row(category, mine))
         faults += _vanished(rows[-1], mine, canvas)
+    faults.sort(key=lambda f: (f.severity != "error", int(f.check[1:]), f.path))
     return CheckReport(
-        name=dataset.name,
-        faults=tuple(sorted(faults, key=_order)),
-        rows=tuple(rows),
-        skipped=skipped,
+        name=dataset.name, faults=tuple(faults), rows=tuple(rows), skipped=skipped,
         protocol=dataset.protocol,
-    )
-
-
-def _order(fault: Fault) -> tuple[bool, int, str]:
-    return fault.severity != "error", int(fault.check[1:]), fault.path
+    )  # fmt: skip
 
 
 def check(config: DataConfig, *, progress: Progress | None = None) -> CheckReport:

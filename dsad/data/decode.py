@@ -22,14 +22,9 @@ from dsad.data.base import Fault, FaultError, error
 _LOSSLESS = {"RGB", "L", "1", "P"}
 _MASK_MODES = {"L", "1"}
 _UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
     Image.DecompressionBombError,
-)
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,16 +38,12 @@ class MaskRule:
     values: tuple[int, ...] | None = (0, 255)
 
 
-def _png_depth(image: Image.Image, data: bytes) -> int:
-    # IHDR: length, type, width, height, then the bit depth
-    return data[24] if image.format == "PNG" else 8
-
-
 def declared_mode(image: Image.Image, data: bytes) -> str:
     """The mode of the file of content ``data``, with what Pillow hides: alpha and 16 bits."""
     if "transparency" in image.info:
         return "RGBA"
-    depth = _png_depth(image, data)
+    # A PNG begins with IHDR: length, type, width, height, then the bit depth.
+    depth = data[24] if image.format == "PNG" else 8
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         depth = max(image.tag_v2.get(258, (8,)))  # BitsPerSample
     if depth == 16 and image.mode in ("RGB", "RGBA", "LA"):
@@ -92,33 +83,26 @@ def _opened(data: bytes, path: str, use: Callable[[Image.Image], np.ndarray]) ->
     except _UNREADABLE as problem:
         reason = "not an image" if isinstance(problem, UnidentifiedImageError) else problem
         what = f"cannot be decoded: {reason}" if data else "the file has zero bytes"
-        raise FaultError(
-            error("K8", path, f"{what}. Expected a complete image file; copy it again.")
-        ) from problem
-
-
-def mode_fault(path: str, mode: str) -> Fault:
-    """The K3 fault of an image in ``mode``."""
-    return error(
-        "K3",
-        path,
-        f"image mode {mode}: expected 8-bit RGB or grey. Reducing it loses information; convert "
-        f'the file, or allow it with config.data.lossy=("{mode}",).',
-    )
+        text = f"{what}. Expected a complete image file; copy it again."
+        raise FaultError(error("K8", path, text)) from problem
 
 
 def decoded_image(data: bytes, path: str, lossy: tuple[str, ...] = ()) -> tuple[np.ndarray, str]:
     """Pixels (h, w, 3) uint8 and the mode of a file's content; FaultError (K3, K8) names it."""
-    modes = []
+    mode = ""
 
     def use(image: Image.Image) -> np.ndarray:
-        modes.append(declared_mode(image, data))
-        if modes[0] not in _LOSSLESS and modes[0] not in lossy:
-            raise FaultError(mode_fault(path, modes[0]))
+        nonlocal mode
+        mode = declared_mode(image, data)
+        if mode not in _LOSSLESS and mode not in lossy:
+            text = (
+                f"image mode {mode}: expected 8-bit RGB or grey. Reducing it loses information; "
+                f'convert the file, or allow it with config.data.lossy=("{mode}",).'
+            )
+            raise FaultError(error("K3", path, text))
         return _to_rgb(image)
 
-    pixels = _opened(data, path, use)
-    return pixels, modes[0]
+    return _opened(data, path, use), mode
 
 
 def read_image(
@@ -134,9 +118,8 @@ def decoded_mask(data: bytes, path: str, rule: MaskRule) -> np.ndarray:
     def use(image: Image.Image) -> np.ndarray:
         mode = declared_mode(image, data)
         if mode not in _MASK_MODES:
-            raise FaultError(
-                error("K3", path, f"mask mode {mode}: expected 8-bit grey (L) or 1 bit; convert.")
-            )
+            text = f"mask mode {mode}: expected 8-bit grey (L) or 1 bit; convert."
+            raise FaultError(error("K3", path, text))
         return np.array(image.convert("L"), np.uint8)
 
     grey = _opened(data, path, use)
@@ -144,14 +127,8 @@ def decoded_mask(data: bytes, path: str, rule: MaskRule) -> np.ndarray:
         found = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
         if not set(found.tolist()) <= set(rule.values):
             shown = ", ".join(str(v) for v in found[:8]) + (", ..." if len(found) > 8 else "")
-            raise FaultError(
-                error(
-                    "K4",
-                    path,
-                    f"mask values {shown}: expected only {rule.values}. Binarise the mask at its "
-                    "full size and save it again.",
-                )
-            )
+            text = f"mask values {shown}: expected only {rule.values}. Binarise the mask at its "
+            raise FaultError(error("K4", path, f"{text}full size and save it again."))
     return grey > rule.threshold
 
 

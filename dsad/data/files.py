@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,35 +44,31 @@ def images(
     folder: pathlib.Path,
     faults: list[Fault],
     suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
-    ignored: tuple[str, ...] = (),
+    others: tuple[str, ...] = (),
 ) -> dict[str, str]:
     """Stem to path relative to ``root`` of the images directly in ``folder``, sorted by stem.
 
-    Appends K9 warnings for what is ignored (except the suffixes in ``ignored``) and K7 errors for
+    Appends K9 warnings for what is ignored (except the suffixes in ``others``) and K7 errors for
     a stem with two suffixes.
     """
     found: dict[str, str] = {}
     for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
         path = (folder / name).relative_to(root).as_posix()
-        if os.path.splitext(name)[1].lower() in ignored and not name.startswith("."):
+        if os.path.splitext(name)[1].lower() in others and not name.startswith("."):
             continue
         if (folder / name).is_dir():
             reason = "a folder where only images are expected"
         else:
             reason = stray(name, suffixes)
-        if reason:
-            faults.append(warning("K9", path, f"ignored: {reason}."))
-            continue
         stem = os.path.splitext(name)[0]
-        if stem in found:
-            faults.append(
-                error(
-                    "K7",
-                    path,
-                    f"the stem {stem!r} occurs twice in one folder, also as {found[stem]}: "
-                    "masks are matched by stem; remove or rename one.",
-                )
+        if reason:
+            faults.append(ignored(path, reason))
+        elif stem in found:
+            text = (
+                f"the stem {stem!r} occurs twice in one folder, also as {found[stem]}: "
+                "masks are matched by stem; remove or rename one."
             )
+            faults.append(error("K7", path, text))
         else:
             found[stem] = path
     return dict(sorted(found.items()))
@@ -85,6 +82,26 @@ def root_folder(config: DataConfig) -> pathlib.Path:
             "Set it with --config.data.root=DIR."
         )
     return pathlib.Path(config.root).expanduser()
+
+
+def protocol(
+    config: DataConfig, splits: Mapping[str, Iterable[Record]], *, licence: str, **facts: Any
+) -> dict[str, Any]:
+    """What a set of files is and how it is read: ``facts`` name the "dataset" and its "split"."""
+    return {
+        **facts, "split_hash": split_hash(splits), "licence": licence,
+        "missing_masks": config.missing_masks, "lossy": sorted(config.lossy), "canvas_crop": "none",
+    }  # fmt: skip
+
+
+def ignored(path: str, reason: str) -> Fault:
+    """The K9 fault of what does not belong to the set."""
+    return warning("K9", path, f"ignored: {reason}.")
+
+
+def miscounted(config: DataConfig, path: str, message: str) -> Fault:
+    """The K12 fault of counts that are not the published ones: an error where these are asked."""
+    return (error if config.strict else warning)("K12", path, message)
 
 
 def missing_root(root: pathlib.Path) -> Fault:
@@ -107,12 +124,11 @@ def missing_mask(path: str, expected: str, allowed: bool) -> Fault:
     """The K1 fault of an anomalous image without mask: a warning where that is allowed."""
     if allowed:
         return warning("K1", path, f"no mask {expected}: used for image-level metrics only.")
-    return error(
-        "K1",
-        path,
+    text = (
         f"anomalous image without mask; expected {expected}. Add it, or count such images in "
-        'image-level metrics only with config.data.missing_masks="image_only".',
+        'image-level metrics only with config.data.missing_masks="image_only".'
     )
+    return error("K1", path, text)
 
 
 def orphan_mask(path: str) -> Fault:
@@ -255,3 +271,8 @@ class FileDataset(IndexedDataset):
 def by_path(records: Iterable[Record]) -> tuple[Record, ...]:
     """Records sorted by path: the order never depends on the file system."""
     return tuple(sorted(records, key=lambda r: r.path))
+
+
+def normals(paths: Iterable[tuple[str, str]]) -> tuple[Record, ...]:
+    """Records of normal images by (category, path), sorted by path."""
+    return by_path(Record(path=p, category=c, label=0, kind="good") for c, p in paths)

@@ -11,63 +11,52 @@ ImageNet, with ``data.cache="none"``.
 
 import os
 import pathlib
+from collections.abc import Iterator
 
-from dsad.core.types import Record
 from dsad.data import files
-from dsad.data.base import DataConfig, Fault, chosen, error, variant, warning
+from dsad.data.base import DataConfig, Fault, chosen, error, variant
 from dsad.data.decode import MaskRule
 
 
-class _Walk:
-    """Lists folders below a root; paths are relative to it, with forward slashes."""
+def _walk(
+    root: pathlib.Path, faults: list[Fault], start: str = ""
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Per folder from ``start`` down: its images and visible folders, as paths below the root.
 
-    def __init__(self, root: pathlib.Path, faults: list[Fault]):
-        self.root, self.faults = os.fspath(root), faults
+    Paths have forward slashes.
+    """
 
-    def listing(self, path: str) -> tuple[list[str], list[str]]:
-        """Paths of the images and of the visible folders directly in the folder ``path``."""
-        images, folders = [], []
-        prefix = f"{path}/" if path else ""
-        try:
-            with os.scandir(os.path.join(self.root, path)) as entries:
-                for entry in entries:
-                    # Most file systems tell folders from files in the listing itself.
-                    if entry.is_dir():
-                        if self._enters(entry, prefix + entry.name):
-                            folders.append(prefix + entry.name)
-                    elif reason := files.stray(entry.name):
-                        self._ignored(prefix + entry.name, reason)
-                    else:
-                        images.append(prefix + entry.name)
-        except OSError as problem:
-            text = f"the folder cannot be listed: {problem.strerror}; make it readable."
-            self.faults.append(error("K8", path or self.root, text))
-        return images, folders
+    def unlisted(problem: OSError) -> None:
+        text = f"the folder cannot be listed: {problem.strerror}; make it readable."
+        where = pathlib.Path(problem.filename or root).relative_to(root).as_posix()
+        faults.append(error("K8", str(root) if where == "." else where, text))
 
-    def below(self, path: str) -> list[str]:
-        """Paths of all images in the folder ``path`` and the folders below it."""
-        found, waiting = [], [path]
-        while waiting:
-            images, folders = self.listing(waiting.pop())
-            found += images
-            waiting += folders
-        return found
+    for folder, folders, names in os.walk(root / start, onerror=unlisted, followlinks=True):
+        below = pathlib.Path(folder).relative_to(root).as_posix()
+        prefix = "" if below == "." else f"{below}/"
+        reasons = {name: _barred(os.path.join(folder, name)) for name in folders}
+        reasons |= {name: files.stray(name) for name in names}
+        faults += [files.ignored(prefix + n, reason) for n, reason in reasons.items() if reason]
+        folders[:] = [name for name in folders if not reasons[name]]  # what is entered next
+        yield [prefix + n for n in names if not reasons[n]], [prefix + n for n in folders]
 
-    def _enters(self, entry: os.DirEntry[str], path: str) -> bool:
-        if entry.name.startswith("."):
-            self._ignored(path, "hidden")
-            return False
-        if entry.is_symlink():
-            # Links to other places are followed; one to a folder above would never end.
-            target = os.path.realpath(entry.path)
-            above = os.path.realpath(os.path.dirname(entry.path))
-            if os.path.commonpath((target, above)) == target:
-                self._ignored(path, "a link to a folder that it lies in")
-                return False
-        return True
 
-    def _ignored(self, path: str, reason: str) -> None:
-        self.faults.append(warning("K9", path, f"ignored: {reason}."))
+def _barred(folder: str) -> str:
+    """Why a folder is not entered, or ""."""
+    above, name = os.path.split(folder)
+    if name.startswith("."):
+        return "hidden"
+    if os.path.islink(folder):
+        # Links to other places are followed; one to a folder above would never end.
+        target = os.path.realpath(folder)
+        if os.path.commonpath((target, os.path.realpath(above))) == target:
+            return "a link to a folder that it lies in"
+    return ""
+
+
+def _images(root: pathlib.Path, faults: list[Fault], start: str) -> list[str]:
+    """Paths of all images in the folder ``start`` and the folders below it."""
+    return [path for images, _ in _walk(root, faults, start) for path in images]
 
 
 def _root_name(root: pathlib.Path) -> str:
@@ -76,15 +65,14 @@ def _root_name(root: pathlib.Path) -> str:
 
 def _index(root: pathlib.Path, config: DataConfig, faults: list[Fault]) -> dict[str, list[str]]:
     """Image paths by category, of those that the config asks for."""
-    walk = _Walk(root, faults)
-    loose, folders = walk.listing("")
+    loose, folders = next(_walk(root, faults), ([], []))
+    if not loose and not folders:
+        suffixes = ", ".join(files.IMAGE_SUFFIXES)
+        text = f"no image and no folder with images; expected files with {suffixes}."
+        faults.append(error("K0", str(root), text))
+        return {}
     if not loose:
-        if not folders:
-            suffixes = ", ".join(files.IMAGE_SUFFIXES)
-            text = f"no image and no folder with images; expected files with {suffixes}."
-            faults.append(error("K0", str(root), text))
-            return {}
-        found = {name: walk.below(name) for name in chosen(config, tuple(folders))}
+        found = {name: _images(root, faults, name) for name in chosen(config, tuple(folders))}
         for name, paths in found.items():
             if not paths:
                 text = "empty class: no image in the folder or below it; remove it or fill it."
@@ -93,7 +81,7 @@ def _index(root: pathlib.Path, config: DataConfig, faults: list[Fault]) -> dict[
     name = _root_name(root)
     chosen(config, (name,))
     for folder in sorted(folders):
-        if below := walk.below(folder):
+        if below := _images(root, faults, folder):
             text = (
                 f"{len(below)} images here and {len(loose)} directly in the root, such as "
                 f"{min(loose)}: expected either folders, one for each category, or a single folder "
@@ -101,7 +89,7 @@ def _index(root: pathlib.Path, config: DataConfig, faults: list[Fault]) -> dict[
             )
             faults.append(error("K0", folder, text))
         else:
-            faults.append(warning("K9", folder, "ignored: no image in the folder or below it."))
+            faults.append(files.ignored(folder, "no image in the folder or below it"))
     return {name: loose}
 
 
@@ -109,48 +97,24 @@ def scan(config: DataConfig) -> files.FileDataset:
     """The index with its faults, none of them raised."""
     variant(config)
     root = files.root_folder(config)
-    faults: list[Fault] = []
-    found: dict[str, list[str]] = {}
-    if root.is_dir():
-        found = _index(root, config, faults)
-    else:
-        faults.append(files.missing_root(root))
-    splits = {
-        "train": files.by_path(
-            Record(path=path, category=category, label=0, kind="good")
-            for category, paths in found.items()
-            for path in paths
-        ),
-        "test": (),
-    }
+    faults = [] if root.is_dir() else [files.missing_root(root)]
+    found = _index(root, config, faults) if root.is_dir() else {}
+    train = ((category, path) for category, paths in found.items() for path in paths)
+    splits = {"train": files.normals(train), "test": ()}
     return files.FileDataset(
-        name="folder",
-        categories=tuple(sorted(found)),
-        protocol={
-            "dataset": f"{_root_name(root)} (folder of images)",
-            "split": "all images train, none is held out",
-            "split_hash": files.split_hash(splits),
-            "licence": files.licence(root),
-            "missing_masks": config.missing_masks,
-            "lossy": sorted(config.lossy),
-            "canvas_crop": "none",
-        },
-        config=config,
-        root=root,
-        splits=splits,
-        rule=MaskRule(),
-        faults=tuple(faults),
+        name="folder", categories=tuple(sorted(found)), config=config, root=root, splits=splits,
+        rule=MaskRule(), faults=tuple(faults),
+        protocol=files.protocol(
+            config, splits, licence=files.licence(root),
+            dataset=f"{_root_name(root)} (folder of images)",
+            split="all images train, none is held out",
+        ),
         skipped={
-            "K1": "no image has a mask",
-            "K2": "no image has a mask",
-            "K4": "no image has a mask",
-            "K5": "no image has a mask",
-            "K6": "no image has a mask",
+            **dict.fromkeys(("K1", "K2", "K4", "K5", "K6", "K15"), "no image has a mask"),
             "K7": "nothing is matched by stem",
             "K11": "every image counts as normal",
             "K12": "no published table",
             "K13": "the layout names no groups",
             "K14": "there is no test image",
-            "K15": "no image has a mask",
         },
-    )
+    )  # fmt: skip

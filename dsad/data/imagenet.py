@@ -19,16 +19,7 @@ from typing import Any, NamedTuple
 
 from dsad.core.types import Record
 from dsad.data import files, folder
-from dsad.data.base import (
-    DataConfig,
-    Fault,
-    FaultError,
-    IndexedDataset,
-    chosen,
-    error,
-    variant,
-    warning,
-)
+from dsad.data.base import DataConfig, Fault, FaultError, IndexedDataset, chosen, error, variant
 from dsad.data.decode import MaskRule
 
 #: Classes and images of the training set.
@@ -105,7 +96,7 @@ class _Members:
                 if _CLASS_TAR.fullmatch(name):
                     found[name[:-4]] = place
                 else:
-                    self._ignored(f"{archive}/{name}", "not the tar of a class")
+                    self.faults.append(files.ignored(f"{archive}/{name}", "not the tar of a class"))
         return found
 
     def images(self, category: str, place: _Place) -> int:
@@ -115,7 +106,7 @@ class _Members:
             for name, found in self._listed(file, f"{category}.tar", place):
                 path = f"{category}/{name}"
                 if reason := files.stray(os.path.basename(name)):
-                    self._ignored(path, reason)
+                    self.faults.append(files.ignored(path, reason))
                 elif path in self.places:
                     self.faults.append(error("K7", path, "occurs twice in its tar; make it anew."))
                 else:
@@ -141,9 +132,6 @@ class _Members:
             text = f"not a whole tar file: {problem}; copy {place.archive} again."
             self.faults.append(error("K8", name, text))
 
-    def _ignored(self, path: str, reason: str) -> None:
-        self.faults.append(warning("K9", path, f"ignored: {reason}."))
-
 
 def _archives(root: pathlib.Path) -> tuple[pathlib.Path, str, dict[str, _Place]]:
     """The folder, the published tar in it, or else the tars per class in it."""
@@ -157,24 +145,19 @@ def _archives(root: pathlib.Path) -> tuple[pathlib.Path, str, dict[str, _Place]]
 
 
 def _protocol(config: DataConfig, root: pathlib.Path, splits: Any, official: bool) -> dict:
-    return {
-        "dataset": "ImageNet (ILSVRC 2012)" if official else f"{root.name} (ImageNet layout)",
-        "split": "official training set" if official else "all images train, none is held out",
-        "split_hash": files.split_hash(splits),
-        "licence": "ImageNet terms of access: research only",
-        "missing_masks": config.missing_masks,
-        "lossy": sorted(config.lossy),
-        "canvas_crop": "none",
-    }
+    return files.protocol(
+        config, splits, licence="ImageNet terms of access: research only",
+        dataset="ImageNet (ILSVRC 2012)" if official else f"{root.name} (ImageNet layout)",
+        split="official training set" if official else "all images train, none is held out",
+    )  # fmt: skip
 
 
 def _counts(config: DataConfig, categories: int, images: int) -> list[Fault]:
     """K12, unless the config asks for some of the classes only."""
     if config.categories or (categories, images) == (CLASSES, IMAGES):
         return []
-    make = error if config.strict else warning
     text = f"{images:,} images of {categories:,} classes; ImageNet has {IMAGES:,} of {CLASSES:,}."
-    return [make("K12", "train", text)]
+    return [files.miscounted(config, "train", text)]
 
 
 def _unpacked(config: DataConfig) -> files.FileDataset:
@@ -195,9 +178,7 @@ def scan(config: DataConfig) -> files.FileDataset | TarDataset:
     """The index with its faults, none of them raised."""
     variant(config)
     root = files.root_folder(config)
-    if not root.exists():
-        return _unpacked(config)
-    where, archive, tars = _archives(root)
+    where, archive, tars = _archives(root) if root.exists() else (root, "", {})
     if not archive and not tars:
         return _unpacked(config)
     members = _Members(where, config)
@@ -207,11 +188,7 @@ def scan(config: DataConfig) -> files.FileDataset | TarDataset:
     for name in categories:
         if not members.images(name, tars[name]):
             members.faults.append(error("K0", f"{name}.tar", "empty class: no image in it."))
-    records = (
-        Record(path=path, category=path.partition("/")[0], label=0, kind="good")
-        for path in members.places
-    )
-    splits = {"train": files.by_path(records), "test": ()}
+    splits = {"train": files.normals((p.partition("/")[0], p) for p in members.places), "test": ()}
     images = len(splits["train"])
     if not tars:
         members.faults.append(error("K0", archive, f"no tar of a class in it; expected {ARCHIVE}."))

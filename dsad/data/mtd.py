@@ -53,36 +53,25 @@ def _folder(
     root: pathlib.Path, defect: str, config: DataConfig, faults: list[Fault]
 ) -> tuple[list[Record], dict[str, str]]:
     """Records of one defect folder, and the masks that exist for normal images."""
-    folder = root / f"MT_{defect}" / "Imgs"
     path = f"MT_{defect}/Imgs"
-    found = files.images(root, folder, faults, (".jpg",), ignored=(".png",))
-    masks = files.images(root, folder, faults, (".png",), ignored=(".jpg",))
+    folder = root / path
+    found = files.images(root, folder, faults, (".jpg",), others=(".png",))
+    masks = files.images(root, folder, faults, (".png",), others=(".jpg",))
     if not found:
         what = "empty class: no .jpg image" if folder.is_dir() else "folder missing"
         faults.append(error("K0", path, f"{what}; expected the original MTD tree."))
     faults.extend(files.orphan_mask(masks[stem]) for stem in masks if stem not in found)
-    if defect == "Free":
-        normals = [
-            Record(path=p, category=CATEGORY, label=0, kind="good", group=_group(p))
-            for p in found.values()
-        ]
-        return normals, {p: masks[stem] for stem, p in found.items() if stem in masks}
+    kind, label = ("good", 0) if defect == "Free" else (defect.lower(), 1)
+    mask_of = {image: masks[stem] for stem, image in found.items() if stem in masks}
     records = []
     for stem, image in found.items():
-        if stem not in masks:
+        shown = (mask_of[image],) if label and image in mask_of else ()
+        if label and not shown:
             allowed = config.missing_masks == "image_only"
             faults.append(files.missing_mask(image, f"{path}/{stem}.png", allowed))
-        records.append(
-            Record(
-                path=image,
-                category=CATEGORY,
-                label=1,
-                kind=defect.lower(),
-                masks=(masks[stem],) if stem in masks else (),
-                group=_group(image),
-            )
-        )
-    return records, {}
+        seen = {"label": label, "kind": kind, "masks": shown, "group": _group(image)}
+        records.append(Record(path=image, category=CATEGORY, **seen))
+    return records, {} if label else mask_of
 
 
 def random_cut(
@@ -106,19 +95,17 @@ def _grouped(normals: list[Record], faults: list[Fault]) -> tuple[set[str], set[
         if record.path not in rows:
             text = "not in the group list of mtd:grouped; use mtd:random for other images."
             faults.append(error("K13", record.path, text))
-    known = [r.path for r in normals if r.path in rows]
-    return (
-        {p for p in known if rows[p]["split"] == "train"},
-        {p for p in known if rows[p]["split"] == "test"},
-    )
+    known = {r.path for r in normals if r.path in rows}
+    train = {path for path in known if rows[path]["split"] == "train"}
+    return train, known - train
 
 
 def _check_counts(records: list[Record], config: DataConfig, faults: list[Fault]) -> None:
-    make = error if config.strict else warning
     for defect, expected in COUNTS.items():
         found = sum(r.path.startswith(f"MT_{defect}/") for r in records)
         if found != expected:
-            faults.append(make("K12", f"MT_{defect}", f"{found} images; MTD has {expected}."))
+            text = f"{found} images; MTD has {expected}."
+            faults.append(files.miscounted(config, f"MT_{defect}", text))
 
 
 def _twins(train: set[str], test: set[str]) -> int:
@@ -135,62 +122,47 @@ def _cut(
     if rule == "grouped":
         train, test = _grouped(normals, faults)
         return train, test, {"split": "grouped by tile (heuristic list of dsad)"}
-    cut = random_cut([r.path for r in normals], config.seed)
-    train, test = set(cut[0]), set(cut[1])
-    twins = _twins(train, test)
-    if twins:
+    *sides, unused = random_cut([r.path for r in normals], config.seed)
+    train, test = map(set, sides)
+    if twins := _twins(train, test):
         text = f"{twins} of {len(test)} test normals have another exposure of their tile in train"
         faults.append(warning("K13", CATEGORY, f"{text}; mtd:grouped avoids this."))
-    published = len(normals) >= sum(RANDOM_SIZES)
-    facts = {
-        "split": f"random, seed {config.seed}",
-        "cut": "published sizes, {} training and {} test normals".format(*RANDOM_SIZES)
-        if published
-        else f"a fifth of the normals to test: only {len(normals)}, published sizes do not fit",
-        "unused": sorted(cut[2]),
-    }
-    return train, test, {**facts, "test_normals_with_twin_in_train": twins}
+    how = "published sizes, {} training and {} test normals".format(*RANDOM_SIZES)
+    if len(normals) < sum(RANDOM_SIZES):
+        how = f"a fifth of the normals to test: only {len(normals)}, published sizes do not fit"
+    return train, test, {
+        "split": f"random, seed {config.seed}", "cut": how, "unused": sorted(unused),
+        "test_normals_with_twin_in_train": twins,
+    }  # fmt: skip
 
 
 def scan(config: DataConfig) -> files.FileDataset:
     """The index with its faults, none of them raised."""
     rule = variant(config, ("grouped", "random"))
     root = files.root_folder(config)
-    faults: list[Fault] = []
-    normals: list[Record] = []
-    defective: list[Record] = []
-    normal_masks: dict[str, str] = {}
     chosen(config, (CATEGORY,))
+    faults = [] if root.is_dir() else [files.missing_root(root)]
+    found: list[Record] = []
+    normal_masks: dict[str, str] = {}
     if root.is_dir():
         for defect in COUNTS:
             records, masks = _folder(root, defect, config, faults)
-            (normals if defect == "Free" else defective).extend(records)
+            found += records
             normal_masks |= masks
-        _check_counts(normals + defective, config, faults)
-    else:
-        faults.append(files.missing_root(root))
+        _check_counts(found, config, faults)
+    normals = [r for r in found if not r.label]
     train, test, facts = _cut(rule, normals, config, faults)
     splits = {
         "train": files.by_path(r for r in normals if r.path in train),
-        "test": files.by_path([r for r in normals if r.path in test] + defective),
+        "test": files.by_path(r for r in found if r.label or r.path in test),
     }
     return files.FileDataset(
-        name=config.name,
-        categories=(CATEGORY,),
-        protocol={
-            "dataset": "MTD",
-            **facts,
-            "split_hash": files.split_hash(splits),
-            "licence": "none stated; citation asked, research use",
-            "missing_masks": config.missing_masks,
-            "lossy": sorted(config.lossy),
-            "canvas_crop": "none",
-        },
-        config=config,
-        root=root,
-        splits=splits,
-        rule=MaskRule(threshold=127, values=None),
-        faults=tuple(faults),
+        name=config.name, categories=(CATEGORY,), config=config, root=root, splits=splits,
+        rule=MaskRule(threshold=127, values=None), faults=tuple(faults),
+        protocol=files.protocol(
+            config, splits, licence="none stated; citation asked, research use",
+            dataset="MTD", **facts,
+        ),
         normal_masks={p: m for p, m in normal_masks.items() if p in train or p in test},
         skipped={
             "K11": "labels come from the folders alone",
@@ -198,4 +170,4 @@ def scan(config: DataConfig) -> files.FileDataset:
             # Its leak is one warning of the index.
             **({"K13": "a random cut separates no groups"} if rule == "random" else {}),
         },
-    )
+    )  # fmt: skip

@@ -47,11 +47,13 @@ class _Scan:
     def relative(self, folder: pathlib.Path) -> str:
         return folder.relative_to(self.root).as_posix()
 
+    def ignored(self, path: pathlib.Path, reason: str) -> None:
+        self.faults.append(files.ignored(self.relative(path), reason))
+
     def category(self, name: str, folder: pathlib.Path) -> None:
         for part in files.subfolders(folder):
             if part not in _PARTS:
-                path = self.relative(folder / part)
-                self.faults.append(warning("K9", path, "ignored: not a folder of the layout."))
+                self.ignored(folder / part, "not a folder of the layout")
         self.training(name, folder / "train")
         if not (folder / "test").is_dir():
             path = self.relative(folder / "test")
@@ -63,24 +65,21 @@ class _Scan:
         if not found:
             what = "empty class: the folder holds no image" if folder.is_dir() else "folder missing"
             suffixes = ", ".join(files.IMAGE_SUFFIXES)
-            self.faults.append(
-                error("K0", self.relative(folder), f"{what}; expected files with {suffixes}.")
-            )
+            text = f"{what}; expected files with {suffixes}."
+            self.faults.append(error("K0", self.relative(folder), text))
         return found
 
     def loose(self, folder: pathlib.Path) -> None:
         """Files directly in a split folder belong to no class."""
         for file in sorted(folder.iterdir()) if folder.is_dir() else []:
             if not file.is_dir():
-                text = "ignored: a file outside a class folder."
-                self.faults.append(warning("K9", self.relative(file), text))
+                self.ignored(file, "a file outside a class folder")
 
     def training(self, name: str, folder: pathlib.Path) -> None:
         self.loose(folder)
         for kind in files.subfolders(folder):
             if kind != "good":
-                text = "ignored: training uses train/good only."
-                self.faults.append(warning("K9", self.relative(folder / kind), text))
+                self.ignored(folder / kind, "training uses train/good only")
         for path in self.nonempty(folder / "good").values():
             self.train.append(Record(path=path, category=name, label=0, kind="good"))
 
@@ -97,10 +96,8 @@ class _Scan:
             self.pair(name, kind, found, folder / "ground_truth" / kind)
         for kind in files.subfolders(folder / "ground_truth"):
             if kind not in kinds:
-                for path in files.images(
-                    self.root, folder / "ground_truth" / kind, self.faults
-                ).values():
-                    self.faults.append(files.orphan_mask(path))
+                masks = files.images(self.root, folder / "ground_truth" / kind, self.faults)
+                self.faults += map(files.orphan_mask, masks.values())
 
     def pair(self, name: str, kind: str, found: dict[str, str], masks: pathlib.Path) -> None:
         """Match masks to images by stem."""
@@ -124,15 +121,8 @@ class _Scan:
                 expected = f"{self.relative(masks)}/{stem}_mask.png"
                 allowed = self.config.missing_masks == "image_only"
                 self.faults.append(files.missing_mask(path, expected, allowed))
-            self.test.append(
-                Record(
-                    path=path,
-                    category=name,
-                    label=label,
-                    kind=kind,
-                    masks=(mask,) if label and mask else (),
-                )
-            )
+            shown = (mask,) if label and mask else ()
+            self.test.append(Record(path=path, category=name, label=label, kind=kind, masks=shown))
 
     def counts(self, name: str) -> bool:
         """K12: whether the counts are the official ones; adds the fault if they are not."""
@@ -141,9 +131,9 @@ class _Scan:
         bad = sum(r.label for r in test)
         found = (sum(r.category == name for r in self.train), len(test) - bad, bad, len(kinds))
         if name in OFFICIAL and found != OFFICIAL[name]:
-            make = error if self.config.strict else warning
             text = "/".join(map(str, found)) + " train/good/anomalous images/kinds; MVTec AD has "
-            self.faults.append(make("K12", name, text + "/".join(map(str, OFFICIAL[name])) + "."))
+            text += "/".join(map(str, OFFICIAL[name])) + "."
+            self.faults.append(files.miscounted(self.config, name, text))
         return found == OFFICIAL.get(name)
 
 
@@ -155,16 +145,11 @@ def _folders(root: pathlib.Path, scan: _Scan) -> dict[str, pathlib.Path]:
         if any((root / name / part).is_dir() for part in ("train", "test")):
             found[name] = root / name
         else:
-            text = "ignored: not a category (no train/ or test/ inside)."
-            scan.faults.append(warning("K9", name, text))
+            scan.ignored(root / name, "not a category (no train/ or test/ inside)")
     if not found:
         text = "no category found; expected <category>/train/good and <category>/test/<kind>."
         scan.faults.append(error("K0", str(root), text))
     return found
-
-
-def _licence(root: pathlib.Path, official: bool) -> str:
-    return "CC BY-NC-SA 4.0 (MVTec AD)" if official else files.licence(root)
 
 
 def scan(config: DataConfig) -> files.FileDataset:
@@ -172,37 +157,24 @@ def scan(config: DataConfig) -> files.FileDataset:
     variant(config)
     root = files.root_folder(config)
     found = _Scan(root, config)
+    found.faults += [] if root.is_dir() else [files.missing_root(root)]
     folders = _folders(root, found) if root.is_dir() else {}
-    if not root.is_dir():
-        found.faults.append(files.missing_root(root))
     categories = chosen(config, tuple(folders)) if folders else ()
     for name in categories:
         found.category(name, folders[name])
     official = bool(categories) and all([found.counts(name) for name in categories])
     splits = {"train": files.by_path(found.train), "test": files.by_path(found.test)}
-    skipped = {
-        "K11": "labels come from the folders alone",
-        "K13": "the layout names no groups",
-    }
+    skipped = {"K11": "labels come from the folders alone", "K13": "the layout names no groups"}
     if not any(name in OFFICIAL for name in categories):
         skipped["K12"] = "no category has the name of an official one"
     return files.FileDataset(
-        name="mvtec",
-        categories=categories,
-        protocol={
-            "dataset": "MVTec AD" if official else f"{root.resolve().name} (MVTec AD layout)",
-            "split": "official" if official else "as the folders give it",
-            "split_hash": files.split_hash(splits),
-            "licence": _licence(root, official),
-            "missing_masks": config.missing_masks,
-            "lossy": sorted(config.lossy),
-            "canvas_crop": "none",
-        },
-        config=config,
-        root=root,
-        splits=splits,
-        rule=MaskRule(threshold=127, values=(0, 255)),
-        faults=tuple(found.faults),
-        normal_masks=found.normal_masks,
-        skipped=skipped,
-    )
+        name="mvtec", categories=categories, config=config, root=root, splits=splits,
+        rule=MaskRule(threshold=127, values=(0, 255)), faults=tuple(found.faults),
+        normal_masks=found.normal_masks, skipped=skipped,
+        protocol=files.protocol(
+            config, splits,
+            licence="CC BY-NC-SA 4.0 (MVTec AD)" if official else files.licence(root),
+            dataset="MVTec AD" if official else f"{root.resolve().name} (MVTec AD layout)",
+            split="official" if official else "as the folders give it",
+        ),
+    )  # fmt: skip

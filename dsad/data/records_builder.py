@@ -61,8 +61,8 @@ class Plan:
         if not self.canvas:
             return f"{numbers} images as they are: {paths.size(self.bytes)}"
         return (
-            f"{numbers} canvases: {sum(map(len, self.sizes.values())):,} × {self.canvas}² × 3 = "
-            f"{paths.size(self.bytes)}, less after compression"
+            f"{numbers} canvases: {sum(map(len, self.sizes.values())):,} × {self.canvas}² × "
+            f"{3 + self.anomalous} = {paths.size(self.bytes)}, less after compression"
         )
 
 
@@ -73,7 +73,9 @@ def plan(dataset: IndexedDataset, canvas: int = 0, progress: Progress | None = N
     """
     sizes = {}
     only = dataset.config.split if canvas else "all"
-    for split in ("train", "test") if only == "all" else (only,):
+    splits = ("train", "test") if only == "all" else (only,)
+    channels = 3 + any(r.label for split in splits for r in dataset.splits[split])  # with the mask
+    for split in splits:
         source = dataset.source(split)
         if not canvas and not isinstance(source, EncodedSource):
             raise ConfigError(
@@ -83,7 +85,6 @@ def plan(dataset: IndexedDataset, canvas: int = 0, progress: Progress | None = N
         if len(source) == 0:
             continue
         if canvas:
-            channels = 4 if any(r.label for r in source.records) else 3  # with the mask
             sizes[split] = np.full(len(source), canvas * canvas * channels, np.int64)
         else:
             sizes[split] = np.asarray(_measured(source, progress), np.int64)

@@ -89,9 +89,9 @@ def _records(category: str, split: str, kind: str, count: int) -> list[Record]:
     label = int(kind != "good")
     digits = max(3, len(str(count - 1)))
     made = []
-    for i in range(count):
-        masks = (f"{category}/ground_truth/{kind}/{i:0{digits}d}_mask.png",) if label else ()
-        path = f"{category}/{split}/{kind}/{i:0{digits}d}.png"
+    for stem in (f"{i:0{digits}d}" for i in range(count)):
+        masks = (f"{category}/ground_truth/{kind}/{stem}_mask.png",) if label else ()
+        path = f"{category}/{split}/{kind}/{stem}.png"
         made.append(Record(path=path, category=category, label=label, kind=kind, masks=masks))
     return made
 

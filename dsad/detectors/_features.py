@@ -1,27 +1,31 @@
-"""What every detector does with the features it is given: choose layers, join them, check them."""
+"""What detectors share: their fit, and how features are chosen, joined, checked and kept."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from dsad.core import hosts, rng
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Tree
+from dsad.ops.neighbors import pad_bank
 from dsad.ops.resize import match_grid, neighbourhood_mean
+
+C = TypeVar("C", bound=Any)
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureDetector:
+class FeatureDetector(Generic[C]):
     """A detector with a config that names its layers; without traits unless it says so."""
 
-    config: Any
+    config: C
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -48,14 +52,52 @@ class FeatureDetector:
         few or broken features.
         """
         if trained is not None:
-            name = type(self).__module__.rpartition(".")[2]
-            raise ConfigError(f"detector {name} has nothing to train, but trained parameters came.")
+            raise ConfigError(
+                f"detector {self._name} has nothing to train, but trained parameters came."
+            )
         return self._fit(source, mesh, key, progress)
 
     def _fit(
         self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
         raise NotImplementedError
+
+    @property
+    def _name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    def _cells(
+        self, source: FeatureSource, embed: Callable[[FeatureMaps], Any] | None = None
+    ) -> Iterator["Cells"]:
+        """One pass over a source: ``embed``, compiled, of every batch without its padding.
+
+        With several processes every one gets all values, batch by batch, so that what is fitted to
+        them is the same everywhere. Raises DataError, naming the detector, the category and the
+        samples, for NaN or infinite values.
+        """
+        embed = embed or functools.partial(_embedded, self)
+        for batch in source:
+            valid = np.asarray(batch.valid, bool)
+            if not valid.any():
+                continue
+            leaves, structure = jax.tree.flatten(embed(dict(batch.maps)))
+            leaves = [np.asarray(hosts.whole(x), np.float32)[valid] for x in leaves]
+            index = np.asarray(batch.index)[valid]
+            broken = np.zeros(len(index), bool)
+            for leaf in leaves:
+                broken |= ~np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
+            if broken.any():
+                raise DataError(
+                    f"detector {self._name}: NaN or infinite features of {batch.category} samples "
+                    f"{index[broken].tolist()}; expected finite ones. Check the weights."
+                )
+            yield Cells(jax.tree.unflatten(structure, leaves), index, batch.category)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embedded(detector: Any, features: FeatureMaps) -> Any:
+    """Compiled once per configuration and shapes, not once per fit."""
+    return detector.embed(features)
 
 
 @runtime_checkable
@@ -91,53 +133,49 @@ def joined(
     features: FeatureMaps, layers: Sequence[str], neighbourhood: int = 1, method: str = "bilinear"
 ) -> jax.Array:
     """Neighbourhood means of the layers, on the grid of the first, concatenated: (b, gh, gw, d)."""
-    means = [neighbourhood_mean(m, neighbourhood) for m in select(features, layers)]
-    grid = (means[0].shape[1], means[0].shape[2])
-    return jnp.concatenate([match_grid(m, grid, method) for m in means], axis=-1)  # type: ignore[arg-type]
+    return on_one_grid(
+        [neighbourhood_mean(m, neighbourhood) for m in select(features, layers)], method
+    )
 
 
-def embedding(detector: EmbedsCells) -> Callable[[FeatureMaps], Any]:
-    """``detector.embed``, compiled once per configuration and shapes, not once per fit."""
-    return functools.partial(_embedded, detector)
+def on_one_grid(maps: Sequence[jax.Array], method: Any = "bilinear") -> jax.Array:
+    """Maps (b, h, w, d) on the grid of the first, concatenated; ``method`` as of ``match_grid``."""
+    grid = (maps[0].shape[1], maps[0].shape[2])
+    return jnp.concatenate([match_grid(m, grid, method) for m in maps], axis=-1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _embedded(detector: EmbedsCells, features: FeatureMaps) -> Any:
-    return detector.embed(features)
+def per_image(
+    function: Callable[[Tree, Any], Any], state: Tree, images: Any, mesh: Mesh | None = None
+) -> Any:
+    """``function(state, image)`` of every image, one after the other; results stacked (b, ...).
 
-
-def cells(source: FeatureSource, embed: Callable[[FeatureMaps], Any], name: str) -> Iterator[Cells]:
-    """One pass over a source: ``embed``, made by ``jax.jit``, of every batch without its padding.
-
-    With several processes every one gets all values, batch by batch, so that what is fitted to them
-    is the same everywhere. Raises DataError, naming the detector ``name``, the category and the
-    samples, for NaN or infinite values.
+    ``images`` is a tree of arrays (b, ...). ``mesh`` splits the images over all its devices, with
+    the whole state on each; without it the batch size may be symbolic (``jax.export``).
     """
-    for batch in source:
-        valid = np.asarray(batch.valid, bool)
-        if not valid.any():
-            continue
-        made = embed(dict(batch.maps))
-        leaves, structure = jax.tree.flatten(made)
-        leaves = [np.asarray(hosts.whole(x), np.float32)[valid] for x in leaves]
-        index = np.asarray(batch.index)[valid]
-        broken = np.zeros(len(index), bool)
-        for leaf in leaves:
-            broken |= ~np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
-        if broken.any():
-            raise DataError(
-                f"detector {name}: NaN or infinite features of {batch.category} samples "
-                f"{index[broken].tolist()}; expected finite ones. Check the weights."
-            )
-        yield Cells(jax.tree.unflatten(structure, leaves), index, batch.category)
+
+    def each(state: Tree, images: Any) -> Any:
+        return lax.map(lambda image: function(state, image), images)
+
+    if mesh is None:
+        return each(state, images)
+    count = jax.tree.leaves(images)[0].shape[0]
+    missing = -count % mesh.size
+    images = jax.tree.map(lambda x: jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))), images)
+    split = PartitionSpec(mesh.axis_names)
+    stacked = jax.shard_map(each, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split)(
+        state, images
+    )
+    return jax.tree.map(lambda x: x[:count], stacked)
 
 
-def bank_state(padded: Any, count: np.ndarray, mesh: Mesh | None) -> Tree:
-    """{"bank": (M, d) float32, "rows": () int32} of what ``pad_bank`` returned.
+def bank_state(bank: Any, mesh: Mesh | None) -> Tree:
+    """{"bank": (M, d) float32, "rows": () int32} of the rows (n, d), padded by ``pad_bank``.
 
     On a mesh of several processes every device gets its own rows only, as ``nearest`` splits them;
     elsewhere whoever places the state decides.
     """
+    padded, count = pad_bank(bank)
+    del bank  # nor does a caller hold it: one copy less
     if mesh is None or not hosts.spans(mesh):
         return {"bank": jnp.asarray(padded), "rows": jnp.asarray(count)}
     padded = np.pad(np.asarray(padded), ((0, -len(padded) % mesh.size), (0, 0)))

@@ -5,7 +5,6 @@ onto the leading principal axes W of the normal features, û = μ + Wᵀ W (u - 
 squared error e = u - û summed over channels, the image score the sum of the map.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 from dsad.core.config import Settings, field
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import Cells, FeatureDetector, cells, embedding, select
+from dsad.detectors._features import Cells, FeatureDetector, select
 from dsad.ops.neighbors import bucket
 from dsad.ops.resize import resize_maps
 
@@ -58,16 +57,17 @@ class Subspace(NamedTuple):
     total: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Fre(FeatureDetector):
+#: By layer: the shape of what is one vector there, and its subspace.
+Subspaces = dict[str, tuple[tuple[int, ...], Subspace]]
+
+
+class Fre(FeatureDetector[Config]):
     """The detector; its state is {layer: {"mean", "axes", "weight"}}, float32.
 
     "mean" is (gh, gw, d) in mode "image" and (d,) in mode "patch"; "axes" has a leading axis of r
     rows, filled up with zero rows, which change nothing, to a bucket of at least 32: so categories
     share compiled programs. "weight" is a factor on the squared errors.
     """
-
-    config: Config
 
     def embed(self, features: FeatureMaps) -> dict[str, jax.Array]:
         """Pooled maps {layer: (b, gh, gw, d)} of a batch."""
@@ -83,7 +83,7 @@ class Fre(FeatureDetector):
         (D × D if that is smaller), in float64; mode "patch" streams over the images and keeps a
         d × d matrix. Raises DataError with fewer than 2 images, or NaN or infinite features.
         """
-        parts = cells(source, embedding(self), "fre")
+        parts = self._cells(source)
         count, found = (self._images if self.config.mode == "image" else self._patches)(parts)
         if count < 2:
             raise DataError(
@@ -132,9 +132,7 @@ class Fre(FeatureDetector):
             inside = jnp.einsum("bhwr,rd->bhwd", weights, state["axes"], precision=high)
         return jnp.sum(jnp.square(centred - inside), axis=3)
 
-    def _images(
-        self, parts: Iterable[Cells]
-    ) -> tuple[int, dict[str, tuple[tuple[int, ...], Subspace]]]:
+    def _images(self, parts: Iterable[Cells]) -> tuple[int, Subspaces]:
         kept = list(parts)
         if not kept:
             return 0, {}
@@ -149,9 +147,7 @@ class Fre(FeatureDetector):
             found[name] = rows.shape[1:], space
         return len(index), found
 
-    def _patches(
-        self, parts: Iterable[Cells]
-    ) -> tuple[int, dict[str, tuple[tuple[int, ...], Subspace]]]:
+    def _patches(self, parts: Iterable[Cells]) -> tuple[int, Subspaces]:
         images, moments = 0, {}
         for part in parts:
             images += len(part.index)
@@ -258,6 +254,4 @@ def _bucketed(axes: np.ndarray) -> np.ndarray:
     return np.pad(axes, ((0, bucket(max(len(axes), 1), 32) - len(axes)), (0, 0)))
 
 
-def build(cfg: Config) -> Fre:
-    """The detector of a configuration."""
-    return Fre(cfg)
+build = Fre

@@ -7,7 +7,6 @@ distance, and a transposed convolution turns patch scores into pixels. In princi
 covariance is diagonal, so nothing is inverted: score² = Σ z² / ((1 - s) λ + s μ).
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
@@ -20,7 +19,7 @@ from dsad.core import rng
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import DataError
 from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import Cells, FeatureDetector, cells, embedding, joined
+from dsad.detectors._features import Cells, FeatureDetector, joined
 from dsad.ops import gaussian, similarity
 
 #: Rows whose moments are taken at once.
@@ -60,15 +59,12 @@ class Config(Settings, place="detector"):
             raise Refused("stride", f"at most detector.patch = {self.patch}", self.stride)
 
 
-@dataclasses.dataclass(frozen=True)
-class Gde(FeatureDetector):
+class Gde(FeatureDetector[Config]):
     """The detector; its state is the mean and a factor of the inverse covariance.
 
     {"mean": (gh, gw, d), "factor": (gh, gw, d, k)}, without the grid for a global model; without
     PCA and with fewer images than dimensions {"mean", "basis", "scale"} of a damped projection.
     """
-
-    config: Config
 
     @property
     def traits(self) -> DetectorTraits:
@@ -90,10 +86,9 @@ class Gde(FeatureDetector):
         source. Raises DataError for too few images or patches without any variance.
         """
         key = rng.named(key, "gde images")
-        blocks = _Cache(lambda: cells(source, embedding(self), "gde"), self.config)
+        blocks = _Cache(lambda: self._cells(source), self.config)
         fit = self._fit_positions if self.config.per_position else self._fit_global
-        state = jax.tree.map(jnp.asarray, fit(blocks, key))
-        return state
+        return jax.tree.map(jnp.asarray, fit(blocks, key))
 
     def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, H, W) in input pixels, see ``patch_heatmap``; image (b,): largest patch score.
@@ -276,6 +271,4 @@ def _distance(rows: jax.Array, state: Tree) -> jax.Array:
     return gaussian.damped_mahalanobis(rows, state["mean"], state["basis"], state["scale"])
 
 
-def build(cfg: Config) -> Gde:
-    """The detector of a configuration."""
-    return Gde(cfg)
+build = Gde

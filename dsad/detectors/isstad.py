@@ -18,7 +18,6 @@ before the mean, which a Gaussian with mirrored borders leaves as it is. As n is
 every image, normal ones included, these pixel maps compare less well across images than scores do.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -72,11 +71,8 @@ class Config(Settings, place="detector"):
         return ((self.q, self.a, self.b), *(row[1:] for row in self.exponents))
 
 
-@dataclasses.dataclass(frozen=True)
-class Isstad(FeatureDetector):
+class Isstad(FeatureDetector[Config]):
     """The detector; its state is {"row": int32 ()}, which of ``config.rows`` its categories use."""
-
-    config: Config
 
     @property
     def traits(self) -> DetectorTraits:
@@ -183,6 +179,4 @@ def top_mean(maps: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(taken, rising, 0), axis=1) / count.astype(jnp.float32)
 
 
-def build(config: Config) -> Isstad:
-    """The detector of a config."""
-    return Isstad(config)
+build = Isstad

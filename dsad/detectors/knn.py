@@ -5,9 +5,6 @@ Detection") with every normal row, or a random subset, as the memory instead of 
 with plain instead of squared distances.
 """
 
-import dataclasses
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +14,8 @@ from dsad.core import rng
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import (
-    FeatureDetector,
-    Subset,
-    bank_state,
-    cells,
-    embedding,
-    joined,
-)
-from dsad.ops.neighbors import Precision, nearest, pad_bank
+from dsad.detectors._features import FeatureDetector, Subset, bank_state, joined
+from dsad.ops.neighbors import Precision, nearest
 
 
 class Config(Settings, place="detector"):
@@ -49,14 +39,11 @@ class Config(Settings, place="detector"):
             raise Refused("bank_rows", f"0 (all rows) or at least k = {self.k}", self.bank_rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class Knn(FeatureDetector):
+class Knn(FeatureDetector[Config]):
     """The detector; its state is {"bank": (M, d) float32, "rows": () int32}.
 
     The bank is padded to a bucket, so that categories share compiled programs; ``rows`` count.
     """
-
-    config: Config
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d): neighbourhood means, on the grid of the first layer."""
@@ -73,18 +60,7 @@ class Knn(FeatureDetector):
         on the host each holds it whole while fitting. Raises DataError without rows or with NaN or
         infinite features.
         """
-        blocks = self._rows(source)
-        rows = self._sampled(blocks, key) if self.config.bank_rows else [r for r, _ in blocks]
-        bank = np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
-        if len(bank) < self.config.k:
-            raise DataError(
-                f"detector knn: expected at least k = {self.config.k} feature rows of normal "
-                f"images, found {len(bank)}. Check the train split."
-            )
-        del rows
-        padded, count = pad_bank(bank)
-        del bank
-        return bank_state(padded, count, mesh)
+        return bank_state(self._bank(source, key), mesh)
 
     def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): mean distance to the k nearest rows; image (b,): its maximum.
@@ -100,26 +76,28 @@ class Knn(FeatureDetector):
         maps = jnp.mean(distances, axis=1).reshape(embedded.shape[:3])
         return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
 
-    def _rows(self, source: FeatureSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Per batch the rows (r, d) of its images and their sample indices (images,)."""
-        for values, index, _ in cells(source, embedding(self), "knn"):
-            yield values.reshape(-1, values.shape[-1]), index
-
-    def _sampled(
-        self, blocks: Iterator[tuple[np.ndarray, np.ndarray]], key: jax.Array
-    ) -> list[np.ndarray]:
-        key, subset = rng.named(key, "knn bank"), Subset(self.config.bank_rows)
-        for rows, index in blocks:
-            count = len(rows) // len(index)
+    def _bank(self, source: FeatureSource, key: jax.Array) -> np.ndarray:
+        most, key = self.config.bank_rows, rng.named(key, "knn bank")
+        rows, subset = [], Subset(most)
+        for values, index, _ in self._cells(source):
+            flat = values.reshape(-1, values.shape[-1])
+            if not most:
+                rows.append(flat)
+                continue
+            count = len(flat) // len(index)
             bits = rng.priorities(key, index, (count,)).ravel()
             cell = np.tile(np.arange(count), len(index))
-            subset.add(rows, np.stack([bits, np.repeat(index, count), cell]))
-        if not len(subset):
-            return []
-        rows, (_, image, cell) = subset.found()
-        return [rows[np.lexsort((cell, image))]]
+            subset.add(flat, np.stack([bits, np.repeat(index, count), cell]))
+        if len(subset):
+            kept, (_, image, cell) = subset.found()
+            rows = [kept[np.lexsort((cell, image))]]
+        bank = np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
+        if len(bank) < self.config.k:
+            raise DataError(
+                f"detector knn: expected at least k = {self.config.k} feature rows of normal "
+                f"images, found {len(bank)}. Check the train split."
+            )
+        return bank
 
 
-def build(cfg: Config) -> Knn:
-    """The detector of a configuration."""
-    return Knn(cfg)
+build = Knn

@@ -9,7 +9,6 @@ The published image score is the maximum of the *smoothed* map; here it is the m
 before smoothing, which belongs to the evaluation and not to the detector.
 """
 
-import dataclasses
 import functools
 from typing import Literal
 
@@ -21,7 +20,7 @@ from jax.sharding import Mesh
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import FeatureDetector, cells, joined
+from dsad.detectors._features import FeatureDetector, joined
 from dsad.ops import gaussian
 from dsad.ops.resize import resize_maps
 
@@ -55,15 +54,12 @@ class Config(Settings, place="detector"):
             raise Refused("channels", "0 (all) with joint = False", self.channels, all_layers)
 
 
-@dataclasses.dataclass(frozen=True)
-class Padim(FeatureDetector):
+class Padim(FeatureDetector[Config]):
     """The detector; its state holds one part per Gaussian grid: the joint one, or per layer.
 
     A part is {"mean": (gh, gw, d), "factor": (gh, gw, d, d)} in full form and {"mean", "factor":
     (gh, gw, n, d), "inner": (gh, gw, n, n)} in low-rank form.
     """
-
-    config: Config
 
     def embed(self, features: FeatureMaps) -> list[jax.Array]:
         """What each Gaussian models, (b, gh, gw, d): one array if joint, else one per layer."""
@@ -89,7 +85,7 @@ class Padim(FeatureDetector):
         made = []
         for group in range(groups):
             fold = _Fold(self.config.form)
-            for values, index, _ in cells(source, functools.partial(_embed, self, group), "padim"):
+            for values, index, _ in self._cells(source, functools.partial(_embed, self, group)):
                 fold.add(values, index)
             made.append(jax.tree.map(jnp.asarray, self._part(fold)))
         return tuple(made)
@@ -199,6 +195,4 @@ def _embed(detector: Padim, group: int, features: FeatureMaps) -> jax.Array:
     return detector.embed(features)[group]
 
 
-def build(cfg: Config) -> Padim:
-    """The detector of a configuration."""
-    return Padim(cfg)
+build = Padim

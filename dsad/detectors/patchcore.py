@@ -6,7 +6,6 @@ feature space; what the published code does differently (pooling over flattened 
 zeros beyond the borders, a random projection, a mean-distance start, squared scores) are options.
 """
 
-import dataclasses
 from typing import Literal
 
 import jax
@@ -18,16 +17,10 @@ from dsad.core import hosts, rng
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import (
-    FeatureDetector,
-    bank_state,
-    cells,
-    embedding,
-    select,
-)
+from dsad.detectors._features import FeatureDetector, bank_state, on_one_grid, select
 from dsad.ops.coreset import budget_rows, greedy_coreset, kmeans_rows, random_rows
-from dsad.ops.neighbors import Precision, nearest, pad_bank
-from dsad.ops.resize import match_grid, neighbourhood_mean
+from dsad.ops.neighbors import Precision, nearest
+from dsad.ops.resize import neighbourhood_mean
 
 
 class Config(Settings, place="detector"):
@@ -73,14 +66,11 @@ class Config(Settings, place="detector"):
             raise Refused("bank_bytes", "0 with detector.bank_rows above 0", self.bank_bytes)
 
 
-@dataclasses.dataclass(frozen=True)
-class PatchCore(FeatureDetector):
+class PatchCore(FeatureDetector[Config]):
     """The detector; its state is {"bank": (M, d) float32, "rows": () int32}.
 
     The bank is padded to a bucket, so that categories share compiled programs; ``rows`` count.
     """
-
-    config: Config
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d), on the grid of the first layer."""
@@ -91,11 +81,10 @@ class PatchCore(FeatureDetector):
                 pooled_neighbourhoods(m, cfg.neighbourhood, cfg.level_dim, not cfg.zero_borders)
                 for m in maps
             ]
-        else:
-            means = [neighbourhood_mean(m, cfg.neighbourhood, not cfg.zero_borders) for m in maps]
-        grid = (means[0].shape[1], means[0].shape[2])
-        joined = jnp.concatenate([match_grid(m, grid) for m in means], axis=-1)
-        return adaptive_mean(joined, cfg.pooled_dim) if cfg.pooling == "published" else joined
+            return adaptive_mean(on_one_grid(means), cfg.pooled_dim)
+        return on_one_grid(
+            [neighbourhood_mean(m, cfg.neighbourhood, not cfg.zero_borders) for m in maps]
+        )
 
     def _fit(
         self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
@@ -108,19 +97,7 @@ class PatchCore(FeatureDetector):
         as well; every process holds all rows on its host meanwhile. Raises DataError without rows,
         with fewer than the image score needs, or with NaN or infinite features.
         """
-        rows = self._gathered(source)
-        least = self.config.neighbours if self.config.image_score == "reweighted" else 1
-        bank = self._chosen(rows, mesh, key, progress) if len(rows) else rows
-        if len(bank) < least:
-            raise DataError(
-                f"detector patchcore: expected a bank of at least {least} feature rows of normal "
-                f"images, found {len(bank)} of {len(rows)}. Check the train split and the bank's "
-                "size."
-            )
-        del rows
-        padded, count = pad_bank(bank)
-        del bank
-        return bank_state(padded, count, mesh)
+        return bank_state(self._bank(self._gathered(source), mesh, key, progress), mesh)
 
     def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Map (b, gh, gw): distance, or its square, to the nearest row; image (b,).
@@ -148,7 +125,7 @@ class PatchCore(FeatureDetector):
     def _gathered(self, source: FeatureSource) -> np.ndarray:
         """Every row (N, d), ascending by sample and cell, grown in place."""
         rows, order = np.zeros((0, 0), np.float32), []
-        for values, index, _ in cells(source, embedding(self), "patchcore"):
+        for values, index, _ in self._cells(source):
             values = values.reshape(-1, values.shape[-1])
             at = len(rows)
             # In place: the allocator moves pages, so rows never exist twice.
@@ -160,12 +137,21 @@ class PatchCore(FeatureDetector):
         order = np.concatenate(order)
         return rows if (np.diff(order) >= 0).all() else rows[np.argsort(order, kind="stable")]
 
+    def _bank(
+        self, rows: np.ndarray, mesh: Mesh | None, key: jax.Array, progress: Progress
+    ) -> np.ndarray | jax.Array:
+        bank = self._chosen(rows, mesh, key, progress) if len(rows) else rows
+        least = self.config.neighbours if self.config.image_score == "reweighted" else 1
+        if len(bank) < least:
+            raise DataError(
+                f"detector patchcore: expected a bank of at least {least} feature rows of normal "
+                f"images, found {len(bank)} of {len(rows)}. Check the train split and the bank's "
+                "size."
+            )
+        return bank
+
     def _chosen(
-        self,
-        rows: np.ndarray,
-        mesh: Mesh | None,
-        key: jax.Array,
-        progress: Progress,
+        self, rows: np.ndarray, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> np.ndarray | jax.Array:
         cfg, key = self.config, rng.named(key, "patchcore")
         if cfg.bank == "all":
@@ -233,11 +219,7 @@ def _unfolded(features: jax.Array, size: int) -> jax.Array:
 
 
 def _weight(
-    cell: jax.Array,
-    state: Tree,
-    row: jax.Array,
-    neighbours: int,
-    mesh: Mesh | None = None,
+    cell: jax.Array, state: Tree, row: jax.Array, neighbours: int, mesh: Mesh | None = None
 ) -> jax.Array:
     """Eq. 7's factor (b,) for worst cells (b, d) with nearest bank rows ``row`` (b,).
 
@@ -251,6 +233,4 @@ def _weight(
     return 1.0 - 1.0 / jnp.sum(jnp.exp(gaps - own[:, None]), axis=1)
 
 
-def build(cfg: Config) -> PatchCore:
-    """The detector of a configuration."""
-    return PatchCore(cfg)
+build = PatchCore

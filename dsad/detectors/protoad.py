@@ -6,7 +6,6 @@ unit norm the score is 1 - max_k <x, m_k> = min_k |x - m_k|² / 2, computed in t
 keeps its digits where x is close to a prototype.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -18,14 +17,7 @@ from dsad.core import rng
 from dsad.core.config import Settings, field
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import (
-    FeatureDetector,
-    Subset,
-    cells,
-    embedding,
-    joined,
-)
-from dsad.detectors._images import per_image
+from dsad.detectors._features import FeatureDetector, Subset, joined, per_image
 from dsad.ops import finch
 from dsad.ops.neighbors import bucket, nearest
 
@@ -53,15 +45,12 @@ class Config(Settings, place="detector"):
     prototypes: int = field(10_000, at_least=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class ProtoAd(FeatureDetector):
+class ProtoAd(FeatureDetector[Config]):
     """The detector; its state is {"prototypes": (K, d) float32}, of unit norm.
 
     The last prototype is repeated, which changes no score, up to a bucket, so that categories share
     compiled programs.
     """
-
-    config: Config
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d) on the grid of the first layer, not yet normalised."""
@@ -77,8 +66,10 @@ class ProtoAd(FeatureDetector):
         features are all zero have no direction and are left out. Raises DataError without cells,
         or with NaN or infinite features.
         """
-        key = rng.named(key, "protoad rows")
-        rows = self._rows(source, key)
+        subset = Subset(self.config.rows)
+        for unit, places in self._per_image(source, rng.named(key, "protoad rows")):
+            subset.add(unit, places)
+        rows = subset.found()[0] if len(subset) else np.zeros((0, 0), np.float32)
         if not len(rows):
             raise DataError(
                 "detector protoad: expected at least 1 normal cell with features other than zero, "
@@ -96,18 +87,11 @@ class ProtoAd(FeatureDetector):
         maps = per_image(_distances, state["prototypes"], self.embed(features), mesh)
         return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
 
-    def _rows(self, source: FeatureSource, key: jax.Array) -> np.ndarray:
-        """The unit rows (n, d) that enter the joint clustering, in the order of the source."""
-        subset = Subset(self.config.rows)
-        for rows, places in self._per_image(source, key):
-            subset.add(rows, places)
-        return subset.found()[0] if len(subset) else np.zeros((0, 0), np.float32)
-
     def _per_image(
         self, source: FeatureSource, key: jax.Array
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Unit rows (m, d) of one image, and their draw, sample index and number (3, m)."""
-        for values, index, _ in cells(source, embedding(self), "protoad"):
+        for values, index, _ in self._cells(source):
             draws = rng.priorities(key, index, (values[0, ..., 0].size,))
             for image, sample, drawn in zip(values, index, draws, strict=True):
                 rows = finch.normalised(image.reshape(-1, image.shape[-1]))
@@ -131,6 +115,4 @@ def _bucketed(prototypes: np.ndarray) -> np.ndarray:
     return np.pad(prototypes, ((0, missing), (0, 0)), mode="edge")
 
 
-def build(cfg: Config) -> ProtoAd:
-    """The detector of a configuration."""
-    return ProtoAd(cfg)
+build = ProtoAd

@@ -6,7 +6,6 @@ features; a cell by its distance to the nearest cells, at any position and of th
 these K images.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -19,8 +18,7 @@ from dsad.core import rng
 from dsad.core.config import Settings, field
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import FeatureDetector, Subset, cells, embedding, select
-from dsad.detectors._images import per_image
+from dsad.detectors._features import FeatureDetector, Subset, per_image, select
 from dsad.ops.neighbors import nearest
 from dsad.ops.resize import resize_maps
 
@@ -46,8 +44,7 @@ class Config(Settings, place="detector"):
     gallery_images: int = field(0, at_least=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Spade(FeatureDetector):
+class Spade(FeatureDetector[Config]):
     """The detector; its state is {"pooled": (n, d), "gallery": {layer: (n, cells, d)}}, float32.
 
     Where n is padded (to BUCKET) the rows of "pooled" are infinite and never among the nearest.
@@ -56,8 +53,6 @@ class Spade(FeatureDetector):
     whatever the batch, up to three copies of K images' cells of one layer (3 · 4 · K · cells · d
     bytes) and the tiles of ``nearest``.
     """
-
-    config: Config
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -90,7 +85,7 @@ class Spade(FeatureDetector):
         with NaN or infinite features.
         """
         key, subset = rng.named(key, "spade gallery"), Subset(self.config.gallery_images)
-        for values, index, _ in cells(source, embedding(self), "spade"):
+        for values, index, _ in self._cells(source):
             subset.add(values, np.stack([rng.priorities(key, index), index]))
         if not len(subset):
             raise DataError(
@@ -156,6 +151,4 @@ class Spade(FeatureDetector):
                 )
 
 
-def build(cfg: Config) -> Spade:
-    """The detector of a configuration."""
-    return Spade(cfg)
+build = Spade

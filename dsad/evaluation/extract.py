@@ -71,9 +71,7 @@ class Extractor:
 
     def __call__(self, images: np.ndarray) -> Any:
         """The maps {layer: (b, h, w, channels)}, or what ``then`` made of them, ready."""
-        sharding = batch_sharding(self.mesh)
-        placed = jax.make_array_from_callback(images.shape, sharding, lambda at: images[at])
-        return jax.block_until_ready(self._run(placed))
+        return jax.block_until_ready(self._run(put(images, batch_sharding(self.mesh))))
 
     def shapes(self, batch: int) -> Any:
         """Shapes and dtypes of what so many images give."""

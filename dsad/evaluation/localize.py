@@ -1,5 +1,6 @@
 """The localization run: features, detector, anomaly maps on original pixels, metrics."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -109,8 +110,8 @@ def localize(
         "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout),
         "detector_state": {},
     }
-    run = _Run(dataset, detector, config, key, train, sets, tuple(seeds), folder)
-    run.watch(progress, chosen)
+    run = _Run(dataset, detector, config, key, train, sets, tuple(seeds), folder, progress)
+    run.count(chosen)
     for group in [chosen] if pooled else [(c,) for c in chosen]:
         network = backbone_of(group[0]) if backbone_of else backbone
         assert network is not None, "expected a backbone, or backbone_of"
@@ -133,38 +134,26 @@ def localize(
     return run.made
 
 
+@dataclasses.dataclass
 class _Run:
     """What the categories of a run share, and the results they are collected in."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        detector: Detector,
-        config: EvalConfig,
-        key: jax.Array,
-        train: Callable[[Detector, Features, str], Tree] | None,
-        sets: Mapping[str, Mapping[int, support.Support]],
-        seeds: tuple[int, ...],
-        folder: str | epath.PathLike | None,
-    ) -> None:
-        self.dataset, self.detector, self.config, self.key = dataset, detector, config, key
-        self.train, self.sets, self.seeds, self.folder = train, sets, seeds, folder
-        self.device: Device | None = None
-        self.made = Results(
-            stamp={},
-            categories={},
-            mean={},
-            kinds={},
-            images={},
-            scales={},
-            cases={},
-            gallery={},
-            curves={},
-        )
+    dataset: Dataset
+    detector: Detector
+    config: EvalConfig
+    key: jax.Array
+    train: Callable[[Detector, Features, str], Tree] | None
+    sets: Mapping[str, Mapping[int, support.Support]]
+    seeds: tuple[int, ...]
+    folder: str | epath.PathLike | None
+    progress: Progress
+    device: Device | None = None
+    made: Results = dataclasses.field(default_factory=Results)
+    done: int = 0
+    total: int = 0
 
-    def watch(self, progress: Progress, categories: Sequence[str]) -> None:
-        """Count the images to come: every seed reads its support set and the test images."""
-        self.progress, self.done, self.total = progress, 0, 0
+    def count(self, categories: Sequence[str]) -> None:
+        """The images to come: every seed reads its support set and the test images."""
         for c in categories:
             for own in self.sets[c].values():
                 self.total += len(own.bank) + len(own.held_out)

@@ -60,21 +60,3 @@ def map_path(folder: str | epath.PathLike, path: str, kind: str) -> epath.Path:
     if parts.is_absolute() or ".." in parts.parts:
         raise DataError(f"{path}: expected a path relative to the data set's root.")
     return (paths.directory(folder) / parts).with_suffix(f".{kind}")
-
-
-def read_map(path: str | epath.PathLike) -> np.ndarray:
-    """A map (h, w) float32 as written: exact from TIFF, within half a step from PNG."""
-    file = paths.directory(path)
-    try:
-        content = io.BytesIO(file.read_bytes())
-        if file.suffix == ".tiff":
-            values = np.asarray(tifffile.imread(content))
-            if values.ndim != 2 or values.dtype.kind != "f":
-                raise ValueError(f"expected (h, w) floats, found {values.shape} {values.dtype}")
-            return values.astype(np.float32, copy=False)
-        with PIL.Image.open(content) as picture:
-            levels = np.asarray(picture, np.float64)
-        scale = json.loads(file.with_suffix(".json").read_text())
-        return np.asarray(scale["offset"] + levels * scale["step"], np.float32)
-    except (OSError, ValueError, KeyError, tifffile.TiffFileError) as error:
-        raise DataError(f"{file}: no readable anomaly map ({error}).") from error

@@ -33,15 +33,15 @@ class Results:
     support sets (``support.listing``), ``thresholds[c][s]`` is what ``thresholds.measure`` gives.
     """
 
-    stamp: dict[str, Any]
-    categories: dict[str, dict[str, Any]]
-    mean: dict[str, float]
-    kinds: dict[str, dict[str, dict[str, Any]]]
-    images: dict[str, list[dict[str, Any]]]
-    scales: dict[str, dict[str, float]]
-    cases: dict[str, dict[str, list[int]]]
-    gallery: dict[str, np.ndarray]
-    curves: dict[str, np.ndarray]
+    stamp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    categories: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    mean: dict[str, float] = dataclasses.field(default_factory=dict)
+    kinds: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    images: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    scales: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    cases: dict[str, dict[str, list[int]]] = dataclasses.field(default_factory=dict)
+    gallery: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    curves: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     seeds: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     std: dict[str, Any] = dataclasses.field(default_factory=dict)
     support: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -53,8 +53,9 @@ class Results:
         return list(self.mean)
 
 
-_JSON = ("stamp", "categories", "mean", "kinds", "images", "scales", "cases")
-_JSON += ("seeds", "std", "support", "thresholds")
+#: Fields in a packed file of their own, and those in the readable one.
+_PACKED = ("gallery", "curves")
+_JSON = tuple(f.name for f in dataclasses.fields(Results) if f.name not in _PACKED)
 #: Name of the array that ties the packed files to their results.
 _STAMP = "stamp_sha256"
 
@@ -65,7 +66,7 @@ def write_results(results: Results, workdir: str | epath.PathLike) -> epath.Path
     A reader never sees half a file. Raises WorkdirError for a disk or bucket that takes none.
     """
     folder = paths.directory(workdir)
-    for name in ("gallery", "curves"):
+    for name in _PACKED:
         packed = io.BytesIO()
         arrays = {**getattr(results, name), _STAMP: np.array(_digest(results.stamp))}
         np.savez_compressed(packed, **arrays)
@@ -101,7 +102,7 @@ def read_results(workdir: str | epath.PathLike) -> Results:
             "`dsad evaluate`. Run it again."
         )
     fields: dict[str, Any] = {n: content[n] for n in _JSON}
-    for name in ("gallery", "curves"):
+    for name in _PACKED:
         file = folder / f"{name}.npz"
         fields[name] = _arrays(file)
         if str(fields[name].pop(_STAMP, "")) != _digest(fields["stamp"]):

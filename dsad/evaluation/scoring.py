@@ -180,35 +180,27 @@ class Device:
         name = hashlib.sha256(text.encode()).hexdigest()
         return stored.FeatureStore(self.folder, name, about)
 
-    def features(self, images: np.ndarray) -> FeatureMaps:
-        """Feature maps of uint8 images, ready."""
-        return self._features(images)
-
     def stored_features(self, host: HostBatch) -> FeatureMaps:
         """Feature maps of a batch, read if all are stored, else computed where they are not."""
         if self.store is None:
-            return self.features(host.images)
+            return self._features(host.images)
         if self.hosts.several:
             return self._stored_by_all(self.store, host)
-        maps = self.store.complete(host.found, lambda: self.features(host.images))
+        maps = self.store.complete(host.found, lambda: self._features(host.images))
         # Padding repeats a row, so that it is as finite as the others.
         rows = np.minimum(np.arange(self.batch), len(host.found) - 1)
 
-        def put(x: Any) -> jax.Array:
-            if isinstance(x, jax.Array):
-                return x
-            padded = x[rows]
-            return jax.make_array_from_callback(
-                padded.shape, batch_sharding(self.mesh), lambda at: padded[at]
-            )
-
-        return jax.block_until_ready({n: put(x) for n, x in maps.items()})
+        sharding = batch_sharding(self.mesh)
+        arrays = {
+            n: x if isinstance(x, jax.Array) else put(x[rows], sharding) for n, x in maps.items()
+        }
+        return jax.block_until_ready(arrays)
 
     def _stored_by_all(self, store: stored.FeatureStore, host: HostBatch) -> FeatureMaps:
         """The same where every process reads and stores its own images."""
         missing = [row.maps is None for row in host.found]
         total, images = int(self.hosts.total(np.int64(sum(missing)))), int(host.valid.sum())
-        computed = self.features(host.images) if total else {}
+        computed = self._features(host.images) if total else {}
         here = own_rows(self.mesh, self.batch)
         fresh = {n: own_part(x)[host.own[here]] for n, x in computed.items()}
 

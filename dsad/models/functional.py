@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsad.models.draws import Draws, size_of
+
 
 class Functional:
     """Pure ``init`` and ``apply`` of the module that ``make(rngs)`` builds."""
@@ -41,6 +43,14 @@ class Functional:
         out = getattr(module, method)(*args, **kwargs)
         _, _, new_extra = nnx.split(module, nnx.Param, ...)
         return out, nnx.to_pure_dict(new_extra)
+
+
+def drawn(make: Callable[[Draws, nnx.Rngs], nnx.Module]) -> Functional:
+    """The module that ``make`` builds from one draw of as many normal numbers as it takes."""
+    total = size_of(lambda draws: make(draws, nnx.Rngs(0)))
+    return Functional(
+        lambda rngs: make(Draws(jax.random.normal(rngs.params(), (total,), jnp.float32)), rngs)
+    )
 
 
 def _copy(tree: Any) -> Any:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsad.models.conv import BiasedConv, DepthwiseConv
-from dsad.models.draws import Draws, size_of
-from dsad.models.functional import Functional
+from dsad.models.draws import Draws
+from dsad.models.functional import Functional, drawn
 
 #: Expansion factor, output channels, blocks and the first block's stride (Table 2 of the paper).
 GROUPS = (
@@ -103,13 +103,7 @@ def mobilenet_v2(*, dtype: Any = jnp.float32) -> Functional:
     ``dtype`` is the compute type; parameters stay f32. Random kernels keep the variance of their
     input (fan-in), as there are no norms.
     """
-    total = size_of(lambda draws: MobileNetV2(draws=draws, dtype=dtype))
-
-    def make(rngs: nnx.Rngs) -> MobileNetV2:
-        draws = Draws(jax.random.normal(rngs.params(), (total,), jnp.float32))
-        return MobileNetV2(draws=draws, dtype=dtype)
-
-    return Functional(make)
+    return drawn(lambda draws, _: MobileNetV2(draws=draws, dtype=dtype))
 
 
 def logits(params: Any, images: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
 """All architectures that ``models.backbone`` knows, by family."""
 
-from dsad.core.config import listed, suggestion
-from dsad.core.errors import ConfigError
+from dsad.core.config import named
 from dsad.models.family import Family
 from dsad.models.weights import _family_vit, _names_plain, _names_resnet
 
@@ -20,9 +19,4 @@ def archs() -> tuple[str, ...]:
 
 def family_of(arch: str) -> Family:
     """The family of an architecture; an unknown name lists what exists."""
-    for family in FAMILIES:
-        if arch in family.archs:
-            return family
-    raise ConfigError(
-        f"no backbone named {arch!r}.{suggestion(arch, archs())} Known: {listed(archs())}."
-    )
+    return named({name: family for family in FAMILIES for name in family.archs}, arch, "backbone")

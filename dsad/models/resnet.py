@@ -5,17 +5,17 @@ by half a pixel against the published weights.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsad.core.config import listed, suggestion
-from dsad.core.errors import ConfigError
+from dsad.core.config import named
 from dsad.models.conv import Conv
-from dsad.models.draws import Draws, size_of
-from dsad.models.functional import Functional
+from dsad.models.draws import Draws
+from dsad.models.functional import Functional, drawn
 from dsad.models.norm import BatchNorm
 
 
@@ -43,11 +43,7 @@ STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 
 def arch(name: str) -> Arch:
     """The architecture called ``name``; an unknown name lists what exists."""
-    if name not in ARCHS:
-        raise ConfigError(
-            f"no backbone named {name!r}.{suggestion(name, ARCHS)} Known: {listed(ARCHS)}."
-        )
-    return ARCHS[name]
+    return named(ARCHS, name, "backbone")
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
@@ -121,6 +117,7 @@ class ResNet(nnx.Module):
         return maps
 
 
+@functools.cache
 def resnet(
     name: str, *, stages: int = 4, zero_init_last: bool = False, dtype: Any = jnp.float32
 ) -> Functional:
@@ -136,7 +133,4 @@ def resnet(
     def make(draws: Draws, rngs: nnx.Rngs) -> ResNet:
         return ResNet(spec, stages=stages, zero=zero_init_last, draws=draws, dtype=dtype, rngs=rngs)
 
-    total = size_of(lambda draws: make(draws, nnx.Rngs(0)))
-    return Functional(
-        lambda rngs: make(Draws(jax.random.normal(rngs.params(), (total,), jnp.float32)), rngs)
-    )
+    return drawn(make)

@@ -18,8 +18,8 @@ from flax import nnx
 
 from dsad.core.errors import ConfigError
 from dsad.models.conv import BiasedConv
-from dsad.models.draws import Draws, size_of
-from dsad.models.functional import Functional
+from dsad.models.draws import Draws
+from dsad.models.functional import Functional, drawn
 
 #: Output channels of each fire module's squeeze and of both its expansions.
 FIRES = {2: (16, 64), 3: (16, 64), 4: (32, 128), 5: (32, 128),
@@ -103,10 +103,4 @@ def squeezenet1_1(*, dtype: Any = jnp.float32) -> Functional:
     ``dtype`` is the compute type; parameters stay f32. Raises ConfigError for images of fewer than
     ``SMALLEST`` pixels a side.
     """
-    total = size_of(lambda draws: SqueezeNet(draws=draws, dtype=dtype))
-
-    def make(rngs: nnx.Rngs) -> SqueezeNet:
-        draws = Draws(jax.random.normal(rngs.params(), (total,), jnp.float32))
-        return SqueezeNet(draws=draws, dtype=dtype)
-
-    return Functional(make)
+    return drawn(lambda draws, _: SqueezeNet(draws=draws, dtype=dtype))

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsad.core.config import Refused, Settings, field, listed, suggestion
+from dsad.core.config import Refused, Settings, field, named
 from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureMaps
 from dsad.models import positions, transformer
+from dsad.models.decoder import patchify
 from dsad.models.draws import Draws, normal, uniform_draws
 from dsad.models.positions import Rule
 from dsad.models.transformer import Activation, BlockSpec, Remat
@@ -138,12 +139,7 @@ ARCHS = _archs()
 
 def arch(name: str) -> Arch:
     """The architecture called ``name``; an unknown name lists what exists."""
-    if name not in ARCHS:
-        raise ConfigError(
-            f"no vision transformer named {name!r}.{suggestion(name, ARCHS)} Known: "
-            f"{listed(ARCHS)}."
-        )
-    return ARCHS[name]
+    return named(ARCHS, name, "vision transformer")
 
 
 def changes(name: str, spec: Arch) -> dict[str, Any]:
@@ -171,9 +167,11 @@ class ViT:
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Fresh (params, extra) by MAE's rules; extra holds a fixed position table."""
-        params = uniform_draws(key, self._fresh)
-        fixed = self.spec.pos == "sincos"
-        return params, {"pos": jnp.asarray(_fixed(self.spec))} if fixed else {}
+        params, s = uniform_draws(key, self._fresh), self.spec
+        if s.pos != "sincos":
+            return params, {}
+        table = positions.sincos_table(s.width, (s.grid, s.grid), s.table_prefix)
+        return params, {"pos": jnp.asarray(table)}
 
     def _fresh(self, draws: Draws) -> Any:
         s, d = self.spec, self.spec.width
@@ -221,16 +219,14 @@ class ViT:
 
     def embed(self, params: Any, extra: Any, images: jax.Array) -> jax.Array:
         """Patch tokens (b, rows · columns, d) with their positions, row by row."""
-        rows, columns = self.grid(images)
-        p, d = self.spec.patch, self.spec.width
-        b = images.shape[0]
+        grid = self.grid(images)
         # Patches do not overlap, so the convolution is a product of matrices.
-        x = images.astype(self.dtype).reshape(b, rows, p, columns, p, 3)
-        x = jnp.swapaxes(x, 2, 3).reshape(b, rows * columns, p * p * 3)
-        x = jnp.einsum("bnk,kd->bnd", x, params["patch"]["kernel"].reshape(-1, d).astype(x.dtype))
+        x = patchify(images.astype(self.dtype), self.spec.patch)
+        kernel = params["patch"]["kernel"].reshape(-1, self.spec.width)
+        x = jnp.einsum("bnk,kd->bnd", x, kernel.astype(x.dtype))
         if "bias" in params["patch"]:
             x = x + params["patch"]["bias"].astype(x.dtype)[None, None, :]
-        table = self.table(params, extra, (rows, columns))
+        table = self.table(params, extra, grid)
         return x + table[self.spec.table_prefix :].astype(x.dtype)[None]
 
     def table(self, params: Any, extra: Any, grid: tuple[int, int]) -> jax.Array:
@@ -308,21 +304,13 @@ class ViT:
         return {f"block{i}": y[:, skip:].reshape(shape) for i, y in outputs.items()}
 
     def _start(self, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
-        x = self.with_prefix(params, extra, tokens)
-        return (
-            transformer.layer_norm(params["pre_norm"], x, self.spec.eps)
-            if self.spec.pre_norm
-            else x
-        )
+        x, spec = self.with_prefix(params, extra, tokens), self.spec
+        return transformer.layer_norm(params["pre_norm"], x, spec.eps) if spec.pre_norm else x
 
 
 def _numbers(layers: Sequence[str], depth: int) -> tuple[int, ...]:
     found = (_BLOCK.fullmatch(name) for name in layers)
     return tuple(n for m in found if m and (n := int(m[1])) < depth)
-
-
-def _fixed(spec: Arch) -> np.ndarray:
-    return positions.sincos_table(spec.width, (spec.grid, spec.grid), spec.table_prefix)
 
 
 @functools.cache

@@ -92,10 +92,17 @@ class EncoderObjective:
                 + "\n  ".join(lines)
             )
         held = {name: part for name, part in encoder.extra.items() if name in own_extra}
-        held = own_extra if tree.diff(own_extra, held) else held
+        if lines := tree.diff(own_extra, held):
+            if own_extra.keys() != {"pos"}:
+                raise ConfigError(
+                    f"init_from: the statistics of the encoder in {earlier.origin} do not fit:\n  "
+                    + "\n  ".join(lines)
+                )
+            held = own_extra
         params, extra = self.with_encoder(params, extra, (taken, held))
         report = f"encoder: {len(jax.tree.leaves(taken))} tensors"
-        if left := sorted(set(encoder.params) - set(own)):
+        left = sorted({name.partition("_")[0] for name in encoder.params if name not in own})
+        if left:
             report += f" without {', '.join(left)}"
         return params, extra, report
 

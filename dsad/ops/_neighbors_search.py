@@ -94,26 +94,21 @@ def search(
     def one_tile(tile: jax.Array) -> Found:
         return _block(tile, shard, plan, exactly)
 
+    def every_tile(method: Callable[[jax.Array], Found]) -> Found:
+        blocks = lax.map(method, padded.reshape(-1, plan.tile, depth))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
+
     if plan.certified:
         low, norms = _lowered(shard)
-
-        def first_pass(tile: jax.Array) -> Found:
-            return _block(tile, low, plan, functools.partial(_bounded, norms=norms))
-
-        found = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[2:]),
-            lax.map(first_pass, padded.reshape(-1, plan.tile, depth)),
-        )
+        bounded = functools.partial(_bounded, norms=norms)
+        found = every_tile(lambda tile: _block(tile, low, plan, bounded))
         # NaN anywhere fails the comparison, and is found again by the exact pass.
         certified = found.squares[:, -1] < found.bound
         place = jnp.arange(len(padded)) + _index(plan) * rows
         ignored = (place >= counted) | (jnp.arange(len(padded)) >= rows)
         found = _redone(padded, found, certified | ignored, one_tile, plan)
     else:
-        found = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[2:]),
-            lax.map(one_tile, padded.reshape(-1, plan.tile, depth)),
-        )
+        found = every_tile(one_tile)
         certified = jnp.ones(len(padded), bool)
     distances, indices = _finished(found, padded, shard.shift, valid)
     return distances[:rows], indices[:rows], certified[:rows]

@@ -67,7 +67,7 @@ def greedy_coreset(
         values = _projected(bank, projection_dim, rng.named(key, "coreset projection"))
     made, state = _begin(values, size, start, key, mesh, block)
     state = _finish(made, state, size, (candidates, block), mesh, progress)
-    return _whole(state.picks, mesh)[:size]
+    return (state.picks if mesh is None else jnp.asarray(np.asarray(state.picks)))[:size]
 
 
 def coreset_memory(
@@ -271,10 +271,6 @@ def _spread(value: Any, mesh: Mesh | None) -> jax.Array:
     if hosts.spans(mesh) and not isinstance(value, jax.Array):
         return hosts.put(value, NamedSharding(mesh, PartitionSpec()))
     return jax.device_put(value, NamedSharding(mesh, PartitionSpec()))
-
-
-def _whole(value: jax.Array, mesh: Mesh | None) -> jax.Array:
-    return value if mesh is None else jnp.asarray(np.asarray(value))
 
 
 def _ladder(rows: int) -> int:

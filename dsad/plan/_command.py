@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 from typing import Any
 
@@ -36,9 +35,7 @@ def main(argv: list[str]) -> int:
     command.switch("sweep", "Try several meshes and batch sizes and mark the best.")
     command.string("fsdp", "", "With --sweep: values of config.mesh.fsdp, such as 1,4,8.")
     command.string("batch", "", "With --sweep: values of config.batch_size, such as 1024,2048.")
-    config, values, rest = command.parse(argv)
-    if rest:
-        raise ConfigError(f"dsad plan: unexpected argument {rest[0]!r}.")
+    config, values, _ = command.parse(argv)
     if (values.fsdp or values.batch) and not values.sweep:
         raise ConfigError("--fsdp and --batch list what --sweep tries; add --sweep.")
     out = console.console()
@@ -95,12 +92,7 @@ def _options(values: Any, spec: str) -> Options:
     effort = {"auto": "fast" if few else "full"}.get(values.effort, values.effort)
     if effort not in _compile.OPTIONS:
         raise ConfigError(f"--effort: expected auto, fast or full; found {values.effort!r}.")
-    try:
-        efficiency = float(values.efficiency)
-    except ValueError:
-        efficiency = math.nan
-    if not 0 < efficiency <= 1:
-        raise ConfigError(f"--efficiency: expected a share in (0, 1], found {values.efficiency!r}.")
+    efficiency = flags.share("efficiency", values.efficiency, "share")
     cache = values.cache or _compile.default_cache()
     return Options(
         spec=spec, target=_topology.parse(values.topology), samples=values.samples, effort=effort,

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from dsad.assembly.pretrain import Run
 from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.plan import hlo, hlo_cost
+from dsad.terminal import console
 
 Effort = Literal["fast", "full"]
 #: What the compilers take for "finish soon", as jax 0.10 spells it and as later versions do. On
@@ -55,9 +55,9 @@ class Program:
       peak: the compiler's own figure for all of it at the fullest moment; 0 where it gives none.
       refused: the compiler's words where the program does not fit and was not made; then all other
         figures are 0 but ``peak``, what it would have needed, if that was said.
-      flops, bf16_flops, bytes: see ``core.hlo_cost.Cost``.
+      flops, bf16_flops, bytes: see ``hlo_cost.Cost``.
       xla_flops, xla_bytes: of ``cost_analysis``, which counts bodies of loops once.
-      collectives: rows of ``core.hlo.summary`` with the bytes of one result, largest traffic first.
+      collectives: rows of ``hlo.summary`` with the bytes of one result, largest traffic first.
       messages: the partitioner's warnings.
       seconds: of compilation.
 
@@ -145,7 +145,7 @@ def _compile(lowered: jax.stages.Lowered, effort: Effort) -> Program:
             )  # fmt: skip
     seconds = time.monotonic() - start
     text, memory, analysis = made.as_text() or "", made.memory_analysis(), made.cost_analysis()
-    cost, own = hlo_cost.cost(text), analysis if isinstance(analysis, dict) else {}
+    own = analysis if isinstance(analysis, dict) else {}
     if memory is None:
         raise ConfigError("this version of jax states no memory figures for these devices.")
     return Program(
@@ -155,9 +155,7 @@ def _compile(lowered: jax.stages.Lowered, effort: Effort) -> Program:
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         peak=int(getattr(memory, "peak_memory_in_bytes", 0) or 0),
-        flops=cost.flops,
-        bf16_flops=cost.bf16_flops,
-        bytes=cost.bytes,
+        **dataclasses.asdict(hlo_cost.cost(text)),
         xla_flops=float(own.get("flops", 0.0)),
         xla_bytes=float(own.get("bytes accessed", 0.0)),
         collectives=tuple(_collectives(text)),
@@ -181,13 +179,8 @@ def _collectives(text: str) -> list[dict[str, Any]]:
     """One row for equal ones; ``sent`` are the bytes of all its executions that a device sends."""
     found = hlo.collectives(text)
     size = {(c.kind, ", ".join(c.shapes), c.group_size): c.result_bytes for c in found}
-    return [
-        {
-            "kind": kind, "shapes": shapes, "group_size": group, "count": count,
-            "result_bytes": size[kind, shapes, group], "sent": sent,
-        }
-        for kind, shapes, group, count, sent in hlo.summary(found)
-    ]  # fmt: skip
+    names = ("kind", "shapes", "group_size", "count", "sent", "result_bytes")
+    return [dict(zip(names, (*r, size[r[:3]]), strict=True)) for r in hlo.summary(found)]
 
 
 def needed(message: str) -> int:
@@ -200,10 +193,8 @@ def needed(message: str) -> int:
         r"(?:Used|memory required for HLO temporaries \()\s*([\d.]+)([KMGT])\w*\)?\s*"
         r"(?:of|exceeds)|Total \w+ usage >= ([\d.]+)([KMGT])"
     )
-    sizes = []
-    for first, unit, second, other in re.findall(pattern, message):
-        sizes.append(int(float(first or second) * units[unit or other]))
-    return max(sizes, default=0)
+    found = re.findall(pattern, message)
+    return max((int(float(a or b) * units[u or v]) for a, u, b, v in found), default=0)
 
 
 def partitioner_messages(log: str) -> list[str]:
@@ -255,28 +246,14 @@ def captured_stderr() -> Iterator[Captured]:
 def waiting(out: Console, what: str) -> Iterator[None]:
     """Signs of life with the seconds so far, while a call gives none."""
     if out.is_terminal:
-        with out.status(what) as status, _every(1.0, lambda s: status.update(f"{what}: {s:.0f} s")):
+        with (
+            out.status(what) as status,
+            console.every(1.0, lambda s: status.update(f"{what}: {s:.0f} s")),
+        ):
             yield
         return
-    with _every(EVERY, lambda s: out.print(f"{what}: {s:.0f} s", markup=False)):
+    with console.every(EVERY, lambda s: out.print(f"{what}: {s:.0f} s", markup=False)):
         yield
-
-
-@contextlib.contextmanager
-def _every(seconds: float, tell: Any) -> Iterator[None]:
-    start, stop = time.monotonic(), threading.Event()
-
-    def run() -> None:
-        while not stop.wait(seconds):
-            tell(time.monotonic() - start)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def default_cache() -> str:

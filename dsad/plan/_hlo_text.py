@@ -1,4 +1,4 @@
-"""The text of an HLO module as computations of operations; see ``core.hlo``."""
+"""The text of an HLO module as computations of operations; see ``hlo``."""
 
 import dataclasses
 import math
@@ -49,10 +49,8 @@ class Type:
     @property
     def arrays(self) -> tuple[Array, ...]:
         """All arrays in it, in order."""
-        found = _ARRAY.findall(_without_layouts(self.text))
-        return tuple(
-            Array(t, tuple(int(n.lstrip("<=")) for n in s.split(",") if n)) for t, s in found
-        )
+        found = _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", self.text))  # without the layouts
+        return tuple(Array(dtype, tuple(_numbers(shape))) for dtype, shape in found)
 
     @property
     def parts(self) -> "tuple[Type, ...]":
@@ -172,14 +170,9 @@ def parse(text: str) -> Module:
         for op in computation.ops.values():
             if op.opcode == "fusion":
                 computations[op.called("calls")].fused = True
-    header = found.group()
-    parts, copies = (
-        re.search(rf"\b{k}=(\d+)", header) for k in ("num_partitions", "replica_count")
-    )
-    return Module(
-        computations, entry,
-        int(parts.group(1)) if parts else 1, int(copies.group(1)) if copies else 1,
-    )  # fmt: skip
+    header = dict(re.findall(r"\b(num_partitions|replica_count)=(\d+)", found.group()))
+    parts, copies = (int(header.get(key, 1)) for key in ("num_partitions", "replica_count"))
+    return Module(computations, entry, parts, copies)
 
 
 def _op(name: str, text: str) -> Op:
@@ -211,10 +204,6 @@ def _split(text: str) -> Iterator[str]:
             yield text[start:i].strip()
             start = i + 1
     yield text[start:].strip()
-
-
-def _without_layouts(text: str) -> str:
-    return re.sub(r"\{[^{}]*\}", "", text)
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""How often a loop of an HLO module runs; see ``core.hlo``."""
+"""How often a loop of an HLO module runs; see ``hlo``."""
 
 import math
 import re

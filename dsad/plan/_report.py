@@ -3,11 +3,11 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from dsad.core.chips import CHIPS
 from dsad.plan._estimate import ASSUMPTIONS
 from dsad.plan._plan import Plan
+from dsad.terminal import console
 
 #: Rows of the table of collectives; the rest is summed up.
 ROWS = 12
@@ -22,7 +22,7 @@ def one(plan: Plan, out: Console) -> None:
         markup=False,
     )
     known = "refused" if plan.program.refused else "compiled"
-    known = f"{known} in an earlier run" if plan.cached else known
+    known += " in an earlier run" if plan.cached else ""
     out.print(f"{known} ({plan.effort} effort, {plan.program.seconds:.0f} s)")
     _memory(plan, out)
     if not plan.program.refused:
@@ -34,11 +34,10 @@ def one(plan: Plan, out: Console) -> None:
         out.print(f"warning: {line}", markup=False)
     if plan.estimate:
         out.print("The estimate supposes:")
-        for line in ASSUMPTIONS:
+        chip = CHIPS.get(plan.chip)
+        source = chip.source if chip else "measured on this machine"
+        for line in (*ASSUMPTIONS, f"figures of the chip: {source}"):
             out.print(f"  - {line}", markup=False)
-        known = CHIPS.get(plan.chip)
-        source = known.source if known else "measured on this machine"
-        out.print(f"  - figures of the chip: {source}", markup=False)
 
 
 def fits(plan: Plan) -> str:
@@ -67,20 +66,16 @@ def size(count: float) -> str:
 
 def _memory(plan: Plan, out: Console) -> None:
     program = plan.program
-    table = _table("memory per chip", "")
+    table = console.table("memory per chip", "")
     for name, held in plan.held.items():
         table.add_row(f"  {name}", size(held))
     if not program.refused:
-        table.add_row(
-            "arguments, all of these as the compiler lays them out", size(program.arguments)
-        )
-        table.add_section()
+        arguments = "arguments, all of these as the compiler lays them out"
+        table.add_row(arguments, size(program.arguments), end_section=True)
         table.add_row("temporaries", size(program.temporaries))
-        table.add_row(
-            "outputs that take no argument's place", size(program.outputs - program.alias)
-        )
-        table.add_row("generated code", size(program.code))
-        table.add_section()
+        outputs = size(program.outputs - program.alias)
+        table.add_row("outputs that take no argument's place", outputs)
+        table.add_row("generated code", size(program.code), end_section=True)
         table.add_row("sum, which has to be there", size(program.total))
         if program.peak:
             table.add_row("live at the fullest moment, says the compiler", size(program.peak))
@@ -93,7 +88,7 @@ def _memory(plan: Plan, out: Console) -> None:
 def _work(plan: Plan, out: Console) -> None:
     program = plan.program
     needed = plan.model_flops_per_image * plan.batch_size / plan.chips
-    table = _table("work per chip and step", "")
+    table = console.table("work per chip and step", "")
     table.add_row("matrix products and convolutions", f"{program.flops / 1e9:,.1f} GFLOP")
     table.add_row("of these what the model needs", f"{needed / 1e9:,.1f} GFLOP")
     table.add_row("memory traffic", f"{program.bytes / 1e9:,.2f} GB")
@@ -112,7 +107,7 @@ def _collectives(plan: Plan, out: Console) -> None:
     if not rows:
         out.print("collectives: none")
         return
-    table = _table("collectives", "result", "of chips", "a step", "MB each", "MB sent")
+    table = console.table("collectives", "result", "of chips", "a step", "MB each", "MB sent")
     for row in rows[:ROWS]:
         shapes = row["shapes"] if len(row["shapes"]) < 44 else f"{row['shapes'][:40]} ..."
         table.add_row(
@@ -131,7 +126,7 @@ def _collectives(plan: Plan, out: Console) -> None:
 def _times(plan: Plan, out: Console) -> None:
     made = plan.estimate
     assert made is not None
-    table = _table("a step at best", "ms")
+    table = console.table("a step at best", "ms")
     for name in ("compute", "memory", "interconnect"):
         mark = " ←" if name == made.bound_by else ""
         table.add_row(name + mark, f"{getattr(made, name) * 1e3:,.2f}")
@@ -160,9 +155,8 @@ def sweep(plans: list[Plan | str], out: Console) -> Plan | None:
     """
     made = [p for p in plans if not isinstance(p, str)]
     best = max((p for p in made if p.fits and p.estimate), key=_speed, default=None)
-    table = _table(
-        "mesh", "images", "memory a chip", "step ms", "bound by", "images/s", "MFU", "hours", ""
-    )
+    columns = ("images", "memory a chip", "step ms", "bound by", "images/s", "MFU", "hours", "")
+    table = console.table("mesh", *columns)
     for plan in made:
         mark = "← best" if plan is best else "" if plan.fits else "does not fit"
         table.add_row(*_cells(plan), mark)
@@ -181,9 +175,8 @@ def sweep(plans: list[Plan | str], out: Console) -> Plan | None:
 
 
 def _cells(plan: Plan) -> list[str]:
-    cells = [_mesh(plan), str(plan.batch_size)]
-    cells.append(f"{size(plan.program.total)} of {size(plan.limit)}")
-    made = plan.estimate
+    memory = f"{size(plan.program.total)} of {size(plan.limit)}"
+    cells, made = [_mesh(plan), str(plan.batch_size), memory], plan.estimate
     if made is None:
         return [*cells, "", "", "", "", ""]
     hours = "?" if made.hours is None else _few(made.hours)
@@ -202,11 +195,3 @@ def _mesh(plan: Plan) -> str:
 
 def _speed(plan: Any) -> float:
     return plan.estimate.images_per_s
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table()
-    table.add_column(title)
-    for name in columns:
-        table.add_column(name, justify="right")
-    return table

@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from dsad.core.types import Dataset
+from dsad.assembly.pretrain import DataFacts
 from dsad.data import base as data_base
 from dsad.data import imagenet, mtd, mvtec
 
@@ -17,26 +17,29 @@ def count(data: data_base.DataConfig, spec: str, told: int) -> tuple[int | None,
     ``spec`` is the value of ``--config``, ``told`` that of ``--samples``, 0 without it. A data set
     that is there is indexed, and its faults are errors; of the others the published size counts.
     """
+    known = published(data, pathlib.Path(spec.partition(":")[0]).stem)
+    images, classes = known or (None, max(1, len(data.categories)))
     if told:
-        return told, 1, "--samples"
+        return told, classes, "--samples"
     if data.name == "synthetic" or (data.root and os.path.isdir(os.path.expanduser(data.root))):
-        dataset: Dataset = data_base.load(data)
-        source = dataset.source("train")
-        return len(source), len({r.category for r in source.records}), "the data set"
-    found = published(data, pathlib.Path(spec.partition(":")[0]).stem)
-    return found, max(1, len(data.categories)), "its published size" if found else ""
+        facts = DataFacts.of(data_base.training_source(data_base.load(data), data.split).records)
+        return facts.samples, facts.classes, "the data set"
+    return images, classes, "its published size" if images else ""
 
 
-def published(data: data_base.DataConfig, config: str = "") -> int | None:
-    """Normal training images (of ImageNet-1K all) of a published data set; None for others."""
+def published(data: data_base.DataConfig, config: str = "") -> tuple[int, int] | None:
+    """Training images and categories of a published data set; None for others."""
     name = CONFIGS.get(config, data.name)
+    if data.split != "train":
+        return None
     if name == "imagenet" and not data.categories:
-        return imagenet.IMAGES
+        return imagenet.IMAGES, imagenet.CLASSES
     if name == "mvtec" and set(data.categories) <= set(mvtec.OFFICIAL):
-        return sum(mvtec.OFFICIAL[c][0] for c in data.categories or mvtec.OFFICIAL)
+        chosen = data.categories or mvtec.OFFICIAL
+        return sum(mvtec.OFFICIAL[c][0] for c in chosen), len(chosen)
     if name == "mtd:random":
-        return mtd.RANDOM_SIZES[0]
+        return mtd.RANDOM_SIZES[0], 1
     if name == "mtd:grouped":
         rows = mtd.group_list().items()
-        return sum("/MT_Free/" in f"/{path}" and row["split"] == "train" for path, row in rows)
+        return sum("/MT_Free/" in f"/{p}" and row["split"] == "train" for p, row in rows), 1
     return None

@@ -106,8 +106,7 @@ def devices(target: Slice | None) -> list[Any]:
         )
     options: dict[str, Any] = {}
     if target.chips < 4:  # otherwise a host is taken to have 2 × 2
-        bounds = (*target.shape, 1)[:3]
-        options["chips_per_host_bounds"] = bounds
+        options["chips_per_host_bounds"] = (*target.shape, 1)[:3]
     if target.generation == "v4":
         options["chip_config_name"] = "megacore"
     try:

@@ -20,8 +20,7 @@ def unintended(run: Run, program: Program) -> list[str]:
     Weights that are split over "fsdp" are meant to be collected where they are used, one block of a
     stack at a time; samples are meant to stay where they are.
     """
-    lines = []
-    samples = run.data.samples
+    lines, samples = [], run.data.samples
     if samples is not None and samples < run.config.batch_size:
         lines.append(
             f"a step takes {run.config.batch_size} images, more than the {samples} of the data "
@@ -41,13 +40,10 @@ def unintended(run: Run, program: Program) -> list[str]:
             continue
         for text in row["shapes"].split(", "):
             shape = _plain(int(n) for n in re.findall(r"\d+", text.partition("[")[2]))
+            large = math.prod(shape) not in known and row["result_bytes"] >= SMALL
             if shape in stacks:
                 lines.append(_line(text, row, f"all blocks of {stacks[shape]} at once"))
-            elif (
-                math.prod(shape) not in known
-                and row["result_bytes"] >= SMALL
-                and _all_samples(run, shape)
-            ):
+            elif large and _all_samples(run, shape):
                 lines.append(_line(text, row, "activations of all samples"))
     lines += [
         f"the partitioner copies {message} whole to every chip (involuntary full rematerialization)"

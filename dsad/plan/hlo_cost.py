@@ -15,14 +15,12 @@ from dsad.plan._hlo_text import Array, Computation, Module, Op, parse
 from dsad.plan.hlo import executions
 
 #: Operations that name or group values and move nothing.
-_FREE = frozenset(
-    (
-        "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-        "call", "after-all", "optimization-barrier", "partition-id", "replica-id", "iota",
-        "async-start", "async-update", "async-done", "copy-done", "all-gather-done",
-        "all-reduce-done", "collective-permute-done", "send-done", "recv-done",
-    )
-)  # fmt: skip
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "optimization-barrier", "partition-id", "replica-id", "iota",
+    "async-start", "async-update", "async-done", "copy-done", "all-gather-done",
+    "all-reduce-done", "collective-permute-done", "send-done", "recv-done",
+}  # fmt: skip
 #: Operations that read no more of their first operand than they return.
 _READS_A_PART = ("dynamic-slice", "slice", "gather")
 #: Inside a fusion these cost nothing and change no value's size.
@@ -58,7 +56,7 @@ def cost(text: str) -> Cost:
     for computation in module.computations.values():
         count = times[computation.name]
         for op in computation.ops.values() if count else ():
-            own = count * _flops(module, computation, op)
+            own = count * _flops(computation, op)
             flops += own
             if own:
                 passes += own * _passes(computation, op)
@@ -71,25 +69,18 @@ def _array(computation: Computation, name: str) -> Array:
     return computation.ops[name].type.arrays[0]
 
 
-def _flops(module: Module, computation: Computation, op: Op) -> float:
-    if op.opcode == "dot":
-        axes = _numbers(op, "lhs_contracting_dims")
-        left = _array(computation, op.arguments[0]).shape
-        return 2.0 * math.prod(op.type.arrays[0].shape) * math.prod(left[a] for a in axes)
+def _flops(computation: Computation, op: Op) -> float:
     if op.opcode == "convolution":
         return _convolution(computation, op)
-    if op.opcode == "custom-call" and "gemm" in op.attribute("custom_call_target"):
-        found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.rest)
-        if found:
-            axes = [int(n) for n in re.findall(r"\d+", found.group(1))]
-            left = _array(computation, op.arguments[0]).shape
-            return 2.0 * math.prod(op.type.arrays[0].shape) * math.prod(left[a] for a in axes)
-    return 0.0
-
-
-def _numbers(op: Op, key: str) -> list[int]:
-    found = re.search(rf"\b{key}=\{{([\d,]*)\}}", op.rest)
-    return [int(n) for n in found.group(1).split(",") if n] if found else []
+    gemm = op.opcode == "custom-call" and "gemm" in op.attribute("custom_call_target")
+    if op.opcode != "dot" and not gemm:
+        return 0.0
+    axes = re.search(r'\blhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)[\]}]', op.rest)
+    if gemm and not axes:
+        return 0.0
+    left = _array(computation, op.arguments[0]).shape
+    summed = [left[int(n)] for n in re.findall(r"\d+", axes.group(1))] if axes else []
+    return 2.0 * math.prod(op.type.arrays[0].shape) * math.prod(summed)
 
 
 def _convolution(computation: Computation, op: Op) -> float:
@@ -163,7 +154,8 @@ def _bytes(module: Module, computation: Computation, op: Op) -> float:
     if op.opcode == "scatter":
         return 3.0 * sizes[-1] + sum(sizes[1:-1])  # updates, and what they change twice
     if op.opcode == "copy-start":
-        return float(_placed_parts(op))
+        # From one memory to another, (target, source, context): what lies in this one.
+        return float(sum(_placed_text(p.text) for p in op.type.parts[:2]))
     if op.opcode.endswith("-start") and op.type.nested:
         return float(written)  # the operands are part of what it returns
     return float(written + sum(sizes))
@@ -252,11 +244,6 @@ def _through(computation: Computation, op: Op) -> Op:
 
 def _placed(op: Op) -> int:
     return _placed_text(op.type.text)
-
-
-def _placed_parts(op: Op) -> int:
-    """Of a copy from one memory to another, (target, source, context): what lies in this one."""
-    return sum(_placed_text(p.text) for p in op.type.parts[:2])
 
 
 def _placed_text(text: str) -> int:

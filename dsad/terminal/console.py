@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from dsad.core import distributed, types
 
@@ -31,6 +33,32 @@ def console() -> Console:
         width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True,
         quiet=not distributed.is_main(),
     )  # fmt: skip
+
+
+def table(*columns: str, whole: bool = False, **looks: Any) -> Table:
+    """An empty table: a column of labels, with ``whole`` never wrapped, the others numbers."""
+    made = Table(**looks)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left", no_wrap=whole and not number)
+    return made
+
+
+@contextlib.contextmanager
+def every(seconds: float, tell: Callable[[float], Any]) -> Iterator[None]:
+    """Call ``tell`` again and again, with the seconds so far, from a thread, within the block."""
+    start, stop = time.monotonic(), threading.Event()
+
+    def run() -> None:
+        while not stop.wait(seconds):
+            tell(time.monotonic() - start)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -49,18 +49,30 @@ def locate(spec: str) -> str:
 def start_distributed(values: flags.FlagValues) -> None:
     """Join the other processes as the flags of ``Command.distributed`` say; first of all work."""
     distributed.start(
-        coordinator=values.coordinator,
-        num_processes=values.num_processes,
-        process_id=values.process_id,
-        auto=values.distributed,
-    )
+        coordinator=values.coordinator, num_processes=values.num_processes,
+        process_id=values.process_id, auto=values.distributed,
+    )  # fmt: skip
+
+
+def share(name: str, text: str, noun: str) -> float:
+    """The value of a flag that is a share, above 0 and at most 1; raises Refused."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value <= 1:
+        raise Refused(f"--{name}", f"a {noun} in (0, 1]", text)
+    return value
 
 
 class Command:
-    """Flags of one command. ``parse`` returns (config, flag values, positional arguments)."""
+    """Flags of one command. ``parse`` returns (config, flag values, positional arguments).
 
-    def __init__(self, name: str, usage: str, *, config: str = ""):
-        self.name, self.usage, self.config = name, usage, config
+    Only with ``positional`` may there be any of the last.
+    """
+
+    def __init__(self, name: str, usage: str, *, config: str = "", positional: bool = False):
+        self.name, self.usage, self.config, self.positional = name, usage, config, positional
         self.values = flags.FlagValues()
         self._least: dict[str, int] = {}
         flags.DEFINE_boolean("help", False, "Show this text.", flag_values=self.values)
@@ -92,7 +104,7 @@ class Command:
             print(self.help())
             raise SystemExit(0)
         if self.config:
-            argv = [_located(a) for a in argv]
+            argv = [f"--config={locate(a[9:])}" if a.startswith("--config=") else a for a in argv]
             if not any(a.startswith("--config=") for a in argv):
                 # Overrides must come after the file they override.
                 argv.insert(1, f"--config={locate(self.config)}")
@@ -104,6 +116,8 @@ class Command:
         for name, least in self._least.items():
             if (value := getattr(self.values, name)) < least:
                 raise Refused(f"--{name}", f"an integer >= {least}", value)
+        if rest and not self.positional:
+            raise ConfigError(f"dsad {self.name}: unexpected argument {rest[0]!r}.")
         config = self.values["config"].value if self.config else None
         return config, self.values, rest
 
@@ -148,13 +162,10 @@ class Command:
 
     def _unknown_key(self, argv: Sequence[str], error: Exception) -> str:
         config = self._loaded(argv)
-        for argument in argv:
-            path = argument.removeprefix("--config.").partition("=")[0]
-            if not argument.startswith("--config."):
-                continue
+        for argument in (a for a in argv if a.startswith("--config.")):
             node: Any = config
             where = "config"
-            for part in path.split("."):
+            for part in argument.partition("=")[0].split(".")[1:]:
                 if not isinstance(node, Mapping | ml_collections.ConfigDict) or part not in node:
                     have = node.keys() if hasattr(node, "keys") else ()
                     return (
@@ -188,9 +199,3 @@ def _spelled(argv: Sequence[str]) -> list[str]:
         else:
             out.append(argument)
     return out
-
-
-def _located(argument: str) -> str:
-    if argument.startswith("--config="):
-        return f"--config={locate(argument.removeprefix('--config='))}"
-    return argument

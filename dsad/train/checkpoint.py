@@ -309,15 +309,11 @@ class Checkpointer:
 
     def _mismatch(self, step: int, abstract: TrainState) -> str:
         """What differs between a checkpoint and a state; nothing if it cannot be read at all."""
-
-        def describe(x: Any) -> str:
-            return f"{tuple(x.shape)} {x.dtype}"
-
         try:
             shapes = self._shapes(step)
         except Exception:
             return ""
-        return "\n".join(tree.diff(_items(abstract), shapes, describe)[:20])
+        return "\n".join(tree.diff(_items(abstract), shapes)[:20])
 
     def _unread(self, step: int, error: BaseException, more_memory: str) -> WorkdirError:
         """Advises to delete a checkpoint only if it is surely of no use to anybody."""

@@ -17,6 +17,7 @@ Of several processes, memory is that of the fullest and the wait that of the slo
 they were at the line before: to ask for them now would wait for the devices.
 """
 
+import dataclasses
 import resource
 import sys
 import time
@@ -90,28 +91,22 @@ class Clock:
         return min(1.0, self.productive / max(time.time() - self.started, 1e-9))
 
 
+@dataclasses.dataclass(kw_only=True)
 class Log:
     """Holds device scalars until they are fetched, checked and written."""
 
-    def __init__(
-        self,
-        *,
-        total_steps: int,
-        batch_size: int,
-        every: int,
-        writer: MetricWriter,
-        kept: Callable[[], str],
-        clock: Clock,
-        work: Work,
-        on_log: OnLog,
-    ):
-        self.total_steps, self.batch_size, self.every = total_steps, batch_size, every
-        self.writer, self.kept, self.clock = writer, kept, clock
-        self.work, self.on_log = work, on_log
-        self.pending: list[tuple[int, Any]] = []
-        self.rows: list[dict[str, float]] = []
-        self.steps_timed = 0
-        self.asked: Any = None
+    total_steps: int
+    batch_size: int
+    every: int
+    writer: MetricWriter
+    kept: Callable[[], str]
+    clock: Clock
+    work: Work
+    on_log: OnLog
+    pending: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
+    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    steps_timed: int = 0
+    asked: Any = None
 
     def add(self, step: int, scalars: Any) -> None:
         """Take the scalars of a step that may still be running."""
@@ -135,7 +130,9 @@ class Log:
         """
         ready = self.pending[: len(self.pending) - keep]
         self.pending = self.pending[len(ready) :]
-        for step, scalars in zip([s for s, _ in ready], _fetch(ready), strict=True):
+        host = jax.device_get([scalars for _, scalars in ready])
+        for (step, _), row in zip(ready, host, strict=True):
+            scalars = {k: float(v) for k, v in row.items()}
             if bad := non_finite(scalars):
                 raise NonFiniteError(
                     f"step {step}: {', '.join(bad)} became non-finite; the run stopped and kept "
@@ -195,8 +192,3 @@ def peak_memory() -> float:
         return float(max(peaks))
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-def _fetch(ready: list[tuple[int, Any]]) -> list[dict[str, float]]:
-    host = jax.device_get([scalars for _, scalars in ready])
-    return [{k: float(v) for k, v in row.items()} for row in host]

@@ -45,18 +45,23 @@ def reference(image, operation, amount):
     return np.array(turned).reshape(image.shape)
 
 
-ADJUST = (
-    color.adjust_brightness,
-    color.adjust_contrast,
-    color.adjust_saturation,
-    color.adjust_hue,
-)
+@functools.partial(jax.jit, static_argnums=1)
+def adjust(images, operation, amounts):
+    """A jitter that does one operation alone."""
+    factors, shift = np.ones((len(images), 3), np.float32), jnp.zeros_like(amounts)
+    if operation == color.HUE:
+        shift = amounts
+    else:
+        factors = jnp.asarray(factors).at[:, operation].set(amounts)
+    order, apply = np.tile(np.arange(4), (len(images), 1)), np.ones(len(images), bool)
+    draws = color.JitterDraws(jnp.asarray(factors), shift, jnp.asarray(order), jnp.asarray(apply))
+    return color.apply_jitter(images, draws, hue=operation == color.HUE)
 
 
 @pytest.mark.parametrize("operation", range(4))
 def test_adjust_equals_float64(images, operation):
     amounts = np.float32([-0.5, -0.1, 0.07, 1 / 3] if operation == color.HUE else [0, 0.6, 1, 1.7])
-    found = jax.jit(ADJUST[operation])(images, amounts)
+    found = adjust(images, operation, amounts)
     assert found.dtype == jnp.float32
     for i in range(4):
         expected = reference(images[i], operation, float(amounts[i]))
@@ -69,7 +74,7 @@ def test_contrast_of_large_and_extreme_images(shape):
     noise = np.random.default_rng(4).random((1, *shape, 3), dtype=np.float32)
     images = np.concatenate([noise, np.ones_like(noise), noise.round(), 1e-4 * noise])
     factor = np.float32([0.5, 0.6, 1.4, 0.3])
-    found = jax.jit(color.adjust_contrast)(images, factor)
+    found = adjust(images, color.CONTRAST, factor)
     for i in range(4):
         expected = reference(images[i], color.CONTRAST, float(factor[i]))
         np.testing.assert_allclose(found[i], expected, atol=1e-6)
@@ -80,17 +85,18 @@ def test_adjust_matches_pillow_within_its_integer_rounding():
     image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
     pillow = Image.fromarray(image)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for adjust, enhancer in zip(ADJUST[:3], enhancers, strict=True):
+    for operation, enhancer in enumerate(enhancers):
         for factor in (0.6, 1.4):
-            found = adjust(image[None] / np.float32(255), jnp.array([factor], jnp.float32))[0]
+            amount = jnp.array([factor], jnp.float32)
+            found = adjust(image[None] / np.float32(255), operation, amount)[0]
             expected = np.asarray(enhancer(pillow).enhance(factor), np.float32)
             assert np.abs(np.asarray(found) * 255 - expected).max() < 1.5
 
 
 def test_hue_keeps_value_and_saturation_and_third_of_a_turn_permutes(images):
-    third = color.adjust_hue(images, jnp.full((4,), 1 / 3, jnp.float32))
+    third = adjust(images, color.HUE, jnp.full((4,), 1 / 3, jnp.float32))
     np.testing.assert_allclose(third, np.roll(images, 1, axis=-1), atol=1e-6)
-    shifted = np.asarray(color.adjust_hue(images, jnp.full((4,), 0.07, jnp.float32)))
+    shifted = np.asarray(adjust(images, color.HUE, jnp.full((4,), 0.07, jnp.float32)))
     np.testing.assert_allclose(shifted.max(-1), images.max(-1), atol=1e-6)
     np.testing.assert_allclose(shifted.min(-1), images.min(-1), atol=1e-6)
 

@@ -45,7 +45,7 @@ def fresh():
 def test_memory_growth_is_seen():
     run = _measure.timed(fresh)
     assert run.growth >= 0.9 * run.result.size
-    with _measure.Growth() as growth:
+    with _measure.growing() as growth:
         pass
     assert growth.bytes < 2**20
 
@@ -73,7 +73,7 @@ def test_flags_below_their_least():
     def parse(*argv):
         command = flags.Command("bench what", "a text.")
         command.integer("rows", 5, "Rows.", at_least=2)
-        return _measure.parsed(command, list(argv))[1].rows
+        return command.parse(list(argv))[1].rows
 
     assert (parse(), parse("--rows=2")) == (5, 2)
     with pytest.raises(ConfigError, match="--rows: expected an integer >= 2, found 1"):

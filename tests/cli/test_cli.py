@@ -9,9 +9,12 @@ from dsad.assembly import pretrain, workdir
 from dsad.cli import main
 from dsad.core.config import build_dataclass
 from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.types import RunInfo
 from dsad.data.base import DataConfig
 from dsad.terminal import flags
 from tests.helpers import dsad
+
+INFO = RunInfo(total_steps=4, batch_size=8, samples=40, classes=2)
 
 
 def fails(capsys, *argv):
@@ -108,8 +111,7 @@ def test_shipped_configs_are_complete(name):
 
 
 def claim(path, config=None, **how):
-    how = {"resume": False, "overwrite": False, **how}
-    return workdir.claim(str(path), "pretrain", config or {"a": {"b": 1}}, **how)
+    return workdir.claim(str(path), "pretrain", config or {"a": {"b": 1}}, info=INFO, **how)
 
 
 def test_a_used_workdir_is_refused(tmp_path):
@@ -216,8 +218,7 @@ def test_one_model_per_category_and_one_for_all(capsys, tmp_path):
     for seed, category in enumerate(("tiles", "wood")):  # step 0 of a run needs its config alone
         config, _, _ = flags.Command("x", "", config="ds2").parse(["--config=ds2:smoke"])
         config.seed = seed
-        how = {"resume": False, "overwrite": False}
-        workdir.claim(str(runs / category), "pretrain", config.to_dict(), **how)
+        workdir.claim(str(runs / category), "pretrain", config.to_dict(), info=INFO)
     spec, two = f"--config.backbone=run:{runs}/{{category}}@0", "--config.data.categories={}"
     both, wood = two.format("('tiles','wood')"), two.format("('wood',)")
     text = fails(capsys, "evaluate", spec, "--workdir=x")

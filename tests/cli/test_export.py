@@ -4,18 +4,18 @@ import json
 import sys
 from importlib import metadata
 
-import ml_collections
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from dsad.assembly import backbones, pretrain, workdir
+from dsad.assembly import pretrain, runs
 from dsad.cli import main
 from dsad.core.errors import DsadError
 from dsad.core.tree import flatten
 from dsad.models import backbone
 from dsad.models.weights import export, pretrained
 from dsad.models.weights.pretrained import Weights
+from tests.helpers import untrained_run
 from tests.models import published
 
 SMALL = {"width": 24, "depth": 2, "heads": 3, "patch": 8, "image": 32}
@@ -29,18 +29,6 @@ def images(side=32):
 def resnet_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("in") / "resnet18.npz"
     np.savez(path, **published.by_rule(published.resnet()))
-    return path
-
-
-def run_of(tmp_path, objective, **changes):
-    """A directory that looks like a run; its step 0 needs no checkpoint."""
-    config = pretrain.default_config(objective)
-    with config.unlocked():
-        config.objective.update(ml_collections.ConfigDict(changes))
-    path = tmp_path / f"run-{objective}"
-    path.mkdir()
-    text = json.dumps({"command": "pretrain", "config": json.loads(config.to_json())})
-    (path / workdir.CONFIG).write_text(text)
     return path
 
 
@@ -152,8 +140,8 @@ def test_small_networks_are_written_under_their_own_names(arch, tmp_path):
 def test_runs_are_exported_and_read_as_weights(tmp_path, monkeypatch, capsys):
     decoder = {"width": 16, "depth": 1, "heads": 2}
     encoder = {"arch": "mae_vit_tiny_patch16", "width": 24, "depth": 2, "heads": 3, "patch": 8}
-    run = run_of(
-        tmp_path, "mae", encoder=encoder, decoder=decoder,
+    run = untrained_run(
+        tmp_path / "run", "mae", encoder=encoder, decoder=decoder,
         view={**pretrain.default_config("mae").objective.view.to_dict(), "side": 32},
     )  # fmt: skip
     assert main.main(["export", f"--backbone=run:{run}@0", f"--out={tmp_path / 'out'}"]) == 0
@@ -161,7 +149,7 @@ def test_runs_are_exported_and_read_as_weights(tmp_path, monkeypatch, capsys):
     # A run sees whole images, also where its architecture's published weights saw a centre crop.
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["pretrained_cfg"]["crop_pct"] == 1.0
-    own = backbones.load(f"run:{run}@0", "", 0)
+    own = runs.backbone(f"run:{run}@0", "", 0)
     back = backbone("mae_vit_tiny_patch16", tmp_path / "out")
     for name, values in own(images()).items():
         np.testing.assert_array_equal(back(images())[name], values)
@@ -176,9 +164,9 @@ def test_runs_are_exported_and_read_as_weights(tmp_path, monkeypatch, capsys):
 
 
 def test_the_encoder_of_a_contrastive_run(tmp_path):
-    run = run_of(tmp_path, "ds2", hidden=8, out=4)
-    own = backbones.load(f"run:{run}@0", "", 0)
-    read = backbone("resnet18", backbones.read_run(f"run:{run}@0"))
+    run = untrained_run(tmp_path / "run", "ds2", hidden=8, out=4)
+    own = runs.backbone(f"run:{run}@0", "", 0)
+    read = backbone("resnet18", runs.read_run(f"run:{run}@0"))
     for name, values in own(images(64)).items():
         np.testing.assert_array_equal(read(images(64))[name], values)
     found = export.write(read, tmp_path / "out", form="torchvision")

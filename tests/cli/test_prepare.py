@@ -44,7 +44,7 @@ def test_says_what_it_does(tmp_path, capsys):
     assert f"--config.data.root={tmp_path}/records --config.data.canvas=20" in text
     check = ["check-data", "--config.data.name=records", f"--config.data.root={tmp_path}/records"]
     assert main.main(check) == 2
-    assert "there is no test split" in capsys.readouterr().err
+    assert "canvases of the train images alone, not of the test images" in capsys.readouterr().err
 
 
 @pytest.mark.slow

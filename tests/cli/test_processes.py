@@ -115,22 +115,31 @@ import sys
 import jax
 import numpy as np
 from dsad.core import distributed
+from dsad.core.batch import BatchSpec, Companions, Needs
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
-from dsad.train.cache import device_store, rows_here
+from dsad.train.cache import abstract_store, fetch_with, put_store, rows_here
 
 distributed.start(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 mesh = make_mesh(MeshConfig())
+spec = BatchSpec(canvas=5, needs=Needs(companions=Companions(count=2)))
+places, gather = abstract_store(spec, 13, mesh, replicate_below=0)
 whole = np.random.default_rng(0).integers(0, 256, (13, 5, 5, 3)).astype(np.uint8)
-own = rows_here({"image": whole}, mesh, replicate_below=0)
+size, category = np.arange(26, dtype=np.int32).reshape(13, 2), np.arange(13, dtype=np.int32)
+own = rows_here(places, 13)
 assert own.tolist() == [list(range(8)), list(range(8, 13))][distributed.index()]
 known = np.zeros_like(whole)
 known[own] = whole[own]
-store, fetch = device_store({"image": known}, mesh, replicate_below=0)
+store = put_store({"image": known, "size": size, "facts": {}, "category": category}, places)
 index = np.array([12, 0, 7, 8, 3, 3, 11, 1], np.int32)
-mine = index[4 * distributed.index() :][:4]
-batch = jax.jit(fetch)(store, place_batch({"index": mine, "epoch": mine}, mesh))["image"]
-for shard in batch.addressable_shards:
-    np.testing.assert_array_equal(shard.data, whole[index[shard.index[0]]])
+others = np.stack([index[::-1], (index + 5) % 13], axis=1)
+here = slice(4 * distributed.index(), 4 * distributed.index() + 4)
+drawn = {"index": index[here], "epoch": index[here]}
+drawn["references"] = {"index": others[here], "valid": others[here] > 1}
+batch = jax.jit(fetch_with(gather, spec))(store, place_batch(drawn, mesh))
+for found, rows in ((batch, index), (batch["references"], others)):
+    for name, values in (("image", whole), ("size", size)):
+        for shard in found[name].addressable_shards:
+            np.testing.assert_array_equal(shard.data, values[rows[shard.index[0]]])
 """
 
 

@@ -7,6 +7,9 @@ import pytest
 from dsad.assembly import pretrain, workdir
 from dsad.core import paths
 from dsad.core.errors import WorkdirError
+from dsad.core.types import RunInfo
+
+INFO = RunInfo(total_steps=9, batch_size=8, samples=40, classes=2)
 
 
 def config(**changes):
@@ -18,7 +21,7 @@ def config(**changes):
 
 
 def claim(path, values, resume=True):
-    return workdir.claim(str(path), "pretrain", values, resume=resume, overwrite=False)
+    return workdir.claim(str(path), "pretrain", values, info=INFO, resume=resume)
 
 
 @pytest.mark.parametrize(

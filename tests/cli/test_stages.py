@@ -11,14 +11,14 @@ import pytest
 import safetensors.numpy
 
 from dsad import models
-from dsad.assembly import backbones, pretrain
+from dsad.assembly import pretrain, runs, training, workdir
 from dsad.cli import main
 from dsad.core.mesh import make_mesh
 from dsad.core.tree import flatten
 from dsad.data.pipeline import Pipeline
-from dsad.models.weights.pretrained import mae_state
 from dsad.terminal import console, flags
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+from tests.models.published import mae_state
 from tests.models.test_models import torch_names
 
 SMALL = ("--config.data.synthetic.train=4", "--config.data.categories=('tiles','wood')")
@@ -28,7 +28,7 @@ SMALL = ("--config.data.synthetic.train=4", "--config.data.categories=('tiles','
 def one_device():
     """Programs for one of the eight devices take less time to compile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        patch.setattr(pretrain, "make_mesh", lambda cfg, _: make_mesh(cfg, jax.devices()[:1]))
         yield
 
 
@@ -82,9 +82,11 @@ def stage2(stage1):
 def published(stage1):
     """The first stage as a file in the names of the published checkpoints."""
     params, extra, _ = weights(stage1)
-    config, _, method = pretrain.parse(backbones.run_config(str(stage1)))
-    assert config.steps == 4
-    spec = method.encoder.spec(method.view.side)
+    there = runs.opened(str(stage1))
+    assert there.config.steps == 4
+    info = workdir.read(stage1)["info"]
+    assert info == {"total_steps": 4, "batch_size": 8, "samples": 8, "classes": 2}
+    spec = there.objective.encoder.spec
     path = stage1.parent / "mae.safetensors"
     safetensors.numpy.save_file(mae_state(spec, params, extra), path)
     return path
@@ -189,8 +191,8 @@ def first_state(config, *argv):
     found, _, _ = flags.Command("pretrain", "", config=config).parse(list(argv))
     out = console.console()
     with one_device():
-        made = pretrain.prepare(found, out)
-    return jax.device_get(pretrain._first_state(made, pretrain.read_source(made), out))
+        made = training.prepare(found, out)
+    return jax.device_get(training.first_state(made, runs.checked_weights(made.run), out))
 
 
 def test_ds2_starts_from_torchvision_names(tmp_path, capsys):
@@ -223,7 +225,7 @@ def test_an_exported_encoder_gives_the_features_of_the_run(stage1, capsys):
     run("export", f"--backbone=run:{stage1}", f"--out={out}")
     capsys.readouterr()
     arch = json.loads((out / "config.json").read_text())["architecture"]
-    own, read = backbones.load(f"run:{stage1}", "", 0), models.backbone(arch, out)
+    own, read = runs.backbone(f"run:{stage1}", "", 0), models.backbone(arch, out)
     assert (read.mean, read.std) == (own.mean, own.std)
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
     one, two = jax.jit(lambda f, x: f(x))(own, images), jax.jit(lambda f, x: f(x))(read, images)

@@ -62,7 +62,7 @@ def test_samples_match_their_records(data):
             sample = source[i]
             assert sample.record == record
             assert (record.kind == "good") == (record.label == 0)
-            assert (record.mask_path is None) == (record.label == 0)
+            assert (not record.masks) == (record.label == 0)
             assert sample.image.dtype == np.uint8
             assert sample.image.ndim == 3
             assert sample.image.shape[2] == 3

@@ -21,7 +21,7 @@ from dsad.core.config import members
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
 from dsad.core.types import Detector, DetectorTraits, HasPanels, Scores
-from dsad.detectors._features import Embeds
+from dsad.detectors._features import EmbedsCells
 from dsad.ops import neighbors
 from tests.contracts.detectors import common
 from tests.contracts.detectors.common import ALONE, Batches, close, made
@@ -72,7 +72,7 @@ def test_equals_its_oracle(name, config):
 @pytest.mark.parametrize("name", members("detectors"))
 def test_public_members_are_those_of_the_seam(name):
     detector = made(name)
-    seams = [s for s in (Detector, HasPanels, Embeds) if isinstance(detector, s)]
+    seams = [s for s in (Detector, HasPanels, EmbedsCells) if isinstance(detector, s)]
     public = lambda of: {n for n in dir(of) if not n.startswith("_")}  # noqa: E731
     assert public(detector) == set().union(*map(public, seams))
     assert isinstance(detector.traits, DetectorTraits)

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsad.assembly import pretrain
+from dsad.assembly.pretrain import DataFacts, assemble
 from dsad.core.chips import CHIPS, chip_of
 from dsad.core.flops import model_flops, training_flops_per_image, without_remat
 from dsad.core.mesh import BATCH_SPEC, MeshConfig, make_mesh
-from dsad.core.types import RunInfo, Specs
 from dsad.models import resnet
 from dsad.terminal import flags
 
@@ -110,19 +109,9 @@ def test_resnet_18_at_224_has_its_published_count():
 
 def shapes(spec, batch_size=8):
     config, _, _ = flags.Command("x", "", config=spec).parse([])
-    run, module, method = pretrain.parse(config)
-    info = RunInfo(total_steps=10, batch_size=batch_size, samples=8, classes=1)
-    objective = module.build(method, info)
-    specs = Specs(batch_size=batch_size, canvas=run.data.canvas)
-    params, extra = jax.eval_shape(lambda: objective.init(jax.random.key(0), specs))
-    ints = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    side = run.data.canvas
-    batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8),
-        "size": jax.ShapeDtypeStruct((batch_size, 2), jnp.int32),
-        "index": ints, "epoch": ints, "category": ints, "facts": {},
-    }  # fmt: skip
-    return objective, params, extra, batch
+    config.batch_size = batch_size
+    run = assemble(config, jax.devices()[:1], DataFacts(samples=8))
+    return run.objective, run.abstract.params, run.abstract.extra, run.batch
 
 
 class Silent:

@@ -26,9 +26,7 @@ def test_first_folders_are_the_categories(tmp_path):
     assert data.categories == ("ant", "bee")
     assert paths(data) == ["ant/1.png", "ant/old/1.png", "ant/old/raw/2.JPEG", "bee/1.jpg"]
     assert paths(data, "bee") == ["bee/1.jpg"]
-    assert {(r.label, r.kind, r.mask_path) for r in data.source("train").records} == {
-        (0, "good", None)
-    }
+    assert {(r.label, r.kind, r.masks) for r in data.source("train").records} == {(0, "good", ())}
     sample = data.source("train")[1]
     np.testing.assert_array_equal(sample.image, trees.pixels(1))
     assert not sample.mask.any()
@@ -120,7 +118,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
     def closed(path):
         if os.fspath(path).endswith("raw"):
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
     monkeypatch.setattr(folder.os, "scandir", closed)
@@ -152,7 +150,7 @@ def test_the_index_opens_no_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("cache", ["none", "host", "device"])
 def test_every_cache_gives_the_same_pixels(tmp_path, cache):
     source = load(trees.folder(tmp_path)).source("train")
-    pipeline = make_pipeline(source, canvas=32, cache=cache, batch_size=4, seed=3)
+    pipeline = make_pipeline(source, trees.batch_spec(32), cache=cache, batch_size=4, seed=3)
     batch = next(pipeline.iterator())
     assert sorted(batch["index"]) == [0, 1, 2, 3]
     rows = pipeline.store if cache == "device" else batch
@@ -170,7 +168,7 @@ def test_a_file_that_cannot_be_decoded_is_named_when_it_is_read(tmp_path):
     (tmp_path / "bee" / "0.jpg").write_bytes(b"no image")
     source = load(config).source("train")
     with pytest.raises(DataError, match=r"bee/0.jpg: \[K8\]"):
-        make_pipeline(source, canvas=32, cache="host", batch_size=4, seed=0)
+        make_pipeline(source, trees.batch_spec(32), cache="host", batch_size=4, seed=0)
 
 
 def test_it_cannot_be_evaluated(tmp_path):

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dsad.core.batch import zeros
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.types import Record, Sample
 from dsad.data import facts
 from dsad.data.base import load
-from dsad.data.canvases import canvas, canvases
+from dsad.data.canvases import canvases, place
 from dsad.data.pipeline import make_pipeline
-from dsad.train.cache import device_store
+from dsad.train.cache import abstract_store, fetch_with, put_store
 from tests.data import trees
 
 SIDE = 20
@@ -36,11 +37,20 @@ class Source:
         return Sample(record=self.records[index], image=image, mask=None)
 
 
-def pipeline(cache="device", batch_size=4, seed=0, source=None, **kwargs):
+def spec(side=SIDE, names=()):
+    return trees.batch_spec(side, names)
+
+
+def pipeline(cache="device", batch_size=4, seed=0, source=None, names=(), **kwargs):
     source = Source() if source is None else source
     return make_pipeline(
-        source, canvas=SIDE, cache=cache, batch_size=batch_size, seed=seed, **kwargs
+        source, spec(names=names), cache=cache, batch_size=batch_size, seed=seed, **kwargs
     )
+
+
+def canvas(image, side):
+    out = zeros({"image": spec(side).read["image"]}, 1)["image"][0]
+    return out, place(image, out)
 
 
 def take(iterator, count):
@@ -92,7 +102,7 @@ def test_canvas_never_loses_a_dimension():
 
 def test_canvases():
     calls = []
-    store = canvases(Source(), SIDE, progress=lambda *args: calls.append(args))
+    store = canvases(Source(), spec(), progress=lambda *args: calls.append(args))
     assert store.pop("facts") == {}
     assert {k: (v.shape, v.dtype.name) for k, v in store.items()} == {
         "image": ((11, 20, 20, 3), "uint8"),
@@ -111,8 +121,8 @@ def test_broken_file_is_named(tmp_path):
     broken.write_bytes(broken.read_bytes()[:300])
     source = load(config).source("train")
     with pytest.raises(DataError, match=r"disc/train/good/001.png: \[K8\]"):
-        make_pipeline(source, canvas=32, cache="device", batch_size=2, seed=0)
-    streamed = make_pipeline(source, canvas=32, cache="none", batch_size=6, seed=0)
+        make_pipeline(source, spec(32), cache="device", batch_size=2, seed=0)
+    streamed = make_pipeline(source, spec(32), cache="none", batch_size=6, seed=0)
     with pytest.raises(DataError, match=r"disc/train/good/001.png: \[K8\]"):
         next(streamed.iterator())
 
@@ -165,12 +175,13 @@ def test_facts_are_those_of_the_original_in_all_cache_modes():
     mesh = make_mesh(MeshConfig())
     found = {}
     for cache in ("device", "host", "none"):
-        made = make_pipeline(Objects(), canvas=8, cache=cache, batch_size=8, seed=0, facts=FACTS)
+        made = make_pipeline(Objects(), spec(8, FACTS), cache=cache, batch_size=8, seed=0)
         batches = take(made.iterator(), 6)
         if cache == "device":
             assert set(made.store["facts"]) == set(FACTS)
             for limit in (0, 2**30):
-                store, fetch = device_store(made.store, mesh, replicate_below=limit)
+                places, gather = abstract_store(made.spec, 11, mesh, replicate_below=limit)
+                store, fetch = put_store(made.store, places), fetch_with(gather, made.spec)
                 gathered = [jax.jit(fetch)(store, place_batch(b, mesh)) for b in batches]
                 found[limit] = jax.device_get(gathered)
         else:
@@ -197,7 +208,7 @@ def test_a_stream_finds_the_facts_of_an_image_once(monkeypatch):
     fact = facts.FACTS["original_size"]._replace(function=counted)
     monkeypatch.setattr(facts, "FACTS", {"original_size": fact})
     monkeypatch.setattr("dsad.data.canvases.THREADS", 1)
-    stream = pipeline("none", batch_size=11, source=source, facts=("original_size",)).iterator()
+    stream = pipeline("none", batch_size=11, source=source, names=("original_size",)).iterator()
     batches = take(stream, 3)
     assert sorted(calls) == sorted((6 + i, 17 - i) for i in range(11))
     assert len(source.read) >= 33  # the images themselves are read in every epoch
@@ -251,11 +262,11 @@ def test_checkpoint_through_orbax(tmp_path):
 @pytest.mark.parametrize("cache", ["device", "none"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_parts_of_the_processes_make_the_one_stream(cache, count):
-    whole = take(pipeline(cache, batch_size=8, facts=FACTS).iterator(), 6)
+    whole = take(pipeline(cache, batch_size=8, names=FACTS).iterator(), 6)
     parts = [
         take(
             pipeline(
-                cache, batch_size=8, process_index=p, process_count=count, facts=FACTS
+                cache, batch_size=8, process_index=p, process_count=count, names=FACTS
             ).iterator(),
             6,
         )
@@ -268,8 +279,8 @@ def test_the_parts_of_the_processes_make_the_one_stream(cache, count):
 
 
 def test_a_store_of_some_rows_leaves_the_others_unread():
-    whole = pipeline("device", facts=FACTS).store
-    some = pipeline("device", facts=FACTS, rows=[1, 4]).store
+    whole = pipeline("device", names=FACTS).store
+    some = pipeline("device", names=FACTS, rows=[1, 4]).store
     for name, values in leaves(some).items():
         if name != "category":  # of the index, no image is read for it
             np.testing.assert_array_equal(values[[1, 4]], leaves(whole)[name][[1, 4]])
@@ -286,4 +297,4 @@ def test_refused_settings():
     with pytest.raises(ConfigError, match=r"found 'disk'"):
         pipeline("disk")
     with pytest.raises(ConfigError, match=r"'foreground_bax'. Did you mean 'foreground_box'"):
-        pipeline(facts=("foreground_bax",))
+        pipeline(names=("foreground_bax",))

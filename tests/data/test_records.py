@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dsad.core.batch import zeros
 from dsad.core.errors import ConfigError, DataError, WorkdirError
 from dsad.data import records, records_builder
 from dsad.data.base import DataConfig, SyntheticConfig, load
-from dsad.data.canvases import canvas
+from dsad.data.canvases import place
 from dsad.data.pipeline import make_pipeline
 from tests.data import trees
 
@@ -51,8 +52,9 @@ def test_bytes_are_those_of_the_files(files, out):
         for i, record in enumerate(source.records):
             assert source.encoded(i) == (root / record.path).read_bytes()
             assert source.identity(i) == data.source(split).identity(i)
-            if record.mask_path:
-                assert source.encoded_mask(i) == (root / record.mask_path).read_bytes()
+            if record.masks:
+                files = [(root / path).read_bytes() for path in record.masks]
+                assert source.encoded_masks(i) == files
             for a, b in zip(_arrays(source[i]), _arrays(data.source(split)[i]), strict=True):
                 np.testing.assert_array_equal(a, b)
     assert made.protocol == data.protocol
@@ -78,7 +80,9 @@ def test_another_reader_finds_the_same(files, out):
 
 def batches(config, count=5, **kwargs):
     source = load(config).source("train")
-    made = make_pipeline(source, canvas=config.canvas, batch_size=4, seed=3, facts=FACTS, **kwargs)
+    made = make_pipeline(
+        source, trees.batch_spec(config.canvas, FACTS), batch_size=4, seed=3, **kwargs
+    )
     iterator = made.iterator()
     found = [next(iterator) for _ in range(count)]
     iterator.close()
@@ -115,7 +119,8 @@ def test_canvases_are_decoded_once(files, out):
     for i, record in enumerate(source.records):
         if record.path.startswith("plate"):
             original = np.asarray(Image.open(out.parent / "files" / record.path))
-            placed, size = canvas(original, 20)
+            placed = zeros(trees.batch_spec(20).read, 1)["image"][0]
+            size = place(original, placed)
             np.testing.assert_array_equal(source.example(i)["canvas"], placed)
             np.testing.assert_array_equal(source[i].image, placed[: size[0], : size[1]])
 
@@ -127,7 +132,7 @@ def test_canvases_refuse_what_they_do_not_hold(files, out):
     ):
         batches(dataclasses.replace(config, canvas=32), cache="none")
     with pytest.raises(
-        ConfigError, match=r"there is no test split. Evaluate with the files .*files"
+        ConfigError, match=r"of the train images alone, not of the test images. Take the files .*fi"
     ):
         load(config).source("test")
     with pytest.raises(
@@ -308,7 +313,7 @@ def test_damaged_records_are_named(files, out):
     with pytest.raises(DataError, match=r"\[K8\] the records of train cannot be opened"):
         load(config)
     (out / records.ABOUT).write_text('{"format": 99}')
-    with pytest.raises(DataError, match="format 99; this dsad reads 1"):
+    with pytest.raises(DataError, match="format 99; this dsad reads 2"):
         load(config)
     (out / records.ABOUT).unlink()
     with pytest.raises(DataError, match=r"dsad_records.json is missing; expected a folder written"):

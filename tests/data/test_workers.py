@@ -37,8 +37,9 @@ def source(tmp_path):
 
 def iterator(source, workers=0, batch_size=4, **kwargs):
     made = make_pipeline(
-        source, canvas=20, cache="none", batch_size=batch_size, seed=5, workers=workers,
-        facts=FACTS, **kwargs,
+        source, trees.batch_spec(20, FACTS), cache="none", batch_size=batch_size, seed=5,
+        workers=workers,
+        **kwargs,
     )  # fmt: skip
     return made.iterator()
 
@@ -139,7 +140,9 @@ def test_workers_need_something_to_read(source):
         with pytest.raises(ConfigError, match=rf'workers: expected 0 with cache="{cache}".*nd 2'):
             DataConfig(cache=cache, workers=2)
         with pytest.raises(ConfigError, match=r"config.data.workers=2: expected 0 with cache"):
-            make_pipeline(source, canvas=20, cache=cache, batch_size=4, seed=0, workers=2)
+            make_pipeline(
+                source, trees.batch_spec(20), cache=cache, batch_size=4, seed=0, workers=2
+            )
     with pytest.raises(ConfigError, match=r"data.workers: expected an integer >= 0, found -1"):
         DataConfig(cache="none", workers=-1)
     with pytest.raises(ConfigError, match=r"data.prefetch: expected an integer >= 1, found 0"):

@@ -8,7 +8,9 @@ import tarfile
 import numpy as np
 from PIL import Image
 
+from dsad.core.batch import BatchSpec, Needs
 from dsad.data.base import DataConfig
+from dsad.data.facts import fields
 from dsad.data.mtd import group_list
 
 WIDTH, HEIGHT = 24, 16
@@ -123,3 +125,9 @@ def mtd(root: pathlib.Path, paths: list[str]) -> None:
 def mtd_grouped(root: pathlib.Path) -> None:
     """The complete tree of the shipped group list, in miniature."""
     mtd(root, list(group_list()))
+
+
+def batch_spec(side, facts=(), **needs):
+    """What batches of canvases of a side hold."""
+    asked = Needs(facts=tuple(facts), **needs)
+    return BatchSpec(canvas=side, needs=asked, facts=fields(asked.facts))

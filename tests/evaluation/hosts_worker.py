@@ -37,7 +37,7 @@ class Images:
             [
                 Record(
                     path=f"{c}/{split}/{kind}/{i}.png", category=c, label=int(kind != "good"),
-                    kind=kind, mask_path=None if kind == "good" else f"{c}/masks/{kind}/{i}.png",
+                    kind=kind, masks=() if kind == "good" else (f"{c}/masks/{kind}/{i}.png",),
                 )
                 for c in ([category] if category else self.categories)
                 for kind, count in kinds.items()

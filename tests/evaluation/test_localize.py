@@ -61,7 +61,7 @@ class PlantedSource:
                 category=c,
                 label=int(kind != "good"),
                 kind=kind,
-                mask_path=None if kind == "good" else f"{c}/ground_truth/{kind}/{i:03d}_mask.png",
+                masks=() if kind == "good" else (f"{c}/ground_truth/{kind}/{i:03d}_mask.png",),
             )
             for c, kind, i in rows
         ]
@@ -271,7 +271,7 @@ def test_undefined_metrics_name_the_category():
     class NoMasks(Planted):
         def source(self, split, category=None):
             found = super().source(split, category)
-            found.records = [dataclasses.replace(r, mask_path=None) for r in found.records]
+            found.records = [dataclasses.replace(r, masks=()) for r in found.records]
             return found
 
     with pytest.raises(MetricError, match=r"disc: no anomalous test image has a mask"):

@@ -1,5 +1,6 @@
 """Saved maps: read back they give the numbers of the results, in the layout of MVTec AD."""
 
+import io
 import json
 
 import numpy as np
@@ -8,10 +9,23 @@ import pytest
 import tifffile
 from sklearn import metrics as oracle
 
+from dsad.core import paths
 from dsad.core.errors import ConfigError, DataError
 from dsad.evaluation import maps
 from tests.evaluation.test_localize import Planted
 from tests.evaluation.test_support import run
+
+
+def read_map(path):
+    """A map (h, w) as written: exact from TIFF, within half a step from PNG."""
+    file = paths.directory(path)
+    content = io.BytesIO(file.read_bytes())
+    if file.suffix == ".tiff":
+        return tifffile.imread(content)
+    scale = json.loads(file.with_suffix(".json").read_text())
+    with PIL.Image.open(content) as picture:
+        levels = np.asarray(picture, np.float64)
+    return np.asarray(scale["offset"] + levels * scale["step"], np.float32)
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("tiff", 1e-12), ("png", 1e-4)])
@@ -20,7 +34,7 @@ def test_pixel_auroc_from_the_files_is_that_of_the_results(tmp_path, kind, bound
     results = run(dataset, save_maps=kind, folder=tmp_path)
     root = tmp_path / "anomaly_maps"
     test = dataset.source("test", "disc")
-    scores = [maps.read_map(maps.map_path(root, r.path, kind)) for r in test.records]
+    scores = [read_map(maps.map_path(root, r.path, kind)) for r in test.records]
     assert all(s.shape == (60, 40) and s.dtype == np.float32 for s in scores)
     truth = np.ravel([test[i].mask for i in range(len(test))])
     found = oracle.roc_auc_score(truth, np.ravel(scores))
@@ -47,9 +61,9 @@ def test_files_are_what_other_programs_expect(tmp_path):
         assert picture.mode.startswith("I;16")
         assert picture.getextrema() == (0, 65535)
     half = 9 / 65535 / 2
-    np.testing.assert_allclose(maps.read_map(path), scores, atol=half * 1.01)
+    np.testing.assert_allclose(read_map(path), scores, atol=half * 1.01)
     flat = maps.MapWriter(tmp_path, "png").write("flat.png", np.full((3, 4), 1.5))
-    np.testing.assert_array_equal(maps.read_map(flat), np.full((3, 4), 1.5, np.float32))
+    np.testing.assert_array_equal(read_map(flat), np.full((3, 4), 1.5, np.float32))
 
 
 def test_maps_are_written_as_they_are_made(tmp_path, monkeypatch):
@@ -67,7 +81,7 @@ def test_maps_are_written_as_they_are_made(tmp_path, monkeypatch):
         run(save_maps="tiff", folder=tmp_path)
     files = sorted(tmp_path.rglob("*.tiff"))
     assert len(files) == 6
-    assert all(maps.read_map(f).shape == (60, 40) for f in files)
+    assert all(read_map(f).shape == (60, 40) for f in files)
 
 
 def test_every_seed_has_a_folder(tmp_path):
@@ -77,12 +91,12 @@ def test_every_seed_has_a_folder(tmp_path):
     truth = np.ravel([test[i].mask for i in range(len(test))])
     for seed in ("0", "4"):
         root = tmp_path / f"anomaly_maps_seed{seed}"
-        scores = [maps.read_map(maps.map_path(root, r.path, "tiff")) for r in test.records]
+        scores = [read_map(maps.map_path(root, r.path, "tiff")) for r in test.records]
         expected = results.seeds[seed]["categories"]["disc"]["pixel_auroc"]
         assert oracle.roc_auc_score(truth, np.ravel(scores)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_what_cannot_be_saved_or_read(tmp_path):
+def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ConfigError, match="a folder is needed"):
         run(save_maps="tiff")
     writer = maps.MapWriter(tmp_path, "tiff")
@@ -94,9 +108,3 @@ def test_what_cannot_be_saved_or_read(tmp_path):
             writer.write(path, np.zeros((2, 2)))
     with pytest.raises(DataError, match="NaN"):
         maps.MapWriter(tmp_path, "png").write("b.png", np.array([[np.nan]]))
-    (tmp_path / "bad.tiff").write_bytes(b"II*\0half")
-    with pytest.raises(DataError, match="no readable anomaly map"):
-        maps.read_map(tmp_path / "bad.tiff")
-    (tmp_path / "alone.png").write_bytes((tmp_path / "a" / "0.tiff").read_bytes())
-    with pytest.raises(DataError, match="no readable anomaly map"):
-        maps.read_map(tmp_path / "alone.png")

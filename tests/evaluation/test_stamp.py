@@ -75,7 +75,7 @@ def test_the_split_hash_ignores_order_and_sees_every_field():
     two = stamp.records_hash({"train": [base, other]})
     assert two == stamp.records_hash({"train": [other, base]})
     assert value != two
-    for change in ({"path": "x"}, {"label": 1}, {"kind": "k"}, {"mask_path": "m"}):
+    for change in ({"path": "x"}, {"label": 1}, {"kind": "k"}, {"masks": ("m",)}):
         changed = dataclasses.replace(base, **change)
         assert stamp.records_hash({"train": [changed], "test": [other]}) != value
 

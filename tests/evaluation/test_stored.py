@@ -210,8 +210,9 @@ def test_whatever_changes_a_value_changes_the_fingerprint():
         factor=1.0, params=2.0, extra=1.0, mean=0.0, wrapped=0, layer="a", side=16, devices=1
     ):
         backbone = RunBackbone(
-            params=jnp.float32(params), extra=jnp.float32(extra), objective=Objective(factor),
-            mean=(mean,) * 3, std=(1.0,) * 3, arch="a", description=f"{params}",
+            params=jnp.float32(params), extra=jnp.float32(extra),
+            function=Objective(factor).features, mean=(mean,) * 3, std=(1.0,) * 3, arch="a",
+            image_size=None, description=f"{params}",
         )  # fmt: skip
         backbone = Patches(encoder=backbone, size=8, stride=wrapped) if wrapped else backbone
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])

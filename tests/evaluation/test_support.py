@@ -149,9 +149,9 @@ def test_seeds_survive_the_files_and_unequal_support_is_refused(tmp_path):
 @pytest.mark.parametrize(("limit", "passes"), [(1024, 1), (0, 3)])
 def test_test_features_are_computed_once_if_they_fit(monkeypatch, limit, passes):
     calls = []
-    features = scoring.Device.features
+    features = scoring.Extractor.__call__
     monkeypatch.setattr(
-        scoring.Device, "features",
+        scoring.Extractor, "__call__",
         lambda self, images: calls.append(len(images)) or features(self, images),
     )  # fmt: skip
     results = run(shots=1, seeds=(0, 1, 2), cache_mb=limit)

@@ -1,8 +1,13 @@
 """Names and shapes of published weights, written from the publications, and weights by rule."""
 
+import dataclasses
 import zlib
 
 import numpy as np
+
+from dsad.models import vit
+from dsad.models.decoder import Decoder, DecoderConfig
+from dsad.models.weights import _family_vit, names
 
 
 def by_rule(shapes):
@@ -25,6 +30,18 @@ def with_sines(state):
                     table[0, 1 + cell, first + width // 4] = np.cos(angle)
         made[name] = table
     return made
+
+
+def mae_state(spec, params, extra):
+    """The tensors of a visualisation checkpoint of these trees; undoes ``mae_trees``."""
+    grid = int((extra["encoder"]["pos"].shape[0] - spec.table_prefix) ** 0.5)
+    spec, decoder = dataclasses.replace(spec, image=grid * spec.patch), None
+    if "decoder" in params:
+        depth, width = params["decoder"]["blocks"]["norm1"]["scale"].shape
+        cfg = DecoderConfig(width=width, depth=depth, heads=1)
+        decoder = Decoder(cfg, source=spec.width, patch=spec.patch, grid=spec.grid)
+    entries, _ = _family_vit.mae_entries(vit.ViT(spec), decoder)
+    return names.to_state(entries, params, extra)
 
 
 def tensor_by_rule(name, shape):

@@ -110,8 +110,8 @@ def test_a_supervised_transformer_is_no_masked_autoencoder():
     )  # fmt: skip
     objective = mae.build(cfg, RunInfo(total_steps=1, batch_size=2, samples=2, classes=1))
     with pytest.raises(ConfigError, match=text):  # what init_from reads
-        objective.imported(learned)
-    found = objective.imported(mae_state(decoder=(3, 16)))["extra"]
+        objective.read_tensors(learned)
+    _, _, found = objective.read_tensors(mae_state(decoder=(3, 16)))
     np.testing.assert_array_equal(found["encoder"]["pos"], mae_state()["pos_embed"][0])
 
 

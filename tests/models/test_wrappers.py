@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dsad import models
-from dsad.assembly import backbones, evaluate
+from dsad.assembly import evaluate, runs
 from dsad.core.errors import ConfigError
 from dsad.core.types import Backbone, BackboneWrapper
 from dsad.models import wrappers
@@ -56,17 +56,17 @@ def test_patches_must_end_at_the_border(patches):
 
 
 def test_loading_by_name():
-    found = backbones.load("patches:16/4:resnet18", "", 5)
+    found = runs.backbone("patches:16/4:resnet18", "", 5)
     assert isinstance(found, wrappers.Patches)
     assert (found.size, found.stride, found.description) == (16, 4, "random, seed 5")
-    assert backbones.innermost("patches:16/4:run:runs/a") == "run:runs/a"
+    assert runs.innermost("patches:16/4:run:runs/a") == "run:runs/a"
     for spec in ("patches:32:resnet18", "patches:32/0:resnet18", "patches:32/4:", "patches:32/4"):
         with pytest.raises(ConfigError, match="expected patches:SIZE/STRIDE:BACKBONE"):
-            backbones.load(spec, "", 0)
+            runs.backbone(spec, "", 0)
     with pytest.raises(ConfigError, match="no backbone named 'resnet19'"):
-        backbones.load("patches:32/4:resnet19", "", 0)
+        runs.backbone("patches:32/4:resnet19", "", 0)
     with pytest.raises(ConfigError, match="brings its own weights"):
-        backbones.load("patches:32/4:run:runs/a", "w.npz", 0)
+        runs.backbone("patches:32/4:run:runs/a", "w.npz", 0)
 
 
 @pytest.mark.parametrize("variant", ["mvtec_objects", "mvtec_textures", "toothbrush", "mtd"])

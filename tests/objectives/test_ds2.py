@@ -8,15 +8,15 @@ import pytest
 from dsad.augment.views import ViewConfig
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count, flatten
-from dsad.core.types import RunInfo, Specs
-from dsad.objectives import ds2
+from dsad.core.types import RunInfo
+from dsad.objectives import ds2, teacher
 from dsad.ops.geometry import spatial_positives
 from dsad.ops.similarity import self_attention, unit
+from tests.helpers import earlier_weights
 
 FULL = np.array([[0.0, 0.0, 1.0, 1.0]], np.float32)
 FLIPPED = np.array([[1.0, 0.0, 0.0, 1.0]], np.float32)
 DISJOINT = np.array([[5.0, 5.0, 6.0, 6.0]], np.float32)
-SPECS = Specs(batch_size=2, canvas=64)
 RUN = RunInfo(total_steps=5670, batch_size=256, samples=3629, classes=15)
 
 
@@ -183,7 +183,7 @@ def test_the_gradient_at_zero_vectors_is_finite():
 
 @pytest.mark.parametrize(("step", "want"), [(0, 0.99), (2835, 0.995), (5670, 1.0), (9999, 1.0)])
 def test_momentum(step, want):
-    assert float(ds2.momentum_at(jnp.int32(step), 0.99, 5670)) == pytest.approx(want, abs=1e-6)
+    assert float(teacher.momentum_at(jnp.int32(step), 0.99, 5670)) == pytest.approx(want, abs=1e-6)
 
 
 # --- shapes and counts
@@ -191,9 +191,7 @@ def test_momentum(step, want):
 
 def test_parameter_counts_and_maps():
     objective = ds2.build(ds2.Config(), RUN)
-    params, extra = jax.eval_shape(
-        lambda k: objective.init(k, Specs(batch_size=1, canvas=224)), jax.random.key(0)
-    )
+    params, extra = jax.eval_shape(objective.init, jax.random.key(0))
     counts = {name: count(tree) for name, tree in params.items()}
     assert counts == {
         "encoder": 11_176_512,
@@ -212,9 +210,7 @@ def test_parameter_counts_and_maps():
 
 def test_exempt_parameters_are_the_published_49():
     objective = ds2.build(ds2.Config(), RUN)
-    params, _ = jax.eval_shape(
-        lambda k: objective.init(k, Specs(batch_size=1, canvas=224)), jax.random.key(0)
-    )
+    params, _ = jax.eval_shape(objective.init, jax.random.key(0))
     vectors = {n: x.size for n, x in flatten(params).items() if n.endswith(("bias", "scale"))}
     assert (len(vectors), sum(vectors.values())) == (49, 34_944)
     assert len(flatten(params)) - len(vectors) == 25
@@ -267,7 +263,7 @@ def test_the_objective_is_the_sum_of_its_directions(name):
     """One forward pass per view and network, then the public loss of every direction and scale."""
     cfg = ds2.Config(**SMALL, **VARIANTS[name])
     objective = ds2.build(cfg, RUN)
-    params, extra = jax.jit(lambda k: objective.init(k, SPECS))(jax.random.key(0))
+    params, extra = jax.jit(objective.init)(jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
     g = np.random.default_rng(2)
     boxes = [np.array([[0.0, 0.0, 0.8, 0.8], [0.9, 0.1, 0.2, 0.9]], "f4"),
@@ -324,17 +320,17 @@ def test_the_objective_is_the_sum_of_its_directions(name):
 
 def test_adopt_takes_the_encoder_and_copies_the_teacher_anew():
     objective = ds2.build(ds2.Config(**SMALL), RUN)
-    params, extra = jax.jit(lambda k: objective.init(k, SPECS))(jax.random.key(0))
-    earlier, old = jax.jit(lambda k: objective.init(k, SPECS))(jax.random.key(1))
-    source = {"params": earlier, "extra": old}
+    params, extra = jax.jit(objective.init)(jax.random.key(0))
+    earlier, old = jax.jit(objective.init)(jax.random.key(1))
+    source = earlier_weights(objective, earlier, old)
     new, new_extra, report = objective.adopt(source, params, extra)
     kernel = earlier["encoder"]["conv1"]["kernel"]
     np.testing.assert_array_equal(new["encoder"]["conv1"]["kernel"], kernel)
     np.testing.assert_array_equal(new_extra["teacher"]["encoder"]["conv1"]["kernel"], kernel)
     assert "encoder" in report
-    cut = {**earlier, "encoder": {"conv1": {"kernel": jnp.zeros((3, 3, 3, 64))}}}
+    cut = source.encoder._replace(params={"conv1": {"kernel": jnp.zeros((3, 3, 3, 64))}})
     with pytest.raises(ConfigError, match=r"conv1/kernel: expected \(7, 7, 3, 64\)"):
-        objective.adopt({"params": cut, "extra": old}, params, extra)
+        objective.adopt(source._replace(encoder=cut), params, extra)
 
 
 @pytest.mark.parametrize("how", [{"top1": "cells"}, {"similarity": "cos"}])

@@ -15,6 +15,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.types import RunInfo
 from dsad.models.decoder import DecoderConfig
 from dsad.objectives import isstad, mae
+from tests.helpers import earlier_weights
 from tests.ops.test_ssim import oracle as ssim64
 
 RUN = RunInfo(total_steps=1, batch_size=2, samples=2, classes=1)
@@ -26,7 +27,7 @@ MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 def made(**changes):
     cfg = {"encoder": ENCODER, "decoder": DECODER, "side": 32, **changes}
     objective = isstad.build(isstad.Config(**cfg), RUN)
-    params, extra = jax.jit(lambda k: objective.init(k, None))(jax.random.key(0))
+    params, extra = jax.jit(objective.init)(jax.random.key(0))
     return objective, params, extra
 
 
@@ -199,9 +200,7 @@ def test_published_normalisation_feeds_pixels_in_minus_one_to_one():
 
 def test_published_parameter_counts():
     cfg = isstad.Config(encoder=mae.EncoderConfig(arch="mae_vit_large_patch16"))
-    params, extra = jax.eval_shape(
-        lambda k: isstad.build(cfg, RUN).init(k, None), jax.random.key(0)
-    )
+    params, extra = jax.eval_shape(isstad.build(cfg, RUN).init, jax.random.key(0))
     parts = 524_800 + 12 * 3_152_384 + 1_024 + 393_984 + 262_656
     assert tree.count(params) == parts == 39_011_072
     assert tree.count(extra["encoder"]) == 303_099_904
@@ -212,8 +211,9 @@ class TestAdopt:
         decoder = dataclasses.replace(DECODER, depth=depth)
         view = dataclasses.replace(mae.CROP, side=32)
         cfg = mae.Config(encoder=ENCODER, decoder=decoder, view=view)
-        params, extra = mae.build(cfg, RUN).init(jax.random.key(7), None)
-        return {"params": params, "extra": extra}
+        objective = mae.build(cfg, RUN)
+        params, extra = objective.init(jax.random.key(7))
+        return earlier_weights(objective, params, extra)
 
     def test_encoder_is_frozen_and_decoder_grows(self):
         objective, params, extra = made()
@@ -221,10 +221,8 @@ class TestAdopt:
         taken, new_extra, report = objective.adopt(source, params, extra)
         assert "frozen" in report
         assert "2 blocks taken over, 1 new" in report
-        jax.tree.map(
-            np.testing.assert_array_equal, new_extra["encoder"], source["params"]["encoder"]
-        )
-        old = source["params"]["decoder"]
+        jax.tree.map(np.testing.assert_array_equal, new_extra["encoder"], source.params["encoder"])
+        old = source.params["decoder"]
         for path, value in tree.flatten(taken["decoder"]["blocks"]).items():
             np.testing.assert_array_equal(value[:2], tree.flatten(old["blocks"])[path])
             np.testing.assert_array_equal(
@@ -239,8 +237,7 @@ class TestAdopt:
         objective, params, extra = made()
         with pytest.raises(ConfigError, match="at least the 5 blocks of the first stage, found 3"):
             objective.adopt(self.first_stage(5), params, extra)
-        bare = self.first_stage()
-        del bare["params"]["decoder"]
+        bare = self.first_stage()._replace(params={})
         with pytest.raises(ConfigError, match="encoder alone"):
             objective.adopt(bare, params, extra)
 
@@ -252,7 +249,8 @@ class TestAdopt:
     def test_a_first_stage_that_meant_something_else_is_refused(self, fact, value):
         """Its tensors fit all the same."""
         objective, params, extra = made()
-        source = {**self.first_stage(), "facts": {**objective.stage_facts, fact: value}}
+        facts = {**objective.stage_facts, fact: value}
+        source = self.first_stage()._replace(facts=facts)
         with pytest.raises(ConfigError, match=rf"{re.escape(fact)}: .* there, .* here"):
             objective.adopt(source, params, extra)
         objective, params, extra = made(adopt_check="shapes")
@@ -261,7 +259,7 @@ class TestAdopt:
     def test_a_second_stage_is_no_first_stage(self):
         objective, params, extra = made()
         with pytest.raises(ConfigError, match="found a second stage"):
-            objective.adopt({"params": params, "extra": extra}, params, extra)
+            objective.adopt(earlier_weights(objective, params, extra), params, extra)
 
     def test_the_encoder_gets_no_gradient(self):
         objective, params, extra = made()
@@ -292,9 +290,9 @@ def test_impossible_settings_are_refused(changes, match):
 
 
 def test_facts_follow_the_corruption():
-    assert made()[0].facts == ("original_size", "foreground_box")
+    assert made()[0].traits.needs.facts == ("original_size", "foreground_box")
     free = CorruptionConfig(limit_box=False)
-    assert made(corruption=free)[0].facts == ("original_size",)
+    assert made(corruption=free)[0].traits.needs.facts == ("original_size",)
 
 
 def test_the_box_is_the_fact_that_the_corruption_asks_for():

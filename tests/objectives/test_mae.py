@@ -13,6 +13,7 @@ from dsad.core.types import RunInfo
 from dsad.models import transformer, vit
 from dsad.models.decoder import Decoder, DecoderConfig
 from dsad.objectives import mae
+from tests.helpers import earlier_weights
 
 RUN = RunInfo(total_steps=1, batch_size=2, samples=2, classes=1)
 ENCODER = mae.EncoderConfig(arch="mae_vit_tiny_patch16", width=48, depth=2, heads=4, patch=8)
@@ -26,7 +27,7 @@ def config(**changes):
 
 def made(**changes):
     objective = mae.build(config(**changes), RUN)
-    params, extra = jax.jit(lambda k: objective.init(k, None))(jax.random.key(0))
+    params, extra = jax.jit(objective.init)(jax.random.key(0))
     # Compiled: run operation by operation these take many times as long.
     objective.encode, objective.decode = jax.jit(objective.encode), jax.jit(objective.decode)
     return objective, params, extra
@@ -165,9 +166,7 @@ def test_published_parameter_counts():
         ("mae_vit_huge_patch14", 8, 656_613_964), ("mae_vit_large_patch16", 6, 322_934_528),
     ):  # fmt: skip
         cfg = mae.Config(encoder=mae.EncoderConfig(arch=arch), decoder=DecoderConfig(depth=depth))
-        params, extra = jax.eval_shape(
-            lambda k, c=cfg: mae.build(c, RUN).init(k, None), jax.random.key(0)
-        )
+        params, extra = jax.eval_shape(mae.build(cfg, RUN).init, jax.random.key(0))
         assert tree.count(params) == expected
         if depth == 6:
             assert tree.count(extra) == 302_592
@@ -212,14 +211,15 @@ def test_a_step_costs_three_forward_passes(arch, depth, blocks):
 
 class TestAdopt:
     def source(self, **changes):
-        _, params, extra = made(**changes)
-        return {"params": jax.tree.map(lambda x: x + 1, params), "extra": extra}
+        objective, params, extra = made(**changes)
+        params = jax.tree.map(lambda x: x + 1, params)
+        return earlier_weights(objective, params, extra)
 
     def test_everything_is_taken(self):
         objective, params, extra = made()
         source = self.source()
         taken, _, report = objective.adopt(source, params, extra)
-        jax.tree.map(np.testing.assert_array_equal, taken, source["params"])
+        jax.tree.map(np.testing.assert_array_equal, taken, source.params)
         assert "encoder: " in report
         assert "decoder: " in report
 
@@ -233,12 +233,11 @@ class TestAdopt:
         assert "first 2 of 4 decoder blocks" in report
         np.testing.assert_array_equal(
             taken["decoder"]["blocks"]["qkv"]["kernel"],
-            deeper["params"]["decoder"]["blocks"]["qkv"]["kernel"][:2],
+            deeper.params["decoder"]["blocks"]["qkv"]["kernel"][:2],
         )
 
     def test_an_encoder_alone_and_a_fresh_decoder(self):
-        source = self.source()
-        del source["params"]["decoder"]
+        source = self.source()._replace(params={})
         objective, params, extra = made()
         taken, _, report = objective.adopt(source, params, extra)
         assert "decoder starts anew" in report
@@ -247,7 +246,7 @@ class TestAdopt:
     def test_other_meanings_of_fitting_tensors_are_refused(self):
         objective, params, extra = made()
         facts = {**objective.stage_facts, "norm_pix": True, "side": 64}
-        source = {**self.source(), "facts": facts}
+        source = self.source()._replace(facts=facts)
         with pytest.raises(ConfigError, match="norm_pix: True there, False here"):
             objective.adopt(source, params, extra)
         # Without the decoder only its encoder has to mean the same, and the side may differ.
@@ -260,7 +259,9 @@ class TestAdopt:
     def test_another_encoder_is_refused(self):
         other = dataclasses.replace(ENCODER, depth=3)
         objective, params, extra = made()
-        with pytest.raises(ConfigError, match=r"encoder found is not this[\s\S]*blocks/fc1/bias"):
+        with pytest.raises(
+            ConfigError, match=r"encoder in an earlier run is not this[\s\S]*blocks/fc1/bias"
+        ):
             objective.adopt(self.source(encoder=other), params, extra)
 
 

@@ -9,16 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsad.assembly import pretrain
+from dsad.assembly import pretrain, training
+from dsad.assembly.pretrain import DataFacts, assemble
 from dsad.cli import main
 from dsad.core.chips import Chip
-from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.platform import planned_for, platform
-from dsad.core.tree import flatten
 from dsad.models import transformer
-from dsad.plan import _abstract, _compile, _hardware, _samples
+from dsad.plan import _compile, _hardware, _samples
 from dsad.terminal import console, flags
-from dsad.train.cache import abstract_store, device_store
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +57,8 @@ def config(spec, *overrides):
 @pytest.mark.parametrize(
     ("spec", "overrides"),
     [
-        pytest.param("ds2:smoke", (), marks=pytest.mark.slow),
         ("isstad:smoke", ("--config.mesh.fsdp=4", "--config.mesh.min_fsdp_size=2048")),
-        ("mae:smoke", ("--config.data.cache=host", "--config.accumulate=1")),
+        ("mae:smoke", ("--config.data.cache=host", "--config.data.split=all")),
     ],
 )
 def test_the_step_is_that_of_the_run(spec, overrides):
@@ -70,41 +67,30 @@ def test_the_step_is_that_of_the_run(spec, overrides):
     if spec.startswith("mae"):
         chosen.mesh.fsdp = 2
         chosen.mesh.rules = (("decoder/.*/fc1/kernel", "-,-,fsdp"),)
-    real = pretrain.build(chosen)
-    samples, classes, _ = _samples.count(real.config.data, spec, 0)
-    planned = _abstract.abstract_run(chosen, jax.devices(), samples=samples, classes=classes)
-    inputs = next(real.pipeline.iterator())
+    real = training.build(chosen)
+    run, inputs = real.run, next(real.pipeline.iterator())
+    samples, classes, _ = _samples.count(run.config.data, spec, 0)
+    planned = assemble(chosen, jax.devices(), DataFacts(samples=samples, classes=classes))
+    assert (planned.info, planned.spec) == (run.info, run.spec)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), planned.inputs) == jax.tree.map(
         lambda x: (x.shape, x.dtype), inputs
     )
     store = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), real.store)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), planned.store) == store
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-    text = real.step.lower(real.abstract, shapes, real.store).as_text()
-    assert planned.lower().as_text() == text
-    assert planned.total_steps == real.info.total_steps
+    text = run.step.lower(run.abstract, shapes, real.store).as_text()
+    assert _compile.lower(planned).as_text() == text
+    assert planned.total_steps == run.info.total_steps
 
 
 def test_large_plans_allocate_nothing():
     before = {id(a) for a in jax.live_arrays()}
     large = config("mae_imagenet:large", "--config.mesh.fsdp=8")
-    run = _abstract.abstract_run(large, jax.devices(), samples=1000)
+    run = assemble(large, jax.devices(), DataFacts(samples=1000))
     assert run.model_flops_per_image() == run.objective.flops_per_image
-    assert "num_partitions = 8" in run.lower().as_text()
+    assert "num_partitions = 8" in _compile.lower(run).as_text()
     made = [a for a in jax.live_arrays() if id(a) not in before]
     assert sum(a.nbytes for a in made) < 2**20
-
-
-@pytest.mark.parametrize("below", [0, 2**30], ids=["split", "whole"])
-def test_stores_are_planned_as_they_are_placed(below):
-    mesh = make_mesh(MeshConfig())
-    host = {"image": np.ones((13, 4, 4, 3), np.uint8), "facts": {"n": np.ones((13, 2), np.int32)}}
-    planned, _ = abstract_store(host, mesh, replicate_below=below)
-    placed, _ = device_store(host, mesh, replicate_below=below)
-    for path, leaf in flatten(placed).items():
-        want = flatten(planned)[path]
-        assert (leaf.shape, leaf.dtype, leaf.sharding) == (want.shape, want.dtype, want.sharding)
-    assert placed["image"].shape[0] == (13 if below else 16)
 
 
 def test_plans_for_a_tpu_trace_its_code(monkeypatch):
@@ -122,12 +108,12 @@ def test_plans_for_a_tpu_trace_its_code(monkeypatch):
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *a: called.append(1) or attention(*a)
     )
-    run = _abstract.abstract_run(config("mae:smoke"), jax.devices(), samples=40)
-    run.lower()
+    run = assemble(config("mae:smoke"), jax.devices(), DataFacts(samples=40))
+    _compile.lower(run)
     assert not called
-    monkeypatch.setattr(_abstract.AbstractRun, "platform", "tpu")
-    run = _abstract.abstract_run(config("mae:smoke"), jax.devices(), samples=40)
-    run.lower()
+    monkeypatch.setattr(pretrain.Run, "platform", "tpu")
+    run = assemble(config("mae:smoke"), jax.devices(), DataFacts(samples=40))
+    _compile.lower(run)
     assert called
 
 
@@ -154,9 +140,8 @@ def test_prints_memory_work_and_time(cache, capsys, monkeypatch, tmp_path):
         assert words in text, words
     (found,) = json.loads(file.read_text())
     program, estimate = found["program"], found["estimate"]
-    run = _abstract.abstract_run(
-        config("mae:smoke", *SMALL[1:], "--config.mesh.fsdp=8"), jax.devices(), samples=40
-    )
+    chosen = config("mae:smoke", *SMALL[1:], "--config.mesh.fsdp=8")
+    run = assemble(chosen, jax.devices(), DataFacts(samples=40))
     shards = jax.tree.leaves((run.abstract, run.inputs))
     held = sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in shards)
     assert sum(found["held"].values()) == held
@@ -178,13 +163,11 @@ def test_prints_memory_work_and_time(cache, capsys, monkeypatch, tmp_path):
 
 
 def test_results_are_kept_by_what_was_compiled(cache, monkeypatch):
-    run = _abstract.abstract_run(config("mae:smoke"), jax.devices(), samples=40)
+    run = assemble(config("mae:smoke"), jax.devices(), DataFacts(samples=40))
     program = _compile.Program(arguments=1, peak=5, seconds=1.0)
     compiled, text = [], ""
     monkeypatch.setattr(_compile, "_compile", lambda *_: compiled.append(1) or program)
-    monkeypatch.setattr(
-        _abstract.AbstractRun, "lower", lambda _: SimpleNamespace(as_text=lambda: text)
-    )
+    monkeypatch.setattr(_compile, "lower", lambda _: SimpleNamespace(as_text=lambda: text))
 
     def ask(effort="fast", about="v5e:2x2", where=cache):
         before = len(compiled)

@@ -33,25 +33,25 @@ def first_step(argv):
     """Runs in a process of its own: planned and measured bytes of the first step."""
     import jax
 
-    from dsad.assembly import pretrain
+    from dsad.assembly import training
     from dsad.core.mesh import place_batch
-    from dsad.plan import _abstract, _compile
+    from dsad.plan import _compile
     from dsad.terminal import flags
     from dsad.train.state import initial_state
 
     config, _, _ = flags.Command("x", "", config="mae").parse(argv)
-    run = pretrain.build(config)
-    planned = _abstract.abstract_run(config, jax.devices(), samples=run.info.samples)
-    program = _compile._compile(planned.lower(), "full")
-    state = initial_state(run.objective, run.tx, run.specs, run.abstract, seed=0)
-    batch = place_batch(next(run.pipeline.iterator()), run.mesh)
-    step = run.step.lower(state, batch, run.store).compile()
+    built = training.build(config)
+    run, store = built.run, built.store
+    program = _compile._compile(_compile.lower(run), "full")
+    state = initial_state(run.objective, run.tx, run.abstract, seed=0)
+    batch = place_batch(next(built.pipeline.iterator()), run.mesh)
+    step = run.step.lower(state, batch, store).compile()
     jax.block_until_ready((state, batch))
     gc.collect()
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # the peak starts anew
     before = resident()
-    jax.block_until_ready(step(state, batch, run.store))
+    jax.block_until_ready(step(state, batch, store))
     return {
         # The arguments are resident already.
         "planned": program.total - program.arguments - program.code,
@@ -62,7 +62,7 @@ def first_step(argv):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_planned_memory_is_what_the_first_step_takes():
-    call = f"from tests.cli.test_plan_memory import *; print(json.dumps(first_step({LARGE!r})))"
+    call = f"from tests.plan.test_plan_memory import *; print(json.dumps(first_step({LARGE!r})))"
     done = subprocess.run(
         [sys.executable, "-c", call], cwd=ROOT, env=alone(), capture_output=True, text=True
     )

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
+from dsad.assembly.pretrain import DataFacts, assemble
 from dsad.cli import main
 from dsad.core.chips import CHIPS, Chip
 from dsad.core.errors import ConfigError
+from dsad.data import base
 from dsad.data.base import DataConfig
-from dsad.plan import _abstract, _compile, _estimate, _samples, _topology, _warnings
+from dsad.plan import _compile, _estimate, _samples, _topology, _warnings
 from dsad.terminal import flags
 
 
@@ -98,10 +100,16 @@ def test_numbers_of_images():
     assert of("mae", name="folder") == (None, 1, "")
     assert of("mae", name="mvtec", categories=("other",))[0] is None
     assert of("mae", 77, name="folder") == (77, 1, "--samples")
+    assert of("ds2", 77, name="mvtec") == (77, 15, "--samples")
+    assert of("ds2", name="mvtec", categories=("bottle", "cable"))[1] == 2
+    assert of("mae", name="imagenet")[1] == 1000
+    assert of("ds2", name="mvtec", split="all")[0] is None  # what is published are the normal ones
     synthetic = DataConfig(name="synthetic")
     found = _samples.count(synthetic, "mae", 0)
     assert found[0] == found[1] * synthetic.synthetic.train
     assert found[2] == "the data set"
+    tested = DataConfig(name="synthetic", split="test")
+    assert _samples.count(tested, "mae", 0)[0] == len(base.load(tested).source("test")) != found[0]
 
 
 def test_data_that_are_there_are_counted(tmp_path):
@@ -116,8 +124,8 @@ def test_data_that_are_there_are_counted(tmp_path):
 
 def test_a_set_on_the_device_needs_its_size():
     unknown = config("mae", "--config.data.name=folder", "--config.batch_size=8")
-    with pytest.raises(ConfigError, match="--samples"):
-        _abstract.abstract_run(unknown, jax.devices(), samples=None)
+    with pytest.raises(ConfigError, match=r"config\.data\.cache=device .* --samples=N"):
+        assemble(unknown, jax.devices(), DataFacts(samples=None))
 
 
 # --- the estimate ---------------------------------------------------------------------------
@@ -171,7 +179,7 @@ def test_a_program_needs_what_its_model_needs():
 
 def test_unintended_traffic_is_named():
     large = config("mae_imagenet:large", "--config.mesh.fsdp=8", "--config.batch_size=2048")
-    run = _abstract.abstract_run(large, jax.devices(), samples=5000)
+    run = assemble(large, jax.devices(), DataFacts(samples=5000))
 
     def gathers(shapes, size=2**24):
         row = {**rows(0.0)[0], "kind": "all-gather", "shapes": shapes, "result_bytes": size}
@@ -187,7 +195,7 @@ def test_unintended_traffic_is_named():
     assert not gathers("s32[2048,2]", size=2**14)
     other = _compile.Program(collectives=rows(1.0), messages=("f32[8] at a",))
     assert "involuntary full rematerialization" in _warnings.unintended(run, other)[0]
-    few = dataclasses.replace(run, samples=1000)
+    few = dataclasses.replace(run, data=DataFacts(samples=1000))
     assert "images repeat" in _warnings.unintended(few, _compile.Program())[0]
 
 
@@ -198,7 +206,7 @@ def test_a_split_data_set_costs_every_chip_the_whole_batch():
         "--config.data.cache=device",
     )
     for samples, count in ((300, 0), (3629, 1)):  # up to 1 GiB of images every chip has its own
-        run = _abstract.abstract_run(config("ds2", *argv), jax.devices(), samples=samples)
+        run = assemble(config("ds2", *argv), jax.devices(), DataFacts(samples=samples))
         found = [w for w in _warnings.unintended(run, _compile.Program()) if "split" in w]
         assert len(found) == count
         assert all("1,536 MiB" in w for w in found)

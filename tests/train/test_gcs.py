@@ -15,18 +15,19 @@ import jax
 import numpy as np
 import pytest
 
-from dsad.assembly import backbones, workdir
+from dsad.assembly import runs, workdir
 from dsad.cli import main
 from dsad.core import paths
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.metric_files import read_metrics
-from dsad.evaluation import maps
+from dsad.core.types import RunInfo
 from dsad.evaluation.results import read_results
 from dsad.terminal import flags
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.writer import MetricWriter
 from tests import gcs
 from tests.cli.test_cli import SMALL
+from tests.evaluation.test_maps import read_map
 from tests.helpers import alone
 from tests.train.test_checkpoint import abstract, equal, opened, save, state  # noqa: F401
 from tests.train.test_writer import scalars
@@ -54,6 +55,7 @@ def store(server):
 
 
 RUN = "gs://bucket/some/run"
+INFO = RunInfo(total_steps=4, batch_size=8, samples=40, classes=2)
 
 
 def test_paths_of_buckets_stay_as_they_are(tmp_path, monkeypatch):
@@ -70,7 +72,7 @@ def test_paths_of_buckets_stay_as_they_are(tmp_path, monkeypatch):
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"gs://bucket/x: .*pip install 'dsad\[gcs\]'"):
-        workdir.claim("gs://bucket/x", "pretrain", {}, resume=False, overwrite=False)
+        workdir.claim("gs://bucket/x", "pretrain", {}, info=INFO)
 
 
 def test_checkpoints_are_written_whole_restored_and_removed(store, opened):  # noqa: F811
@@ -121,7 +123,7 @@ def test_removing_begins_with_what_makes_it_whole(store, opened):  # noqa: F811
 def test_a_bucket_that_cannot_be_written_is_refused_at_once(store, place):
     store.refuse = lambda method, bucket, name: 403 if "closed" in name else None
     with pytest.raises(WorkdirError, match=rf"^{place}/config.json: .*another --workdir"):
-        workdir.claim(place, "pretrain", {"a": 1}, resume=False, overwrite=False)
+        workdir.claim(place, "pretrain", {"a": 1}, info=INFO)
     with pytest.raises(WorkdirError, match=rf"^{place}/checkpoints: cannot be written"):
         Checkpointer(place, CheckpointConfig())
 
@@ -174,9 +176,7 @@ def test_large_metric_files_are_cut_into_parts(store, monkeypatch):
 
 def test_a_bucket_is_claimed_like_a_directory(store):
     def claim(config, **how):
-        return workdir.claim(
-            RUN, "pretrain", config, **{"resume": False, "overwrite": False, **how}
-        )
+        return workdir.claim(RUN, "pretrain", config, info=INFO, **how)
 
     with pytest.raises(WorkdirError, match="nothing to resume"):
         claim({"a": 1}, resume=True)
@@ -209,7 +209,7 @@ def test_an_evaluation_in_a_bucket_is_that_on_a_disk(store, tmp_path, monkeypatc
     """Numbers, pictures, curves and maps; the backbone's run, its curves and the page too."""
     monkeypatch.chdir(tmp_path)  # where nothing called "gs:" may appear
     run, _, _ = flags.Command("x", "", config="mae").parse(["--config=mae:smoke"])
-    workdir.claim(RUN, "pretrain", run.to_dict(), resume=False, overwrite=False)
+    workdir.claim(RUN, "pretrain", run.to_dict(), info=INFO)
     writer = MetricWriter(RUN)
     for step in (1, 2, 3):
         writer.write(step, {"loss": 1.0 / step})
@@ -222,7 +222,7 @@ def test_an_evaluation_in_a_bucket_is_that_on_a_disk(store, tmp_path, monkeypatc
         argv += [f"--config.backbone=run:{RUN}@0", f"--workdir={place}"]
         assert main.main(["evaluate", *argv]) == 0
     with pytest.raises(WorkdirError, match="in use"):
-        workdir.claim(remote, "evaluate", {}, resume=False, overwrite=False)
+        workdir.claim(remote, "evaluate", {})
     files = {n.removeprefix("evaluations/here/") for n in store.names("evaluations/")}
     assert files == {p.relative_to(local).as_posix() for p in local.rglob("*.*")}
     assert {"results.json", "gallery.npz", "curves.npz", "anomaly_maps/stamp.json"} <= files
@@ -232,8 +232,8 @@ def test_an_evaluation_in_a_bucket_is_that_on_a_disk(store, tmp_path, monkeypatc
     assert pictures
     for name in pictures:
         np.testing.assert_array_equal(
-            maps.read_map(f"{remote}/anomaly_maps/{name.partition('/')[2]}"),
-            maps.read_map(local / name),
+            read_map(f"{remote}/anomaly_maps/{name.partition('/')[2]}"),
+            read_map(local / name),
         )
 
     page = tmp_path / "one.html"
@@ -267,8 +267,8 @@ def test_a_run_in_a_bucket_is_killed_resumed_and_read(store, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resumed at step" in done.stdout
 
-    one = backbones.from_run(str(tmp_path / "whole"))
-    two = backbones.from_run(RUN)
+    one = runs.backbone(f"run:{tmp_path / 'whole'}", "", 0)
+    two = runs.backbone(f"run:{RUN}", "", 0)
     assert two.description.startswith(f"{RUN} step 12")
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
         np.testing.assert_array_equal(a, b)

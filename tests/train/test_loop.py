@@ -11,11 +11,12 @@ import numpy as np
 import optax
 import pytest
 
+from dsad.core.batch import BatchSpec
 from dsad.core.errors import ConfigError, NonFiniteError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.metric_files import read_metrics
-from dsad.core.types import Specs
-from dsad.train.cache import device_store, rows_here
+from dsad.core.types import ObjectiveTraits
+from dsad.train.cache import abstract_store, fetch_with, put_store, rows_here
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.loop import Loop, train
 from dsad.train.state import TrainState, abstract_state, initial_state
@@ -23,16 +24,16 @@ from dsad.train.step import make_step
 from dsad.train.writer import MetricWriter
 from tests.helpers import alone
 
-SPECS = Specs(batch_size=8, canvas=4)
-
 
 class Line:
     """A one-parameter objective whose whole path can be computed by hand; may turn NaN."""
 
+    traits = ObjectiveTraits()
+
     def __init__(self, nan_at=None):
         self.nan_at = nan_at
 
-    def init(self, key, specs):
+    def init(self, key):
         return {"w": jnp.full((4,), 2.0, jnp.float32)}, {"seen": jnp.zeros((), jnp.float32)}
 
     def views(self, batch, key):
@@ -92,8 +93,8 @@ class Batches:
 
 def parts(objective, mesh, accumulate=1):
     tx = optax.sgd(0.1)
-    abstract = abstract_state(objective, tx, SPECS, mesh, 2**18)
-    state = initial_state(objective, tx, SPECS, abstract, seed=0)
+    abstract = abstract_state(objective, tx, mesh, 2**18)
+    state = initial_state(objective, tx, abstract, seed=0)
     step = make_step(objective, tx, lambda n: jnp.float32(0.1), abstract, mesh=mesh, seed=0,
                      accumulate=accumulate)  # fmt: skip
     return abstract, state, step
@@ -162,7 +163,7 @@ def test_accumulation_equals_the_whole_batch(mesh):
 
 def test_accumulation_is_refused_where_it_would_change_the_result():
     objective = Line()
-    objective.couples_batch = True
+    objective.traits = ObjectiveTraits(couples_batch=True)
     with pytest.raises(ConfigError, match="config.accumulate=2"):
         parts(objective, make_mesh(MeshConfig(), jax.devices()[:1]), accumulate=2)
 
@@ -173,15 +174,19 @@ def test_device_store_returns_the_asked_rows(limit, shape):
     mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1]))
     g = np.random.default_rng(0)
     host = {
-        "image": g.integers(0, 256, (13, 8, 5, 3)).astype(np.uint8),
-        "odd": g.integers(0, 256, (13, 5, 5, 3)).astype(np.uint8),
+        "image": g.integers(0, 256, (13, 5, 5, 3)).astype(np.uint8),
         "size": g.integers(1, 5, (13, 2)).astype(np.int32),
+        "category": g.integers(0, 3, 13).astype(np.int32),
+        "facts": {},
     }
     index = g.integers(0, 13, 16).astype(np.int32)
     inputs = place_batch({"index": index, "epoch": np.zeros(16, np.int32)}, mesh)
-    np.testing.assert_array_equal(rows_here(host, mesh, replicate_below=limit), np.arange(13))
-    store, fetch = device_store(host, mesh, replicate_below=limit)
-    batch = jax.jit(fetch)(store, inputs)
+    spec = BatchSpec(canvas=5)
+    places, gather = abstract_store(spec, 13, mesh, replicate_below=limit)
+    np.testing.assert_array_equal(rows_here(places, 13), np.arange(13))
+    assert places["image"].sharding.is_fully_replicated == bool(limit)
+    batch = jax.jit(fetch_with(gather, spec))(put_store(host, places), inputs)
+    assert batch.pop("facts") == host.pop("facts") == {}
     for name, values in host.items():
         np.testing.assert_array_equal(batch[name], values[index])
         assert batch[name].dtype == values.dtype
@@ -193,7 +198,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_path(tmp_path):
     train(loop(tmp_path, step, mesh, Batches()), state)
 
     class Wider(Line):
-        def init(self, key, specs):
+        def init(self, key):
             return {"w": jnp.zeros((5,), jnp.float32)}, {"seen": jnp.zeros((), jnp.float32)}
 
     abstract, _, _ = parts(Wider(), mesh)

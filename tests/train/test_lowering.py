@@ -4,53 +4,29 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from dsad.assembly import pretrain
-from dsad.core.mesh import BATCH_SPEC, MeshConfig, make_mesh, place_batch
+from dsad.assembly.pretrain import DataFacts, assemble
+from dsad.core.mesh import MeshConfig, place_batch
 from dsad.core.tree import count, flatten
-from dsad.core.types import RunInfo, Specs
 from dsad.terminal import flags
-from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
-from dsad.train.state import abstract_state, initial_state
-from dsad.train.step import make_step
+from dsad.train.state import initial_state
 
 MIN_SIZE = MeshConfig().min_fsdp_size
 #: Parameters of an encoder of ViT-L size; its optimiser has two moments for each.
 LARGE = 303_000_000
 
 
-def parts(spec, mesh, batch_size, min_size=MIN_SIZE, optim=None):
-    """Abstract state, step and batch shapes of a shipped config."""
+def assembled(spec, fsdp, *, canvas, batch, min_size=MIN_SIZE, devices=None, **optim):
+    """A shipped config on a mesh of so many shards, whose batches come from the host."""
     config, _, _ = flags.Command("x", "", config=spec).parse([])
-    run, module, method = pretrain.parse(config)
-    info = RunInfo(total_steps=100, batch_size=batch_size, samples=batch_size, classes=1)
-    objective = module.build(method, info)
-    schedule = make_schedule(
-        optim or run.optim, batch_size=batch_size, steps_per_epoch=1, total_steps=100
-    )
-    tx = make_optimizer(optim or run.optim, schedule)
-    specs = Specs(batch_size=batch_size, canvas=run.data.canvas)
-    abstract = abstract_state(objective, tx, specs, mesh, min_size)
-    step = make_step(objective, tx, schedule, abstract, mesh=mesh, seed=0)
-    return objective, tx, specs, abstract, step
-
-
-def shapes(objective, mesh, b, canvas):
-    """A batch as shapes, split over the mesh."""
-    kinds = {"original_size": (2,), "foreground_box": (4,)}
-
-    def of(*shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH_SPEC))
-
-    return {
-        "image": of(b, canvas, canvas, 3, dtype=jnp.uint8),
-        "size": of(b, 2), "index": of(b), "epoch": of(b), "category": of(b),
-        "facts": {n: of(b, *kinds[n]) for n in getattr(objective, "facts", ())},
-    }  # fmt: skip
+    config.update(batch_size=batch, steps=100)
+    config.data.update(cache="none", canvas=canvas)
+    config.mesh.update(data=1, fsdp=fsdp, min_fsdp_size=min_size)
+    config.optim.update(optim)
+    return assemble(config, devices, DataFacts(samples=batch))
 
 
 def axis(leaf):
@@ -82,8 +58,8 @@ def check_stacked(tree, depths):
 )
 def test_large_steps_lower_on_a_mesh_of_eight(spec, batch, canvas, depths, dots):
     before = {id(a) for a in jax.live_arrays()}
-    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
-    objective, _, _, abstract, step = parts(spec, mesh, batch)
+    run = assembled(spec, 8, canvas=canvas, batch=batch)
+    abstract = run.abstract
 
     # Where the 303 million weights of the encoder are, and the two moments of what is trained.
     frozen = spec == "isstad"
@@ -107,7 +83,7 @@ def test_large_steps_lower_on_a_mesh_of_eight(spec, batch, canvas, depths, dots)
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(abstract))
     assert held < 1.1 * count(abstract) / 8
 
-    lowered = step.lower(abstract, shapes(objective, mesh, batch, canvas), None)
+    lowered = run.step.lower(abstract, run.inputs, None)
     text = lowered.as_text()
     assert "mhlo.num_partitions = 8" in text
     # One block of each stack is in the program, not its 24 copies.
@@ -136,20 +112,20 @@ def gathered(compiled):
 @pytest.mark.slow
 def test_large_mae_collects_the_weights_of_one_block_at_a_time():
     """And never the tokens of all samples, which at this batch would be 200 times as much."""
-    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
-    objective, _, _, abstract, step = parts("mae_imagenet:large", mesh, 4096)
-    compiled = step.lower(abstract, shapes(objective, mesh, 4096, 256), None).compile()
+    run = assembled("mae_imagenet:large", 8, canvas=256, batch=4096)
+    compiled = run.step.lower(run.abstract, run.inputs, None).compile()
     found = gathered(compiled)
     assert {(1024, 3072), (1024, 4096), (4096, 1024), (512, 2048)} <= found
     assert all(len(shape) <= 2 for shape in found), found
     state = compiled.memory_analysis().output_size_in_bytes
-    assert state < 1.05 * 12 * count(abstract.params) / 8  # weights and two moments
+    assert state < 1.05 * 12 * count(run.abstract.params) / 8  # weights and two moments
 
 
 def test_tiny_mae_on_eight_shards_trains_as_on_one_device():
-    optim = OptimConfig(
-        name="adamw", lr=1e-3, lr_batch=0, schedule="constant", warmup_epochs=0, weight_decay=0.05
-    )
+    optim = {
+        "name": "adamw", "lr": 1e-3, "lr_batch": 0, "schedule": "constant", "warmup_epochs": 0.0,
+        "weight_decay": 0.05,
+    }  # fmt: skip
     g = np.random.default_rng(0)
     host = {
         "image": g.integers(0, 256, (8, 64, 64, 3)).astype(np.uint8),
@@ -157,15 +133,18 @@ def test_tiny_mae_on_eight_shards_trains_as_on_one_device():
         "epoch": np.zeros(8, np.int32), "category": np.zeros(8, np.int32), "facts": {},
     }  # fmt: skip
     losses, ends = [], []
-    for shape, devices in (((1, 1), jax.devices()[:1]), ((1, 8), jax.devices())):
-        mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1]), devices)
-        objective, tx, specs, abstract, step = parts("mae:smoke", mesh, 8, 2048, optim)
+    for shards in (1, 8):
+        run = assembled(
+            "mae:smoke", shards, canvas=64, batch=8, min_size=2048,
+            devices=jax.devices()[:shards], **optim,
+        )  # fmt: skip
+        mesh, abstract = run.mesh, run.abstract
         if mesh.size == 8:
             assert check_stacked(abstract.params, (2,)) == 8
             assert check_stacked(abstract.opt_state, (2,)) == 16
-        state = initial_state(objective, tx, specs, abstract, seed=0)
+        state = initial_state(run.objective, run.tx, abstract, seed=0)
         batch, found = place_batch(host, mesh), []
-        compiled = step.lower(state, batch, None).compile()
+        compiled = run.step.lower(state, batch, None).compile()
         if mesh.size == 8:  # the weights of blocks are collected, not the tokens of all samples
             seen = gathered(compiled)
             assert {(48, 144), (48, 192), (192, 48), (32, 96), (32, 128)} <= seen

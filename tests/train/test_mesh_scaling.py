@@ -8,8 +8,9 @@ import pytest
 
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
 from dsad.plan.hlo import collectives, summary, wire_bytes
+from dsad.train.state import abstract_state
 from dsad.train.step import make_step
-from tests.contracts.objectives.common import abstract_state, batch, build, cases
+from tests.contracts.objectives.common import batch, build, cases
 from tests.train.equality import MIN_SIZE, QUICK, keep_gradients
 
 PER_DEVICE = 2

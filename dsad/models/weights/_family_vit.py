@@ -92,7 +92,7 @@ class ViTs(Family):
             what=arch,
         )  # fmt: skip
         if spec.pos == "sincos":
-            _check_table(state, "pos_embed", dataclasses.replace(spec, **options), arch)
+            check_table(state, "pos_embed", dataclasses.replace(spec, **options), arch)
         return Loaded(*trees, options, names.left_out(state, ignored))
 
     def published(self, arch: str, **options: Any) -> tuple[str, dict[str, Any]]:
@@ -214,24 +214,10 @@ def mae_networks(
     encoder = vit.ViT(spec)
     if decoder is None:
         return encoder, None
-    return encoder, decoder_for(spec, decoder)
+    return encoder, Decoder(decoder, source=spec.width, patch=spec.patch, grid=spec.grid)
 
 
-def decoder_for(spec: vit.Arch, cfg: DecoderConfig) -> Decoder:
-    """The decoder behind an encoder."""
-    return Decoder(cfg, source=spec.width, patch=spec.patch, grid=spec.grid)
-
-
-def check_tables(
-    encoder: vit.ViT, decoder: Decoder | None, state: Mapping[str, Any], what: str
-) -> None:
-    """Refuse tensors of the right shapes whose positions are not a masked autoencoder's."""
-    _check_table(state, "pos_embed", encoder.spec, what)
-    if decoder is not None:
-        _check_table(state, "decoder_pos_embed", encoder.spec, what)
-
-
-def _check_table(state: Mapping[str, Any], name: str, spec: vit.Arch, what: str) -> None:
+def check_table(state: Mapping[str, Any], name: str, spec: vit.Arch, what: str) -> None:
     """Only the table tells a supervised transformer from the encoder of a masked autoencoder."""
     found = np.asarray(state[name])
     width, half = found.shape[-1], float(jnp.finfo(found.dtype).eps)  # a file may be f16 or bf16

@@ -3,7 +3,6 @@
 Layers are called as in the tree, with dots: ``block0.dw.weight``, ``fire2.squeeze1x1.bias``.
 """
 
-import abc
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,16 +15,22 @@ from dsad.models.family import Family, Loaded, Preprocessing
 from dsad.models.functional import Functional
 from dsad.models.weights import names
 
-#: What a complete SqueezeNet holds besides.
-_SQUEEZENET_IGNORED = {r"conv10\.": "classifier"}
-
 
 class _Plain(Family):
     """One architecture without options, whose trees hold kernels and biases in ``params`` only."""
 
-    @abc.abstractmethod
-    def entries(self) -> list[names.Entry]:
-        """The mapping of the network's shapes."""
+    #: What a file may hold besides, and the kernel whose input is BGR in it.
+    ignored: Mapping[str, str] = {}
+    turned = ""
+
+    def load(self, arch: str, state: Mapping[str, Any]) -> Loaded:
+        shapes, ignored = self.network(arch).shapes(), self.ignored
+        trees = names.to_trees(self._entries(arch), state, shapes, ignored=ignored, what=arch)
+        return Loaded(*trees, {}, names.left_out(state, ignored))
+
+    def _entries(self, arch: str) -> list[names.Entry]:
+        paths = flatten(self.network(arch).shapes()[0])
+        return [_entry(path, turned=path == self.turned) for path in paths]
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -34,7 +39,7 @@ class _Plain(Family):
     def save(
         self, arch: str, params: Any, extra: Any, form: str, **options: Any
     ) -> dict[str, np.ndarray]:
-        return names.to_state(self.entries(), params, extra)
+        return names.to_state(self._entries(arch), params, extra)
 
 
 class MobileNet(_Plain):
@@ -53,13 +58,8 @@ class MobileNet(_Plain):
     def preprocessing(self, arch: str) -> Preprocessing:
         return Preprocessing(mean=mobilenet.MEAN, std=mobilenet.STD)
 
-    def entries(self) -> list[names.Entry]:
-        return [_entry(path) for path in flatten(mobilenet.mobilenet_v2().shapes()[0])]
-
     def load(self, arch: str, state: Mapping[str, Any]) -> Loaded:
-        shapes = self.network(arch).shapes()
-        state = dequantised(state, arch)
-        return Loaded(*names.to_trees(self.entries(), state, shapes, ignored={}, what=arch), {}, {})
+        return super().load(arch, dequantised(state, arch))
 
 
 class SqueezeNet(_Plain):
@@ -67,6 +67,9 @@ class SqueezeNet(_Plain):
 
     dsad's images are RGB: the same network, once the first kernel is turned.
     """
+
+    ignored: Mapping[str, str] = {r"conv10\.": "classifier"}
+    turned = "conv1/kernel"
 
     @property
     def archs(self) -> Collection[str]:
@@ -82,17 +85,6 @@ class SqueezeNet(_Plain):
         return Preprocessing(
             mean=squeezenet.MEAN, std=squeezenet.STD, image_size=227, crop=227 / 256
         )
-
-    def entries(self) -> list[names.Entry]:
-        paths = flatten(squeezenet.squeezenet1_1().shapes()[0])
-        return [_entry(path, turned=path == "conv1/kernel") for path in paths]
-
-    def load(self, arch: str, state: Mapping[str, Any]) -> Loaded:
-        shapes = self.network(arch).shapes()
-        trees = names.to_trees(
-            self.entries(), state, shapes, ignored=_SQUEEZENET_IGNORED, what=arch
-        )
-        return Loaded(*trees, {}, names.left_out(state, _SQUEEZENET_IGNORED))
 
 
 def _entry(path: str, *, turned: bool = False) -> names.Entry:

@@ -1,6 +1,5 @@
 """ResNets under torchvision's names, which timm uses too."""
 
-import functools
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -74,7 +73,7 @@ class ResNets(Family):
         return resnet.ARCHS
 
     def network(self, arch: str, *, stages: int = 4) -> Functional:
-        return _network(arch, stages)
+        return resnet.resnet(arch, stages=stages)
 
     def strides(self, arch: str, *, stages: int = 4) -> dict[str, int]:
         return {f"layer{s}": resnet.STRIDES[f"layer{s}"] for s in range(1, stages + 1)}
@@ -106,8 +105,3 @@ class ResNets(Family):
         self, arch: str, params: Any, extra: Any, form: str, *, stages: int = 4
     ) -> dict[str, np.ndarray]:
         return names.to_state(entries(self.network(arch, stages=stages).shapes()), params, extra)
-
-
-@functools.cache
-def _network(arch: str, stages: int) -> Functional:
-    return resnet.resnet(arch, stages=stages)

@@ -16,7 +16,7 @@ from dsad.core.config import listed
 from dsad.core.errors import ConfigError
 from dsad.models import vit
 from dsad.models.decoder import DecoderConfig
-from dsad.models.weights import _configs, _family_vit, _files, _hub, _names_resnet, names
+from dsad.models.weights import _configs, _family_vit, _files, _hub, names
 
 #: What ``read`` takes.
 Spec = str | os.PathLike[str] | Mapping[str, Any]
@@ -137,22 +137,6 @@ def _from_entry_point(spec: str, scheme: str) -> Weights:
     return points[scheme].load()(spec)
 
 
-def resnet_stages(state: Mapping[str, Any]) -> int:
-    """How many stages (1 to 4) the tensors cover, from their names."""
-    return _names_resnet.stages(state)
-
-
-def resnet_trees(name: str, state: Mapping[str, Any]) -> tuple[Any, Any, int]:
-    """(params, extra, stages) of the ResNet ``name`` from a state dict under torchvision's names.
-
-    Weights are complete (with batch-norm tensors) or *folded*, see ``_names_resnet.entries``.
-    Raises ConfigError with a table of all tensors that are missing, unused or misshapen.
-    """
-    loaded = _names_resnet.ResNets().load(name, state)
-    params, extra = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
-    return params, extra, loaded.options["stages"]
-
-
 def mae_trees(
     arch: str | vit.Arch, state: Mapping[str, Any], decoder: DecoderConfig | None = None
 ) -> tuple[Any, Any]:
@@ -174,25 +158,11 @@ def mae_trees(
 
     """
     spec = vit.arch(arch) if isinstance(arch, str) else arch
-    networks = _family_vit.mae_networks(spec, state, decoder)
-    entries, shapes = _family_vit.mae_entries(*networks)
+    encoder, chosen = _family_vit.mae_networks(spec, state, decoder)
+    entries, shapes = _family_vit.mae_entries(encoder, chosen)
     what = f"the masked autoencoder {arch}" if isinstance(arch, str) else "the masked autoencoder"
     ignored = _family_vit.MAE_IGNORED
     params, extra = names.to_trees(entries, state, shapes, ignored=ignored, what=what)
-    _family_vit.check_tables(*networks, state, what)
+    for name in ("pos_embed", "decoder_pos_embed")[: len(params)]:
+        _family_vit.check_table(state, name, encoder.spec, what)
     return jax.tree.map(jnp.asarray, (params, extra))
-
-
-def mae_state(arch: str | vit.Arch, params: Any, extra: Any) -> dict[str, np.ndarray]:
-    """The tensors of a visualisation checkpoint from the trees of ``mae_trees`` or of a run."""
-    spec = vit.arch(arch) if isinstance(arch, str) else arch
-    grid = int((extra["encoder"]["pos"].shape[0] - spec.table_prefix) ** 0.5)
-    encoder = vit.ViT(dataclasses.replace(spec, image=grid * spec.patch))
-    decoder = None
-    if "decoder" in params:
-        depth, width = params["decoder"]["blocks"]["norm1"]["scale"].shape
-        decoder = _family_vit.decoder_for(
-            encoder.spec, DecoderConfig(width=width, depth=depth, heads=1)
-        )
-    entries, _ = _family_vit.mae_entries(encoder, decoder)
-    return names.to_state(entries, params, extra)
