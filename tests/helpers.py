@@ -10,6 +10,7 @@ import sys
 import tempfile
 from typing import Any
 
+import jax
 import ml_collections
 import pytest
 from etils import epath
@@ -47,6 +48,17 @@ def untrained_run(path: pathlib.Path, objective: str, **changes: Any) -> epath.P
 def alone() -> dict[str, str]:
     """Environment of a process with one device, that shares compiled programs with others."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def optimised(jitted: Any, *arguments: Any) -> Any:
+    """A call of a jitted function compiled as for users, whatever conftest.py asks for.
+
+    For what holds to the last bit: of two programs, or on any mesh.
+    """
+    options = {"xla_backend_optimization_level": "3"}
+    if jax.__version_info__ < (0, 11):
+        options["xla_cpu_use_fusion_emitters"] = "True"
+    return jitted.lower(*arguments).compile(options)(*arguments)
 
 
 def dsad(*argv: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:

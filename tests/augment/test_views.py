@@ -16,7 +16,7 @@ from dsad.core.config import build_dataclass
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.rng import named, sample_keys
-from tests.helpers import real_data
+from tests.helpers import optimised, real_data
 
 EVERYTHING = ViewConfig(
     side=32, grey_probability=0.3, solarize_probability=0.3, blur_probability=0.6
@@ -42,14 +42,6 @@ def jitted(config):
 
 def view(batch, config=EVERYTHING, key=KEY):
     return jax.tree.map(np.asarray, jitted(config)(batch, key))
-
-
-def optimised(config, batch):
-    """The view, compiled as for users, whatever conftest.py asks for."""
-    options = {"xla_backend_optimization_level": "3"}
-    if jax.__version_info__ < (0, 11):
-        options["xla_cpu_use_fusion_emitters"] = "True"
-    return jitted(config).lower(batch, KEY).compile(options)(batch, KEY)
 
 
 def test_shapes_and_ranges():
@@ -152,9 +144,9 @@ def test_epoch_index_and_key_change_the_view():
 @pytest.mark.parametrize(("shape", "config"), [((4, 2), EVERYTHING), ((8, 1), GEOMETRY)])
 def test_any_mesh_gives_the_same_views(shape, config):
     batch = make_batch()
-    expected = optimised(config, batch)
+    expected = optimised(jitted(config), batch, KEY)
     mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1]))
-    found = optimised(config, place_batch(batch, mesh))
+    found = optimised(jitted(config), place_batch(batch, mesh), KEY)
     assert len(found["image"].sharding.device_set) == 8
     assert found["image"].addressable_shards[0].data.shape[0] == 2
     same_views(*jax.tree.map(np.asarray, (found, expected)))

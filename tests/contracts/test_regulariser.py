@@ -7,6 +7,7 @@ import pytest
 
 from dsad.core.types import Embeds
 from tests.contracts.objectives import common
+from tests.helpers import optimised
 from tests.seams import steady
 
 
@@ -19,12 +20,12 @@ def stepped(objective, name):
         loss = jax.value_and_grad(objective.loss, has_aux=True)
         return views, loss(params, extra, views, key=jax.random.key(6), step=jnp.int32(0))
 
-    return jax.device_get(jax.jit(run)(params, extra, common.batch(name)))
+    return jax.device_get(optimised(jax.jit(run), params, extra, common.batch(name)))
 
 
 @pytest.mark.parametrize("name", ["queue", "ds2", "mae"])
 def test_weight_0_leaves_any_host_bitwise(name):
-    host = common.build(name, quick=True)
+    host = common.build(name)
     assert isinstance(host, Embeds)
     silent = steady.build(steady.Config(weight=0.0), common.RUN, host)
     alone, within = stepped(host, name), stepped(silent, name)

@@ -9,18 +9,23 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from dsad.augment.views import ViewConfig
 from dsad.core import batch as batches
 from dsad.core import config as core_config
 from dsad.core.batch import BatchSpec
+from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import PerSample, Record, RunInfo
 from dsad.data import facts as image_facts
 from dsad.data.companions import CompanionDraws
 from dsad.models.decoder import DecoderConfig
 from dsad.objectives import mae
-from dsad.train import state
+from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
+from dsad.train.state import abstract_state, initial_state
+from dsad.train.step import make_step
 from tests import seams
 
 BATCH, CANVAS, SIDE = 8, 40, 32
@@ -87,10 +92,6 @@ def build(name, recorded=False):
     """The objective of a case, with its ``recorded`` choices if asked."""
     _, module, case = cases()[name]
     return ((recorded and case.recorded) or module.build)(module.Config(**case.config), RUN)
-
-
-def initial_state(objective, tx, abstract):
-    return state.initial_state(objective, tx, abstract, seed=0)
 
 
 #: Two categories, of each two normal and two anomalous images; the last has no annotation.
@@ -162,9 +163,37 @@ def batch(name, epoch=0):
 @functools.cache
 def perturbed(name):
     """The objective with perturbed parameters: fresh ones hide gradients behind zero scales."""
-    objective = build(name)
-    params, extra = jax.jit(objective.init)(jax.random.key(0))
+    objective, state = build(name), _fresh(name)
+    params, extra = jax.device_get((state.params, state.extra))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(9), len(leaves))
     noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return objective, jax.tree.unflatten(tree, noisy), extra
+
+
+@functools.cache
+def _parts(name):
+    """Objective, optimiser, abstract state, step and mesh of a training run on one device."""
+    objective = build(name)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    optim = OptimConfig(name="adamw", lr=1e-3, lr_batch=0, schedule="constant", warmup_epochs=0)
+    schedule = make_schedule(optim, batch_size=BATCH, steps_per_epoch=1, total_steps=30)
+    tx: optax.GradientTransformation = make_optimizer(optim, schedule)
+    abstract = abstract_state(objective, tx, mesh, 2**18)
+    step = make_step(objective, tx, schedule, abstract, mesh=mesh, seed=0)
+    return objective, tx, abstract, step, mesh
+
+
+@functools.cache
+def _fresh(name):
+    objective, tx, abstract, _, _ = _parts(name)
+    return initial_state(objective, tx, abstract, seed=0)
+
+
+_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+
+def training(name):
+    """A fresh state, which the step may consume, and the step and mesh that all tests share."""
+    *_, step, mesh = _parts(name)
+    return _copied(_fresh(name)), step, mesh
