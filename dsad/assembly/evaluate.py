@@ -12,7 +12,7 @@ from dsad.core import config as core_config
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Backbone, Dataset, Detector
+from dsad.core.types import Backbone, CanvasSource, Dataset, Detector
 from dsad.data import base as data_base
 from dsad.evaluation import support
 from dsad.evaluation.localize import (
@@ -32,13 +32,13 @@ SAME = "run"
 class EvaluateConfig(core_config.Settings, place="config"):
     """Everything of an evaluation but its detector, whose keys belong to the method.
 
-    ``backbone`` is an architecture (with ``weights``, anything that ``models.pretrained.read``
-    takes, or random ones by ``seed``) or ``run:DIR[@STEP]``, where "{category}" in DIR names one
-    run per category; ``patches:SIZE/STRIDE:`` before either applies it to every patch of an image.
-    ``data.name`` "run" takes the data of that run. ``shots`` training images of each category are
-    used (0: all); ``seeds`` draw them and the detector's random choices, several give mean and
-    standard deviation. ``one_for_all`` fits a single detector on the training images of all
-    categories.
+    ``backbone`` is an architecture (with ``weights``, anything that
+    ``models.weights.pretrained.read`` takes, or random ones by ``seed``) or ``run:DIR[@STEP]``,
+    where "{category}" in DIR names one run per category; ``patches:SIZE/STRIDE:`` before either
+    applies it to every patch of an image. ``data.name`` "run" takes the data of that run. ``shots``
+    training images of each category are used (0: all); ``seeds`` draw them and the detector's
+    random choices, several give mean and standard deviation. ``one_for_all`` fits a single detector
+    on the training images of all categories.
     """
 
     backbone: str = "resnet18"
@@ -71,6 +71,11 @@ def parse(config: Any) -> tuple[EvaluateConfig, Detector]:
 
 def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
     """The data config to use; with name "run" the run's own, at another root if one is given."""
+    if cfg.data.split != "train":
+        raise ConfigError(
+            f"config.data.split: {cfg.data.split!r} is for pretraining; an evaluation fits on the "
+            "training images and scores the test images. Leave it out."
+        )
     if cfg.data.name != SAME:
         return cfg.data
     if not runs.is_run(cfg.backbone):
@@ -103,6 +108,11 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
     _check_patches(cfg.backbone, detector)
     check_smoothing(detector, cfg.evaluation)
     dataset = dataset or datasets.loaded(data_config(cfg), out)
+    if isinstance(dataset.source("train"), CanvasSource):
+        raise ConfigError(
+            f"config.data: {dataset.name} at {cfg.data.root} holds canvases for training, which "
+            "are smaller than the images. Evaluate on the files that they were prepared from."
+        )
     check_labels(dataset, dataset.categories)
     holdout = cfg.evaluation.holdout if cfg.evaluation.false_alarm_rate > 0 else 0
     support.choose(dataset, dataset.categories, shots=cfg.shots, seeds=cfg.seeds, holdout=holdout)
@@ -110,8 +120,8 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
         if cfg.one_for_all:
             raise ConfigError("config.one_for_all: one run per category cannot share a detector.")
         specs = [runs.of_category(cfg.backbone, category) for category in dataset.categories]
-        found = [runs.opened(runs.place(spec).directory) for spec in specs]
-        backbone, side = None, runs.image_size(found[0].objective)
+        opened = [runs.opened(runs.place(spec).directory) for spec in specs]
+        backbone, side = None, runs.image_size(opened[0].objective)
     else:
         backbone = runs.backbone(cfg.backbone, cfg.weights, cfg.seed)
         side = backbone.image_size
@@ -121,8 +131,8 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
                 f"config.evaluation.image_size: {cfg.backbone} does not tell the size of its "
                 "images; set it."
             )
-        own = dataclasses.replace(cfg.evaluation, image_size=side)
-        cfg = dataclasses.replace(cfg, evaluation=own)
+        sized = dataclasses.replace(cfg.evaluation, image_size=side)
+        cfg = dataclasses.replace(cfg, evaluation=sized)
     return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset)
 
 

@@ -36,7 +36,7 @@ class PretrainConfig(Settings, place="config"):
     ``epochs`` or ``steps`` sets the length; ``steps`` wins when it is not 0.
     """
 
-    seed: int = 0
+    seed: int = field(0, at_least=0)
     batch_size: int = field(256, at_least=1)
     epochs: float = field(400.0, above=0)
     steps: int = field(0, at_least=0)

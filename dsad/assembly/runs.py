@@ -57,7 +57,10 @@ def innermost(spec: str) -> str:
 def is_run(spec: str, *, bare: bool = False) -> bool:
     """Whether a spec names a run, also inside wrappers; ``bare``: a directory alone may."""
     inner = innermost(spec)
-    return inner.startswith(_SCHEME) or (bare and workdir.has_checkpoint(place(inner).directory))
+    if inner.startswith(_SCHEME) or not bare or not inner:
+        return inner.startswith(_SCHEME)
+    local = "://" not in inner or inner.startswith("gs://")
+    return local and workdir.has_checkpoint(place(inner).directory)
 
 
 def per_category(spec: str) -> bool:
@@ -76,6 +79,8 @@ def place(spec: str) -> Place:
     Raises ConfigError where both readings of ``DIR@5`` hold a run.
     """
     path = innermost(spec).removeprefix(_SCHEME)
+    if not path:
+        raise ConfigError(f"{spec!r}: expected the directory of a run, as in run:runs/ds2.")
     directory, _, step = path.rpartition("@")
     if not directory or not step.isdecimal():
         return Place(path, None)
@@ -116,7 +121,9 @@ class OpenedRun:
     def described(self, step: int) -> str:
         """The weights of a step, for people."""
         origin = "untouched initialisation" if step == 0 else f"step {step}"
-        return f"{self.directory} {origin}, seed {self.config.seed}"
+        split = self.config.data.split
+        trained = "" if split == "train" else f", trained on split {split} with test images"
+        return f"{self.directory} {origin}, seed {self.config.seed}{trained}"
 
 
 def opened(directory: str) -> OpenedRun:
@@ -129,10 +136,7 @@ def opened(directory: str) -> OpenedRun:
             f"dsad {stored['command']}{hint}."
         )
     if "info" not in stored:
-        raise WorkdirError(
-            f"run:{directory}: written by an older dsad, which did not keep what the run knew of "
-            "its data (the key info). Train it again, or use the dsad that wrote it."
-        )
+        raise WorkdirError(f"run:{directory}: {workdir.OLDER}")
     config, module, method = parse(stored["config"])
     info = core_config.build_dataclass(RunInfo, stored["info"], "info")
     return OpenedRun(

@@ -1,8 +1,9 @@
 """Training of an assembled run: its images are read, then the loop goes from step 0 or on."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +16,9 @@ from dsad.assembly.pretrain import DataFacts, Run, assemble, parse, use_settings
 from dsad.core import distributed, hosts
 from dsad.core.batch import Batch
 from dsad.core.chips import chip_of
-from dsad.core.errors import WorkdirError
+from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import place_batch, replicated
-from dsad.core.types import Dataset, EarlierWeights, PerSample, Progress, Source
+from dsad.core.types import Dataset, EarlierWeights, PerSample, Progress, Record, Source
 from dsad.data import base as data_base
 from dsad.data.pipeline import Pipeline, make_pipeline
 from dsad.terminal import console
@@ -41,6 +42,20 @@ class Training:
     store: Any
     earlier: EarlierWeights | None = None
 
+    @functools.cached_property
+    def pass_functions(self) -> tuple[Any, Any]:
+        """What completes a batch of ``passes`` and what cuts the last one, compiled once."""
+        fetch: Any = lambda store, inputs: inputs  # noqa: E731
+        if self.store is not None:
+            assert self.run.gather is not None
+            spec = dataclasses.replace(self.run.spec, features={})
+            fetch = jax.jit(fetch_with(self.run.gather, spec))
+        cut = jax.jit(
+            lambda batch, rows: jax.tree.map(lambda a: a[:rows], batch),
+            static_argnums=1, out_shardings=replicated(self.run.mesh),
+        )  # fmt: skip
+        return fetch, cut
+
 
 def build(
     config: Any,
@@ -59,6 +74,7 @@ def build(
         lambda: data_base.training_source(dataset or data_base.load(cfg.data), cfg.data.split)
     )
     run = assemble(config, None, DataFacts.of(source.records))
+    _check_needs(run, source.records)
     earlier = distributed.together(lambda: runs.checked_weights(run)) if weights else None
     return dataclasses.replace(read(run, source, progress), earlier=earlier)
 
@@ -93,6 +109,7 @@ def prepare(
     """
     with console.progress("reading images", out) as tell:
         training = build(config, dataset, progress=tell, weights=not continued)
+    _check_companions(training, out)
     run, shapes = training.run, jax.tree.leaves(training.run.abstract.params)
     kind = {"train": "normal", "test": "test", "all": "normal and test"}[run.config.data.split]
     out.print(
@@ -101,6 +118,26 @@ def prepare(
         f"parameters, mesh {dict(run.mesh.shape)} on {run.mesh.size} {run.platform} device(s)"
     )
     return training
+
+
+def _check_needs(run: Run, records: Sequence[Record]) -> None:
+    """Refuse data without the defects that the objective learns from."""
+    needs = run.spec.needs
+    if (needs.label or needs.mask) and not any(record.label for record in records):
+        raise ConfigError(
+            f"config.data.split: the objective learns from defects, and none of the {len(records)} "
+            f"images of split {run.config.data.split} has one. Set config.data.split to test or "
+            "all, or name other data."
+        )
+
+
+def _check_companions(training: Training, out: Console) -> None:
+    alone, samples = training.pipeline.unaccompanied, training.pipeline.samples
+    if alone:
+        what = f"{alone} of {samples} images have no companion ({training.run.spec.needs})"
+        if alone == samples:
+            raise ConfigError(f"config.data: {what}.")
+        out.print(what)
 
 
 def pretrain(training: Training, path: epath.Path, out: Console, *, resume: bool = False) -> bool:
@@ -172,23 +209,18 @@ def first_state(training: Training, earlier: EarlierWeights | None, out: Console
 
 def passes(training: Training) -> Iterator[Batch]:
     """Batches in which every sample occurs exactly once; the last one is cut to its samples."""
-    run = training.run
-    spec = dataclasses.replace(run.spec, features={})
-    fetch: Any = lambda store, inputs: inputs  # noqa: E731
-    if training.store is not None:
-        assert run.gather is not None
-        fetch = jax.jit(fetch_with(run.gather, spec))
-    cut = jax.jit(
-        lambda batch, rows: jax.tree.map(lambda a: a[:rows], batch),
-        static_argnums=1, out_shardings=replicated(run.mesh),
-    )  # fmt: skip
+    run, (fetch, cut) = training.run, training.pass_functions
     for inputs, rows in training.pipeline.one_pass():
         batch = fetch(training.store, place_batch(inputs, run.mesh))
         yield batch if rows == run.info.batch_size else cut(batch, rows)
 
 
 def with_features(training: Training, state: TrainState, out: Console) -> Training:
-    """The same training with what the objective computes of every sample once."""
+    """The same training with what the objective computes of every sample once.
+
+    Every process holds all of the features, and so does every worker of ``config.data.workers``. A
+    run that is resumed computes them again.
+    """
     run = training.run
     if not isinstance(run.objective, PerSample):
         return training

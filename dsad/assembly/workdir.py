@@ -101,6 +101,10 @@ def _take(
     paths.write_whole(path / CONFIG, text, _ADVICE)
 
 
+OLDER = (
+    "written by an older dsad, which did not keep what the run knew of its data (the key info). "
+    "Train it again, or use the dsad that wrote it."
+)
 #: Written into the directory of a pretraining run that made all its steps.
 COMPLETE = "complete.json"
 
@@ -130,6 +134,8 @@ def _check_same(path: epath.Path, text: str, *, free: bool) -> None:
         raise WorkdirError(
             f"{path}: holds a run of dsad {found['command']}, not of dsad {wanted['command']}."
         )
+    if "info" in wanted and "info" not in found:
+        raise WorkdirError(f"{path}: {OLDER}")
     changed = differences(found["config"], wanted["config"])
     if not free:
         changed += differences(_data(found), _data(wanted), "data")

@@ -17,7 +17,6 @@ from dsad.objectives.isstad import ISSTAD
 from dsad.objectives.mae import MAE
 from dsad.terminal import console, flags
 from dsad.train.cache import fetch_with
-from dsad.train.state import initial_state
 
 
 def main(argv: list[str]) -> int:
@@ -49,22 +48,22 @@ def step(config: Any, rounds: int, *, details: bool = False) -> dict[str, float]
     """
     out = console.console()
     with console.progress("reading images", out) as tell:
-        made = training.build(config, progress=tell)
-    run = made.run
-    state = initial_state(run.objective, run.tx, run.abstract, run.config.seed)
-    made = training.with_features(made, state, out)
-    batches = made.pipeline.iterator()
+        prepared = training.build(config, progress=tell, weights=True)
+    run = prepared.run
+    state = training.first_state(prepared, prepared.earlier, out)
+    prepared = training.with_features(prepared, state, out)
+    batches = prepared.pipeline.iterator()
     params, extra = jax.tree.map(lambda x: x.copy(), (state.params, state.extra))
-    views, timed = _parts(made, params, extra, next(batches))
+    views, timed = _parts(prepared, params, extra, next(batches))
     out.print(f"compiling the step and {len(timed)} parts ...")
 
     def whole() -> Any:
         nonlocal state
-        state, scalars = run.step(state, place_batch(next(batches), run.mesh), made.store)
+        state, scalars = run.step(state, place_batch(next(batches), run.mesh), prepared.store)
         return scalars
 
-    found = _measure.interleaved({**timed, "step": whole}, rounds)
-    median = {name: timing.median for name, timing in found.items()}
+    timings = _measure.interleaved({**timed, "step": whole}, rounds)
+    median = {name: timing.median for name, timing in timings.items()}
     _print(out, median, run, rounds)
     if isinstance(run.objective, MAE) and details:
         _transformer.masking(out, run.objective, params, extra, views, rounds)
@@ -76,13 +75,13 @@ def step(config: Any, rounds: int, *, details: bool = False) -> dict[str, float]
 
 
 def _parts(
-    made: training.Training, params: Any, extra: Any, inputs: Any
+    prepared: training.Training, params: Any, extra: Any, inputs: Any
 ) -> tuple[Any, dict[str, Callable[[], Any]]]:
     """The views, and they and the objective's own parts as calls, each compiled by itself."""
-    run = made.run
+    run = prepared.run
     batch = place_batch(inputs, run.mesh)
     if run.gather is not None:
-        batch = jax.jit(fetch_with(run.gather, run.spec))(made.store, batch)
+        batch = jax.jit(fetch_with(run.gather, run.spec))(prepared.store, batch)
     key = rng.named(jax.random.key(run.config.seed), "views")
     make_views = jax.jit(run.objective.views)
     views = make_views(batch, key)

@@ -27,6 +27,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from dsad.core.errors import ConfigError
+
 Tree = Any
 #: A batch on the devices.
 Batch = Mapping[str, Any]
@@ -49,6 +51,13 @@ class Companions:
     same: tuple[Literal["category", "group"], ...] = ("category",)
     label: int | None = 0
     images: bool = True
+
+    def __post_init__(self):
+        if self.count < 1 or not {"category", "group"}.issuperset(self.same):
+            raise ConfigError(
+                f"companions: expected a count of 1 or more and same of category and group; found "
+                f"{self.count} and {self.same}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -46,8 +46,8 @@ class CompanionDraws:
     def __call__(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
         """``index`` (b, r) int32 and ``valid`` (b, r) bool for samples and epochs (b,)."""
         index, key = np.asarray(index, np.int64), self.key[index]
-        start, own = self.start[key], self.place[index]
-        size = self.start[key + 1] - start - (own >= 0)
+        start, here = self.start[key], self.place[index]
+        size = self._others(key, here)
         # Floyd's sampling without repetition (Bentley and Floyd 1987): draw t of 0 .. j, and take
         # j itself where t was taken before.
         drawn = np.full((len(index), self.count), -1, np.int64)
@@ -59,11 +59,18 @@ class CompanionDraws:
             taken = (drawn == t[:, None]).any(axis=1)
             drawn[:, n] = np.where(n < size, np.where(taken, j, t), -1)
         valid = drawn >= 0
-        drawn += valid & (own >= 0)[:, None] & (drawn >= own[:, None])  # never the sample itself
+        drawn += valid & (here >= 0)[:, None] & (drawn >= here[:, None])  # never the sample itself
         chosen = (
             self.members[np.where(valid, start[:, None] + drawn, 0)] if len(self.members) else 0
         )
         return {"index": np.where(valid, chosen, index[:, None]).astype(np.int32), "valid": valid}
+
+    def unaccompanied(self) -> int:
+        """How many samples have no companion at all."""
+        return int(np.sum(self._others(self.key, self.place) == 0))
+
+    def _others(self, key: np.ndarray, place: np.ndarray) -> np.ndarray:
+        return self.start[key + 1] - self.start[key] - (place >= 0)
 
 
 def _fields(companions: Companions) -> tuple[str, ...]:

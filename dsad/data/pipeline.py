@@ -271,20 +271,22 @@ class Pipeline:
         cache mode, number of workers and of processes) and ``close``, which ends its threads and
         processes. Without workers it is a grain DatasetIterator.
         """
-        import grain
-
-        dataset, options = self._dataset(self._order), self._options(grain)
-        if self._workers:
-            return WorkerBatches(dataset, options, self._workers, self._prefetch)
-        return iter(dataset.to_iter_dataset(options))
+        return self._batches(self._order)
 
     def one_pass(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Every batch of ``OnePass``, this process's part, and how many rows of it all count."""
-        import grain
+        rest = self._batches(self._once)
+        try:
+            for number, batch in enumerate(rest):
+                yield batch, self._once.rows(number)
+        finally:
+            rest.close()
 
-        rest = iter(self._dataset(self._once).to_iter_dataset(self._options(grain)))
-        for number, batch in enumerate(rest):
-            yield batch, self._once.rows(number)
+    @property
+    def unaccompanied(self) -> int:
+        """Samples for which not a single one of the companions asked for exists."""
+        draws = self._order.companions
+        return draws.unaccompanied() if draws else 0
 
     def with_features(self, features: dict[str, np.ndarray]) -> "Pipeline":
         """The same batches with rows of these arrays (N, ...) as their ``features``."""
@@ -296,14 +298,16 @@ class Pipeline:
             store = {**store, "features": features}
         return dataclasses.replace(self, spec=spec, store=store, _complete=complete)
 
-    def _dataset(self, order: Order) -> Any:
+    def _batches(self, order: Order) -> Any:
         import grain
 
         dataset: Any = grain.MapDataset.source(order)
-        return dataset.map(self._complete) if self._complete else dataset
-
-    def _options(self, grain: Any) -> Any:
-        return grain.ReadOptions(num_threads=self._making, prefetch_buffer_size=self._prefetch)
+        if self._complete:
+            dataset = dataset.map(self._complete)
+        options = grain.ReadOptions(num_threads=self._making, prefetch_buffer_size=self._prefetch)
+        if self._workers:
+            return WorkerBatches(dataset, options, self._workers, self._prefetch)
+        return iter(dataset.to_iter_dataset(options))
 
 
 def _refuse(samples: int, batch_size: int, process_index: int, process_count: int) -> None:

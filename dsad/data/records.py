@@ -6,7 +6,7 @@ too. TensorFlow is not needed. Records are in the order of the data set they wer
 training from them is the same as training from the files, to the last bit.
 
 Records of files carry the bytes of image and mask and can be evaluated like the files. Records of
-canvases hold the training split at one ``config.data.canvas`` and cannot.
+canvases hold what ``config.data.split`` says at one ``config.data.canvas`` and cannot.
 """
 
 import dataclasses
@@ -104,7 +104,7 @@ class RecordSource(files.EncodedSource):
         return list(self._example(index)["masks"])
 
 
-class CanvasSource:
+class RecordCanvases:
     """Samples decoded before: what is left of them is their canvas of one side, and their facts."""
 
     def __init__(
@@ -151,7 +151,7 @@ class CanvasSource:
 class CanvasReader:
     """Copies stored canvases to where the pipeline wants them."""
 
-    def __init__(self, source: CanvasSource):
+    def __init__(self, source: RecordCanvases):
         self._source = source
 
     def __call__(self, index: int, row: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ class RecordDataset(IndexedDataset):
             mine = [r.category == category for r in self.splits[split]]
             positions = positions[np.asarray(mine, bool)]
         if self.about["canvas"]:
-            return CanvasSource(self.stored[split], records, positions, self.about)
+            return RecordCanvases(self.stored[split], records, positions, self.about)
         return RecordSource(
             self.stored.get(split), records, positions,
             lossy=self.config.lossy, rule=_rule(self.about),

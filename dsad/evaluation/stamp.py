@@ -43,7 +43,7 @@ def plain(value: Any) -> Any:
 
 
 def records_hash(splits: Mapping[str, Sequence[Record]]) -> str:
-    """SHA-256 over split, path, label, kind and mask path of every record, in path order."""
+    """SHA-256 over split, category, path, label, kind and mask paths of all records, sorted."""
     digest = hashlib.sha256()
     for split in sorted(splits):
         lines = (

@@ -60,7 +60,7 @@ class FeatureStore:
         """What is stored of an image, None if nothing is or its file is damaged.
 
         Args:
-          identity: tells images apart by their content, see ``Source.identity`` and ``of_pixels``.
+          identity: tells images apart by content, see ``KnownSource.identity`` and ``of_pixels``.
           shape: that of the original, where the identity leaves it open.
 
         """

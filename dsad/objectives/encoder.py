@@ -63,7 +63,7 @@ class EncoderObjective:
         """``pooled`` (b, d) f32, the encoder's vector of whole images, and the new extra."""
         trees = self.encoder_trees(params, extra)
         _, pooled, stats = self.family.run(self.encoder, *trees, images, train=train, views=views)
-        _, extra = self.with_encoder({}, extra, (None, stats))
+        _, extra = self.with_encoder({}, extra, (trees[0], stats))
         return {"pooled": pooled.astype(jnp.float32)}, extra
 
     @property
@@ -84,24 +84,24 @@ class EncoderObjective:
                 f"init_from: expected an encoder {self.arch}, found {there} in {earlier.origin}. "
                 "Name other weights, or set the objective's architecture to theirs."
             )
-        own, own_extra = self.encoder_trees(params, extra)
-        taken = {name: part for name, part in encoder.params.items() if name in own}
-        if lines := tree.diff(own, taken):
+        present, present_extra = self.encoder_trees(params, extra)
+        taken = {name: part for name, part in encoder.params.items() if name in present}
+        if lines := tree.diff(present, taken):
             raise ConfigError(
                 f"init_from: the encoder in {earlier.origin} is not this {self.arch}:\n  "
                 + "\n  ".join(lines)
             )
-        held = {name: part for name, part in encoder.extra.items() if name in own_extra}
-        if lines := tree.diff(own_extra, held):
-            if own_extra.keys() != {"pos"}:
+        held = {name: part for name, part in encoder.extra.items() if name in present_extra}
+        if lines := tree.diff(present_extra, held):
+            if present_extra.keys() != {"pos"}:
                 raise ConfigError(
                     f"init_from: the statistics of the encoder in {earlier.origin} do not fit:\n  "
                     + "\n  ".join(lines)
                 )
-            held = own_extra
+            held = present_extra
         params, extra = self.with_encoder(params, extra, (taken, held))
         report = f"encoder: {len(jax.tree.leaves(taken))} tensors"
-        left = sorted({name.partition("_")[0] for name in encoder.params if name not in own})
+        left = sorted({name.partition("_")[0] for name in encoder.params if name not in present})
         if left:
             report += f" without {', '.join(left)}"
         return params, extra, report

@@ -19,11 +19,11 @@ def count(data: data_base.DataConfig, spec: str, told: int) -> tuple[int | None,
     """
     known = published(data, pathlib.Path(spec.partition(":")[0]).stem)
     images, classes = known or (None, max(1, len(data.categories)))
-    if told:
-        return told, classes, "--samples"
     if data.name == "synthetic" or (data.root and os.path.isdir(os.path.expanduser(data.root))):
         facts = DataFacts.of(data_base.training_source(data_base.load(data), data.split).records)
-        return facts.samples, facts.classes, "the data set"
+        return told or facts.samples, facts.classes, "--samples" if told else "the data set"
+    if told:
+        return told, classes, "--samples"
     return images, classes, "its published size" if images else ""
 
 

@@ -108,6 +108,8 @@ def _owned_rows(store: Any, index: jax.Array) -> Any:
     owned = (local >= 0) & (local < rows)
 
     def exchange(a: jax.Array) -> jax.Array:
+        if a.dtype == bool:  # which is not summed
+            return exchange(a.astype(jnp.uint8)).astype(bool)
         mine = jnp.take(a, jnp.clip(local, 0, rows - 1), axis=0)
         keep = owned.reshape(owned.shape + (1,) * (a.ndim - 1))
         mine = jnp.where(keep, mine, jnp.zeros((), a.dtype))

@@ -45,7 +45,8 @@ class Counting:
         return extra
 
     def per_sample(self, params, extra, batch):
-        return {"sum": batch["image"].astype(jnp.int32).sum((1, 2, 3)), "row": batch["index"]}
+        total = batch["image"].astype(jnp.int32).sum((1, 2, 3))
+        return {"sum": total, "row": batch["index"], "odd": total % 2 > 0}
 
 
 def small():

@@ -18,7 +18,7 @@ from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.tree import flatten
 from dsad.core.types import Objective, PerSample
 from dsad.objectives.encoder import EncoderObjective
-from tests.contracts.objectives.common import batch, cases, perturbed, training
+from tests.contracts.objectives.common import SIDE, batch, cases, perturbed, training
 
 #: What an objective may offer besides.
 OFFERS = (
@@ -88,6 +88,23 @@ class TestObjective:
                 state, _ = step(state, place_batch(batch(name), mesh), None)
         after = compute(state.params, state.extra, batch(name))
         jax.tree.map(np.testing.assert_array_equal, before, after)
+
+    def test_an_embedding_leaves_extra_as_it_was_but_for_statistics(self, name):
+        objective, params, extra = perturbed(name)
+        if not isinstance(objective, seams.Embeds):
+            pytest.skip("embeds nothing")
+        images = jnp.asarray(np.random.default_rng(0).normal(size=(4, SIDE, SIDE, 3)), jnp.float32)
+        embed = functools.partial(objective.embed, train=True, views=2)
+        vectors, after = jax.eval_shape(embed, params, extra, images)
+        assert vectors["pooled"].dtype == np.float32
+        assert vectors["pooled"].shape[:-1] == (4,)
+        like = jax.eval_shape(lambda: extra)
+        assert jax.tree.structure(after) == jax.tree.structure(like)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)),
+            after,
+            like,
+        )
 
     def test_loss_is_a_finite_f32_scalar(self, name):
         loss = on_one(name)[1]

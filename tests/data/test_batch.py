@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from dsad.assembly import evaluate
 from dsad.core.batch import Companions, shapes
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
@@ -164,6 +166,20 @@ def test_a_pass_has_every_sample_exactly_once(sources, cache, batch_size, proces
         )
         for p in range(processes)
     ]  # fmt: skip
+    _check_pass(parts, 12)
+
+
+def test_a_pass_by_worker_processes(sources):
+    """More of them than batches, of which the last is filled up."""
+    pipeline = make_pipeline(
+        sources["files"], SPEC, cache="none", batch_size=8, seed=0,
+        process_index=0, process_count=1, workers=3,
+    )  # fmt: skip
+    _check_pass([list(pipeline.one_pass())], 12)
+
+
+def _check_pass(parts, samples):
+    batch_size = sum(len(part[0][0]["index"]) for part in parts)
     seen = []
     for batches in zip(*parts, strict=True):
         rows = {count for _, count in batches}
@@ -171,7 +187,7 @@ def test_a_pass_has_every_sample_exactly_once(sources, cache, batch_size, proces
         whole = np.concatenate([batch["index"] for batch, _ in batches])
         assert len(whole) == batch_size
         seen += whole[: rows.pop()].tolist()
-    assert seen == list(range(12))
+    assert seen == list(range(samples))
 
 
 def test_several_masks_of_an_image_are_one(tmp_path, config):
@@ -201,3 +217,15 @@ def test_canvases_of_a_split_refuse_the_other(config, tmp_path):
     assert len(made.source("test")) == 7
     with pytest.raises(ConfigError, match="canvases of the test images alone, not of the train"):
         made.source("train")
+
+
+def test_canvases_are_not_evaluated(config, tmp_path):
+    """They are smaller than the images, so the numbers would not be comparable."""
+    records_builder.write(records_builder.plan(load(config), SIDE), str(tmp_path / "out"))
+    evaluation = evaluate.default_config("knn")
+    evaluation.data.update(name="records", root=str(tmp_path / "out"), missing_masks="image_only")
+    with pytest.raises(ConfigError, match="holds canvases for training"):
+        evaluate.prepare(evaluation, Console())
+    evaluation.data.split = "all"
+    with pytest.raises(ConfigError, match="split: 'all' is for pretraining"):
+        evaluate.prepare(evaluation, Console())

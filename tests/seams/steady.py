@@ -25,6 +25,9 @@ class Steady:
         self.traits, self.mean, self.std = host.traits, host.mean, host.std
         self.init, self.after_update, self.features = host.init, host.after_update, host.features
         self.adopt, self.prepare, self.embed = host.adopt, host.prepare, host.embed
+        for offer in ("encoder_weights", "stage_facts", "read_tensors", "per_sample"):
+            if offer in dir(host):
+                setattr(self, offer, getattr(host, offer))
 
     def views(self, batch, key):
         views = self.host.views(batch, key)
