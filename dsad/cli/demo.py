@@ -39,11 +39,11 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
         f"[bold]1/3  Pretraining[/] DS2 (dense contrast, two scales) on normal images of "
         f"{len(dataset.categories)} procedural classes: {', '.join(dataset.categories)}"
     )
-    made = training.prepare(config.pretrain, out, dataset)
+    prepared = training.prepare(config.pretrain, out, dataset)
     folder = workdir.claim(
-        str(path / "pretrain"), "pretrain", config.pretrain.to_dict(), info=made.run.info
+        str(path / "pretrain"), "pretrain", config.pretrain.to_dict(), info=prepared.run.info
     )
-    if not training.pretrain(made, folder, out):
+    if not training.pretrain(prepared, folder, out):
         out.print("stopped before the end of the training; start again with --overwrite")
         return {}
     out.print(

@@ -24,12 +24,12 @@ def main(argv: list[str]) -> int:
     cfg, _, _ = parse(config)
     dataset = distributed.together(lambda: datasets.loaded(cfg.data, out))
     continued = resume and distributed.on_main(lambda: workdir.has_checkpoint(values.workdir))
-    made = training.prepare(config, out, dataset, continued=continued)
+    prepared = training.prepare(config, out, dataset, continued=continued)
     path = workdir.claim(
-        values.workdir, "pretrain", config.to_dict(), info=made.run.info, resume=resume,
+        values.workdir, "pretrain", config.to_dict(), info=prepared.run.info, resume=resume,
         overwrite=values.overwrite,
     )  # fmt: skip
-    if training.pretrain(made, path, out, resume=resume):
+    if training.pretrain(prepared, path, out, resume=resume):
         out.print(f"done; evaluate it with: dsad evaluate --config.backbone=run:{path}")
     else:
         out.print(f"stopped and saved; continue with: dsad pretrain ... --workdir={path} --resume")

@@ -86,14 +86,14 @@ def columns(source: Source, spec: BatchSpec) -> dict[str, np.ndarray]:
         "category": [r.category for r in source.records],
         "group": [(r.category, r.group) for r in source.records],
     }
-    made = {}
+    numbers = {}
     for name in spec.columns:
         if name == "label":
-            made[name] = np.asarray([r.label for r in source.records], np.int32)
+            numbers[name] = np.asarray([r.label for r in source.records], np.int32)
             continue
         number = {key: i for i, key in enumerate(sorted(set(keys[name])))}
-        made[name] = np.asarray([number[key] for key in keys[name]], np.int32)
-    return made
+        numbers[name] = np.asarray([number[key] for key in keys[name]], np.int32)
+    return numbers
 
 
 def fill(arrays: dict[str, Any], row: int, reader: Reader, index: int) -> None:

@@ -1,10 +1,14 @@
 """What an objective asks for reaches it, however the data are kept; passes; features once."""
 
 import dataclasses
+import io
+import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from rich.console import Console
 
 from dsad.assembly import training
@@ -15,6 +19,7 @@ from dsad.core.mesh import place_batch
 from dsad.data import base, facts
 from dsad.objectives import ds2
 from dsad.train.cache import fetch_with
+from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.state import initial_state
 from tests.seams import frozen
 
@@ -116,3 +121,28 @@ def test_frozen_features_masks_and_companions_in_every_cache(monkeypatch, config
         assert "image" not in references
     state, scalars = run.step(state, placed, made.store)
     assert np.isfinite(scalars["loss"])
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_resumed_run_computes_the_same_features_again(monkeypatch, config, tmp_path, cache):
+    """Restored extra, features and position: the second half is the same to the last bit."""
+    monkeypatch.setattr(ds2, "build", lambda cfg, run: frozen.build(frozen.Config(), run))
+    config.data.update(cache=cache, split="all")
+    config.steps, config.log_every = 4, 1
+    config.checkpoint.every = 2
+    quiet, folder = Console(quiet=True), epath.Path(tmp_path)
+    assert training.pretrain(training.prepare(config, quiet), folder, quiet)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    last = Checkpointer(tmp_path, CheckpointConfig(), read_only=True).weights(4)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    again, out = training.prepare(config, quiet, continued=True), Console(file=io.StringIO())
+    assert training.pretrain(again, folder, out, resume=True)
+    assert "resumed at step 2 of 4" in out.file.getvalue()
+    jax.tree.map(
+        np.testing.assert_array_equal, last[:2],
+        Checkpointer(tmp_path, CheckpointConfig(), read_only=True).weights(4)[:2],
+    )  # fmt: skip
+    resumed = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    losses = [[json.loads(line).get("loss") for line in text] for text in (lines, resumed)]
+    assert losses[0] == losses[1]
+    assert len(set(losses[0]) - {None}) == 4
