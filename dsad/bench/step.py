@@ -65,11 +65,10 @@ def step(config: Any, rounds: int, *, details: bool = False) -> dict[str, float]
     timings = _measure.interleaved({**timed, "step": whole}, rounds)
     median = {name: timing.median for name, timing in timings.items()}
     _print(out, median, run, rounds)
-    if isinstance(run.objective, MAE) and details:
-        _transformer.masking(out, run.objective, params, extra, views, rounds)
     if details and isinstance(run.objective, (MAE, ISSTAD)):
         _transformer.memory(out, run, views, (params, extra))
-    if isinstance(run.objective, MAE) and details:
+    if details and isinstance(run.objective, MAE):
+        _transformer.masking(out, run.objective, params, extra, views, rounds)
         _transformer.compile_times(out)
     return median
 

@@ -1,7 +1,7 @@
 """The seams: what a data set, an objective, a detector and a metric promise each other."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -292,22 +292,6 @@ class KnowsFlops(Protocol):
 
     @property
     def flops_per_image(self) -> int: ...
-
-
-@runtime_checkable
-class BackboneWrapper(Backbone, Protocol):
-    """A backbone around another: its features may depend on a bank made from normal images.
-
-    The call on images is for a wrapper whose bank is empty.
-    """
-
-    def adapt(self, normals: Iterable[jax.Array]) -> Tree:
-        """The bank, from batches of normalised normal images (b, H, W, 3)."""
-        ...
-
-    def features(self, bank: Tree, images: jax.Array) -> FeatureMaps:
-        """Feature maps of normalised images (b, H, W, 3); pure and jittable."""
-        ...
 
 
 class FeatureBatch(NamedTuple):

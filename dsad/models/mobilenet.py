@@ -28,7 +28,6 @@ GROUPS = (
 #: Block whose output is each feature map: the last one before the next stride. Blocks end in a
 #: linear projection, so maps have either sign.
 LAYERS = {"layer1": 2, "layer2": 5, "layer3": 12, "layer4": 16}
-CHANNELS = {"layer1": 24, "layer2": 32, "layer3": 96, "layer4": 320}
 STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 #: The 1,000 ImageNet classes in the order of their WordNet ids, after a class 0 for background.
 CLASSES = 1001

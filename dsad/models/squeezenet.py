@@ -27,7 +27,6 @@ FIRES = {2: (16, 64), 3: (16, 64), 4: (32, 128), 5: (32, 128),
 #: Fire module in front of which a pool stands, and whose output is each feature map.
 POOLED = (2, 4, 6)
 LAYERS = {"layer1": 3, "layer2": 5, "layer3": 9}
-CHANNELS = {"layer1": 128, "layer2": 256, "layer3": 512}
 STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16}
 #: Caffe's means of red, green and blue, subtracted from pixels of 0 to 255 that are not divided
 #: by a deviation: the same in the convention (pixels / 255 − mean) / std.

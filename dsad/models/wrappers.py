@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dsad.core.errors import ConfigError
-from dsad.core.types import Backbone, FeatureMaps, Tree
+from dsad.core.types import Backbone, FeatureMaps
 from dsad.ops.similarity import unit
 
 _PATCHES = re.compile(r"(\d+)/(\d+)")
@@ -67,18 +67,12 @@ class Patches:
         """The same patches by an encoder that computes just these maps."""
         return dataclasses.replace(self, encoder=self.encoder.only(layers))
 
-    def adapt(self, normals: Iterable[jax.Array]) -> Tree:
-        """Nothing is learnt from normal images: an empty bank."""
-        del normals
-        return {}
-
-    def features(self, bank: Tree, images: jax.Array) -> FeatureMaps:
+    def __call__(self, images: jax.Array) -> FeatureMaps:
         """Maps (b, gh, gw, channels) of normalised images (b, H, W, 3).
 
         One row of patches at a time, so that memory is that of gw patches per image. Raises
         ConfigError if patches do not end at the image's border.
         """
-        del bank
         height, width = (self._cells(n) for n in images.shape[1:3])
         batch = images.shape[0]
         columns = self.stride * jnp.arange(width)[:, None] + jnp.arange(self.size)[None, :]
@@ -92,9 +86,6 @@ class Patches:
 
         found = lax.map(row, self.stride * jnp.arange(height))
         return {n: jnp.moveaxis(m, 0, 1) for n, m in found.items()}
-
-    def __call__(self, images: jax.Array) -> FeatureMaps:
-        return self.features({}, images)
 
     def _cells(self, side: int) -> int:
         if side < self.size or (side - self.size) % self.stride:
