@@ -1,9 +1,11 @@
 """Eight simulated devices, strict numerics, warnings as errors."""
 
+import ctypes
 import gc
 import getpass
 import os
 import pathlib
+import sys
 import tempfile
 import zlib
 from importlib.metadata import version
@@ -23,7 +25,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Compiled programs serve all workers, the processes that tests start, and later runs.
 _CACHE = pathlib.Path(tempfile.gettempdir()) / f"dsad-tests-{getpass.getuser()}" / f"jax-{JAX}"
 _CACHE_BYTES = 1 << 30
-_LARGE = 3 << 29
+_LARGE = 1 << 30
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
@@ -82,3 +84,5 @@ def bounded_memory():
     if resident() > _LARGE:
         jax.clear_caches()
         gc.collect()
+        if sys.platform == "linux":  # else the allocator keeps what was freed
+            ctypes.CDLL(None).malloc_trim(0)
