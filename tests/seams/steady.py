@@ -53,4 +53,11 @@ def build(cfg, run, host: Any = None):
     return Steady(cfg, host or queue.build(queue.Config(), run))
 
 
-CASE = Case(config={}, warm_up=4, collectives=queue.CASE.collectives, summed=4.0, long_compile=True)
+CASE = Case(
+    config={},
+    warm_up=4,
+    collectives=queue.CASE.collectives,
+    summed=4.0,
+    gradient=1e-3,
+    long_compile=True,
+)

@@ -49,6 +49,8 @@ class Case:
       collectives: kinds allowed in a step of whole parameters; none are asserted by default.
       summed: share of the gradients' bytes that such a step may sum in addition.
       own: public methods that are no part of a seam, for its own tests and benches.
+      gradient: share of the largest gradient by which meshes may differ: more where a rectifier
+        or a pool that is not ``recorded`` may choose otherwise.
       long_compile: compared with other meshes in the slow run only.
 
     """
@@ -61,6 +63,7 @@ class Case:
     collectives: frozenset[str] | None = None
     summed: float = 0.0
     own: tuple[str, ...] = ()
+    gradient: float = 1e-4
     long_compile: bool = False
 
 
