@@ -1,5 +1,6 @@
 """What detectors share: their fit, and how features are chosen, joined, checked and kept."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ C = TypeVar("C", bound=Any)
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureDetector(Generic[C]):
+class FeatureDetector(abc.ABC, Generic[C]):
     """A detector with a config that names its layers; without traits unless it says so."""
 
     config: C
@@ -57,10 +58,10 @@ class FeatureDetector(Generic[C]):
             )
         return self._fit(source, mesh, key, progress)
 
+    @abc.abstractmethod
     def _fit(
         self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
-    ) -> Tree:
-        raise NotImplementedError
+    ) -> Tree: ...
 
     @property
     def _name(self) -> str:

@@ -22,9 +22,8 @@ def count(data: data_base.DataConfig, spec: str, told: int) -> tuple[int | None,
     if data.name == "synthetic" or (data.root and os.path.isdir(os.path.expanduser(data.root))):
         facts = DataFacts.of(data_base.training_source(data_base.load(data), data.split).records)
         return told or facts.samples, facts.classes, "--samples" if told else "the data set"
-    if told:
-        return told, classes, "--samples"
-    return images, classes, "its published size" if images else ""
+    origin = "its published size" if images else ""
+    return told or images, classes, "--samples" if told else origin
 
 
 def published(data: data_base.DataConfig, config: str = "") -> tuple[int, int] | None:
