@@ -179,7 +179,7 @@ def perturbed(name):
 def _parts(name):
     """Objective, optimiser, abstract state, step and mesh of a training run on one device."""
     objective = build(name)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     optim = OptimConfig(name="adamw", lr=1e-3, lr_batch=0, schedule="constant", warmup_epochs=0)
     schedule = make_schedule(optim, batch_size=BATCH, steps_per_epoch=1, total_steps=30)
     tx: optax.GradientTransformation = make_optimizer(optim, schedule)
