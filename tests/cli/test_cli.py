@@ -12,7 +12,7 @@ from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.types import RunInfo
 from dsad.data.base import DataConfig
 from dsad.terminal import flags
-from tests.helpers import dsad
+from tests.helpers import command, dsad
 
 INFO = RunInfo(total_steps=4, batch_size=8, samples=40, classes=2)
 
@@ -156,7 +156,7 @@ def test_a_workdir_is_needed():
 def test_demo_writes_everything(tmp_path):
     where = tmp_path / "demo"
     argv = ["demo", "--config=configs/demo.py:smoke", "--workdir=demo"]
-    done = dsad(*argv, cwd=tmp_path)
+    done = command(*argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout
     assert "dsad pretrain" in done.stdout
@@ -167,7 +167,7 @@ def test_demo_writes_everything(tmp_path):
         assert keys <= set(results["mean"])
         assert name in page
     assert results["stamp"]["pixels"] == "original"
-    again = dsad(*argv, cwd=tmp_path)
+    again = command(*argv, cwd=tmp_path)
     assert again.returncode == 2
     assert "in use" in again.stderr
     assert main.main(["report", str(where / "pretrained"), f"--out={tmp_path / 'one.html'}"]) == 0

@@ -71,37 +71,57 @@ def test_every_config_has_a_small_size_and_says_what_else_there_is(name):
             loaded(name, "smok")
 
 
-@pytest.fixture
-def quick(monkeypatch):
+#: In the default run; those of MAE and ISSTAD are in tests/cli/test_stages.py as well.
+QUICK = ("data", "ds2", "knn")
+#: What a config begins with, by a flag that names it.
+BEFORE = {
+    "isstad": ("mae", "--config.init_from=runs/mae"),
+    "isstad_detector": ("isstad", "--config.backbone=run:runs/isstad"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.fixture(scope="module")
+def quick():
     """One device and programs compiled without optimisation: compiling is all that takes long."""
     one = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: one)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: one)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 
-def test_every_smoke_runs(quick, tmp_path, monkeypatch):
-    """Objectives first: ISSTAD's stages begin with the run before. The demo has a test itself."""
-    monkeypatch.chdir(tmp_path)
-    assert main.main(["check-data", "--config=data:smoke"]) == 0
-    before = {
-        "isstad": "--config.init_from=runs/mae",
-        "isstad_detector": "--config.backbone=run:runs/isstad",
-    }
-    configs = {n: loaded(n, "smoke") for n in NAMES if n not in ("data", "demo")}
-    for name in sorted(configs, key=lambda n: ("detector" in configs[n], n in before, n)):
-        argv = [
-            f"--config={name}:smoke",
-            f"--workdir=runs/{name}",
-            *filter(None, [before.get(name)]),
-        ]
-        path = tmp_path / "runs" / name
-        if "objective" in configs[name]:
-            assert main.main(["pretrain", *argv]) == 0, name
-            assert (path / "checkpoints" / "4").is_dir(), name
-        else:
-            assert main.main(["evaluate", *argv]) == 0, name
-            mean = json.loads((path / "results.json").read_text())["mean"]
-            assert 0 <= mean["pixel_auroc"] <= 1, name
+def run(name, folder):
+    """The smoke run of a config, and before it the one that it begins with."""
+    path, config = folder / "runs" / name, loaded(name, "smoke")
+    if path.exists():
+        return
+    before, flag = BEFORE.get(name, (None, None))
+    if before:
+        run(before, folder)
+    argv = [f"--config={name}:smoke", f"--workdir=runs/{name}", *filter(None, [flag])]
+    if name == "data":
+        assert main.main(["check-data", argv[0]]) == 0
+    elif "objective" in config:
+        assert main.main(["pretrain", *argv]) == 0
+        assert (path / "checkpoints" / "4").is_dir()
+    else:
+        assert main.main(["evaluate", *argv]) == 0
+        mean = json.loads((path / "results.json").read_text())["mean"]
+        assert 0 <= mean["pixel_auroc"] <= 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n != "demo"],
+)
+def test_every_smoke_runs(name, quick, folder, monkeypatch):
+    """The demo has a test of its own."""
+    monkeypatch.chdir(folder)
+    run(name, folder)

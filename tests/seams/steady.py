@@ -59,5 +59,4 @@ CASE = Case(
     collectives=queue.CASE.collectives,
     summed=4.0,
     gradient=1e-3,
-    long_compile=True,
 )

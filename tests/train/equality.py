@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsad.core.mesh import place_batch, replicated
+from dsad.core.mesh import MeshConfig, make_mesh, place_batch, replicated
 from dsad.core.tree import flatten, path_name
 from dsad.train.state import TrainState, abstract_state
 from dsad.train.step import make_step
@@ -92,6 +92,15 @@ def one_step(name, mesh, min_size=MIN_SIZE, accumulate=1, rows=slice(None)):
     out = jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(out))
     chosen = {k: v for k, v in out["scalars"].items() if k.startswith("chosen")}
     return Found(out["scalars"]["loss"], flatten(out["grads"]), flatten(out["extra"]), chosen)
+
+
+def mesh_of(devices, fsdp=1):
+    return make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
+
+
+@functools.cache
+def stepped(name, devices, fsdp=1):
+    return one_step(name, mesh_of(devices, fsdp))
 
 
 def assert_equal(one, other, loss=1e-6, gradient=1e-4):

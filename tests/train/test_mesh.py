@@ -1,6 +1,5 @@
 """One step gives the same on every mesh, for every objective; sharding rules; accumulation."""
 
-import functools
 import subprocess
 import sys
 
@@ -10,35 +9,29 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dsad.core.errors import ConfigError
-from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.tree import flatten
 from dsad.launch_local import free_port
 from tests.contracts.objectives.common import cases
 from tests.helpers import ROOT, alone
-from tests.train.equality import MIN_SIZE, Found, assert_equal, one_step, parts, recorded
+from tests.train.equality import (
+    MIN_SIZE,
+    Found,
+    assert_equal,
+    mesh_of,
+    one_step,
+    parts,
+    recorded,
+    stepped,
+)
 
-#: (devices, fsdp); the one of the default run is the first.
-MESHES = [(4, 2), (2, 1), (2, 2), (4, 1), (8, 1), (8, 2), (8, 8)]
+#: (devices, fsdp); (8, 2) is the one of the contract.
+MESHES = [(2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 8)]
 SLOW = {"marks": pytest.mark.slow}
 
 
-def mesh_of(devices, fsdp=1):
-    return make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
-
-
-@functools.cache
-def stepped(name, devices, fsdp=1):
-    return one_step(name, mesh_of(devices, fsdp))
-
-
-@pytest.mark.parametrize(
-    ("name", "devices", "fsdp"),
-    [
-        pytest.param(name, *mesh, **(SLOW if mesh != MESHES[0] or case.long_compile else {}))
-        for name, _, case in cases().values()
-        for mesh in MESHES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize(("devices", "fsdp"), MESHES)
 def test_loss_and_gradients_are_those_of_one_device(name, devices, fsdp):
     """Hard choices (DS2's pairs) came out equal, so the rest can be compared."""
     tolerance = cases()[name].case.gradient

@@ -52,7 +52,6 @@ class Case:
       gradient: share of the largest gradient by which meshes may differ: more where a rectifier
         or a pool that is not ``recorded`` may choose otherwise. Views differ by 2e-6 between
         meshes; such noise on one device moves gradients of "steady" by 8e-4 of the largest.
-      long_compile: compared with other meshes in the slow run only.
 
     """
 
@@ -65,7 +64,6 @@ class Case:
     summed: float = 0.0
     own: tuple[str, ...] = ()
     gradient: float = 1e-4
-    long_compile: bool = False
 
 
 class Member(NamedTuple):

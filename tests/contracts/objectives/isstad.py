@@ -14,5 +14,4 @@ CASE = Case(
     # The one classifier is summed for each of the two blocks that it stands behind.
     summed=0.12,
     own=("encode",),
-    long_compile=True,
 )
