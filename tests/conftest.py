@@ -61,7 +61,7 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long files first; with DSAD_SLOW_PART=I/N only the I-th (from 0) of N parts of the slow tests.
+    """Long files first; with DSAD_SLOW_PART=I/N only the I-th (from 0) of N slow parts.
 
     Which part a test is in follows from its name.
     """

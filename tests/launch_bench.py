@@ -25,7 +25,7 @@ TOOLS = [
     "mktemp", "mv", "rm", "sed", "setsid", "sleep", "sort", "tail", "tar", "touch", "tr",
 ]  # fmt: skip
 SLICE = {"PROJECT": "my-project", "ZONE": "us-west4-b", "NAME": "ds2"}
-RUN = {**SLICE, "TOPOLOGY": "v5e:4x4", "WORKDIR": "gs://my bucket/ds2", "POLL": "0"}
+RUN = {**SLICE, "TOPOLOGY": "v5e:4x4", "WORKDIR": "gs://my bucket/ds2", "POLL": "0.1"}
 #: Arguments that every shell on the way has to leave alone.
 HARD = ["--config.objective.layers=('layer3', 'layer4')", "--config.data.root=~/a b/$HOME/*"]
 
