@@ -37,7 +37,6 @@ def get_config(variants: str = ""):
     config = default_config("gde")
     config.backbone = "patches:32/4:resnet18"
     config.evaluation.image_size = 256
-    config.evaluation.sigma = 0.0
     config.evaluation.batch_size = 8
     return apply_variants(config, variants, VARIANTS, __file__)
 

@@ -36,7 +36,6 @@ KEYS = ("q", "a", "b")
 def get_config(variants: str = ""):
     config = default_config("isstad")
     config.evaluation.image_size = 0  # that of the run: 224 as published
-    config.evaluation.sigma = 0.0
     return apply_variants(config, variants, VARIANTS, __file__)
 
 

@@ -20,5 +20,4 @@ def get_config(variants: str = ""):
     config = default_config("protoad")
     config.evaluation.image_size = 224
     config.evaluation.align_corners = False
-    config.evaluation.sigma = 4.0
     return apply_variants(config, variants, {"smoke": smoke_evaluation}, __file__)

@@ -19,7 +19,6 @@ from dsad.evaluation.localize import (
     EvalConfig,
     Results,
     check_labels,
-    check_smoothing,
     localize,
     write_results,
 )
@@ -106,7 +105,6 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
     """Load everything that can be refused, before a directory is touched."""
     cfg, detector = parse(config)
     _check_patches(cfg.backbone, detector)
-    check_smoothing(detector, cfg.evaluation)
     dataset = dataset or datasets.loaded(data_config(cfg), out)
     if isinstance(dataset.source("train"), CanvasSource):
         raise ConfigError(

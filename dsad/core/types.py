@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -333,12 +333,16 @@ def silent(done: int, total: int, message: str) -> None:
 class DetectorTraits:
     """What sets a detector apart from the others, for whoever evaluates it.
 
-    ``smooths``: its maps come smoothed, so that it must not be done again. ``patches``: SIZE/STRIDE
-    of the patches that its maps are laid out for, as in a backbone's name; empty for any features.
+    ``patches``: SIZE/STRIDE of the patches that its maps are laid out for, as in a backbone's name;
+    empty for any features. ``sigma``: of the Gaussian that its maps still need, in pixels of the
+    network's input. ``image_score``: its "method"'s own, or of the smoothed map the "max" or, with
+    "top", the mean of the ``image_share`` highest pixels.
     """
 
-    smooths: bool = False
     patches: str = ""
+    sigma: float = 0.0
+    image_score: Literal["method", "max", "top"] = "method"
+    image_share: float = 0.01
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from dsad.core import hosts, rng
-from dsad.core.config import listed
+from dsad.core.config import Settings, field, listed
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Tree
 from dsad.ops.neighbors import pad_bank
@@ -22,9 +22,22 @@ from dsad.ops.resize import match_grid, neighbourhood_mean
 C = TypeVar("C", bound=Any)
 
 
+class DetectorConfig(Settings, place="detector"):
+    """What every detector can be told of its maps, once they are as large as the network's input.
+
+    ``sigma``: of the Gaussian on them, in pixels, cut at four of it; 0 leaves it out.
+    ``image_score``: "method" as the detector defines it, "max" of the smoothed map, or "top", the
+    mean of the ``image_share`` of its pixels with the highest scores.
+    """
+
+    sigma: float = field(4.0, at_least=0)
+    image_score: Literal["method", "max", "top"] = "method"
+    image_share: float = field(0.01, above=0, at_most=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class FeatureDetector(abc.ABC, Generic[C]):
-    """A detector with a config that names its layers; without traits unless it says so."""
+    """A detector with a config that names its layers; its traits are what the config says."""
 
     config: C
 
@@ -35,8 +48,11 @@ class FeatureDetector(abc.ABC, Generic[C]):
 
     @property
     def traits(self) -> DetectorTraits:
-        """Nothing that sets it apart."""
-        return DetectorTraits()
+        """How its maps are smoothed and summed up."""
+        cfg = self.config
+        return DetectorTraits(
+            sigma=cfg.sigma, image_score=cfg.image_score, image_share=cfg.image_share
+        )
 
     def fit(
         self,

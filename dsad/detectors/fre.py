@@ -14,10 +14,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from dsad.core.config import Settings, field
+from dsad.core.config import field
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import Cells, FeatureDetector, select
+from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, select
 from dsad.ops.neighbors import bucket
 from dsad.ops.resize import resize_maps
 
@@ -29,7 +29,7 @@ COLUMNS = 8192
 FLOOR = 1e-10
 
 
-class Config(Settings, place="detector"):
+class Config(DetectorConfig):
     """Which features are reconstructed, and from how many axes.
 
     ``layers``: feature maps, each with a subspace of its own. ``mode``: "image" takes a whole map
@@ -42,6 +42,7 @@ class Config(Settings, place="detector"):
     """
 
     layers: tuple[str, ...] = field(("layer3",), distinct=True, filled=True)
+    sigma: float = field(0.0, at_least=0)
     mode: Literal["image", "patch"] = "image"
     pool: int = field(2, at_least=1)
     variance: float = field(0.97, above=0, at_most=1)

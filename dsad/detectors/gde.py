@@ -7,6 +7,7 @@ distance, and a transposed convolution turns patch scores into pixels. In princi
 covariance is diagonal, so nothing is inverted: score² = Σ z² / ((1 - s) λ + s μ).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,17 +17,17 @@ from jax import lax
 from jax.sharding import Mesh
 
 from dsad.core import rng
-from dsad.core.config import Refused, Settings, field
+from dsad.core.config import Refused, field
 from dsad.core.errors import DataError
 from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import Cells, FeatureDetector, joined
+from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, joined
 from dsad.ops import gaussian, similarity
 
 #: Rows whose moments are taken at once.
 ROWS = 2**14
 
 
-class Config(Settings, place="detector"):
+class Config(DetectorConfig):
     """How patches are modelled and how their scores become a map.
 
     ``layers``: embeddings to concatenate; the result is brought to unit length. ``per_position``:
@@ -43,6 +44,7 @@ class Config(Settings, place="detector"):
     """
 
     layers: tuple[str, ...] = field(("layer4",), distinct=True, filled=True)
+    sigma: float = field(0.0, at_least=0)
     per_position: bool = True
     components: int = field(200, at_least=0)
     images: int = field(350, at_least=0)
@@ -69,7 +71,8 @@ class Gde(FeatureDetector[Config]):
     @property
     def traits(self) -> DetectorTraits:
         """The patches that its maps are laid out for."""
-        return DetectorTraits(patches=f"{self.config.patch}/{self.config.stride}")
+        patches = f"{self.config.patch}/{self.config.stride}"
+        return dataclasses.replace(super().traits, patches=patches)
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Unit vectors (b, gh, gw, d) of the joined layers."""

@@ -18,7 +18,7 @@ before the mean, which a Gaussian with mirrored borders leaves as it is. As n is
 every image, normal ones included, these pixel maps compare less well across images than scores do.
 """
 
-import math
+import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
@@ -26,24 +26,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dsad.core.config import Refused, Settings, field, listed
+from dsad.core.config import Refused, field, listed
 from dsad.core.errors import ConfigError
 from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import FeatureDetector, select
-from dsad.ops.resize import gaussian_smooth
+from dsad.detectors._features import DetectorConfig, FeatureDetector, select
+from dsad.ops.resize import gaussian_smooth, top_count
 
 #: A further map of the network, shown in reports beside the two that are scored.
 RECONSTRUCTION = "reconstruction"
 
 
-class Config(Settings, place="detector"):
+class Config(DetectorConfig):
     """Which published scores, and their constants.
 
     ``layers``: the maps of probabilities and of errors, in this order. ``pixel``, ``image``: see
     above. ``alpha``: weight of the probabilities in "alpha". ``q``, ``a``, ``b``: share of pixels
     and exponents of "weighted"; ``exponents`` holds rows (category, q, a, b) for categories with
-    their own. ``sigma``: of the Gaussian in pixels of the maps, cut at four of it, borders mirrored
-    with the edge pixel repeated; 0 leaves it out. ``scale``: factor on the map of "product".
+    their own. ``sigma``: of G, on maps as large as the input. ``scale``: factor on the map of
+    "product".
     """
 
     layers: tuple[str, str] = field(("probability", "error"), distinct=True)
@@ -54,7 +54,6 @@ class Config(Settings, place="detector"):
     a: float = field(1.0, at_least=0)
     b: float = field(1.0, at_least=0)
     exponents: tuple[tuple[str, float, float, float], ...] = ()
-    sigma: float = field(4.0, at_least=0)
     scale: float = field(1.0, above=0)
 
     def check(self) -> None:
@@ -76,8 +75,8 @@ class Isstad(FeatureDetector[Config]):
 
     @property
     def traits(self) -> DetectorTraits:
-        """Its maps come smoothed."""
-        return DetectorTraits(smooths=self.config.sigma > 0)
+        """Its maps come smoothed: the Gaussian is a part of its scores."""
+        return dataclasses.replace(super().traits, sigma=0.0)
 
     @property
     def panel_layers(self) -> tuple[str, ...]:
@@ -164,11 +163,6 @@ def to_unit_range(maps: jax.Array) -> jax.Array:
     low = jnp.min(maps, axis=(1, 2), keepdims=True)
     spread = jnp.max(maps, axis=(1, 2), keepdims=True) - low
     return jnp.where(spread > 0, (maps - low) / jnp.where(spread > 0, spread, 1), 0)
-
-
-def top_count(share: float, pixels: int) -> int:
-    """⌈share · pixels⌉, where a product that is whole but for rounding counts as whole."""
-    return max(1, math.ceil(round(share * pixels, 6)))
 
 
 def top_mean(maps: jax.Array, count: jax.Array) -> jax.Array:

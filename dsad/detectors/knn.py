@@ -11,14 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core import rng
-from dsad.core.config import Refused, Settings, field
+from dsad.core.config import Refused, field
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import FeatureDetector, Subset, bank_state, joined
+from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, bank_state, joined
 from dsad.ops.neighbors import Precision, nearest
 
 
-class Config(Settings, place="detector"):
+class Config(DetectorConfig):
     """Which features enter the bank and how distances become scores.
 
     ``layers``: feature maps to concatenate, on the grid of the first. ``neighbourhood``: side of

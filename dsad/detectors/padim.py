@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsad.core.config import Refused, Settings, field
+from dsad.core.config import Refused, field
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import FeatureDetector, joined
+from dsad.detectors._features import DetectorConfig, FeatureDetector, joined
 from dsad.ops import gaussian
 from dsad.ops.resize import resize_maps
 
@@ -28,7 +28,7 @@ from dsad.ops.resize import resize_maps
 MULTIPLE = 32
 
 
-class Config(Settings, place="detector"):
+class Config(DetectorConfig):
     """Which features are modelled, and how.
 
     ``layers``: maps to read, on the grid of the first. ``channels``: size of the random subset of

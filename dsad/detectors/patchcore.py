@@ -14,16 +14,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core import hosts, rng
-from dsad.core.config import Refused, Settings, field
+from dsad.core.config import Refused, field
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import FeatureDetector, bank_state, on_one_grid, select
+from dsad.detectors._features import (
+    DetectorConfig,
+    FeatureDetector,
+    bank_state,
+    on_one_grid,
+    select,
+)
 from dsad.ops.coreset import budget_rows, greedy_coreset, kmeans_rows, random_rows
 from dsad.ops.neighbors import Precision, nearest
 from dsad.ops.resize import neighbourhood_mean
 
 
-class Config(Settings, place="detector"):
+class Config(DetectorConfig):
     """Which features enter the memory, which rows stay in it and how distances become scores.
 
     ``layers``: feature maps to use, on the grid of the first. ``neighbourhood``: side of the square
@@ -38,8 +44,9 @@ class Config(Settings, place="detector"):
     (published: 128; 0 compares the rows themselves). ``start``: the coreset begins with a random
     row, or by the published rule of ten (``greedy_coreset``).
 
-    ``score``: "distance" (paper) or "squared" (published code). ``image_score``: "max" of the map,
-    or "reweighted" by how unusual the nearest row is among its ``neighbours`` (paper, eq. 7).
+    ``score``: "distance" (paper) or "squared" (published code). ``reweighted``: the image score,
+    the largest of the map, is weighted by how unusual the nearest row is among its ``neighbours``
+    (paper, eq. 7).
     ``precision`` of the search: "exact", or "certified", which finds the same rows faster where the
     hardware multiplies bfloat16 (``ops.neighbors.nearest``).
     """
@@ -57,7 +64,7 @@ class Config(Settings, place="detector"):
     projection_dim: int = field(0, at_least=0)
     start: Literal["random", "published"] = "random"
     score: Literal["distance", "squared"] = "distance"
-    image_score: Literal["max", "reweighted"] = "max"
+    reweighted: bool = False
     neighbours: int = field(9, at_least=2)
     precision: Precision = "exact"
 
@@ -113,7 +120,7 @@ class PatchCore(FeatureDetector[Config]):
         distances = distances.reshape(shape[0], -1)
         values = jnp.square(distances) if self.config.score == "squared" else distances
         image = jnp.max(values, axis=1)
-        if self.config.image_score == "reweighted":
+        if self.config.reweighted:
             worst = jnp.argmax(distances, axis=1)[:, None]
             cell = jnp.take_along_axis(
                 queries.reshape(shape[0], -1, queries.shape[1]), worst[..., None], axis=1
@@ -141,7 +148,7 @@ class PatchCore(FeatureDetector[Config]):
         self, rows: np.ndarray, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> np.ndarray | jax.Array:
         bank = self._chosen(rows, mesh, key, progress) if len(rows) else rows
-        least = self.config.neighbours if self.config.image_score == "reweighted" else 1
+        least = self.config.neighbours if self.config.reweighted else 1
         if len(bank) < least:
             raise DataError(
                 f"detector patchcore: expected a bank of at least {least} feature rows of normal "

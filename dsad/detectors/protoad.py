@@ -14,15 +14,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core import rng
-from dsad.core.config import Settings, field
+from dsad.core.config import field
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import FeatureDetector, Subset, joined, per_image
+from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, joined, per_image
 from dsad.ops import finch
 from dsad.ops.neighbors import bucket, nearest
 
 
-class Config(Settings, place="detector"):
+class Config(DetectorConfig):
     """Which features are clustered, and how far.
 
     ``layers``: feature maps to concatenate, repeated onto the grid of the first and normalised

@@ -15,10 +15,10 @@ from jax import lax
 from jax.sharding import Mesh
 
 from dsad.core import rng
-from dsad.core.config import Settings, field
+from dsad.core.config import field
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
-from dsad.detectors._features import FeatureDetector, Subset, per_image, select
+from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, per_image, select
 from dsad.ops.neighbors import nearest
 from dsad.ops.resize import resize_maps
 
@@ -26,7 +26,7 @@ from dsad.ops.resize import resize_maps
 BUCKET = 64
 
 
-class Config(Settings, place="detector"):
+class Config(DetectorConfig):
     """Which features are compared, with how many images and cells.
 
     ``layers``: feature maps whose cells are compared, each with its own layer; the maps are

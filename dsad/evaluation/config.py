@@ -1,12 +1,11 @@
-"""How an evaluation measures: its config, and what of it a detector rules out."""
+"""How an evaluation measures."""
 
 from typing import Literal
 
 from dsad.core.config import Refused, Settings, field
-from dsad.core.errors import ConfigError
 from dsad.core.paths import is_remote
-from dsad.core.types import Detector
 from dsad.evaluation import metrics
+from dsad.evaluation.preprocessing import Preprocessing
 
 
 class EvalConfig(Settings, place="evaluation"):
@@ -16,8 +15,6 @@ class EvalConfig(Settings, place="evaluation"):
     image_size: int = field(224, at_least=0)
     #: Images per device step over the whole mesh; rounded up to a multiple of its devices.
     batch_size: int = field(32, at_least=1)
-    #: Standard deviation of the Gaussian on the upsampled map, in pixels at ``image_size``.
-    sigma: float = field(4.0, at_least=0)
     #: Cell centres (False) or corner cells (True) are placed at the border when upsampling.
     align_corners: bool = False
     #: AUPRO integrates up to this false-positive rate; 0.05 is always measured as well.
@@ -44,6 +41,11 @@ class EvalConfig(Settings, place="evaluation"):
             raise Refused("feature_cache", "a folder of this machine", self.feature_cache)
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """From file pixels to the network's input and back."""
+        return Preprocessing(height=self.image_size, width=self.image_size)
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """The keys of one row of numbers; the last follow the limits."""
         kinds = ("auroc", "ap", "f1_max")
@@ -54,12 +56,3 @@ class EvalConfig(Settings, place="evaluation"):
     def fpr_limits(self) -> tuple[float, ...]:
         """The chosen limit, and the strict one of newer data sets."""
         return tuple(dict.fromkeys((self.fpr_limit, 0.05)))
-
-
-def check_smoothing(detector: Detector, config: EvalConfig) -> None:
-    """Refuse a second Gaussian on the maps of a detector that has one of its own."""
-    if config.sigma > 0 and detector.traits.smooths:
-        raise ConfigError(
-            "evaluation.sigma: this detector smooths its maps itself (detector.sigma); expected 0, "
-            f"found {config.sigma:g}. Set --config.evaluation.sigma=0."
-        )

@@ -30,7 +30,7 @@ def fetched(mesh: Mesh) -> NamedSharding:
 
 
 class Extractor:
-    """The feature maps ``layers`` of uint8 images of a side, as one program.
+    """The feature maps ``layers`` of uint8 images of a ``size`` (h, w), as one program.
 
     The backbone is asked for one that computes nothing else. One that is a pytree of arrays is an
     argument of the program, so its weights are no constants of it. ``then`` turns the maps into
@@ -40,11 +40,11 @@ class Extractor:
     def __init__(
         self,
         layers: Sequence[str],
-        side: int,
+        size: tuple[int, int],
         mesh: Mesh,
         then: Callable[[FeatureMaps], Any] | None = None,
     ) -> None:
-        self.layers, self.side, self.mesh, self.then = tuple(layers), side, mesh, then
+        self.layers, self.size, self.mesh, self.then = tuple(layers), size, mesh, then
         self._out = fetched(mesh) if then else batch_sharding(mesh)
         self._with_tree = jax.jit(self._forward, out_shardings=self._out)
 
@@ -53,7 +53,7 @@ class Extractor:
 
         Raises ConfigError, with all the maps that it has, for a layer that it does not have.
         """
-        images = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.float32)
+        images = jax.ShapeDtypeStruct((1, *self.size, 3), jnp.float32)
         maps = jax.eval_shape(backbone, images)
         if missing := [n for n in self.layers if n not in maps]:
             raise ConfigError(
@@ -75,7 +75,7 @@ class Extractor:
 
     def shapes(self, batch: int) -> Any:
         """Shapes and dtypes of what so many images give."""
-        images = jax.ShapeDtypeStruct((batch, self.side, self.side, 3), jnp.uint8)
+        images = jax.ShapeDtypeStruct((batch, *self.size, 3), jnp.uint8)
         return jax.eval_shape(self._run, images)
 
     def fingerprint(self) -> str:
@@ -95,7 +95,7 @@ class Extractor:
             )
         leaves = jax.tree_util.tree_leaves_with_path(self._network)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._network)
-        images = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.uint8)
+        images = jax.ShapeDtypeStruct((1, *self.size, 3), jnp.uint8)
         # Unused arguments are kept, so that it is clear which weights the others are.
         program = jax.jit(self._forward, keep_unused=True).lower(shapes, images).as_text()
         device = self.mesh.devices.flat[0]

@@ -17,7 +17,7 @@ from dsad.core.rng import named
 from dsad.core.types import Backbone, Dataset, Detector, Progress, Source, Tree, silent
 from dsad.evaluation import maps, metrics, stamp, support, thresholds
 from dsad.evaluation import seeds as over_seeds
-from dsad.evaluation.config import EvalConfig, check_smoothing
+from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.hosts import ALONE
 from dsad.evaluation.report import gallery, panels
 from dsad.evaluation.results import Results, read_results, write_results
@@ -29,8 +29,7 @@ from dsad.evaluation.support import check_labels
 _PARTS = ("train", "held out", "test")
 
 __all__ = [
-    "EvalConfig", "Results", "check_labels", "check_smoothing", "localize", "read_results",
-    "write_results",
+    "EvalConfig", "Results", "check_labels", "localize", "read_results", "write_results",
 ]  # fmt: skip
 
 
@@ -77,7 +76,7 @@ def localize(
 
     Raises:
       ConfigError: an unknown category, a layer the backbone does not have, support sets that
-        cannot be drawn, a Gaussian for a detector with its own.
+        cannot be drawn.
       MetricError: labels of a category that leave a metric undefined, before any compute.
       DsadError: a fault that several processes found, or found differently, with all messages.
 
@@ -101,7 +100,6 @@ def localize(
     if config.save_maps != "none" and folder is None:
         raise ConfigError("evaluation.save_maps: a folder is needed to save anomaly maps in.")
     check_labels(dataset, chosen)
-    check_smoothing(detector, config)
     holdout = config.holdout if config.false_alarm_rate > 0 else 0
     sets = support.choose(dataset, chosen, shots=shots, seeds=seeds, holdout=holdout)
     protocol = {

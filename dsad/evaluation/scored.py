@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dsad.core.types import Source, Tree
-from dsad.evaluation.geometry import input_affine, to_original
 from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.maps import MapWriter
 from dsad.evaluation.scoring import HostBatch, Reader
@@ -119,10 +118,9 @@ def _originals(
     found: np.ndarray, host: HostBatch, numbers: Sequence[int], reader: Reader
 ) -> dict[int, np.ndarray]:
     """Maps on original pixels by the number of their image."""
-    size, made = reader.config.image_size, {}
-    for number, small, (height, width) in zip(numbers, found, host.shapes, strict=True):
-        made[number] = to_original(small, input_affine(height, width, size), height, width)
-    return made
+    back = reader.config.preprocessing.to_original
+    pairs = zip(numbers, found, host.shapes, strict=True)
+    return {number: back(small, shape) for number, small, shape in pairs}
 
 
 def _masks_on_main(

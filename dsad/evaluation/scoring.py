@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL
+from jax import lax
 from jax.sharding import Mesh
 
 from dsad.core.hosts import own_part, own_rows, put
@@ -18,6 +20,7 @@ from dsad.core.mesh import batch_sharding, replicated
 from dsad.core.types import (
     Backbone,
     Detector,
+    DetectorTraits,
     FeatureBatch,
     FeatureMaps,
     HasPanels,
@@ -29,9 +32,10 @@ from dsad.core.types import (
 from dsad.evaluation import stamp, stored
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.extract import Extractor, placed
-from dsad.evaluation.geometry import RESIZE, resize_image
 from dsad.evaluation.hosts import Hosts
+from dsad.evaluation.preprocessing import Preprocessing
 from dsad.ops import resize
+from dsad.ops.resize import top_count
 
 
 class HostBatch(NamedTuple):
@@ -59,14 +63,16 @@ class _Row(NamedTuple):
     found: stored.Found | None
 
 
-def _row(source: Source, index: int, side: int, store: stored.FeatureStore | None) -> _Row:
+def _row(
+    source: Source, index: int, into: Preprocessing, store: stored.FeatureStore | None
+) -> _Row:
     """Decode and resize an image, as far as nothing is known of it."""
     identity = stored.of_file(source, index) if store else None
     if store and identity and (found := store.find(identity)):
         mask = cast(KnownSource, source).annotation(index, found.shape)
         return _Row(None, found.shape, mask, found)
     sample = source[index]
-    image, shape = resize_image(sample.image, side), sample.image.shape[:2]
+    image, shape = into.to_input(sample.image), sample.image.shape[:2]
     found = None
     if store and not identity:
         identity = stored.of_pixels(image)
@@ -88,7 +94,8 @@ def batches(
     Each process decodes the rows that are to lie on its devices of the mesh. Images whose features
     are in the ``store`` may be left black, as nobody needs them.
     """
-    prepare = functools.partial(_row, source, side=config.image_size, store=store)
+    into = config.preprocessing
+    prepare = functools.partial(_row, source, into=into, store=store)
     ahead = batch + 2 * config.workers
     here, together = own_rows(mesh, batch), Hosts.of(mesh).together
     with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
@@ -107,7 +114,7 @@ def batches(
                 own = here & (index >= 0)
                 # A broken file is known to all before they wait for each other's features.
                 made = together(lambda own=own: [following() for _ in range(own.sum())])
-                images = np.zeros((batch, config.image_size, config.image_size, 3), np.uint8)
+                images = np.zeros((batch, *into.size, 3), np.uint8)
                 for row, at in zip(made, np.flatnonzero(own), strict=True):
                     if row.image is not None:
                         images[at] = row.image
@@ -117,6 +124,20 @@ def batches(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def finished(
+    traits: DetectorTraits, size: tuple[int, int], align_corners: bool, scores: Scores
+) -> Scores:
+    """Scores with maps (b, *size): upsampled, smoothed, and summed up as the traits say."""
+    maps = resize.resize_maps(scores.map, size, align_corners=align_corners)
+    maps = resize.gaussian_smooth(maps, traits.sigma) if traits.sigma > 0 else maps
+    if traits.image_score == "method":
+        return Scores(map=maps, image=scores.image)
+    pixels = size[0] * size[1]
+    count = top_count(traits.image_share, pixels) if traits.image_score == "top" else 1
+    highest, _ = lax.top_k(maps.reshape(-1, pixels), count)
+    return Scores(map=maps, image=jnp.mean(highest, axis=1))
 
 
 class Device:
@@ -133,18 +154,13 @@ class Device:
         self.mesh = mesh
         self.batch = -(-config.batch_size // mesh.size) * mesh.size
         self.layers = tuple(detector.layers)
-        side = (config.image_size, config.image_size)
-
-        def finish(cells: jax.Array) -> jax.Array:
-            maps = resize.resize_maps(cells, side, align_corners=config.align_corners)
-            return resize.gaussian_smooth(maps, config.sigma) if config.sigma > 0 else maps
-
+        self.preprocessing = config.preprocessing
         several = mesh if mesh.size > 1 else None
         self._score = jax.jit(functools.partial(detector.score, mesh=several))
-        self._finish = jax.jit(
-            lambda scores: Scores(map=finish(scores.map), image=scores.image),
-            out_shardings=batch_sharding(mesh),
+        finish = functools.partial(
+            finished, detector.traits, self.preprocessing.size, config.align_corners
         )
+        self._finish = jax.jit(finish, out_shardings=batch_sharding(mesh))
         self.hosts = Hosts.of(mesh)
         self.folder = config.feature_cache
         self.store: stored.FeatureStore | None = None
@@ -153,11 +169,11 @@ class Device:
         self.from_store: dict[str, dict[str, bool]] = {}
         #: Whether those of the latest batch all were.
         self.all_stored = False
-        self._features = Extractor(self.layers, config.image_size, mesh)
+        self._features = Extractor(self.layers, self.preprocessing.size, mesh)
         self._panels: Extractor | None = None
         if config.gallery > 0 and isinstance(detector, HasPanels):
             self._panels = Extractor(
-                detector.panel_layers, config.image_size, mesh, detector.panels
+                detector.panel_layers, self.preprocessing.size, mesh, detector.panels
             )
         self.use(backbone)
 
@@ -175,8 +191,9 @@ class Device:
     def _opened(self, extractor: Extractor, about: dict[str, Any]) -> stored.FeatureStore | None:
         if not self.folder:
             return None
-        about = {**about, "layers": extractor.layers, "image_size": extractor.side}
-        text = f"{stored.FORMAT} {RESIZE} {PIL.__version__} {extractor.fingerprint()}"
+        preprocessing = self.preprocessing.describe()
+        about = {**about, "layers": extractor.layers, "preprocessing": preprocessing}
+        text = f"{stored.FORMAT} {preprocessing} {PIL.__version__} {extractor.fingerprint()}"
         name = hashlib.sha256(text.encode()).hexdigest()
         return stored.FeatureStore(self.folder, name, about)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dsad
-from dsad.core.types import Backbone, Dataset, Detector, Record
+from dsad.core.types import Backbone, Dataset, Detector, DetectorTraits, Record
 
 #: Fields that may differ between comparable numbers: what is compared, and when and by what.
 IGNORED = (
@@ -149,9 +149,7 @@ def make_stamp(
         "model": "one per category",
         "support": "all training images",
         "thresholds": "none",
-        "image_size": config.image_size,
-        "resize": "Pillow bilinear with antialiasing on uint8 RGB, aspect ratio not kept, "
-        "larger and smaller images alike",
+        "preprocessing": config.preprocessing.describe(),
         "colour": "8-bit values as stored, taken as sRGB: no profile, gamma or EXIF rotation "
         "applied; grey repeated to three channels",
         "pixels": "original",
@@ -164,9 +162,9 @@ def make_stamp(
         "precision": "average precision (step sum, no trapezoid)",
         "detector": describe_detector(detector),
         "layers": list(detector.layers),
-        "image_score": "the detector's",
+        "image_score": _image_score(detector.traits),
         "upsampling": "bilinear, " + ("aligned corners" if config.align_corners else "half-pixel"),
-        "smoothing": {"gaussian_sigma_px": config.sigma, "at_image_size": config.image_size},
+        "smoothing": {"gaussian_sigma_px": detector.traits.sigma},
         "backbone": describe_backbone(backbone),
         "seed": key_data(key),
         "code": code_version(),
@@ -178,6 +176,14 @@ def make_stamp(
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         stamp[field] = plain({**old, **value}) if both else plain(value)  # type: ignore[dict-item]
     return stamp
+
+
+def _image_score(traits: DetectorTraits) -> str:
+    if traits.image_score == "method":
+        return "the detector's"
+    if traits.image_score == "max":
+        return "largest of the smoothed map at input size"
+    return f"mean of the highest {traits.image_share:g} of the smoothed map at input size"
 
 
 def flat(stamp: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Resampling and smoothing of maps and feature grids: small fixed matrices, one per axis."""
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -166,3 +167,8 @@ def _float(values: jax.Array, rank: int, what: str) -> jax.Array:
 def _check_size(size: Size) -> None:
     if len(size) != 2 or min(size) < 1:
         raise ConfigError(f"size: expected (height, width) of at least 1, found {size}.")
+
+
+def top_count(share: float, pixels: int) -> int:
+    """⌈share · pixels⌉, where a product that is whole but for rounding counts as whole."""
+    return max(1, math.ceil(round(share * pixels, 6)))

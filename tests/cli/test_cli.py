@@ -185,7 +185,7 @@ SMALL = (
     "--config.data.synthetic.size=32", "--config.data.synthetic.train=6",
     "--config.data.synthetic.good=2", "--config.data.synthetic.bad=1",
     "--config.evaluation.image_size=32", "--config.data.name=synthetic",
-    "--config.detector.layers=('layer1',)", "--config.evaluation.sigma=1.0",
+    "--config.detector.layers=('layer1',)", "--config.detector.sigma=1.0",
 )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def test_the_bank_depends_on_the_key_and_the_size_on_the_budget():
 
 
 def test_search_split_over_a_mesh(devices):
-    detector, test = made("patchcore", bank="random", image_score="reweighted"), maps_of(1, 8)
+    detector, test = made("patchcore", bank="random", reweighted=True), maps_of(1, 8)
     mesh = make_mesh(MeshConfig(), devices)
     state = detector.fit(Batches(maps_of(0, 6)), **ALONE | {"mesh": mesh})
     alone = detector.fit(Batches(maps_of(0, 6)), **ALONE)
@@ -100,7 +100,7 @@ def test_refuses_bad_configurations():
     ]:
         with pytest.raises(ConfigError, match=message):
             made("patchcore", **config)
-    small = made("patchcore", bank="random", bank_rows=4, image_score="reweighted")
+    small = made("patchcore", bank="random", bank_rows=4, reweighted=True)
     with pytest.raises(DataError, match="at least 9 feature rows.*found 4 of 180"):
         small.fit(Batches(maps_of(0, 6)), **ALONE)
     with pytest.raises(ConfigError, match="nothing to train"):

@@ -97,7 +97,7 @@ class Backbone(Plain):
 DETECTORS = {
     "knn": {"k": 2},
     "knn-sampled": {"bank_rows": 100},
-    "patchcore": {"image_score": "reweighted", "neighbours": 3},
+    "patchcore": {"reweighted": True, "neighbours": 3},
     "patchcore-kmeans": {"bank": "kmeans", "bank_rows": 20, "score": "squared"},
     "patchcore-published": {"start": "published", "projection_dim": 8, "bank_rows": 30},
     "padim": {"channels": 10},
@@ -128,10 +128,9 @@ def evaluated(case, folder, broken="", devices=None):
         options["feature_cache"] = str(folder.parent / "features")
     several = {k: options.pop(k) for k in ("seeds", "pooled", "shots") if k in options}
     module = resolve("detectors", name.partition("-")[0])
-    detector = module.build(module.Config(**DETECTORS[name]))
+    detector = module.build(module.Config(**{"sigma": 1.0, **DETECTORS[name]}))
     config = EvalConfig(
         image_size=32, batch_size=4, workers=2, gallery=3,
-        sigma=0.0 if name == "isstad" else 1.0,
         method="streaming" if way == "streaming" else "exact", **options,
     )  # fmt: skip
     weights = np.random.default_rng(0).normal(size=(3, 16))

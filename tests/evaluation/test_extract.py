@@ -32,7 +32,7 @@ class Choosy(Pooled):
 
 def run(backbone, *layers):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    config = EvalConfig(image_size=48, batch_size=4, sigma=1.0, workers=2)
+    config = EvalConfig(image_size=48, batch_size=4, workers=2)
     detector = Distance(layers=layers)
     return localize(backbone, detector, Planted(), config, mesh=mesh, key=jax.random.key(3))
 
@@ -54,8 +54,8 @@ def test_maps_continue_in_the_same_program():
     for count in (1, 8):
         mesh = make_mesh(MeshConfig(), jax.devices()[:count])
         plain, summed = (
-            Extractor(("grey",), 48, mesh),
-            Extractor(("grey",), 48, mesh, lambda maps: {"sum": maps["grey"].sum((1, 2, 3))}),
+            Extractor(("grey",), (48, 48), mesh),
+            Extractor(("grey",), (48, 48), mesh, lambda maps: {"sum": maps["grey"].sum((1, 2, 3))}),
         )
         for extractor in (plain, summed):
             extractor.use(Choosy())

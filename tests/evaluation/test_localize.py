@@ -15,9 +15,10 @@ from sklearn import metrics as oracle
 from dsad.core.errors import ConfigError, DataError, MetricError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import DetectorTraits, Record, Sample, Scores
-from dsad.evaluation import geometry
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
+from dsad.evaluation.preprocessing import Preprocessing
 from dsad.evaluation.report import gallery
+from dsad.evaluation.scoring import finished
 from tests.backbones import Plain
 
 NUMBERS = {
@@ -103,7 +104,8 @@ class Distance:
 
     layers: tuple[str, ...] = ("colour",)
     power: float = 1.0
-    traits = DetectorTraits()
+    sigma: float = 1.0
+    traits = property(lambda self: DetectorTraits(sigma=self.sigma))
     config = property(lambda self: self)
 
     def fit(self, source, *, mesh, key, progress, trained=None):
@@ -127,7 +129,7 @@ class Distance:
 
 def run(dataset=None, devices=1, mesh=None, **config):
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:devices])
-    settings = {"image_size": 48, "batch_size": 4, "sigma": 1.0, "workers": 2} | config
+    settings = {"image_size": 48, "batch_size": 4, "workers": 2} | config
     return localize(
         Pooled(),
         Distance(),
@@ -207,10 +209,11 @@ def sampled(values, height, width):
 def test_a_peak_comes_back_to_its_original_pixel(row, column):
     image = np.zeros((60, 40, 3), np.uint8)
     image[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = 255
-    small = geometry.resize_image(image, 224)[..., 0].astype(np.float32)
-    affine = geometry.input_affine(60, 40, 224)
+    preprocessing = Preprocessing(height=224, width=200)
+    small = preprocessing.to_input(image)[..., 0].astype(np.float32)
+    assert small.shape == preprocessing.size
     # A map that is blurred at network input, as a real one is.
-    back = geometry.to_original(ndimage.gaussian_filter(small, 3.0), affine, 60, 40)
+    back = preprocessing.to_original(ndimage.gaussian_filter(small, 3.0), (60, 40))
     peak = np.unravel_index(back.argmax(), back.shape)
     assert back.shape == (60, 40)
     assert max(abs(peak[0] - row), abs(peak[1] - column)) <= 1
@@ -220,15 +223,15 @@ def test_a_perfect_map_is_perfect_on_original_pixels():
     mask = np.zeros((60, 40), bool)
     mask[21:37, 8:15] = True
     image = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, -1)
-    small = geometry.resize_image(image, 240)[..., 0]
-    back = geometry.to_original(small, geometry.input_affine(60, 40, 240), 60, 40)
+    preprocessing = Preprocessing(height=240, width=240)
+    back = preprocessing.to_original(preprocessing.to_input(image)[..., 0], (60, 40))
     assert oracle.roc_auc_score(mask.ravel(), back.ravel()) == 1.0
     assert np.array_equal(back > 127, mask)
 
 
 def test_to_original_matches_scipy_when_shrinking_too():
     values = np.random.default_rng(0).normal(size=(50, 50))
-    back = geometry.to_original(values, geometry.input_affine(33, 90, 50), 33, 90)
+    back = Preprocessing(height=50, width=50).to_original(values, (33, 90))
     np.testing.assert_allclose(back, sampled(values, 33, 90), atol=1e-5)
 
 
@@ -310,7 +313,7 @@ def test_missing_layer_and_category_list_what_exists():
     with pytest.raises(ConfigError, match=r"cup not in planted, which has: disc"):
         localize(Pooled(), Distance(), Planted(), config, categories=["cup"], **given)
     with pytest.raises(DataError, match=r"uint8"):
-        geometry.resize_image(np.zeros((4, 4, 3), np.float32), 8)
+        Preprocessing(height=8, width=8).to_input(np.zeros((4, 4, 3), np.float32))
 
 
 def test_progress_reaches_the_total():
@@ -413,9 +416,26 @@ def test_what_a_training_detector_learned_reaches_its_fit():
         Pooled(),
         Trained(),
         Planted(categories=("disc", "ring")),
-        EvalConfig(image_size=48, batch_size=4, sigma=1.0, workers=2),
+        EvalConfig(image_size=48, batch_size=4, workers=2),
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
         key=jax.random.key(3),
         train=train,
     )
     assert calls == [("Trained", "disc"), ("Trained", "ring")]
+
+
+@pytest.mark.parametrize("image_score", ["max", "top"])
+def test_the_image_score_is_of_the_smoothed_map_if_asked(image_score):
+    """Against scipy's Gaussian on the map that the plain run gives."""
+    cells = np.random.default_rng(2).uniform(size=(3, 6, 5)).astype(np.float32)
+    traits = DetectorTraits(sigma=1.5, image_score=image_score, image_share=0.05)
+    scores = Scores(map=jnp.asarray(cells), image=jnp.zeros(3))
+    given = (traits, (24, 20), False)
+    maps, image = jax.jit(finished, static_argnums=(0, 1, 2))(*given, scores)
+    plain = finished(DetectorTraits(), (24, 20), False, scores)
+    np.testing.assert_array_equal(plain.image, 0)
+    for one, smoothed, score in zip(np.float64(plain.map), maps, image, strict=True):
+        expected = ndimage.gaussian_filter(one, 1.5, mode="reflect")
+        np.testing.assert_allclose(smoothed, expected, atol=1e-5)
+        count = 1 if image_score == "max" else 24  # of 480
+        assert score == pytest.approx(np.sort(expected.ravel())[-count:].mean(), abs=1e-5)

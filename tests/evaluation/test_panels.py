@@ -14,8 +14,8 @@ import pytest
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.detectors import isstad
-from dsad.evaluation.geometry import resize_image
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
+from dsad.evaluation.preprocessing import Preprocessing
 from dsad.evaluation.report import panels
 from dsad.evaluation.report.page import write_report
 from tests.backbones import Plain, static
@@ -37,7 +37,7 @@ class Maps(Plain):
 
 
 DATA = Planted(categories=("disc", "ring"))
-CONFIG = EvalConfig(image_size=48, batch_size=8, sigma=0.0, workers=1, gallery=3)
+CONFIG = EvalConfig(image_size=48, batch_size=8, workers=1, gallery=3)
 
 
 def run(backbone, detector, devices=1, config=CONFIG):
@@ -54,13 +54,13 @@ def detector():
 def folder(detector, tmp_path_factory):
     root = tmp_path_factory.mktemp("panels")
     write_results(run(Maps(), detector), root / "maps")
-    write_results(run(Pooled(), Distance()), root / "plain")
+    write_results(run(Pooled(), Distance(sigma=0.0)), root / "plain")
     return root
 
 
 def excess(sample):
     """What the network sees of a sample."""
-    small = resize_image(sample.image, 48) / 255
+    small = Preprocessing(height=48, width=48).to_input(sample.image) / 255
     return small, small.max(-1) - small.min(-1)
 
 
@@ -96,7 +96,7 @@ def test_no_gallery_no_panels(detector):
     class Without(Maps):
         names = ("probability", "error")
 
-    config = EvalConfig(image_size=48, batch_size=8, sigma=0.0, workers=1, gallery=0)
+    config = EvalConfig(image_size=48, batch_size=8, workers=1, gallery=0)
     assert panels.names(run(Without(), detector, config=config).gallery) == []
     with pytest.raises(ConfigError, match="no feature map reconstruction; it has: error, proba"):
         run(Without(), detector)

@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("runs")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    config = EvalConfig(image_size=48, sigma=1.0, workers=1)
+    config = EvalConfig(image_size=48, workers=1)
     dataset = Planted(categories=("disc", "tile & co"), strength=9)
     found = {}
     for name, backbone in (("all", Pooled()), ("blue", Blue(arch="blue <only> $x_1$"))):
@@ -176,7 +176,7 @@ def test_images_that_one_run_localizes_better(runs):
 def test_seeds_and_thresholds_are_on_the_page(tmp_path):
     found = localize(
         Pooled(), Distance(), Planted(strength=9),
-        EvalConfig(image_size=48, sigma=1.0, workers=1, false_alarm_rate=0.2, holdout=2),
+        EvalConfig(image_size=48, workers=1, false_alarm_rate=0.2, holdout=2),
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(0),
         shots=5, seeds=(0, 4),
     )  # fmt: skip

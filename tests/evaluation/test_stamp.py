@@ -31,10 +31,12 @@ def test_the_stamp_holds_the_protocol_and_is_json():
     assert mark["dataset"]["name"] == "planted"
     assert len(mark["dataset"]["records_sha256"]) == 64
     assert (mark["pixels"], mark["normals"], mark["connectivity"]) == ("original", "included", 8)
-    assert (mark["fpr_limit"], mark["image_size"]) == (0.3, 224)
-    assert mark["detector"]["config"] == {"layers": ["colour"], "power": 1.0}
+    assert mark["fpr_limit"] == 0.3
+    known = {"method": "stretched", "height": 224, "width": 224}
+    assert known.items() <= mark["preprocessing"].items()
+    assert mark["detector"]["config"] == {"layers": ["colour"], "power": 1.0, "sigma": 1.0}
     assert mark["backbone"] == {"arch": "plain", "weights": "none"}
-    assert mark["smoothing"] == {"gaussian_sigma_px": 4.0, "at_image_size": 224}
+    assert mark["smoothing"] == {"gaussian_sigma_px": 1.0}
     assert mark["code"]["dsad"]
     assert mark["jax"] == jax.__version__
     assert mark["seed"] == [0, 0]
@@ -57,10 +59,14 @@ def test_every_change_of_meaning_is_named():
 
     assert names(detector=Distance(power=2.0)) == ["detector.config.power"]
     assert names(config=EvalConfig(fpr_limit=0.05)) == ["fpr_limit"]
-    assert names(config=EvalConfig(sigma=2.0)) == ["smoothing.gaussian_sigma_px"]
+    smoothed = ["detector.config.sigma", "smoothing.gaussian_sigma_px"]
+    assert names(detector=Distance(sigma=2.0)) == smoothed
     assert names(config=EvalConfig(align_corners=True)) == ["upsampling"]
     assert names(config=EvalConfig(batch_size=8, workers=1)) == []
-    assert names(config=EvalConfig(image_size=96)) == ["image_size", "smoothing.at_image_size"]
+    assert names(config=EvalConfig(image_size=96)) == [
+        "preprocessing.height",
+        "preprocessing.width",
+    ]
     assert names(dataset=Planted(good=4)) == ["dataset.records_sha256"]
     assert names(extra="field") == ["extra"]
     line = stamp.differences(made(), made(extra="field"))[0]

@@ -69,10 +69,10 @@ def run(
     shots=0, pooled=False, **config,
 ):  # fmt: skip
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    settings = {"image_size": 16, "batch_size": 4, "sigma": 0.0, "workers": 2, "gallery": 3}
+    settings = {"image_size": 16, "batch_size": 4, "workers": 2, "gallery": 3}
     cache = {"feature_cache": str(folder) if folder else ""}
     return localize(
-        backbone, detector or Distance(), dataset or Planted(),
+        backbone, detector or Distance(sigma=0.0), dataset or Planted(),
         EvalConfig(**{**settings, **cache, **config}), mesh=mesh, key=jax.random.key(3),
         progress=progress, seeds=seeds, shots=shots, pooled=pooled,
     )  # fmt: skip
@@ -216,7 +216,7 @@ def test_whatever_changes_a_value_changes_the_fingerprint():
         )  # fmt: skip
         backbone = Patches(encoder=backbone, size=8, stride=wrapped) if wrapped else backbone
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        extractor = Extractor((layer,), side, mesh)
+        extractor = Extractor((layer,), (side, side), mesh)
         extractor.use(backbone)
         return extractor.fingerprint()
 

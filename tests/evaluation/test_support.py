@@ -11,10 +11,13 @@ import pytest
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Scores
-from dsad.evaluation import geometry, scoring, stamp, support
+from dsad.evaluation import scoring, stamp, support
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
+from dsad.evaluation.preprocessing import Preprocessing
 from tests.backbones import Plain
 from tests.evaluation.test_localize import Distance, Planted, Pooled
+
+INPUT = Preprocessing(height=48, width=48)
 
 PATHS = [f"c/train/good/{i:03d}.png" for i in range(40)]
 
@@ -32,7 +35,7 @@ class Shuffled(Planted):
 def run(dataset=None, detector=None, devices=1, mesh=None, **given):
     names = EvalConfig.__dataclass_fields__
     config = {n: given.pop(n) for n in list(given) if n in names}
-    settings = {"image_size": 48, "batch_size": 4, "sigma": 1.0, "workers": 2} | config
+    settings = {"image_size": 48, "batch_size": 4, "workers": 2} | config
     return localize(
         given.pop("backbone", None) or Pooled(), detector or Distance(),
         dataset or Planted(strength=9), EvalConfig(**settings),
@@ -226,11 +229,9 @@ def test_one_model_for_all_categories(devices):
     images = [
         dataset.source("train", c)[i].image for c, n in (("a", 3), ("b", 5)) for i in range(n)
     ]
-    centre = np.mean(
-        [((geometry.resize_image(x, 48) / 255 - 0.5) / 0.25).mean((0, 1)) for x in images], 0
-    )
+    centre = np.mean([((INPUT.to_input(x) / 255 - 0.5) / 0.25).mean((0, 1)) for x in images], 0)
     test = dataset.source("test", "b")
-    cells = (geometry.resize_image(test[7].image, 48) / 255 - 0.5) / 0.25
+    cells = (INPUT.to_input(test[7].image) / 255 - 0.5) / 0.25
     cells = cells.reshape(12, 4, 12, 4, 3).mean((1, 3))
     expected = np.linalg.norm(cells - centre, axis=-1).max()
     assert results.images["b"][7]["score"] == pytest.approx(expected, rel=1e-5)

@@ -72,7 +72,7 @@ def test_gde_variants(variant):
     config, _, _ = flags.Command("evaluate", "", config=f"configs/gde.py:{variant}").parse([])
     parsed, detector = evaluate.parse(config)
     assert parsed.backbone == "patches:32/4:resnet18"
-    assert (parsed.evaluation.image_size, parsed.evaluation.sigma) == (256, 0.0)
+    assert (parsed.evaluation.image_size, detector.config.sigma) == (256, 0.0)
     aligned = variant in ("mvtec_objects", "toothbrush")
     assert detector.config.per_position == aligned
     expected = {"toothbrush": 50}.get(variant, 200 if aligned else 500)

@@ -10,9 +10,9 @@ POOLED = {"pooling": "published", "level_dim": 9, "pooled_dim": 8}
 CONFIGS = [
     {"bank_fraction": 0.5},
     {"start": "published", "score": "squared", "zero_borders": True},
-    {"bank_rows": 30, "image_score": "reweighted", "neighbours": 5},
+    {"bank_rows": 30, "reweighted": True, "neighbours": 5},
     {"bank_bytes": 1500, "projection_dim": 6, "start": "published"},
-    {**POOLED, "bank": "random", "image_score": "reweighted", "score": "squared"},
+    {**POOLED, "bank": "random", "reweighted": True, "score": "squared"},
     {**POOLED, "bank": "all", "zero_borders": True},
     {"bank": "kmeans", "bank_rows": 12},
 ]
@@ -112,7 +112,7 @@ def oracle(config, normal, test):
     distances = gaps.min(axis=2)
     maps = distances**2 if config.get("score") == "squared" else distances
     image = maps.max(axis=1)
-    if config.get("image_score") == "reweighted":
+    if config.get("reweighted"):
         for i, worst in enumerate(distances.argmax(axis=1)):
             star = gaps[i, worst].argmin()
             around = np.linalg.norm(bank - bank[star], axis=1).argsort()
