@@ -36,7 +36,8 @@ class EvaluateConfig(core_config.Settings, place="config"):
     where "{category}" in DIR names one run per category; ``patches:SIZE/STRIDE:`` before either
     applies it to every patch of an image. ``data.name`` "run" takes the data of that run. ``shots``
     training images of each category are used (0: all); ``seeds`` draw them and the detector's
-    random choices, several give mean and standard deviation. ``one_for_all`` fits a single detector
+    random choices, several give mean and standard deviation; ``support`` says what becomes of them.
+    ``one_for_all`` fits a single detector
     on the training images of all categories.
     """
 
@@ -45,6 +46,7 @@ class EvaluateConfig(core_config.Settings, place="config"):
     seed: int = core_config.field(0, at_least=0)
     shots: int = core_config.field(0, at_least=0)
     seeds: tuple[int, ...] = core_config.field((0,), at_least=0, distinct=True, filled=True)
+    support: support.SupportConfig = support.SupportConfig()
     one_for_all: bool = False
     data: data_base.DataConfig = data_base.DataConfig(name=SAME)
     evaluation: EvalConfig = EvalConfig()
@@ -162,7 +164,8 @@ def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "
         results = localize(
             parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
             mesh=make_mesh(cfg.mesh), key=runs.key_for(cfg.seed), progress=tell,
-            name=name or cfg.backbone, shots=cfg.shots, seeds=cfg.seeds, pooled=cfg.one_for_all,
+            name=name or cfg.backbone, shots=cfg.shots, seeds=cfg.seeds,
+            support_config=cfg.support, pooled=cfg.one_for_all,
             folder=path, backbone_of=None if parts.backbone is not None else of_category,
         )  # fmt: skip
         distributed.together(

@@ -23,7 +23,7 @@ from dsad.evaluation.report import gallery, panels
 from dsad.evaluation.results import Results, read_results, write_results
 from dsad.evaluation.scored import Scored, score
 from dsad.evaluation.scoring import Device, Features, Reader
-from dsad.evaluation.support import check_labels
+from dsad.evaluation.support import AS_DRAWN, SupportConfig, check_labels
 
 #: The images of a category that a run reads.
 _PARTS = ("train", "held out", "test")
@@ -48,6 +48,7 @@ def localize(
     train: Callable[[Detector, Features, str], Tree] | None = None,
     shots: int = 0,
     seeds: Sequence[int] = (0,),
+    support_config: SupportConfig = AS_DRAWN,
     pooled: bool = False,
     folder: str | epath.PathLike | None = None,
     backbone_of: Callable[[str], Backbone] | None = None,
@@ -69,6 +70,7 @@ def localize(
         runs the detector's objective and returns the trained parameters for its ``fit``.
       shots: size of the support set, the training images of a category that are used; 0: all.
       seeds: draw the support sets and vary the detector's key; several give mean and deviation.
+      support_config: what becomes of the support sets.
       pooled: one detector for all categories, fitted on all their training images together.
       folder: where ``config.save_maps`` puts ``anomaly_maps`` (``anomaly_maps_seed<s>`` with
         several seeds).
@@ -104,11 +106,13 @@ def localize(
     sets = support.choose(dataset, chosen, shots=shots, seeds=seeds, holdout=holdout)
     protocol = {
         "model": "one for all categories" if pooled else "one per category",
-        "support": support.describe(sets, shots=shots, seeds=seeds),
+        "support": support.describe(sets, support_config, shots=shots, seeds=seeds),
         "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout),
         "detector_state": {},
     }
-    run = _Run(dataset, detector, config, key, train, sets, tuple(seeds), folder, progress)
+    run = _Run(
+        dataset, detector, config, key, train, sets, support_config, tuple(seeds), folder, progress
+    )
     run.count(chosen)
     for group in [chosen] if pooled else [(c,) for c in chosen]:
         network = backbone_of(group[0]) if backbone_of else backbone
@@ -142,6 +146,7 @@ class _Run:
     key: jax.Array
     train: Callable[[Detector, Features, str], Tree] | None
     sets: Mapping[str, Mapping[int, support.Support]]
+    support_config: SupportConfig
     seeds: tuple[int, ...]
     folder: str | epath.PathLike | None
     progress: Progress
@@ -154,7 +159,7 @@ class _Run:
         """The images to come: every seed reads its support set and the test images."""
         for c in categories:
             for own in self.sets[c].values():
-                self.total += len(own.bank) + len(own.held_out)
+                self.total += len(own.bank) * self.support_config.rotations + len(own.held_out)
                 self.total += len(self.dataset.source("test", c))
 
     def tick(self, category: str, what: str) -> Callable[[int], None]:
@@ -204,10 +209,9 @@ class _Run:
     def _fit(
         self, reader: Reader, group: Sequence[str], title: str, seed: int
     ) -> tuple[Tree, dict[str, float]]:
-        parts = [
-            (c, support.subset(self.dataset.source("train", c), self.sets[c][seed].bank))
-            for c in group
-        ]
+        sources = {c: self.dataset.source("train", c) for c in group}
+        banks = {c: support.subset(x, self.sets[c][seed].bank) for c, x in sources.items()}
+        parts = [(c, self.support_config.applied(bank)) for c, bank in banks.items()]
         features = Features(reader, parts, self.tick(title, "training features"))
         start = time.perf_counter()
         # Seed 0 keeps the key that a category has without seeds.

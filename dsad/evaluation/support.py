@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
+from dsad.core.config import Settings, as_dict, field
 from dsad.core.errors import ConfigError, MetricError
 from dsad.core.types import Dataset, KnownSource, Record, Sample, Source
 
@@ -56,6 +58,48 @@ class _KnownSubset(Subset):
 
     def annotation(self, index: int, shape: tuple[int, int]) -> np.ndarray | None:
         return self._source.annotation(self._at[index], shape)
+
+
+class SupportConfig(Settings, place="support"):
+    """What a support set is made into before a detector is fitted.
+
+    ``rotations`` n: every image n times, rotated by 360°/n each about its centre, on a canvas of
+    its size, bilinearly, mirrored beyond its borders (AnomalyDINO: 8). 1: as it is.
+    """
+
+    rotations: int = field(1, at_least=1)
+
+    def applied(self, source: Source) -> Source:
+        """The source with all its rotations, those of an image after each other."""
+        return _Rotated(source, self.rotations) if self.rotations > 1 else source
+
+
+#: Nothing is changed.
+AS_DRAWN = SupportConfig()
+
+
+class _Rotated:
+    """Sample ``i * rotations + r`` is sample i, rotated for the r-th time."""
+
+    def __init__(self, source: Source, rotations: int) -> None:
+        self._source, self._rotations = source, rotations
+        self.records = [r for r in source.records for _ in range(rotations)]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        sample = self._source[index // self._rotations]
+        angle = 360 / self._rotations * (index % self._rotations)
+        if not angle:
+            return sample
+
+        def turned(values: np.ndarray, order: int) -> np.ndarray:
+            return ndimage.rotate(values, angle, reshape=False, order=order, mode="mirror")
+
+        mask = sample.mask
+        mask = mask if mask is None else turned(mask.astype(np.uint8), 0).astype(bool)
+        return dataclasses.replace(sample, image=turned(sample.image, 1), mask=mask)
 
 
 def subset(source: Source, paths: Sequence[str]) -> Subset:
@@ -119,7 +163,11 @@ def choose(
 
 
 def describe(
-    chosen: Mapping[str, Mapping[int, Support]], *, shots: int, seeds: Sequence[int]
+    chosen: Mapping[str, Mapping[int, Support]],
+    config: SupportConfig,
+    *,
+    shots: int,
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
     """For the stamp: counts and one hash over all sets; the paths are in the results."""
     digest = hashlib.sha256()
@@ -130,6 +178,7 @@ def describe(
         "shots": shots or "all",
         "rule": RULE if shots else "all training images",
         "seeds": list(seeds),
+        **as_dict(config),
         "sha256": digest.hexdigest(),
     }
 

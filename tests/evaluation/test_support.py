@@ -298,3 +298,31 @@ def test_state_sizes_of_padded_banks():
     state = {"bank": jnp.zeros((8, 2)), "rows": jnp.int32(5)}
     assert stamp.describe_state(state)["bank_rows"] == 5
     assert stamp.describe_state(Scores(map=jnp.zeros(3), image=jnp.zeros(2)))["bytes"] == 20
+
+
+def test_rotations_enlarge_the_bank_alone():
+    """A quarter turn of a square image moves its pixels; anything is mirrored beyond borders."""
+    config = support.SupportConfig(rotations=4)
+    source = Planted().source("train")
+    turned = config.applied(source)
+    assert len(turned) == 4 * len(source)
+    assert [r.path for r in turned.records[:8:4]] == [r.path for r in source.records[:2]]
+    np.testing.assert_array_equal(turned[4].image, source[1].image)
+    height, width = source[1].image.shape[:2]
+    half = source[1].image[::-1, ::-1]
+    np.testing.assert_array_equal(turned[6].image, half)
+    side = min(height, width) // 2 - 1
+    rows, columns = (slice(n // 2 - side, n // 2 + side) for n in (height, width))
+    quarter = np.rot90(source[1].image[rows, columns], 1)
+    np.testing.assert_array_equal(turned[5].image[rows, columns], quarter)
+    assert turned[5].image.min() >= source[1].image.min()  # no black corners
+    seen = []
+
+    class Counting(Distance):
+        def fit(self, source, **given):
+            seen.append(sum(int(batch.valid.sum()) for batch in source))
+            return super().fit(source, **given)
+
+    results = run(detector=Counting(), shots=3, support_config=config, false_alarm_rate=0.5)
+    assert seen == [8]  # two of the three images, four times each; one is held out
+    assert results.stamp["support"]["rotations"] == 4
