@@ -22,6 +22,8 @@ from dsad.evaluation.localize import (
     localize,
     write_results,
 )
+from dsad.evaluation.support import AS_DRAWN, SupportConfig
+from dsad.models import wrappers
 from dsad.terminal import console
 
 #: As data name: the data of the run that the backbone comes from.
@@ -46,7 +48,7 @@ class EvaluateConfig(core_config.Settings, place="config"):
     seed: int = core_config.field(0, at_least=0)
     shots: int = core_config.field(0, at_least=0)
     seeds: tuple[int, ...] = core_config.field((0,), at_least=0, distinct=True, filled=True)
-    support: support.SupportConfig = support.SupportConfig()
+    support: SupportConfig = AS_DRAWN
     one_for_all: bool = False
     data: data_base.DataConfig = data_base.DataConfig(name=SAME)
     evaluation: EvalConfig = EvalConfig()
@@ -123,7 +125,8 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
         opened = [runs.opened(runs.place(spec).directory) for spec in specs]
         backbone, side = None, runs.image_size(opened[0].objective)
     else:
-        backbone = runs.backbone(cfg.backbone, cfg.weights, cfg.seed)
+        network = wrappers.unwrap(cfg.backbone).network
+        backbone = runs.backbone(network, cfg.weights, cfg.seed)
         side = backbone.image_size
     if not cfg.evaluation.image_size:
         if not side:
@@ -139,7 +142,7 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
 def _check_patches(spec: str, detector: Detector) -> None:
     """Refuse a detector of patches on features of others: its map would lie beside the image."""
     wanted = detector.traits.patches
-    if not wanted or spec.startswith(f"patches:{wanted}:"):
+    if not wanted or wrappers.unwrap(spec).network.startswith(f"patches:{wanted}:"):
         return
     raise ConfigError(
         f"config.backbone: this detector draws its maps for patches:{wanted}:BACKBONE (its keys "
@@ -155,14 +158,17 @@ def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "
     """
     cfg = parts.config
 
+    parts_of_spec = wrappers.unwrap(cfg.backbone)
+
     def of_category(category: str) -> Backbone:
-        spec = runs.of_category(cfg.backbone, category)
+        spec = runs.of_category(parts_of_spec.network, category)
         return runs.backbone(spec, cfg.weights, cfg.seed)
 
     title = name or "localizing"
     with distributed.failing_together(path), console.progress(title, out) as tell:
         results = localize(
             parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
+            map_wrappers=dict(zip(parts_of_spec.names, parts_of_spec.maps, strict=True)),
             mesh=make_mesh(cfg.mesh), key=runs.key_for(cfg.seed), progress=tell,
             name=name or cfg.backbone, shots=cfg.shots, seeds=cfg.seeds,
             support_config=cfg.support, pooled=cfg.one_for_all,

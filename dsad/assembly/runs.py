@@ -49,9 +49,7 @@ class Place(NamedTuple):
 
 def innermost(spec: str) -> str:
     """The backbone inside all wrappers: ``run:DIR`` of ``patches:32/4:run:DIR``."""
-    while wrappers.is_wrapper(spec):
-        spec = wrappers.split(spec)[1]
-    return spec
+    return wrappers.unwrap(spec).inner
 
 
 def is_run(spec: str, *, bare: bool = False) -> bool:
@@ -180,7 +178,7 @@ def checked_weights(run: Run) -> EarlierWeights | None:
 
 def earlier_weights(spec: str, objective: Objective) -> EarlierWeights:
     """Weights for an objective from a run, a file or a hub name."""
-    if wrappers.is_wrapper(spec):
+    if innermost(spec) != spec:
         raise ConfigError(
             f"config.init_from={spec}: a wrapper has no weights; name what is inside."
         )
@@ -256,9 +254,14 @@ class RunBackbone:
 
 def backbone(spec: str, weights: str, seed: int) -> Any:
     """What a spec names, to compute feature maps; an architecture takes ``weights`` or ``seed``."""
-    if wrappers.is_wrapper(spec):
-        wrapper, inner = wrappers.split(spec)
-        return wrappers.wrap(wrapper, backbone(inner, weights, seed))
+    parts = wrappers.unwrap(spec)
+    if parts.maps:
+        raise ConfigError(
+            f"backbone {spec}: {parts.names[-1]} needs the support set of an evaluation."
+        )
+    if parts.images:
+        network = backbone(parts.inner, weights, seed)
+        return functools.reduce(lambda inner, wrap: wrap(inner), parts.images, network)
     if not is_run(spec):
         return models.backbone(spec, weights or None, seed=seed)
     if weights:
@@ -282,7 +285,7 @@ def image_size(objective: Objective) -> int | None:
 
 def encoder(spec: str, weights: str) -> models.Backbone:
     """A backbone as a network of ``models``, to export it: ``ARCH`` with weights, or a run."""
-    if wrappers.is_wrapper(spec):
+    if innermost(spec) != spec:
         raise ConfigError(f"--backbone={spec}: a wrapper has no weights; name what is inside.")
     if is_run(spec):
         if weights:

@@ -18,8 +18,9 @@ from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Progress
 from dsad.data import base as data_base
 from dsad.detectors import patchcore
+from dsad.evaluation.compiled import Device
 from dsad.evaluation.config import EvalConfig
-from dsad.evaluation.scoring import Device, Features, Reader
+from dsad.evaluation.reader import Features, Reader
 from dsad.ops.coreset import coreset_memory, greedy_coreset
 from dsad.ops.neighbors import nearest
 from dsad.terminal import console, flags

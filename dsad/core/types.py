@@ -314,6 +314,26 @@ class FeatureSource(Protocol):
     def __iter__(self) -> Iterator[FeatureBatch]: ...
 
 
+@runtime_checkable
+class MapWrapper(Protocol):
+    """Changes feature maps before a detector sees them, by what a support set shows."""
+
+    def adapt(self, source: FeatureSource, *, mesh: Mesh | None, key: jax.Array) -> Tree:
+        """The bank, a pytree of arrays, of one support set."""
+        ...
+
+    def transform(
+        self, bank: Tree, maps: FeatureMaps, *, index: jax.Array, mesh: Mesh | None = None
+    ) -> FeatureMaps:
+        """The maps (b, h, w, ...) as a detector gets them; pure and jittable.
+
+        ``index`` (b,) is the place of each image in the support set that the bank is of, as its
+        ``FeatureBatch`` said, and -1 for other images: what the bank has of an image itself must
+        not serve it.
+        """
+        ...
+
+
 class Scores(NamedTuple):
     """Anomaly scores of a batch: ``map`` (b, gh, gw) per cell and ``image`` (b,)."""
 

@@ -14,15 +14,16 @@ from dsad.core import paths
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DsadError, MetricError
 from dsad.core.rng import named
-from dsad.core.types import Backbone, Dataset, Detector, Progress, Source, Tree, silent
+from dsad.core.types import Backbone, Dataset, Detector, MapWrapper, Progress, Source, Tree, silent
 from dsad.evaluation import maps, metrics, stamp, support, thresholds
 from dsad.evaluation import seeds as over_seeds
+from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.hosts import ALONE
+from dsad.evaluation.reader import Features, Reader
 from dsad.evaluation.report import gallery, panels
 from dsad.evaluation.results import Results, read_results, write_results
 from dsad.evaluation.scored import Scored, score
-from dsad.evaluation.scoring import Device, Features, Reader
 from dsad.evaluation.support import AS_DRAWN, SupportConfig, check_labels
 
 #: The images of a category that a run reads.
@@ -49,6 +50,7 @@ def localize(
     shots: int = 0,
     seeds: Sequence[int] = (0,),
     support_config: SupportConfig = AS_DRAWN,
+    map_wrappers: Mapping[str, MapWrapper] | None = None,
     pooled: bool = False,
     folder: str | epath.PathLike | None = None,
     backbone_of: Callable[[str], Backbone] | None = None,
@@ -71,6 +73,8 @@ def localize(
       shots: size of the support set, the training images of a category that are used; 0: all.
       seeds: draw the support sets and vary the detector's key; several give mean and deviation.
       support_config: what becomes of the support sets.
+      map_wrappers: by name, from the inside out: what changes the backbone's maps; each is adapted
+        to every support set.
       pooled: one detector for all categories, fitted on all their training images together.
       folder: where ``config.save_maps`` puts ``anomaly_maps`` (``anomaly_maps_seed<s>`` with
         several seeds).
@@ -109,16 +113,18 @@ def localize(
         "support": support.describe(sets, support_config, shots=shots, seeds=seeds),
         "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout),
         "detector_state": {},
+        "map_wrappers": list(map_wrappers or ()),
     }
     run = _Run(
-        dataset, detector, config, key, train, sets, support_config, tuple(seeds), folder, progress
-    )
+        dataset, detector, config, key, train, sets, support_config, dict(map_wrappers or {}),
+        tuple(seeds), folder, progress,
+    )  # fmt: skip
     run.count(chosen)
     for group in [chosen] if pooled else [(c,) for c in chosen]:
         network = backbone_of(group[0]) if backbone_of else backbone
         assert network is not None, "expected a backbone, or backbone_of"
         if run.device is None:
-            run.device = Device(network, detector, config, mesh)
+            run.device = Device(network, detector, config, mesh, tuple(run.map_wrappers.values()))
             run.made.stamp.update(
                 stamp.make_stamp(
                     dataset, chosen, config=config, detector=detector, backbone=network, key=key,
@@ -147,6 +153,7 @@ class _Run:
     train: Callable[[Detector, Features, str], Tree] | None
     sets: Mapping[str, Mapping[int, support.Support]]
     support_config: SupportConfig
+    map_wrappers: Mapping[str, MapWrapper]
     seeds: tuple[int, ...]
     folder: str | epath.PathLike | None
     progress: Progress
@@ -196,39 +203,48 @@ class _Run:
         reader = Reader(self.device, self.config)
         several = len(self.seeds) > 1
         for seed in self.seeds:
-            state, seconds = self._fit(reader, group, title, seed)
+            fitted, seconds = self._fit(reader, group, title, seed)
             size = self.made.stamp["detector_state"].setdefault(title, {})
-            size[str(seed)] = stamp.describe_state(state)
+            size[str(seed)] = stamp.describe_state(fitted.state)
             if not several:
                 reader = Reader(self.device, self.config)  # lets go of the training features
             writer = self.writer(seed)
             for category in group:
-                self._category(reader, state, category, seed, seconds, writer)
+                self._category(reader, fitted, category, seed, seconds, writer)
                 seconds = {"features": 0.0, "fit": 0.0}  # of a pooled fit: stand at the first
 
     def _fit(
         self, reader: Reader, group: Sequence[str], title: str, seed: int
-    ) -> tuple[Tree, dict[str, float]]:
+    ) -> tuple[Fitted, dict[str, float]]:
         sources = {c: self.dataset.source("train", c) for c in group}
         banks = {c: support.subset(x, self.sets[c][seed].bank) for c, x in sources.items()}
         parts = [(c, self.support_config.applied(bank)) for c, bank in banks.items()]
-        features = Features(reader, parts, self.tick(title, "training features"))
+        tick = self.tick(title, "training features")
         start = time.perf_counter()
         # Seed 0 keeps the key that a category has without seeds.
         key = named(self.key, title if seed == 0 else f"{title}, seed {seed}")
+        banks: tuple[Tree, ...] = ()
+        spent = 0.0
+        for place, (name, wrapper) in enumerate(self.map_wrappers.items()):
+            source = Features(reader, parts, tick if place == 0 else _quiet, banks=banks)
+            bank = wrapper.adapt(source, mesh=reader.device.mesh, key=named(key, name))
+            banks = (*banks, reader.device.place(bank))
+            spent += source.seconds
+        features = Features(reader, parts, _quiet if banks else tick, banks=banks)
         trained = self.train(self.detector, features, title) if self.train else None
         state = self.detector.fit(
             features, mesh=reader.device.mesh, key=key, progress=self.fitting(title),
             trained=trained,
         )  # fmt: skip
-        state = jax.block_until_ready(reader.device.place(state))
-        fit = time.perf_counter() - start - features.seconds
-        return state, {"features": features.seconds, "fit": fit}
+        fitted = Fitted(banks, jax.block_until_ready(reader.device.place(state)))
+        spent += features.seconds
+        fit = time.perf_counter() - start - spent
+        return fitted, {"features": spent, "fit": fit}
 
     def _category(
         self,
         reader: Reader,
-        state: Tree,
+        fitted: Fitted,
         category: str,
         seed: int,
         seconds: dict[str, float],
@@ -240,14 +256,14 @@ class _Run:
         start = time.perf_counter()
         whole = config.method == "exact"  # sorting takes all scores in one place
         scored = score(
-            reader, state, test, f"{category}/test", self.tick(category, "scores"),
+            reader, fitted, test, f"{category}/test", self.tick(category, "scores"),
             keep=keep, writer=writer, whole=whole,
         )  # fmt: skip
         if config.false_alarm_rate > 0:
             held = self.sets[category][seed].held_out
             source = support.subset(self.dataset.source("train", category), held)
             tick = self.tick(category, "held-out training images")
-            normal = score(reader, state, source, f"{category}/held out", tick, keep=False)
+            normal = score(reader, fitted, source, f"{category}/held out", tick, keep=False)
             found = thresholds.measure(scored, normal, config.false_alarm_rate)
             self.made.thresholds.setdefault(category, {})[str(seed)] = found
         seconds = {**seconds, "score": time.perf_counter() - start}
@@ -293,6 +309,10 @@ class _Run:
         made.gallery.update(further)
         made.scales[category] = {**scale, **tops}
         made.curves.update({f"{category}/{k}": v for k, v in curves.items()})
+
+
+def _quiet(images: int) -> None:
+    """Of passes over images that were counted before."""
 
 
 def measure(

@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dsad.core.types import Source, Tree
+from dsad.core.types import Source
+from dsad.evaluation.batches import HostBatch
+from dsad.evaluation.compiled import Fitted
 from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.maps import MapWriter
-from dsad.evaluation.scoring import HostBatch, Reader
+from dsad.evaluation.reader import Reader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Scored:
 
 def score(
     reader: Reader,
-    state: Tree,
+    fitted: Fitted,
     source: Source,
     name: str,
     tick: Callable[[int], None],
@@ -87,7 +89,7 @@ def score(
     scores: dict[int, float] = {}
     for host, features in reader.read(source, name, keep=keep):
         numbers = host.index[host.own].tolist()
-        found, image = device.score(state, features, host)
+        found, image = device.score(fitted, features, host)
         made = hosts.together(lambda f=found, h=host, n=numbers: _originals(f, h, n, reader))
         truth = dict(zip(numbers, host.masks, strict=True))
         scores.update(zip(numbers, image.tolist(), strict=True))

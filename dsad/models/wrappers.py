@@ -1,19 +1,21 @@
-"""Backbones around backbones: what changes the features before a detector sees them."""
+"""What stands before a backbone in its spec and changes its features before a detector sees them.
+
+Some wrap the network, others its maps; the latter may learn from a support set.
+"""
 
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dsad.core.errors import ConfigError
-from dsad.core.types import Backbone, FeatureMaps
+from dsad.core.types import Backbone, FeatureMaps, MapWrapper
 from dsad.ops.similarity import unit
-
-_PATCHES = re.compile(r"(\d+)/(\d+)")
 
 
 @functools.partial(
@@ -97,25 +99,67 @@ class Patches:
         return (side - self.size) // self.stride + 1
 
 
-def is_wrapper(spec: str) -> bool:
-    """Whether a backbone's name begins with a wrapper's."""
-    return spec.startswith("patches:")
+class Kind(NamedTuple):
+    """A kind of wrapper: how it is written, the regex of its options, and what makes one of them.
+
+    ``build`` gives a function of the inner ``Backbone`` to another, or a ``MapWrapper``.
+    """
+
+    written: str
+    example: str
+    options: str
+    build: Callable[..., Callable[[Backbone], Backbone] | MapWrapper]
 
 
-def split(spec: str) -> tuple[str, str]:
-    """``patches:32/4:run:DIR`` as the wrapper's part ``patches:32/4`` and the inner ``run:DIR``."""
-    kind, _, rest = spec.partition(":")
-    options, _, inner = rest.partition(":")
-    found = _PATCHES.fullmatch(options)
-    if kind != "patches" or not inner or not found or min(int(n) for n in found.groups()) < 1:
-        raise ConfigError(
-            f"config.backbone={spec!r}: expected patches:SIZE/STRIDE:BACKBONE with pixels of at "
-            "least 1, for example patches:32/4:resnet18 or patches:32/4:run:DIR."
-        )
-    return f"{kind}:{options}", inner
+def _patches(size: str, stride: str) -> Callable[[Backbone], Backbone]:
+    return functools.partial(_cut, int(size), int(stride))
 
 
-def wrap(wrapper: str, encoder: Backbone) -> Patches:
-    """The wrapper named by the first part of ``split`` around an encoder."""
-    size, stride = (int(n) for n in wrapper.removeprefix("patches:").split("/"))
+def _cut(size: int, stride: int, encoder: Backbone) -> Patches:
     return Patches(encoder=encoder, size=size, stride=stride)
+
+
+#: By the first word of a spec.
+KINDS = {"patches": Kind("patches:SIZE/STRIDE", "patches:32/4", r"([1-9]\d*)/([1-9]\d*)", _patches)}
+
+
+class Unwrapped(NamedTuple):
+    """A spec taken apart: ``maps`` and ``images`` from the inside out, and what is inside.
+
+    ``names`` are those of the map wrappers, with their options; ``network`` is the spec without
+    them.
+    """
+
+    maps: tuple[MapWrapper, ...]
+    names: tuple[str, ...]
+    network: str
+    images: tuple[Callable[[Backbone], Backbone], ...]
+    inner: str
+
+
+def unwrap(spec: str) -> Unwrapped:
+    """``residual:patches:32/4:run:DIR`` as its wrappers and ``run:DIR``.
+
+    Raises ConfigError for options that a wrapper does not take, for nothing inside, and for a
+    wrapper of maps inside one of images.
+    """
+    maps: list[tuple[str, MapWrapper]] = []
+    images: list[Callable[[Backbone], Backbone]] = []
+    network = inner = spec
+    while kind := KINDS.get(name := inner.partition(":")[0]):
+        options = f":{kind.options}" if kind.options else ""
+        if not (match := re.match(rf"{name}{options}:(?=.)", inner)):
+            raise ConfigError(
+                f"config.backbone={spec!r}: expected {kind.written}:BACKBONE, for example "
+                f"{kind.example}:resnet18 or {kind.example}:run:DIR."
+            )
+        wrapper, inner = kind.build(*match.groups()), inner[match.end() :]
+        if not isinstance(wrapper, MapWrapper):
+            images.append(wrapper)
+        elif images:
+            raise ConfigError(f"config.backbone={spec!r}: {name} has to stand in front.")
+        else:
+            maps.append((match[0].removesuffix(":"), wrapper))
+            network = inner
+    names, wrappers = zip(*reversed(maps), strict=True) if maps else ((), ())
+    return Unwrapped(wrappers, names, network, tuple(reversed(images)), inner)

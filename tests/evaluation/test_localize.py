@@ -15,10 +15,10 @@ from sklearn import metrics as oracle
 from dsad.core.errors import ConfigError, DataError, MetricError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import DetectorTraits, Record, Sample, Scores
+from dsad.evaluation.compiled import finished
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.preprocessing import Preprocessing
 from dsad.evaluation.report import gallery
-from dsad.evaluation.scoring import finished
 from tests.backbones import Plain
 
 NUMBERS = {

@@ -11,7 +11,7 @@ import pytest
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Scores
-from dsad.evaluation import scoring, stamp, support
+from dsad.evaluation import extract, stamp, support
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.preprocessing import Preprocessing
 from tests.backbones import Plain
@@ -152,9 +152,9 @@ def test_seeds_survive_the_files_and_unequal_support_is_refused(tmp_path):
 @pytest.mark.parametrize(("limit", "passes"), [(1024, 1), (0, 3)])
 def test_test_features_are_computed_once_if_they_fit(monkeypatch, limit, passes):
     calls = []
-    features = scoring.Extractor.__call__
+    features = extract.Extractor.__call__
     monkeypatch.setattr(
-        scoring.Extractor, "__call__",
+        extract.Extractor, "__call__",
         lambda self, images: calls.append(len(images)) or features(self, images),
     )  # fmt: skip
     results = run(shots=1, seeds=(0, 1, 2), cache_mb=limit)

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from dsad import models
 from dsad.assembly import evaluate, runs
 from dsad.core.errors import ConfigError
 from dsad.core.types import Backbone
@@ -14,7 +13,7 @@ from dsad.terminal import flags
 
 @pytest.fixture(scope="module")
 def patches():
-    return wrappers.wrap("patches:32/8", models.backbone("resnet18", seed=3))
+    return runs.backbone("patches:32/8:resnet18", "", 3)
 
 
 def test_cells_are_the_encodings_of_their_patches(patches):

@@ -7,9 +7,10 @@ import numpy as np
 import PIL.Image
 
 from dsad.core.types import Detector, HasPanels, Source
+from dsad.evaluation.batches import batches
+from dsad.evaluation.compiled import Device
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.report import gallery
-from dsad.evaluation.scoring import Device, batches
 from dsad.evaluation.support import subset
 
 #: Keys of the scales, before the name of a panel: a value of the detector's, or of the cases.

@@ -81,7 +81,7 @@ def cases() -> dict[str, Member]:
         Member(n, core_config.resolve("objectives", n), _module(f"contracts.objectives.{n}").CASE)
         for n in core_config.members("objectives")
     ]
-    files = [m.name for m in pkgutil.iter_modules(seams.__path__)]
+    files = [m.name for m in pkgutil.iter_modules(seams.__path__) if not m.ispkg]
     miniatures = [Member(n, module := _module(f"seams.{n}"), module.CASE) for n in files]
     return {member.name: member for member in of_members + miniatures}
 

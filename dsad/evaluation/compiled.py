@@ -1,12 +1,9 @@
-"""From files to anomaly maps: decoding ahead, compiled features and scores."""
+"""The compiled part of an evaluation: features, map wrappers, scores, maps at input size."""
 
-import concurrent.futures
 import functools
 import hashlib
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,109 +18,19 @@ from dsad.core.types import (
     Backbone,
     Detector,
     DetectorTraits,
-    FeatureBatch,
     FeatureMaps,
     HasPanels,
-    KnownSource,
+    MapWrapper,
     Scores,
-    Source,
     Tree,
 )
 from dsad.evaluation import stamp, stored
+from dsad.evaluation.batches import HostBatch
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.extract import Extractor, placed
 from dsad.evaluation.hosts import Hosts
-from dsad.evaluation.preprocessing import Preprocessing
 from dsad.ops import resize
 from dsad.ops.resize import top_count
-
-
-class HostBatch(NamedTuple):
-    """A fixed-size batch; ``shapes`` and ``masks`` belong to its ``own`` rows.
-
-    These are the valid ones, with several processes those of them that lie on this one's devices;
-    images of other rows are black.
-    """
-
-    images: np.ndarray  # (b, s, s, 3) uint8
-    valid: np.ndarray  # (b,) bool
-    index: np.ndarray  # (b,) int, -1 for padding
-    shapes: list[tuple[int, int]]
-    masks: list[np.ndarray | None]
-    found: list[stored.Found]  # of the own rows, empty without a store
-    own: np.ndarray  # (b,) bool
-
-
-class _Row(NamedTuple):
-    """One image of a batch; ``image`` is None where its features are stored."""
-
-    image: np.ndarray | None
-    shape: tuple[int, int]
-    mask: np.ndarray | None
-    found: stored.Found | None
-
-
-def _row(
-    source: Source, index: int, into: Preprocessing, store: stored.FeatureStore | None
-) -> _Row:
-    """Decode and resize an image, as far as nothing is known of it."""
-    identity = stored.of_file(source, index) if store else None
-    if store and identity and (found := store.find(identity)):
-        mask = cast(KnownSource, source).annotation(index, found.shape)
-        return _Row(None, found.shape, mask, found)
-    sample = source[index]
-    image, shape = into.to_input(sample.image), sample.image.shape[:2]
-    found = None
-    if store and not identity:
-        identity = stored.of_pixels(image)
-        found = store.find(identity, shape)
-    if store and identity and not found:
-        found = stored.Found(identity, shape, None)
-    return _Row(image, shape, sample.mask, found)
-
-
-def batches(
-    source: Source,
-    config: EvalConfig,
-    mesh: Mesh,
-    batch: int,
-    store: stored.FeatureStore | None = None,
-) -> Iterator[HostBatch]:
-    """Batches of a fixed size in source order, decoded ahead by threads; the last is padded.
-
-    Each process decodes the rows that are to lie on its devices of the mesh. Images whose features
-    are in the ``store`` may be left black, as nobody needs them.
-    """
-    into = config.preprocessing
-    prepare = functools.partial(_row, source, into=into, store=store)
-    ahead = batch + 2 * config.workers
-    here, together = own_rows(mesh, batch), Hosts.of(mesh).together
-    with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
-        waiting: deque[concurrent.futures.Future[_Row]] = deque()
-        upcoming = iter(i for i in range(len(source)) if here[i % batch])
-
-        def following() -> _Row:
-            while len(waiting) < ahead and (index := next(upcoming, None)) is not None:
-                waiting.append(pool.submit(prepare, index))
-            return waiting.popleft().result()
-
-        try:
-            for start in range(0, len(source), batch):
-                index = np.arange(start, start + batch)
-                index[index >= len(source)] = -1
-                own = here & (index >= 0)
-                # A broken file is known to all before they wait for each other's features.
-                made = together(lambda own=own: [following() for _ in range(own.sum())])
-                images = np.zeros((batch, *into.size, 3), np.uint8)
-                for row, at in zip(made, np.flatnonzero(own), strict=True):
-                    if row.image is not None:
-                        images[at] = row.image
-                shapes, masks = [row.shape for row in made], [row.mask for row in made]
-                found = [row.found for row in made if row.found]
-                yield HostBatch(images, index >= 0, index, shapes, masks, found, own)
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def finished(
@@ -140,6 +47,26 @@ def finished(
     return Scores(map=maps, image=jnp.mean(highest, axis=1))
 
 
+def transformed(
+    wrappers: tuple[MapWrapper, ...],
+    mesh: Mesh | None,
+    banks: tuple[Tree, ...],
+    maps: FeatureMaps,
+    index: jax.Array,
+) -> FeatureMaps:
+    """The maps behind the first wrappers, one for each bank."""
+    for wrapper, bank in zip(wrappers, banks, strict=False):
+        maps = wrapper.transform(bank, maps, index=index, mesh=mesh)
+    return maps
+
+
+class Fitted(NamedTuple):
+    """What one support set gave: the banks of the map wrappers, and the detector's state."""
+
+    banks: tuple[Tree, ...]
+    state: Tree
+
+
 class Device:
     """The compiled parts of a run: features, scores, maps at network input size.
 
@@ -149,13 +76,20 @@ class Device:
     """
 
     def __init__(
-        self, backbone: Backbone, detector: Detector, config: EvalConfig, mesh: Mesh
+        self,
+        backbone: Backbone,
+        detector: Detector,
+        config: EvalConfig,
+        mesh: Mesh,
+        map_wrappers: Sequence[MapWrapper] = (),
     ) -> None:
         self.mesh = mesh
         self.batch = -(-config.batch_size // mesh.size) * mesh.size
         self.layers = tuple(detector.layers)
         self.preprocessing = config.preprocessing
         several = mesh if mesh.size > 1 else None
+        transform = functools.partial(transformed, tuple(map_wrappers), several)
+        self._transform = jax.jit(transform, out_shardings=batch_sharding(mesh))
         self._score = jax.jit(functools.partial(detector.score, mesh=several))
         finish = functools.partial(
             finished, detector.traits, self.preprocessing.size, config.align_corners
@@ -274,87 +208,21 @@ class Device:
             leaves[i] = place(x, everywhere)
         return jax.tree.unflatten(structure, leaves)
 
+    def transform(
+        self, banks: tuple[Tree, ...], maps: FeatureMaps, index: np.ndarray
+    ) -> FeatureMaps:
+        """The maps behind a wrapper for each bank; ``index`` as of ``MapWrapper``."""
+        if not banks:
+            return maps
+        places = put(index.astype(np.int32), batch_sharding(self.mesh))
+        return jax.block_until_ready(self._transform(banks, maps, places))
+
     def score(
-        self, state: Tree, maps: FeatureMaps, host: HostBatch
+        self, fitted: Fitted, maps: FeatureMaps, host: HostBatch
     ) -> tuple[np.ndarray, np.ndarray]:
         """Maps (n, s, s) and image scores (n,) f32 of the own rows of a batch."""
-        scores = self._finish(self._score(state, maps))
+        maps = self.transform(fitted.banks, maps, np.full(self.batch, -1))
+        scores = self._finish(self._score(fitted.state, maps))
         own = host.own[own_rows(self.mesh, self.batch)]
         found = (np.asarray(own_part(x), np.float32)[own] for x in (scores.map, scores.image))
         return next(found), next(found)
-
-
-class Reader:
-    """Batches of a source with their features; what fits a byte limit is computed once.
-
-    A source's features stay on the devices after the first whole pass if all of them fit beside
-    those already kept; ``kept_bytes`` and ``recomputed`` (sources that did not fit) say so.
-    """
-
-    def __init__(self, device: Device, config: EvalConfig) -> None:
-        self.device, self.config = device, config
-        self.limit = config.cache_mb * 2**20
-        self.kept_bytes = 0
-        self.recomputed: set[str] = set()
-        self._kept: dict[tuple[str, tuple[str, ...]], list[tuple[HostBatch, FeatureMaps]]] = {}
-
-    def read(
-        self, source: Source, name: str, *, keep: bool
-    ) -> Iterator[tuple[HostBatch, FeatureMaps]]:
-        """One pass; kept batches come without their images."""
-        key = (name, tuple(r.path for r in source.records))
-        if key in self._kept:
-            yield from self._kept[key]
-            return
-        made, size = [], 0
-        device = self.device
-        for host in batches(source, self.config, device.mesh, device.batch, device.store):
-            maps = device.stored_features(host)
-            device.note(name, [source.records[i].path for i in host.index[host.own]], host)
-            if keep:
-                size += sum(x.nbytes for x in maps.values())
-                masks = sum(m.nbytes for m in host.masks if m is not None)
-                size += int(device.hosts.total(np.int64(masks)))  # all decide alike
-                if keep := self.kept_bytes + size <= self.limit:
-                    made.append((host._replace(images=host.images[:0], found=[]), maps))
-                else:
-                    made.clear()
-                    self.recomputed.add(name)
-            yield host, maps
-        if keep:
-            self._kept[key] = made
-            self.kept_bytes += size
-
-
-class Features:
-    """A re-iterable ``FeatureSource`` over sources, category by category.
-
-    Sample indices continue from one source to the next. ``seconds`` are those spent in features.
-    """
-
-    def __init__(
-        self,
-        reader: Reader,
-        parts: Sequence[tuple[str, Source]],
-        tick: Callable[[int], None],
-        *,
-        keep: bool = True,
-    ) -> None:
-        self.categories = tuple(category for category, _ in parts)
-        self.seconds = 0.0
-        self._passes = 0
-        self._parts = (reader, parts, tick, keep)
-
-    def __iter__(self) -> Iterator[FeatureBatch]:
-        reader, parts, tick, keep = self._parts
-        self._passes += 1
-        first = self._passes == 1  # progress counts images, not passes
-        start, offset = time.perf_counter(), 0
-        for category, source in parts:
-            for host, maps in reader.read(source, f"{category}/train", keep=keep):
-                self.seconds += time.perf_counter() - start
-                tick(int(host.valid.sum()) if first else 0)
-                index = np.where(host.valid, host.index + offset, -1)
-                yield FeatureBatch(maps, host.valid, category, index)
-                start = time.perf_counter()
-            offset += len(source)

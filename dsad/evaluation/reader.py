@@ -1,0 +1,96 @@
+"""Passes over the features of a source; what fits into memory is computed once."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from dsad.core.types import (
+    FeatureBatch,
+    FeatureMaps,
+    Source,
+    Tree,
+)
+from dsad.evaluation.batches import HostBatch, batches
+from dsad.evaluation.compiled import Device
+from dsad.evaluation.config import EvalConfig
+
+
+class Reader:
+    """Batches of a source with their features; what fits a byte limit is computed once.
+
+    A source's features stay on the devices after the first whole pass if all of them fit beside
+    those already kept; ``kept_bytes`` and ``recomputed`` (sources that did not fit) say so.
+    """
+
+    def __init__(self, device: Device, config: EvalConfig) -> None:
+        self.device, self.config = device, config
+        self.limit = config.cache_mb * 2**20
+        self.kept_bytes = 0
+        self.recomputed: set[str] = set()
+        self._kept: dict[tuple[str, tuple[str, ...]], list[tuple[HostBatch, FeatureMaps]]] = {}
+
+    def read(
+        self, source: Source, name: str, *, keep: bool
+    ) -> Iterator[tuple[HostBatch, FeatureMaps]]:
+        """One pass; kept batches come without their images."""
+        key = (name, tuple(r.path for r in source.records))
+        if key in self._kept:
+            yield from self._kept[key]
+            return
+        made, size = [], 0
+        device = self.device
+        for host in batches(source, self.config, device.mesh, device.batch, device.store):
+            maps = device.stored_features(host)
+            device.note(name, [source.records[i].path for i in host.index[host.own]], host)
+            if keep:
+                size += sum(x.nbytes for x in maps.values())
+                masks = sum(m.nbytes for m in host.masks if m is not None)
+                size += int(device.hosts.total(np.int64(masks)))  # all decide alike
+                if keep := self.kept_bytes + size <= self.limit:
+                    made.append((host._replace(images=host.images[:0], found=[]), maps))
+                else:
+                    made.clear()
+                    self.recomputed.add(name)
+            yield host, maps
+        if keep:
+            self._kept[key] = made
+            self.kept_bytes += size
+
+
+class Features:
+    """A re-iterable ``FeatureSource`` over sources, category by category.
+
+    Sample indices continue from one source to the next. ``banks`` are those of the map wrappers
+    that the features have passed. ``seconds`` are those spent in reading and the network.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        parts: Sequence[tuple[str, Source]],
+        tick: Callable[[int], None],
+        *,
+        keep: bool = True,
+        banks: tuple[Tree, ...] = (),
+    ) -> None:
+        self.categories = tuple(category for category, _ in parts)
+        self.seconds = 0.0
+        self._passes = 0
+        self._parts = (reader, parts, tick, keep)
+        self._banks = banks
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        reader, parts, tick, keep = self._parts
+        self._passes += 1
+        first = self._passes == 1  # progress counts images, not passes
+        start, offset = time.perf_counter(), 0
+        for category, source in parts:
+            for host, maps in reader.read(source, f"{category}/train", keep=keep):
+                self.seconds += time.perf_counter() - start
+                tick(int(host.valid.sum()) if first else 0)
+                index = np.where(host.valid, host.index + offset, -1)
+                maps = reader.device.transform(self._banks, maps, index)
+                yield FeatureBatch(maps, host.valid, category, index)
+                start = time.perf_counter()
+            offset += len(source)

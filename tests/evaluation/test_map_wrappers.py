@@ -1,0 +1,128 @@
+"""Map wrappers: a bank for every support set, no image its own neighbour, maps computed once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsad.assembly import evaluate, runs
+from dsad.core.errors import ConfigError
+from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.types import FeatureBatch, MapWrapper
+from dsad.evaluation import extract
+from dsad.evaluation.localize import EvalConfig, localize
+from dsad.models import wrappers
+from dsad.terminal import console, flags
+from tests.evaluation.test_localize import Distance, Planted, Pooled
+from tests.evaluation.test_stored import CELLS
+from tests.seams.wrappers import away
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(wrappers.KINDS, "away", away.KIND)
+
+
+def run(names=("away",), devices=1, dataset=None, backbone=None, **given):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    config = EvalConfig(image_size=48, batch_size=4, workers=2, **given.pop("config", {}))
+    return localize(
+        backbone or Pooled(), Distance(), dataset or Planted(strength=3), config, mesh=mesh,
+        key=jax.random.key(3), map_wrappers={n: away.Away() for n in names}, **given,
+    )  # fmt: skip
+
+
+class Batches:
+    categories = ("c",)
+
+    def __init__(self, maps, batch):
+        self.maps, self.batch = maps, batch
+
+    def __iter__(self):
+        count = len(self.maps)
+        for start in range(0, count, self.batch):
+            index = np.arange(start, start + self.batch)
+            valid = index < count
+            rows = self.maps[np.minimum(index, count - 1)]
+            yield FeatureBatch({"a": jnp.asarray(rows)}, valid, "c", np.where(valid, index, -1))
+
+
+def test_an_image_is_not_its_own_neighbour():
+    """Against loops in float64; an image of the support set is asked about as one, or as new."""
+    maps = np.random.default_rng(0).normal(size=(5, 2, 3, 4)).astype(np.float32)
+    wrapper = away.Away()
+    bank = wrapper.adapt(Batches(maps, 2), mesh=None, key=jax.random.key(0))
+    index = np.array([0, 3, -1], np.int32)
+    transform = jax.jit(wrapper.transform)
+    values = transform(bank, {"a": jnp.asarray(maps[[0, 3, 3]])}, index=jnp.asarray(index))["a"]
+    for image, at, residual in zip(np.float64(maps[[0, 3, 3]]), index, values, strict=True):
+        rows = [r for i, m in enumerate(maps) if i != at for r in np.float64(m).reshape(-1, 4)]
+        for cell, gap in zip(image.reshape(-1, 4), residual.reshape(-1, 4), strict=True):
+            distances = [((cell - row) ** 2).sum() for row in rows]
+            np.testing.assert_allclose(gap, cell - rows[int(np.argmin(distances))], atol=1e-6)
+    assert np.abs(values[1]).max() > 0.1
+    np.testing.assert_array_equal(values[2], 0)
+
+
+def test_every_support_set_has_its_bank():
+    assert isinstance(away.Away(), MapWrapper)
+    together = run(shots=2, seeds=(0, 1, 2))
+    one_by_one = [run(shots=2, seeds=(seed,)) for seed in (0, 1, 2)]
+    for seed, alone in zip("012", one_by_one, strict=True):
+        assert together.seeds[seed]["mean"] == alone.mean
+    assert len({alone.mean["pixel_ap"] for alone in one_by_one}) == 3
+    assert together.std["mean"]["pixel_ap"] > 0
+    assert together.stamp["map_wrappers"] == ["away"]
+    assert run((), shots=2).mean != one_by_one[0].mean
+
+
+def test_devices_and_pooling_change_nothing():
+    dataset = Planted(categories=("disc", "ring"), strength=3)
+    one = run(dataset=dataset, pooled=True)
+    eight = run(dataset=dataset, pooled=True, devices=8)
+    for name, value in one.mean.items():
+        assert eight.mean[name] == pytest.approx(value, abs=1e-6)
+
+
+def test_maps_are_computed_once_for_all_wrappers_and_seeds(tmp_path, monkeypatch):
+    """Stored are those of the network, which no bank has changed."""
+    computed = []
+    call = extract.Extractor.__call__
+
+    def counted(self, images):
+        computed.append(len(images))
+        return call(self, images)
+
+    monkeypatch.setattr(extract.Extractor, "__call__", counted)
+    config = {"feature_cache": str(tmp_path)}
+    first = run(backbone=CELLS, seeds=(0, 1), shots=3, config=config)
+    assert computed
+    del computed[:]
+    assert run(backbone=CELLS, seeds=(0, 1), shots=3, config=config).mean == first.mean
+    both = run(("away", "again"), backbone=CELLS, seeds=(0, 1), shots=3, config=config)
+    assert both.mean != first.mean
+    assert run((), backbone=CELLS, seeds=(0, 1), shots=3, config=config).mean != first.mean
+    assert not computed
+
+
+def test_through_the_command_line_config(tmp_path):
+    config, _, _ = flags.Command("evaluate", "", config="configs/knn.py:smoke").parse(
+        ["--config.backbone=away:patches:32/8:resnet18", "--config.shots=2"]
+    )
+    parts = evaluate.prepare(config, console.console())
+    results = evaluate.evaluate(parts, tmp_path, console.console())
+    assert results.stamp["map_wrappers"] == ["away"]
+    assert results.stamp["backbone"]["arch"] == "patches:32/8:resnet18"
+
+
+def test_specs_are_taken_apart():
+    parts = wrappers.unwrap("away:away:patches:32/4:run:gs://a/b")
+    assert parts.names == ("away", "away")
+    assert (parts.network, parts.inner) == ("patches:32/4:run:gs://a/b", "run:gs://a/b")
+    assert len(parts.images) == 1
+    with pytest.raises(ConfigError, match="away has to stand in front"):
+        wrappers.unwrap("patches:32/4:away:resnet18")
+    with pytest.raises(ConfigError, match="expected away:BACKBONE"):
+        wrappers.unwrap("away:")
+    with pytest.raises(ConfigError, match="away needs the support set of an evaluation"):
+        runs.backbone("away:resnet18", "", 0)

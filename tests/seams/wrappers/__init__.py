@@ -1,0 +1,1 @@
+"""Miniature map wrappers, one file each."""
