@@ -7,7 +7,8 @@ import ml_collections
 from etils import epath
 from rich.console import Console
 
-from dsad.assembly import datasets, runs
+from dsad.assembly import datasets, runs, workdir
+from dsad.assembly.model import Saved, Writer
 from dsad.core import config as core_config
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
@@ -97,16 +98,40 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The loaded parts of an evaluation; with one run per category ``backbone`` is None."""
+    """The loaded parts of an evaluation; with one run per category ``backbone`` is None.
+
+    ``saved`` are the models that it measures, if they were fitted before.
+    """
 
     config: EvaluateConfig
     backbone: Backbone | None
     detector: Detector
     dataset: Dataset
+    saved: Saved | None = None
+
+    def stored(self) -> dict[str, Any]:
+        """The config that a saved model is measured with again."""
+        name = type(self.detector).__module__.rpartition(".")[2]
+        config = dataclasses.replace(self.config, data=data_config(self.config))
+        detector = {"name": name, **core_config.as_dict(self.detector.config)}
+        return {**core_config.as_dict(config), "detector": detector}
 
 
-def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evaluation:
-    """Load everything that can be refused, before a directory is touched."""
+#: What may differ from the evaluation that fitted a model: the images, and how they are computed.
+FREE = (
+    "config.data", "config.mesh", "config.evaluation.batch_size", "config.evaluation.workers",
+    "config.evaluation.cache_mb", "config.evaluation.feature_cache", "config.evaluation.gallery",
+    "config.evaluation.save_maps", "config.evaluation.method", "config.evaluation.fpr_limit",
+)  # fmt: skip
+
+
+def prepare(
+    config: Any, out: Console, dataset: Dataset | None = None, saved: Saved | None = None
+) -> Evaluation:
+    """Load everything that can be refused, before a directory is touched.
+
+    ``saved`` are models to measure; only ``FREE`` keys may differ from those they were fitted with.
+    """
     cfg, detector = parse(config)
     _check_patches(cfg.backbone, detector)
     dataset = dataset or datasets.loaded(data_config(cfg), out)
@@ -118,6 +143,12 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
     check_labels(dataset, dataset.categories)
     holdout = cfg.evaluation.holdout if cfg.evaluation.false_alarm_rate > 0 else 0
     support.choose(dataset, dataset.categories, shots=cfg.shots, seeds=cfg.seeds, holdout=holdout)
+    if saved:
+        _check_saved(saved, config, cfg, dataset)
+        network = saved.backbone(saved.titles()[0]) if saved.shares_backbone else None
+        return Evaluation(
+            config=cfg, backbone=network, detector=detector, dataset=dataset, saved=saved
+        )
     if runs.per_category(cfg.backbone):
         if cfg.one_for_all:
             raise ConfigError("config.one_for_all: one run per category cannot share a detector.")
@@ -139,6 +170,29 @@ def prepare(config: Any, out: Console, dataset: Dataset | None = None) -> Evalua
     return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset)
 
 
+def _check_saved(saved: Saved, config: Any, cfg: EvaluateConfig, dataset: Dataset) -> None:
+    """Refuse a model that was fitted otherwise, or not for these categories."""
+    wanted = ml_collections.ConfigDict(config).to_dict()
+    lines = [
+        line
+        for line in workdir.differences(saved.config(), wanted)
+        if not any(line.startswith((f"{key}:", f"{key}.")) for key in FREE)
+    ]
+    if lines:
+        raise ConfigError(
+            f"{saved.directory}: was fitted with other settings (there → now):\n  "
+            + "\n  ".join(lines)
+            + "\nLeave these keys as they were, or fit again."
+        )
+    have = saved.titles()
+    missing = [c for c in dataset.categories if c not in have and not cfg.one_for_all]
+    if missing:
+        raise ConfigError(
+            f"{saved.directory}: no model of {core_config.listed(missing)}; it has: "
+            f"{core_config.listed(have)}. Name categories with --config.data.categories."
+        )
+
+
 def _check_patches(spec: str, detector: Detector) -> None:
     """Refuse a detector of patches on features of others: its map would lie beside the image."""
     wanted = detector.traits.patches
@@ -151,16 +205,25 @@ def _check_patches(spec: str, detector: Detector) -> None:
     )
 
 
-def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "") -> Results:
+def evaluate(
+    parts: Evaluation,
+    path: epath.Path,
+    out: Console,
+    *,
+    name: str = "",
+    writer: Writer | None = None,
+) -> Results:
     """Localize with one backbone and write results below a claimed directory.
 
-    Of several processes the first one writes, and has the gallery and the curves.
+    ``writer`` keeps what is fitted. Of several processes the first one writes, and has the gallery
+    and the curves.
     """
-    cfg = parts.config
-
+    cfg, saved = parts.config, parts.saved
     parts_of_spec = wrappers.unwrap(cfg.backbone)
 
     def of_category(category: str) -> Backbone:
+        if saved:
+            return saved.backbone(category)
         spec = runs.of_category(parts_of_spec.network, category)
         return runs.backbone(spec, cfg.weights, cfg.seed)
 
@@ -172,8 +235,13 @@ def evaluate(parts: Evaluation, path: epath.Path, out: Console, *, name: str = "
             mesh=make_mesh(cfg.mesh), key=runs.key_for(cfg.seed), progress=tell,
             name=name or cfg.backbone, shots=cfg.shots, seeds=cfg.seeds,
             support_config=cfg.support, pooled=cfg.one_for_all,
+            given=saved.fitted if saved else None, keep=writer.keep if writer else None,
             folder=path, backbone_of=None if parts.backbone is not None else of_category,
         )  # fmt: skip
+        if writer:
+            distributed.together(
+                lambda: writer.finish(parts.stored(), results) if distributed.is_main() else None
+            )
         distributed.together(
             lambda: write_results(results, path) if distributed.is_main() else None
         )

@@ -139,12 +139,12 @@ def opened(directory: str) -> OpenedRun:
     info = core_config.build_dataclass(RunInfo, stored["info"], "info")
     return OpenedRun(
         directory=directory, config=config, objective=module.build(method, info),
-        features=_features(module, method, info.classes),
+        features=features_of(module, method, info.classes),
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)
-def _features(module: Any, method: Any, classes: int) -> Callable[..., FeatureMaps]:
+def features_of(module: Any, method: Any, classes: int) -> Callable[..., FeatureMaps]:
     """One function for all runs of one objective config, so that they share compiled programs.
 
     Neither a run's length nor its number of images shapes its feature maps.
@@ -225,7 +225,16 @@ def _read(weights: pretrained.Weights, objective: Objective, spec: str) -> tuple
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "extra"],
-    meta_fields=["function", "mean", "std", "arch", "image_size", "description", "layers"],
+    meta_fields=[
+        "function",
+        "mean",
+        "std",
+        "arch",
+        "image_size",
+        "description",
+        "directory",
+        "layers",
+    ],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunBackbone:
@@ -242,6 +251,7 @@ class RunBackbone:
     arch: str
     image_size: int | None
     description: str
+    directory: str
     layers: tuple[str, ...] | None = None
 
     def only(self, layers: Sequence[str]) -> "RunBackbone":
@@ -275,6 +285,7 @@ def backbone(spec: str, weights: str, seed: int) -> Any:
     return RunBackbone(
         params=params, extra=extra, function=run.features, mean=objective.mean, std=objective.std,
         arch=arch, image_size=image_size(objective), description=run.described(step),
+        directory=run.directory,
     )  # fmt: skip
 
 

@@ -1,12 +1,15 @@
 """``dsad evaluate``: a backbone, a detector and a data set to numbers and pictures."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
-from dsad.assembly import evaluate, workdir
+from dsad.assembly import evaluate, model_config, workdir
+from dsad.assembly.model import Saved, Writer
 from dsad.core import distributed
+from dsad.core.errors import ConfigError
 from dsad.evaluation import thresholds
 from dsad.evaluation.localize import Results
 from dsad.terminal import console, flags
@@ -64,9 +67,15 @@ def threshold_table(results: Results) -> Table:
 
 def main(argv: list[str]) -> int:
     """The command."""
+    models = [a.partition("=")[2] for a in argv if re.match("--?model=", a)]
+    if models and any(re.match("--?config(=|$)", a) for a in argv):
+        raise ConfigError("--model brings the config that it was fitted with; leave --config out.")
+    config = f"{model_config.__file__}:{models[-1]}" if models else "configs/knn.py"
     command = flags.Command(
-        "evaluate", "localize defects with a backbone and measure it.", config="configs/knn.py"
+        "evaluate", "localize defects with a backbone and measure it.", config=config
     )
+    command.string("model", "", "Directory of fitted models to measure, instead of a config.")
+    command.string("save_model", "", "Directory that takes what is fitted.")
     command.string("workdir", "", "Directory of the evaluation: results.json and pictures.")
     command.string("name", "", "Name of this evaluation in tables and reports.")
     command.switch("overwrite", "Replace the evaluation in --workdir.")
@@ -74,14 +83,23 @@ def main(argv: list[str]) -> int:
     config, values, _ = command.parse(argv)
     flags.start_distributed(values)
     out = console.console()
-    parts = distributed.together(lambda: evaluate.prepare(config, out))
+    saved = Saved.read(values.model) if values.model else None
+    parts = distributed.together(lambda: evaluate.prepare(config, out, saved=saved))
+    writer = None
+    if values.save_model:
+        if saved or len(parts.config.seeds) > 1:
+            found = "--model" if saved else f"config.seeds={parts.config.seeds}"
+            raise ConfigError(f"--save-model: expected a fit with a single seed, found {found}.")
+        writer = Writer(values.save_model, overwrite=values.overwrite)
     path = workdir.claim(values.workdir, "evaluate", config.to_dict(), overwrite=values.overwrite)
-    results = evaluate.evaluate(parts, path, out, name=values.name)
+    results = evaluate.evaluate(parts, path, out, name=values.name, writer=writer)
     out.print(table(results))
     counted = [row["error_bound"] for row in results.categories.values() if "error_bound" in row]
     if counted:
         out.print(f"pixel numbers by counting, each within {max(counted):.1e} of the exact one")
     if results.thresholds:
         out.print(threshold_table(results))
+    if writer:
+        out.print(f"fitted models: {writer.directory}")
     out.print(f"written: {path}/results.json; pictures: dsad report {path}")
     return 0

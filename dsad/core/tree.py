@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,3 +81,34 @@ def diff(expected: Any, found: Any) -> list[str]:
     lines += [f"{p}: unexpected, found {have[p]}" for p in have if p not in want]
     both = [p for p in want if want[p] != have.get(p, want[p])]
     return sorted([*lines, *(f"{p}: expected {want[p]}, found {have[p]}" for p in both)])
+
+
+def named_arrays(tree: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """A tree of dicts, tuples and lists as JSON can hold it, and its arrays by path.
+
+    The outline has a name where the tree has an array; tuples become lists. Raises TypeError for
+    any other container.
+    """
+    arrays: dict[str, np.ndarray] = {}
+
+    def outlined(node: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(node, dict):
+            return {k: outlined(v, (*path, str(k))) for k, v in node.items()}
+        if type(node) in (tuple, list):
+            return [outlined(v, (*path, str(i))) for i, v in enumerate(node)]
+        if not isinstance(node, np.ndarray):
+            raise TypeError(f"{'/'.join(path)}: expected an array, found {type(node).__name__}.")
+        name = "/".join(path)
+        arrays[name] = np.ascontiguousarray(node).reshape(node.shape)
+        return name
+
+    return outlined(tree, ()), arrays
+
+
+def rebuilt(outline: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """The tree of an outline, with tuples for lists."""
+    if isinstance(outline, dict):
+        return {k: rebuilt(v, arrays) for k, v in outline.items()}
+    if isinstance(outline, list):
+        return tuple(rebuilt(v, arrays) for v in outline)
+    return arrays[outline]

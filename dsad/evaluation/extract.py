@@ -152,7 +152,7 @@ def _untitled(backbone: Any) -> Any:
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(backbone):
         value = getattr(backbone, field.name)
-        if field.name == "description":
+        if field.name in ("description", "directory"):
             changed[field.name] = ""
         elif isinstance(value, Backbone):
             changed[field.name] = _untitled(value)

@@ -51,6 +51,8 @@ def localize(
     seeds: Sequence[int] = (0,),
     support_config: SupportConfig = AS_DRAWN,
     map_wrappers: Mapping[str, MapWrapper] | None = None,
+    given: Callable[[str], Fitted] | None = None,
+    keep: Callable[[str, Sequence[str], Backbone, Fitted, Results], None] | None = None,
     pooled: bool = False,
     folder: str | epath.PathLike | None = None,
     backbone_of: Callable[[str], Backbone] | None = None,
@@ -75,6 +77,9 @@ def localize(
       support_config: what becomes of the support sets.
       map_wrappers: by name, from the inside out: what changes the backbone's maps; each is adapted
         to every support set.
+      given: what was fitted before, by category or "all categories"; nothing is fitted then.
+      keep: called with that name, its categories, the backbone, what was fitted and the results
+        once they are measured; needs a single seed.
       pooled: one detector for all categories, fitted on all their training images together.
       folder: where ``config.save_maps`` puts ``anomaly_maps`` (``anomaly_maps_seed<s>`` with
         several seeds).
@@ -117,7 +122,7 @@ def localize(
     }
     run = _Run(
         dataset, detector, config, key, train, sets, support_config, dict(map_wrappers or {}),
-        tuple(seeds), folder, progress,
+        given, tuple(seeds), folder, progress,
     )  # fmt: skip
     run.count(chosen)
     for group in [chosen] if pooled else [(c,) for c in chosen]:
@@ -136,7 +141,10 @@ def localize(
         if backbone_of:
             each = run.made.stamp["backbone"].setdefault("per_category", {})
             each[group[0]] = stamp.describe_backbone(network)
-        run.group(group, "all categories" if pooled else group[0])
+        title = "all categories" if pooled else group[0]
+        fitted = run.group(group, title)
+        if keep:
+            keep(title, group, network, fitted, run.made)
     run.made.support.update(support.listing(sets, shots=shots))
     over_seeds.conclude(run.made, config.metric_names)
     return run.made
@@ -154,6 +162,7 @@ class _Run:
     sets: Mapping[str, Mapping[int, support.Support]]
     support_config: SupportConfig
     map_wrappers: Mapping[str, MapWrapper]
+    given: Callable[[str], Fitted] | None
     seeds: tuple[int, ...]
     folder: str | epath.PathLike | None
     progress: Progress
@@ -166,7 +175,9 @@ class _Run:
         """The images to come: every seed reads its support set and the test images."""
         for c in categories:
             for own in self.sets[c].values():
-                self.total += len(own.bank) * self.support_config.rotations + len(own.held_out)
+                if not self.given:
+                    self.total += len(own.bank) * self.support_config.rotations
+                self.total += len(own.held_out)
                 self.total += len(self.dataset.source("test", c))
 
     def tick(self, category: str, what: str) -> Callable[[int], None]:
@@ -197,9 +208,10 @@ class _Run:
             writer.note({**self.made.stamp, "seed_of_these_maps": seed})
         return writer
 
-    def group(self, group: Sequence[str], title: str) -> None:
-        """Fit one detector per seed, and score and measure its categories."""
+    def group(self, group: Sequence[str], title: str) -> Fitted:
+        """Fit one detector per seed, and score and measure its categories; gives the last one."""
         assert self.device is not None
+        fitted = None
         reader = Reader(self.device, self.config)
         several = len(self.seeds) > 1
         for seed in self.seeds:
@@ -212,10 +224,14 @@ class _Run:
             for category in group:
                 self._category(reader, fitted, category, seed, seconds, writer)
                 seconds = {"features": 0.0, "fit": 0.0}  # of a pooled fit: stand at the first
+        assert fitted is not None
+        return fitted
 
     def _fit(
         self, reader: Reader, group: Sequence[str], title: str, seed: int
     ) -> tuple[Fitted, dict[str, float]]:
+        if self.given:
+            return reader.device.place(self.given(title)), {"features": 0.0, "fit": 0.0}
         sources = {c: self.dataset.source("train", c) for c in group}
         banks = {c: support.subset(x, self.sets[c][seed].bank) for c, x in sources.items()}
         parts = [(c, self.support_config.applied(bank)) for c, bank in banks.items()]

@@ -9,6 +9,7 @@ of other maps than those of ``common.maps_of`` brings its own, ``maps_of(seed, c
 
 import functools
 import importlib
+import json
 import typing
 
 import jax
@@ -16,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from safetensors.numpy import load_file, save_file
 
 from dsad.core.config import members
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
+from dsad.core.tree import named_arrays, rebuilt
 from dsad.core.types import Detector, DetectorTraits, HasPanels, Scores
 from dsad.detectors._features import EmbedsCells
 from dsad.ops import neighbors
@@ -111,9 +114,10 @@ def test_state_is_arrays_that_survive_a_file(case, tmp_path):
     state = detector.fit(Batches(maps(0, 6)), **ALONE)
     leaves, structure = jax.tree.flatten(state)
     assert all(isinstance(x, jax.Array) and not x.weak_type for x in leaves)
-    np.savez(tmp_path / "state.npz", *leaves)
-    with np.load(tmp_path / "state.npz", allow_pickle=False) as file:
-        loaded = jax.tree.unflatten(structure, [file[n] for n in file.files])
+    outline, arrays = named_arrays(jax.device_get(state))
+    save_file(arrays, tmp_path / "state.safetensors")
+    loaded = rebuilt(json.loads(json.dumps(outline)), load_file(tmp_path / "state.safetensors"))
+    assert jax.tree.structure(loaded) == structure
     expected = score(state, test)
     jax.tree.map(np.testing.assert_array_equal, score(loaded, test), expected)
 

@@ -1,0 +1,165 @@
+"""Fitted models: what was measured is measured again, bit by bit; damage and misuse are refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from dsad.assembly.model import FORMAT, FittedModel, Saved
+from dsad.cli import main
+from dsad.core.config import members
+from dsad.core.errors import ConfigError, WorkdirError
+from dsad.data import base
+from dsad.evaluation.localize import read_results
+from dsad.models import wrappers
+from tests.helpers import untrained_run
+from tests.seams.wrappers import away
+
+SMALL = (
+    "--config.data.synthetic.size=48", "--config.data.synthetic.train=6",
+    "--config.data.synthetic.good=2", "--config.data.synthetic.bad=1",
+    "--config.data.name=synthetic",
+    "--config.evaluation.image_size=32", "--config.evaluation.batch_size=4",
+)  # fmt: skip
+BOTH = ("--config.data.categories=('tiles','wood')",)
+LIGHT = ("--config.detector.layers=('layer1',)", "--config.evaluation.gallery=1")
+
+
+def run(*argv):
+    assert main.main(["evaluate", *argv]) == 0
+
+
+def fails(capsys, *argv):
+    assert main.main(["evaluate", *argv]) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def same(one, other):
+    """Numbers, image scores, thresholds and pictures, bit by bit."""
+    for name in ("mean", "kinds", "images", "thresholds", "scales", "cases"):
+        assert getattr(one, name) == getattr(other, name), name
+    for packed in ("gallery", "curves"):
+        left, right = getattr(one, packed), getattr(other, packed)
+        assert left.keys() == right.keys()
+        for name, values in left.items():
+            np.testing.assert_array_equal(values, right[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An evaluation with thresholds, and its models."""
+    base = tmp_path_factory.mktemp("models")
+    run(
+        *SMALL, *BOTH, *LIGHT, "--config.evaluation.false_alarm_rate=0.3",
+        f"--workdir={base / 'live'}", f"--save-model={base / 'model'}",
+    )  # fmt: skip
+    return base
+
+
+def test_a_saved_model_measures_the_same(folder, tmp_path):
+    run(f"--model={folder / 'model'}", f"--workdir={tmp_path / 'again'}")
+    same(read_results(folder / "live"), read_results(tmp_path / "again"))
+    one = ("--config.data.categories=('wood',)", "--config.evaluation.batch_size=8")
+    run(f"--model={folder / 'model'}", *one, f"--workdir={tmp_path / 'one'}")
+    live, alone = read_results(folder / "live"), read_results(tmp_path / "one")
+    for name in live.metric_names:
+        assert alone.categories["wood"][name] == live.categories["wood"][name]
+
+
+def test_three_lines_of_python_score_images(folder):
+    live = read_results(folder / "live")
+    model = FittedModel.load(folder / "model", "wood")
+    config = Saved.read(folder / "model").config()["data"]
+    source = base.load(base.DataConfig(**{
+        **config, "synthetic": base.DataConfig().synthetic.__class__(**config["synthetic"]),
+    })).source("test", "wood")  # fmt: skip
+    scored = model.score([source[i].image for i in range(len(source))])
+    np.testing.assert_array_equal(scored.scores, [row["score"] for row in live.images["wood"]])
+    assert scored.maps[0].shape == source[0].image.shape[:2]
+    assert model.thresholds == {"wood": live.thresholds["wood"]}
+    assert model.scales == {"wood": live.scales["wood"]}
+    assert model.stamp["detector"]["name"] == "knn"
+    with pytest.raises(ConfigError, match=r"expected a category, found ''.*tiles, wood"):
+        FittedModel.load(folder / "model")
+
+
+OTHER = {
+    "patches and a pooled model": (
+        "--config=gde", "--config.backbone=patches:16/4:resnet18", "--config.one_for_all=True",
+        "--config.detector.patch=16", "--config.detector.components=2",
+    ),
+    "a map wrapper": ("--config.backbone=away:resnet18", *LIGHT),
+    "another seed": ("--config.seeds=(5,)", "--config.shots=3", "--config.seed=2", *LIGHT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", OTHER.values(), ids=OTHER)
+def test_whatever_is_fitted_is_kept(argv, tmp_path, monkeypatch):
+    monkeypatch.setitem(wrappers.KINDS, "away", away.KIND)
+    run(
+        *argv[:1], *SMALL, *BOTH, *argv[1:], f"--workdir={tmp_path}/a", f"--save-model={tmp_path}/m"
+    )
+    run(f"--model={tmp_path}/m", f"--workdir={tmp_path}/b")
+    same(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
+
+
+def test_the_encoder_of_a_run_needs_its_directory_no_more(tmp_path):
+    untrained_run(tmp_path / "run", "ds2")
+    spec = f"--config.backbone=run:{tmp_path}/run@0"
+    run(spec, *SMALL, *BOTH, *LIGHT, f"--workdir={tmp_path}/a", f"--save-model={tmp_path}/m")
+    shutil.rmtree(tmp_path / "run")
+    run(f"--model={tmp_path}/m", f"--workdir={tmp_path}/b")
+    same(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in members("detectors") if n != "isstad"])
+def test_every_detector(name, tmp_path):
+    run(f"--config={name}:smoke", f"--workdir={tmp_path}/a", f"--save-model={tmp_path}/m")
+    run(f"--model={tmp_path}/m", f"--workdir={tmp_path}/b")
+    same(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
+
+
+def test_faults_are_named(folder, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    argv = (f"--model={model}", f"--workdir={tmp_path / 'w'}")
+    text = fails(capsys, *argv, "--config.detector.k=2")
+    assert "config.detector.k: 1 → 2" in text
+    assert "--config out" in fails(capsys, *argv, "--config=knn")
+    text = fails(capsys, *argv, "--config.data.categories=('wood','weave')")
+    assert "no model of weave; it has: tiles, wood" in text
+    assert "expected a fit" in fails(capsys, *argv, f"--save-model={tmp_path / 'n'}")
+    text = fails(capsys, *SMALL, *LIGHT, f"--workdir={tmp_path / 'w'}", f"--save-model={model}")
+    assert "holds a model. Replace it with --overwrite" in text
+    assert "no fitted model there" in fails(capsys, f"--model={tmp_path}", argv[1])
+    weights = model / "wood.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(WorkdirError, match=r"wood\.safetensors: damaged"):
+        FittedModel.load(model, "wood")
+    assert FittedModel.load(model, "tiles").categories == ("tiles",)
+    index = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps({**index, "format": FORMAT - 1}))
+    assert f"a model of format {FORMAT - 1}, expected {FORMAT}. Fit it again" in fails(
+        capsys, *argv
+    )
+    assert not (tmp_path / "w").exists()
+
+
+def test_what_a_stopped_evaluation_left_blocks_nothing(folder, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(folder / "model" / "wood.safetensors", model)
+    one = "--config.data.categories=('tiles',)"
+    run(*SMALL, *LIGHT, one, f"--workdir={tmp_path / 'w'}", f"--save-model={model}")
+    assert sorted(p.name for p in model.iterdir()) == [
+        "backbone-0.safetensors", "model.json", "tiles.safetensors",
+    ]  # fmt: skip
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "letter.txt").write_text("dear")
+    argv = (*SMALL, *LIGHT, f"--workdir={tmp_path / 'v'}", f"--save-model={tmp_path / 'x'}")
+    assert main.main(["evaluate", *argv]) == 2
+    assert (tmp_path / "x" / "letter.txt").exists()
