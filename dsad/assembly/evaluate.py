@@ -23,6 +23,7 @@ from dsad.evaluation.localize import (
     localize,
     write_results,
 )
+from dsad.evaluation.parts import Parts
 from dsad.evaluation.support import AS_DRAWN, SupportConfig
 from dsad.models import wrappers
 from dsad.terminal import console
@@ -242,7 +243,10 @@ def evaluate(
             distributed.together(
                 lambda: writer.finish(parts.stored(), results) if distributed.is_main() else None
             )
-        distributed.together(
-            lambda: write_results(results, path) if distributed.is_main() else None
-        )
+        distributed.together(lambda: _written(results, path) if distributed.is_main() else None)
     return results
+
+
+def _written(results: Results, path: epath.Path) -> None:
+    write_results(results, path)
+    Parts(path).remove()

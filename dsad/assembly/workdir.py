@@ -44,7 +44,8 @@ def _claim(workdir: str, about: Mapping[str, Any], *, resume: bool, overwrite: b
     """Take a directory for a run and write its config; returns the path.
 
     A directory in use needs ``resume`` (same command, and the same config but for what ``FREE``
-    names) or ``overwrite`` (it must hold a dsad run, so that a mistyped path costs nothing).
+    names) or ``overwrite`` (it must hold a dsad run, so that a mistyped path costs nothing). An
+    evaluation without results goes on by itself; one that measured nothing is replaced.
     Raises WorkdirError otherwise, also if the directory cannot be written.
     """
     if not workdir:
@@ -78,6 +79,8 @@ def _take(
             _check_same(path, text, free=not has_checkpoint(workdir))
             paths.write_whole(path / CONFIG, text, _ADVICE)
             return
+        if not overwrite and _unfinished(path, about):
+            return
         if not overwrite:
             go_on = (
                 "Continue its run with --resume, replace"
@@ -99,6 +102,31 @@ def _take(
     elif resume:
         raise WorkdirError(f"--workdir={workdir}: nothing to resume; start without --resume.")
     paths.write_whole(path / CONFIG, text, _ADVICE)
+
+
+def _unfinished(path: epath.Path, about: Mapping[str, Any]) -> bool:
+    """Whether an evaluation can go on in a directory, or begin there anew."""
+    if about["command"] != "evaluate" or (path / "results.json").exists():
+        return False
+    try:
+        there = read(path)
+    except WorkdirError:
+        return False
+    if there["command"] != "evaluate":
+        return False
+    text = json.dumps(about, indent=2) + "\n"
+    lines = differences(there["config"], json.loads(text)["config"])
+    lines = [line for line in lines if not _is_free(line.partition(":")[0])]
+    if lines and (path / "parts").is_dir():
+        raise WorkdirError(
+            f"{path}: holds an unfinished evaluation with other settings (there → now):\n  "
+            + "\n  ".join(lines)
+            + "\nGo on with its settings, replace it with --overwrite, or choose another directory."
+        )
+    if lines:
+        path.rmtree()
+        paths.write_whole(path / CONFIG, text, _ADVICE)
+    return True
 
 
 OLDER = (

@@ -1,5 +1,6 @@
 """The localization run: features, detector, anomaly maps on original pixels, metrics."""
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from dsad.core import paths
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DsadError, MetricError
+from dsad.core.hosts import spans
 from dsad.core.rng import named
 from dsad.core.types import Backbone, Dataset, Detector, MapWrapper, Progress, Source, Tree, silent
 from dsad.evaluation import maps, metrics, stamp, support, thresholds
@@ -20,9 +22,10 @@ from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.hosts import ALONE
+from dsad.evaluation.parts import Parts
 from dsad.evaluation.reader import Features, Reader
 from dsad.evaluation.report import gallery, panels
-from dsad.evaluation.results import Results, read_results, write_results
+from dsad.evaluation.results import Results, merge, read_results, write_results
 from dsad.evaluation.scored import Scored, score
 from dsad.evaluation.support import AS_DRAWN, SupportConfig, check_labels
 
@@ -82,7 +85,8 @@ def localize(
         once they are measured; needs a single seed.
       pooled: one detector for all categories, fitted on all their training images together.
       folder: where ``config.save_maps`` puts ``anomaly_maps`` (``anomaly_maps_seed<s>`` with
-        several seeds).
+        several seeds), and where measured categories are kept: a stopped evaluation goes on with
+        the next one, unless it has several processes or ``keep``.
       backbone_of: instead of ``backbone``, the backbone of each category, loaded when it is due.
 
     Raises:
@@ -124,30 +128,40 @@ def localize(
         dataset, detector, config, key, train, sets, support_config, dict(map_wrappers or {}),
         given, tuple(seeds), folder, progress,
     )  # fmt: skip
-    run.count(chosen)
-    for group in [chosen] if pooled else [(c,) for c in chosen]:
+    run.total = run.count(chosen)
+    results = Results()
+    groups = [chosen] if pooled else [(c,) for c in chosen]
+    parts = Parts(folder) if folder and len(groups) > 1 and not (keep or spans(mesh)) else None
+    for group in groups:
         network = backbone_of(group[0]) if backbone_of else backbone
         assert network is not None, "expected a backbone, or backbone_of"
         if run.device is None:
             run.device = Device(network, detector, config, mesh, tuple(run.map_wrappers.values()))
-            run.made.stamp.update(
-                stamp.make_stamp(
-                    dataset, chosen, config=config, detector=detector, backbone=network, key=key,
-                    name=name, details={**protocol, **(details or {})},
-                )
+            protocol = stamp.make_stamp(
+                dataset, chosen, config=config, detector=detector, backbone=network, key=key,
+                name=name, details={**protocol, **(details or {})},
             )  # fmt: skip
         elif backbone_of:
             run.device.use(network)
-        if backbone_of:
-            each = run.made.stamp["backbone"].setdefault("per_category", {})
-            each[group[0]] = stamp.describe_backbone(network)
         title = "all categories" if pooled else group[0]
-        fitted = run.group(group, title)
-        if keep:
-            keep(title, group, network, fitted, run.made)
-    run.made.support.update(support.listing(sets, shots=shots))
-    over_seeds.conclude(run.made, config.metric_names)
-    return run.made
+        part = parts.read(title, protocol) if parts else None
+        if part:
+            run.done += run.count(group)
+            run.tick(title, "measured before")(0)
+        else:
+            part = run.made = Results(stamp=copy.deepcopy(protocol))
+            if backbone_of:
+                each = part.stamp["backbone"].setdefault("per_category", {})
+                each[group[0]] = stamp.describe_backbone(network)
+            fitted = run.group(group, title)
+            if keep:
+                keep(title, group, network, fitted, part)
+            if parts:
+                parts.write(title, part)
+        merge(results, part)
+    results.support.update(support.listing(sets, shots=shots))
+    over_seeds.conclude(results, config.metric_names)
+    return results
 
 
 @dataclasses.dataclass
@@ -171,14 +185,14 @@ class _Run:
     done: int = 0
     total: int = 0
 
-    def count(self, categories: Sequence[str]) -> None:
-        """The images to come: every seed reads its support set and the test images."""
+    def count(self, categories: Sequence[str]) -> int:
+        """The images to read: every seed's support set and the test images."""
+        total = 0
         for c in categories:
             for own in self.sets[c].values():
-                if not self.given:
-                    self.total += len(own.bank) * self.support_config.rotations
-                self.total += len(own.held_out)
-                self.total += len(self.dataset.source("test", c))
+                total += 0 if self.given else len(own.bank) * self.support_config.rotations
+                total += len(own.held_out) + len(self.dataset.source("test", c))
+        return total
 
     def tick(self, category: str, what: str) -> Callable[[int], None]:
         def advance(n: int) -> None:

@@ -53,6 +53,20 @@ class Results:
         return list(self.mean)
 
 
+def merge(into: Results, part: Results) -> None:
+    """Add the results of further categories, before means over all are taken."""
+    for field in dataclasses.fields(Results):
+        _merge(getattr(into, field.name), getattr(part, field.name))
+
+
+def _merge(into: dict[str, Any], part: dict[str, Any]) -> None:
+    for name, value in part.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        else:
+            into[name] = value
+
+
 #: Fields in a packed file of their own, and those in the readable one.
 _PACKED = ("gallery", "curves")
 _JSON = tuple(f.name for f in dataclasses.fields(Results) if f.name not in _PACKED)

@@ -1,0 +1,119 @@
+"""A stopped evaluation goes on where it was, and what failed blocks no retry."""
+
+import jax
+import numpy as np
+import pytest
+
+from dsad.cli import main
+from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.evaluation import localize as module
+from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
+from tests.evaluation.test_localize import Distance, Planted, Pooled
+
+CATEGORIES = ("disc", "ring", "to/p", "[/x]")
+
+
+FITTED = []
+
+
+class Counting(Distance):
+    def fit(self, source, **given):
+        FITTED.extend(source.categories)
+        return super().fit(source, **given)
+
+
+class Stopping(Distance):
+    def fit(self, source, **given):
+        if source.categories == ("to/p",):
+            raise KeyboardInterrupt
+        return super().fit(source, **given)
+
+
+def run(folder, detector, strength=9, **config):
+    return localize(
+        Pooled(), detector, Planted(categories=CATEGORIES, strength=strength),
+        EvalConfig(image_size=48, batch_size=4, workers=2, false_alarm_rate=0.3, **config),
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(3), folder=folder,
+        seeds=(0, 1), shots=6,
+    )  # fmt: skip
+
+
+def same(one, other):
+    assert (one.mean, one.std, one.kinds) == (other.mean, other.std, other.kinds)
+    assert (one.images, one.cases, one.scales) == (other.images, other.cases, other.scales)
+    assert (one.thresholds, one.support) == (other.thresholds, other.support)
+    for name in one.metric_names:
+        for category, row in one.categories.items():
+            assert other.categories[category][name] == row[name]
+    assert one.stamp["detector_state"] == other.stamp["detector_state"]
+    for left, right in ((one.gallery, other.gallery), (one.curves, other.curves)):
+        assert left.keys() == right.keys()
+        for name, values in left.items():
+            np.testing.assert_array_equal(values, right[name])
+
+
+def test_measured_categories_are_not_measured_again(tmp_path):
+    whole = run(None, Distance())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Stopping())
+    del FITTED[:]
+    again = run(tmp_path, Counting())
+    assert FITTED == ["to/p", "to/p", "[/x]", "[/x]"]
+    same(again, whole)
+    del FITTED[:]
+    (tmp_path / "parts" / "ring" / "results.json").write_text("{")  # damaged
+    same(run(tmp_path, Counting()), whole)
+    assert FITTED == ["ring", "ring"]
+    del FITTED[:]
+    run(tmp_path, Counting(), fpr_limit=0.2)
+    assert len(FITTED) == 8
+    write_results(again, tmp_path)
+    same(read_results(tmp_path), whole)
+
+
+ARGV = (
+    "--config=knn:smoke", "--config.data.categories=('tiles','wood')",
+    "--config.detector.layers=('layer1',)", "--config.evaluation.gallery=1",
+)  # fmt: skip
+
+
+def test_the_command_goes_on_by_itself(tmp_path, monkeypatch, capsys):
+    argv = ["evaluate", *ARGV, f"--workdir={tmp_path / 'a'}"]
+    assert main.main([*argv[:-1], f"--workdir={tmp_path / 'whole'}"]) == 0
+    score = module.score
+
+    def stopping(reader, fitted, source, name, tick, **given):
+        if name.startswith("wood"):
+            raise MemoryError("planted")
+        return score(reader, fitted, source, name, tick, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "score", stopping)
+        with pytest.raises(MemoryError):
+            main.main(argv)
+    assert (tmp_path / "a" / "parts" / "tiles" / "results.json").exists()
+    assert main.main([*argv, "--config.detector.k=2"]) == 2
+    assert "unfinished evaluation with other settings" in capsys.readouterr().err
+    names = []
+
+    def watching(reader, fitted, source, name, tick, **given):
+        names.append(name)
+        return score(reader, fitted, source, name, tick, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "score", watching)
+        assert main.main(argv) == 0
+    assert names == ["wood/test"]
+    assert not (tmp_path / "a" / "parts").exists()
+    assert read_results(tmp_path / "a").mean == read_results(tmp_path / "whole").mean
+    assert main.main(argv) == 2
+    assert "in use" in capsys.readouterr().err
+
+
+def test_a_failure_before_anything_was_measured_blocks_no_retry(tmp_path, monkeypatch):
+    argv = ["evaluate", *ARGV, f"--workdir={tmp_path / 'a'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "score", lambda *given, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main.main([*argv, "--config.detector.k=2"])
+    assert main.main(argv) == 0
