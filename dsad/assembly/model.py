@@ -94,7 +94,7 @@ class _Images:
 
     def __init__(self, images: Sequence[np.ndarray]) -> None:
         self._images = images
-        self.records = [
+        self.records: Sequence[Record] = [
             Record(path=str(i), category="", label=0, kind="good") for i in range(len(images))
         ]
 

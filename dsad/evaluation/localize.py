@@ -247,8 +247,8 @@ class _Run:
         if self.given:
             return reader.device.place(self.given(title)), {"features": 0.0, "fit": 0.0}
         sources = {c: self.dataset.source("train", c) for c in group}
-        banks = {c: support.subset(x, self.sets[c][seed].bank) for c, x in sources.items()}
-        parts = [(c, self.support_config.applied(bank)) for c, bank in banks.items()]
+        chosen = {c: support.subset(x, self.sets[c][seed].bank) for c, x in sources.items()}
+        parts = [(c, self.support_config.applied(x)) for c, x in chosen.items()]
         tick = self.tick(title, "training features")
         start = time.perf_counter()
         # Seed 0 keeps the key that a category has without seeds.

@@ -83,7 +83,7 @@ class _Rotated:
 
     def __init__(self, source: Source, rotations: int) -> None:
         self._source, self._rotations = source, rotations
-        self.records = [r for r in source.records for _ in range(rotations)]
+        self.records: Sequence[Record] = [r for r in source.records for _ in range(rotations)]
 
     def __len__(self) -> int:
         return len(self.records)
