@@ -126,14 +126,13 @@ class Writer:
         """Add the model of some categories; every process calls, the first one writes."""
         if network is not self._last:
             self._last, number = network, len(self._index["backbones"])
-            wrapped, inner = [], network
-            while isinstance(inner, wrappers.Patches):
-                wrapped.append(f"patches:{inner.size}/{inner.stride}:")
+            inner = network
+            while isinstance(inner, wrappers.Wrapped):
                 inner = inner.encoder
             recipe, tree = _recipe(inner)
             file = f"backbone-{number}.safetensors"
-            entry = {"file": file, "wrapped": "".join(wrapped), **recipe}
-            self._index["backbones"].append({**entry, "tree": self._write(file, tree)})
+            entry = {"file": file, **recipe, "tree": self._write(file, tree)}
+            self._index["backbones"].append(entry)
         file = f"{urllib.parse.quote(title, safe=' ')}.safetensors"
         self._index["categories"][title] = {
             "file": file,
@@ -252,7 +251,7 @@ class Saved:
             network = runs.RunBackbone(
                 params=params, extra=extra, function=function, directory=entry["directory"], **about
             )
-        wrap = wrappers.unwrap(f"{entry['wrapped']}resnet18").images
+        wrap = wrappers.unwrap(self.index["config"]["backbone"]).images
         return functools.reduce(lambda inner, outer: outer(inner), wrap, network)
 
     def fitted(self, title: str) -> Fitted:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,11 @@ from dsad.core.types import Backbone, FeatureMaps, MapWrapper
 from dsad.ops.similarity import unit
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["encoder"], meta_fields=["size", "stride"]
-)
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Patches:
-    """An encoder applied to every ``size`` × ``size`` patch of an image, ``stride`` pixels apart.
-
-    Patches are not enlarged. Cell (i, j) of every feature map belongs to the patch of the rows
-    stride · i to stride · i + size - 1 and the columns likewise: it is the spatial mean of the
-    encoder's map of that patch, brought to unit length (DS2 and CutPaste, second stage). An image
-    of 256 pixels gives 57 × 57 cells of 32 × 32 patches 4 pixels apart.
-    """
+class Wrapped:
+    """What the backbones around an ``encoder`` have in common: it alone has weights."""
 
     encoder: Backbone
-    size: int
-    stride: int
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -46,28 +35,45 @@ class Patches:
         return self.encoder.std
 
     @property
-    def arch(self) -> str:
-        """The encoder's architecture, with the patches' size and stride."""
-        return f"patches:{self.size}/{self.stride}:{self.encoder.arch}"
-
-    @property
     def description(self) -> str:
         """The encoder's weights."""
         return self.encoder.description
-
-    @property
-    def image_size(self) -> None:
-        """Not told: its encoder was trained on images of about a patch's size."""
-        return None
 
     @property
     def layers(self) -> tuple[str, ...] | None:
         """The maps it computes, None for all of the encoder's."""
         return self.encoder.layers
 
-    def only(self, layers: Sequence[str]) -> "Patches":
-        """The same patches by an encoder that computes just these maps."""
+    def only(self, layers: Sequence[str]) -> Self:
+        """The same around an encoder that computes just these maps."""
         return dataclasses.replace(self, encoder=self.encoder.only(layers))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["encoder"], meta_fields=["size", "stride"]
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Patches(Wrapped):
+    """An encoder applied to every ``size`` × ``size`` patch of an image, ``stride`` pixels apart.
+
+    Patches are not enlarged. Cell (i, j) of every feature map belongs to the patch of the rows
+    stride · i to stride · i + size - 1 and the columns likewise: it is the spatial mean of the
+    encoder's map of that patch, brought to unit length (DS2 and CutPaste, second stage). An image
+    of 256 pixels gives 57 × 57 cells of 32 × 32 patches 4 pixels apart.
+    """
+
+    size: int
+    stride: int
+
+    @property
+    def arch(self) -> str:
+        """The encoder's architecture, with the patches' size and stride."""
+        return f"patches:{self.size}/{self.stride}:{self.encoder.arch}"
+
+    @property
+    def image_size(self) -> None:
+        """Not told: its encoder was trained on images of about a patch's size."""
+        return None
 
     def __call__(self, images: jax.Array) -> FeatureMaps:
         """Maps (b, gh, gw, channels) of normalised images (b, H, W, 3).
