@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from dsad.train.cache import Gather, abstract_store, fetch_with
 from dsad.train.checkpoint import CheckpointConfig
 from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
 from dsad.train.state import TrainState, abstract_state
-from dsad.train.step import Step, make_step
+from dsad.train.step import Step, make_step, placed_key
 
 
 class PretrainConfig(Settings, place="config"):
@@ -100,8 +101,8 @@ class Run:
     Attributes:
       spec: of the batches.
       abstract: the training state.
-      inputs, store: what ``step`` takes after the state; without a cache on the devices the
-        inputs are the batch, and ``store`` and ``gather``, see ``train.cache``, are None.
+      inputs, store: what ``step`` takes between the state and the ``key``; without a cache on the
+        devices the inputs are the batch, and ``store`` and ``gather``, see ``train.cache``, None.
 
     """
 
@@ -124,6 +125,11 @@ class Run:
         """None where the number of samples is not known."""
         known = self.data.samples is not None or self.config.steps
         return self.info.total_steps if known else None
+
+    @functools.cached_property
+    def key(self) -> jax.Array:
+        """Of all random draws, on the devices."""
+        return placed_key(jax.random.key(self.config.seed), self.mesh)
 
     @property
     def batch(self) -> Any:
@@ -187,7 +193,7 @@ def assemble(config: Any, devices: list[Any] | None, data: DataFacts) -> Run:
             )
         fields, (store, gather) = spec.drawn, abstract_store(spec, data.samples, mesh)
     step = make_step(
-        objective, tx, schedule, abstract, mesh=mesh, seed=cfg.seed, accumulate=cfg.accumulate,
+        objective, tx, schedule, abstract, mesh=mesh, accumulate=cfg.accumulate,
         fetch=fetch_with(gather, spec) if gather else None,
     )  # fmt: skip
     return Run(

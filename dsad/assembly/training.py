@@ -174,7 +174,8 @@ def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) 
     try:
         with console.progress("pretraining", out) as tell:
             loop = Loop(
-                step=run.step, batches=batches, store=training.store, mesh=run.mesh,
+                step=run.step, batches=batches, store=training.store, key=run.key,
+                mesh=run.mesh,
                 total_steps=run.info.total_steps, batch_size=run.config.batch_size,
                 log_every=run.config.log_every, writer=writer, checkpointer=checkpointer,
                 meta={"total_steps": run.info.total_steps},

@@ -294,7 +294,7 @@ def _steps(made: dict[str, Any], pipeline: Any, count: int) -> tuple[float, floa
             inputs = next(batches)
             wait += time.perf_counter() - asked
             made["state"], scalars = run.step(
-                made["state"], place_batch(inputs, run.mesh), made["store"]
+                made["state"], place_batch(inputs, run.mesh), made["store"], run.key
             )
             jax.block_until_ready(before)
             before = scalars

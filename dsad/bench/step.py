@@ -59,7 +59,8 @@ def step(config: Any, rounds: int, *, details: bool = False) -> dict[str, float]
 
     def whole() -> Any:
         nonlocal state
-        state, scalars = run.step(state, place_batch(next(batches), run.mesh), prepared.store)
+        placed = place_batch(next(batches), run.mesh)
+        state, scalars = run.step(state, placed, prepared.store, run.key)
         return scalars
 
     timings = _measure.interleaved({**timed, "step": whole}, rounds)

@@ -24,6 +24,7 @@ from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.plan import hlo, hlo_cost
 from dsad.terminal import console
+from dsad.train.step import abstract_key
 
 Effort = Literal["fast", "full"]
 #: What the compilers take for "finish soon", as jax 0.10 spells it and as later versions do. On
@@ -112,7 +113,7 @@ def compiled(
 def lower(run: Run) -> jax.stages.Lowered:
     """The step of a run traced and lowered for the platform of its mesh."""
     with run.tracing():
-        return run.step.lower(run.abstract, run.inputs, run.store)
+        return run.step.lower(run.abstract, run.inputs, run.store, abstract_key(run.mesh))
 
 
 def held(run: Run) -> dict[str, int]:

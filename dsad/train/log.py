@@ -98,7 +98,8 @@ class Log:
     total_steps: int
     batch_size: int
     every: int
-    writer: MetricWriter
+    writer: MetricWriter | None
+    settings: str
     kept: Callable[[], str]
     clock: Clock
     work: Work
@@ -136,8 +137,8 @@ class Log:
             if bad := non_finite(scalars):
                 raise NonFiniteError(
                     f"step {step}: {', '.join(bad)} became non-finite; the run stopped and kept "
-                    f"the {self.kept()}. Lower config.optim.lr or lengthen "
-                    "config.optim.warmup_epochs."
+                    f"{self.kept()}. Lower {self.settings}.lr or lengthen "
+                    f"{self.settings}.warmup_epochs."
                 )
             self.rows.append(scalars)
             self.steps_timed += 1
@@ -166,7 +167,8 @@ class Log:
         row["peak_memory_mib"] = memory
         row["goodput"] = self.clock.goodput()
         self.rows, self.steps_timed = [], 0
-        self.writer.write(step, row)
+        if self.writer is not None:
+            self.writer.write(step, row)
         self.on_log(step, self.total_steps, row)
 
     def _speed(self, seconds: float) -> dict[str, float]:

@@ -40,12 +40,14 @@ class Loop:
       step: the compiled step.
       batches: host inputs of the step, with a position.
       store: device-resident data, or None.
+      key: of the run, on the mesh.
       mesh: devices.
       total_steps: updates after which the run is complete.
       batch_size: images per update over all hosts, for images/s.
       log_every: updates per line of metrics.
-      writer: metric files.
-      checkpointer: where states go, and when.
+      settings: the config group of the optimiser's keys, for messages.
+      writer: metric files, or None.
+      checkpointer: where states go, and when; None: the caller keeps the last one.
       meta: stored with every checkpoint.
       on_log: called with (step, total, scalars) after each logged line.
       clock: continued from the checkpoint's meta on a resumed run.
@@ -57,13 +59,15 @@ class Loop:
     step: Step
     batches: DataIterator
     store: Any
+    key: jax.Array
     mesh: Mesh
     total_steps: int
     batch_size: int
     log_every: int
-    writer: MetricWriter
-    checkpointer: Checkpointer
-    meta: dict[str, Any]
+    settings: str = "config.optim"
+    writer: MetricWriter | None = None
+    checkpointer: Checkpointer | None = None
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
     on_log: OnLog = lambda step, total, scalars: None
     clock: Clock = dataclasses.field(default_factory=Clock)
     work: Work = dataclasses.field(default_factory=Work)
@@ -73,7 +77,7 @@ class Loop:
 def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
     """Run until ``total_steps``, or until SIGTERM, Ctrl-C or a preemption notice asks to stop.
 
-    Returns the state and whether the run is complete; either way the last state is saved.
+    Returns the state and whether the run is complete; either way the last state is saved, if any.
     Raises NonFiniteError naming step and metrics, with the last good checkpoint kept.
     """
     first = step = saved = int(state.step)
@@ -82,7 +86,7 @@ def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
         while step < loop.total_steps and not stop.reached(step):
             inputs = _next(loop)
             with jax.transfer_guard("disallow"):
-                state, scalars = loop.step(state, inputs, loop.store)
+                state, scalars = loop.step(state, inputs, loop.store, loop.key)
             step += 1
             log.add(step, scalars)
             if step == first + 1:
@@ -100,21 +104,25 @@ def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
                 saved = step
         log.flush(keep=0)
         log.finish(step)
-        if step > saved:
-            _save(loop, state)
-        loop.checkpointer.wait()
+        if loop.checkpointer is not None:
+            if step > saved:
+                _save(loop, state)
+            loop.checkpointer.wait()
     return state, step >= loop.total_steps
 
 
 def _log(loop: Loop) -> Log:
     def kept() -> str:
-        loop.checkpointer.wait()
-        latest = loop.checkpointer.latest()
-        return f"checkpoint of step {latest}" if latest is not None else "no checkpoint"
+        latest = None
+        if loop.checkpointer is not None:
+            loop.checkpointer.wait()
+            latest = loop.checkpointer.latest()
+        return f"the checkpoint of step {latest}" if latest is not None else "no checkpoint"
 
     return Log(
         total_steps=loop.total_steps, batch_size=loop.batch_size, every=loop.log_every,
-        writer=loop.writer, kept=kept, clock=loop.clock, work=loop.work, on_log=loop.on_log,
+        writer=loop.writer, settings=loop.settings, kept=kept, clock=loop.clock, work=loop.work,
+        on_log=loop.on_log,
     )  # fmt: skip
 
 
@@ -127,6 +135,8 @@ def _next(loop: Loop) -> Any:
 
 def _saves(loop: Loop, step: int) -> bool:
     """Whether there is a checkpoint after this step; the same answer on every process."""
+    if loop.checkpointer is None:
+        return False
     if loop.checkpointer.due(step):
         return True
     if distributed.count() == 1 or not loop.checkpointer.config.minutes:
@@ -138,8 +148,10 @@ def _saves(loop: Loop, step: int) -> bool:
 
 
 def _save(loop: Loop, state: TrainState) -> None:
+    assert loop.checkpointer is not None
     start = time.perf_counter()
-    loop.writer.flush()  # a checkpoint never holds a step whose line may still be lost
+    if loop.writer is not None:
+        loop.writer.flush()  # a checkpoint never holds a step whose line may still be lost
     meta = {**loop.meta, "clock": loop.clock.saved()}
     loop.checkpointer.save(state, loop.batches.get_state(), meta, now=loop.now())
     loop.clock.stalled += time.perf_counter() - start

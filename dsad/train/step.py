@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.errors import ConfigError
+from dsad.core.hosts import put
 from dsad.core.mesh import BATCH_SPEC, batch_sharding, replicated
 from dsad.core.tree import global_norm
 from dsad.core.types import Objective, Scalars
@@ -18,7 +20,7 @@ from dsad.train.optim import Schedule
 from dsad.train.state import TrainState
 
 Fetch = Callable[[Any, Any], Batch]
-#: ``step(state, inputs, store) -> (state, scalars)``, jitted.
+#: ``step(state, inputs, store, key) -> (state, scalars)``, jitted.
 Step = jax.stages.Wrapped
 
 
@@ -29,11 +31,13 @@ def make_step(
     abstract: TrainState,
     *,
     mesh: Mesh,
-    seed: int,
     fetch: Fetch | None = None,
     accumulate: int = 1,
 ) -> Step:
-    """Compile-once ``step(state, inputs, store) -> (state, scalars)``; ``state`` is donated.
+    """Compile-once ``step(state, inputs, store, key) -> (state, scalars)``; ``state`` is donated.
+
+    ``key`` is that of the run, from which every random draw follows, see ``placed_key``: runs of
+    other seeds share the program, and the state carries no key.
 
     Args:
       objective: what to train.
@@ -41,7 +45,6 @@ def make_step(
       schedule: its learning rate, for the log.
       abstract: shapes and shardings of the state.
       mesh: devices; ``inputs`` must be split over it along the leading axis.
-      seed: of every random draw; the state carries no key.
       fetch: ``(store, inputs) -> batch`` for data that live on the device; without it ``inputs``
         is the batch and ``store`` is ignored.
       accumulate: split the batch into this many parts and add up their gradients.
@@ -55,9 +58,10 @@ def make_step(
             f"config.accumulate={accumulate}: this objective's loss depends on the whole batch "
             "(batch statistics or negatives), so parts of it would give another result; use 1."
         )
-    base = jax.random.key(seed)
 
-    def step(state: TrainState, inputs: Any, store: Any) -> tuple[TrainState, Scalars]:
+    def step(
+        state: TrainState, inputs: Any, store: Any, base: jax.Array
+    ) -> tuple[TrainState, Scalars]:
         batch = fetch(store, inputs) if fetch else inputs
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH_SPEC))
         key = jax.random.fold_in(rng.named(base, "loss"), state.step)
@@ -91,10 +95,22 @@ def make_step(
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh), None),
+        in_shardings=(shardings, batch_sharding(mesh), None, replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def placed_key(key: jax.Array, mesh: Mesh) -> jax.Array:
+    """A run's key on every device of its mesh, as the step takes it."""
+    words = put(np.asarray(jax.random.key_data(key)), replicated(mesh))
+    return jax.random.wrap_key_data(words)
+
+
+def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Likewise without a value, for devices that need not be there."""
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
 
 
 def _interleave(x: jax.Array, parts: int) -> jax.Array:

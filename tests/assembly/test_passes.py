@@ -111,7 +111,7 @@ def test_what_is_computed_once_follows_its_sample(monkeypatch, config, devices, 
     for _ in range(4):
         drawn = next(batches)
         index, others = drawn["index"], drawn["references"]["index"]
-        state, seen = run.step(state, place_batch(drawn, run.mesh), made.store)
+        state, seen = run.step(state, place_batch(drawn, run.mesh), made.store, run.key)
         expected = {
             "features/row": index, "features/sum": sums[index], "mask": stored["mask"][index],
             "references/features/sum": sums[others], "references/features/row": others,
@@ -166,7 +166,7 @@ state = initial_state(objective, run.tx, run.abstract, 0)
 made = training.with_features(made, state, console.console())
 drawn = place_batch(next(made.pipeline.iterator()), run.mesh)
 index = hosts.whole(drawn["references"]["index"])
-state, seen = run.step(state, drawn, made.store)
+state, seen = run.step(state, drawn, made.store, run.key)
 sums = stored["image"].astype(np.int32).sum((1, 2, 3))
 np.testing.assert_allclose(seen["references/features/sum"], sums[index].sum(), rtol=1e-6)
 """

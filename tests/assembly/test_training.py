@@ -119,7 +119,7 @@ def test_frozen_features_masks_and_companions_in_every_cache(monkeypatch, config
                 assert (record.label, record.category) == (0, sample.record.category)
                 assert other != index
         assert "image" not in references
-    state, scalars = run.step(state, placed, made.store)
+    state, scalars = run.step(state, placed, made.store, run.key)
     assert np.isfinite(scalars["loss"])
 
 

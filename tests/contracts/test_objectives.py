@@ -58,12 +58,12 @@ class TestObjective:
         objective = perturbed(name)[0]
         if not isinstance(objective, PerSample):
             pytest.skip("computes nothing per sample")
-        state, step, mesh = training(name)
+        state, step, key, mesh = training(name)
         compute = jax.jit(objective.per_sample)
         before = jax.device_get(compute(state.params, state.extra, batch(name)))
         with jax.set_mesh(mesh):
             for _ in range(3):
-                state, _ = step(state, place_batch(batch(name), mesh), None)
+                state, _ = step(state, place_batch(batch(name), mesh), None, key)
         after = compute(state.params, state.extra, batch(name))
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
@@ -122,23 +122,23 @@ class TestObjective:
 
     def test_step_maps_its_state_to_itself_and_traces_once(self, name):
         """Also weak types: a leaf that changes its type would compile the step again."""
-        state, step, mesh = training(name)
+        state, step, key, mesh = training(name)
         with jax.set_mesh(mesh):
-            shapes = jax.eval_shape(step, state, place_batch(batch(name), mesh), None)[0]
+            shapes = jax.eval_shape(step, state, place_batch(batch(name), mesh), None, key)[0]
             for path, leaf in flatten(state).items():
                 found = flatten(shapes)[path]
                 assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype), path
                 assert found.weak_type == leaf.weak_type, path
             for epoch in range(3):
-                state, _ = step(state, place_batch(batch(name, epoch), mesh), None)
+                state, _ = step(state, place_batch(batch(name, epoch), mesh), None, key)
         assert step._cache_size() == 1
 
     def test_training_reduces_the_loss(self, name):
-        state, step, mesh = training(name)
+        state, step, key, mesh = training(name)
         losses, first = [], cases()[name].case.warm_up
         with jax.set_mesh(mesh):
             for _ in range(first + 30):
-                state, scalars = step(state, place_batch(batch(name), mesh), None)
+                state, scalars = step(state, place_batch(batch(name), mesh), None, key)
                 losses.append(float(scalars["loss"]))
         assert np.mean(losses[-3:]) < np.mean(losses[first : first + 3]) - 0.05
 

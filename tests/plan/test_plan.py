@@ -78,7 +78,7 @@ def test_the_step_is_that_of_the_run(spec, overrides):
     store = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), real.store)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), planned.store) == store
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-    text = run.step.lower(run.abstract, shapes, real.store).as_text()
+    text = run.step.lower(run.abstract, shapes, real.store, run.key).as_text()
     assert _compile.lower(planned).as_text() == text
     assert planned.total_steps == run.info.total_steps
 

@@ -45,13 +45,13 @@ def first_step(argv):
     program = _compile._compile(_compile.lower(run), "full")
     state = initial_state(run.objective, run.tx, run.abstract, seed=0)
     batch = place_batch(next(built.pipeline.iterator()), run.mesh)
-    step = run.step.lower(state, batch, store).compile()
+    step = run.step.lower(state, batch, store, run.key).compile()
     jax.block_until_ready((state, batch))
     gc.collect()
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # the peak starts anew
     before = resident()
-    jax.block_until_ready(step(state, batch, store))
+    jax.block_until_ready(step(state, batch, store, run.key))
     return {
         # The arguments are resident already.
         "planned": program.total - program.arguments - program.code,

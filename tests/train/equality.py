@@ -12,7 +12,7 @@ import optax
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch, replicated
 from dsad.core.tree import flatten, path_name
 from dsad.train.state import TrainState, abstract_state
-from dsad.train.step import make_step
+from dsad.train.step import make_step, placed_key
 from tests.contracts.objectives import common
 from tests.contracts.objectives.common import batch
 
@@ -73,7 +73,7 @@ def parts(name, mesh, min_size=MIN_SIZE, accumulate=1, rules=()):
     tx = keep_gradients()
     abstract = abstract_state(objective, tx, mesh, min_size, rules)
     step = make_step(
-        objective, tx, lambda n: jnp.float32(0), abstract, mesh=mesh, seed=5, accumulate=accumulate
+        objective, tx, lambda n: jnp.float32(0), abstract, mesh=mesh, accumulate=accumulate
     )
     values = TrainState(
         step=np.int32(3), params=params, extra=extra, opt_state=jax.device_get(tx.init(params))
@@ -86,7 +86,8 @@ def one_step(name, mesh, min_size=MIN_SIZE, accumulate=1, rows=slice(None)):
     step, abstract, values = parts(name, mesh, min_size, accumulate)
     state = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), values, abstract)
     inputs = place_batch(jax.tree.map(lambda x: x[rows], batch(name)), mesh)
-    state, scalars = step.lower(state, inputs, None).compile(QUICK)(state, inputs, None)
+    arguments = (state, inputs, None, placed_key(jax.random.key(5), mesh))
+    state, scalars = step.lower(*arguments).compile(QUICK)(*arguments)
     out = {"grads": state.opt_state["kept"], "extra": state.extra, "scalars": scalars}
     # Every process needs a whole copy to bring it to its host.
     out = jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(out))

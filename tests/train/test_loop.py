@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from dsad.core import rng
 from dsad.core.batch import BatchSpec
 from dsad.core.errors import ConfigError, NonFiniteError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
@@ -20,7 +21,7 @@ from dsad.train.cache import abstract_store, fetch_with, put_store, rows_here
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.loop import Loop, train
 from dsad.train.state import TrainState, abstract_state, initial_state
-from dsad.train.step import make_step
+from dsad.train.step import make_step, placed_key
 from dsad.train.writer import MetricWriter
 from tests.helpers import alone
 
@@ -95,7 +96,7 @@ def parts(objective, mesh, accumulate=1):
     tx = optax.sgd(0.1)
     abstract = abstract_state(objective, tx, mesh, 2**18)
     state = initial_state(objective, tx, abstract, seed=0)
-    step = make_step(objective, tx, lambda n: jnp.float32(0.1), abstract, mesh=mesh, seed=0,
+    step = make_step(objective, tx, lambda n: jnp.float32(0.1), abstract, mesh=mesh,
                      accumulate=accumulate)  # fmt: skip
     return abstract, state, step
 
@@ -103,8 +104,8 @@ def parts(objective, mesh, accumulate=1):
 def loop(tmp_path, step, mesh, batches, **changes):
     values = {
         "step": step, "batches": batches, "store": None, "mesh": mesh, "total_steps": 7,
-        "batch_size": 8, "log_every": 2, "writer": metrics(tmp_path),
-        "checkpointer": checkpoints(tmp_path), "meta": {},
+        "key": placed_key(jax.random.key(0), mesh), "batch_size": 8, "log_every": 2,
+        "writer": metrics(tmp_path), "checkpointer": checkpoints(tmp_path), "meta": {},
     }  # fmt: skip
     return Loop(**{**values, **changes})
 
@@ -154,10 +155,11 @@ def test_accumulation_equals_the_whole_batch(mesh):
     if mesh.size == 8:
         pytest.skip("parts of a batch of 8 cannot be spread over 8 devices")
     inputs = place_batch(next(Batches()), mesh)
+    key = placed_key(jax.random.key(0), mesh)
     _, whole, step1 = parts(Line(), mesh)
     _, split, step4 = parts(Line(), mesh, accumulate=4)
-    whole, _ = step1(whole, inputs, None)
-    split, _ = step4(split, inputs, None)
+    whole, _ = step1(whole, inputs, None, key)
+    split, _ = step4(split, inputs, None, key)
     np.testing.assert_allclose(whole.params["w"], split.params["w"], rtol=1e-6)
 
 
@@ -302,3 +304,47 @@ def test_reading_leaves_a_checkpoint_in_the_making_alone(tmp_path):
     with pytest.raises(WorkdirError, match="no such directory"):
         checkpoints(tmp_path / "typo", read_only=True)
     assert not (tmp_path / "typo").exists()
+
+
+def test_without_files_and_checkpoints(tmp_path, mesh):
+    """A training inside another command: the same state, lines for its caller, nothing written."""
+    _, state, step = parts(Line(), mesh)
+    told = []
+    bare = {"writer": None, "checkpointer": None, "on_log": lambda *line: told.append(line[:2])}
+    state, complete = train(loop(tmp_path, step, mesh, Batches(), **bare), state)
+    assert complete
+    np.testing.assert_allclose(state.params["w"], 2.0 * 0.95**7, rtol=1e-5)
+    assert told == [(2, 7), (4, 7), (6, 7), (7, 7)]
+    _, state, step = parts(Line(nan_at=2), mesh)
+    bare["settings"] = "config.detector.recipe.optim"
+    with pytest.raises(NonFiniteError, match=r"kept no checkpoint.*detector\.recipe\.optim\.lr"):
+        train(loop(tmp_path, step, mesh, Batches(), **bare), state)
+
+
+class Drawn(Line):
+    """Scalars that show the keys."""
+
+    def views(self, batch, key):
+        return jax.random.uniform(key, (8,))
+
+    def loss(self, params, extra, views, *, key, step):
+        loss, (extra, scalars) = super().loss(params, extra, views, key=key, step=step)
+        return loss, (extra, {**scalars, "drawn": jax.random.uniform(key)})
+
+
+def test_runs_of_other_seeds_share_the_program_but_no_draw(mesh):
+    _, _, step = parts(Drawn(), mesh)
+    inputs, found = place_batch(next(Batches()), mesh), []
+    for seed in (0, 1, 0):
+        _, state, _ = parts(Drawn(), mesh)
+        key = placed_key(jax.random.key(seed), mesh)
+        with jax.transfer_guard("disallow"):
+            _, scalars = step(state, inputs, None, key)
+        found.append((float(scalars["view_mean"]), float(scalars["drawn"])))
+    assert step._cache_size() == 1
+    assert found[0] == found[2]
+    assert not set(found[0]) & set(found[1])
+    base = jax.random.key(1)
+    views = jax.random.uniform(rng.named(base, "views"), (8,))
+    drawn = jax.random.uniform(jax.random.fold_in(rng.named(base, "loss"), 0))
+    assert found[1] == (pytest.approx(float(views.mean()), rel=1e-6), float(drawn))

@@ -13,6 +13,7 @@ from dsad.core.mesh import MeshConfig, place_batch
 from dsad.core.tree import count, flatten
 from dsad.terminal import flags
 from dsad.train.state import initial_state
+from dsad.train.step import abstract_key
 
 MIN_SIZE = MeshConfig().min_fsdp_size
 #: Parameters of an encoder of ViT-L size; its optimiser has two moments for each.
@@ -83,7 +84,7 @@ def test_large_steps_lower_on_a_mesh_of_eight(spec, batch, canvas, depths, dots)
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(abstract))
     assert held < 1.1 * count(abstract) / 8
 
-    lowered = run.step.lower(abstract, run.inputs, None)
+    lowered = run.step.lower(abstract, run.inputs, None, abstract_key(run.mesh))
     text = lowered.as_text()
     assert "mhlo.num_partitions = 8" in text
     # One block of each stack is in the program, not its 24 copies.
@@ -113,7 +114,7 @@ def gathered(compiled):
 def test_large_mae_collects_the_weights_of_one_block_at_a_time():
     """And never the tokens of all samples, which at this batch would be 200 times as much."""
     run = assembled("mae_imagenet:large", 8, canvas=256, batch=4096)
-    compiled = run.step.lower(run.abstract, run.inputs, None).compile()
+    compiled = run.step.lower(run.abstract, run.inputs, None, abstract_key(run.mesh)).compile()
     found = gathered(compiled)
     assert {(1024, 3072), (1024, 4096), (4096, 1024), (512, 2048)} <= found
     assert all(len(shape) <= 2 for shape in found), found
@@ -144,13 +145,13 @@ def test_tiny_mae_on_eight_shards_trains_as_on_one_device():
             assert check_stacked(abstract.opt_state, (2,)) == 16
         state = initial_state(run.objective, run.tx, abstract, seed=0)
         batch, found = place_batch(host, mesh), []
-        compiled = run.step.lower(state, batch, None).compile()
+        compiled = run.step.lower(state, batch, None, run.key).compile()
         if mesh.size == 8:  # the weights of blocks are collected, not the tokens of all samples
             seen = gathered(compiled)
             assert {(48, 144), (48, 192), (192, 48), (32, 96), (32, 128)} <= seen
             assert not {shape for shape in seen if len(shape) > 2}
         for _ in range(5):
-            state, scalars = compiled(state, batch, None)
+            state, scalars = compiled(state, batch, None, run.key)
             found.append(float(scalars["loss"]))
         for path, leaf in flatten(state.params).items():
             spec = flatten(abstract.params)[path].sharding.spec

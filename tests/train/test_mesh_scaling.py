@@ -9,7 +9,7 @@ import pytest
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
 from dsad.plan.hlo import collectives, summary, wire_bytes
 from dsad.train.state import abstract_state
-from dsad.train.step import make_step
+from dsad.train.step import abstract_key, make_step
 from tests.contracts.objectives.common import batch, build, cases
 from tests.train.equality import MIN_SIZE, QUICK, keep_gradients
 
@@ -27,13 +27,14 @@ def moved(name, devices, split):
     mesh = make_mesh(MeshConfig(fsdp=devices if split else 1), jax.devices()[:devices])
     objective, tx = build(name), keep_gradients()
     abstract = abstract_state(objective, tx, mesh, MIN_SIZE)
-    step = make_step(objective, tx, lambda n: jnp.float32(0), abstract, mesh=mesh, seed=0)
+    step = make_step(objective, tx, lambda n: jnp.float32(0), abstract, mesh=mesh)
 
     def shape(x):
         dims = (PER_DEVICE * devices, *x.shape[1:])
         return jax.ShapeDtypeStruct(dims, x.dtype, sharding=batch_sharding(mesh))
 
-    compiled = step.lower(abstract, jax.tree.map(shape, batch(name)), None).compile(QUICK)
+    inputs = jax.tree.map(shape, batch(name))
+    compiled = step.lower(abstract, inputs, None, abstract_key(mesh)).compile(QUICK)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
     return collectives(compiled.as_text()), size
 

@@ -25,7 +25,7 @@ from dsad.models.decoder import DecoderConfig
 from dsad.objectives import mae
 from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
 from dsad.train.state import abstract_state, initial_state
-from dsad.train.step import make_step
+from dsad.train.step import make_step, placed_key
 from tests import seams
 
 BATCH, CANVAS, SIDE = 8, 40, 32
@@ -182,7 +182,7 @@ def _parts(name):
     schedule = make_schedule(optim, batch_size=BATCH, steps_per_epoch=1, total_steps=30)
     tx: optax.GradientTransformation = make_optimizer(optim, schedule)
     abstract = abstract_state(objective, tx, mesh, 2**18)
-    step = make_step(objective, tx, schedule, abstract, mesh=mesh, seed=0)
+    step = make_step(objective, tx, schedule, abstract, mesh=mesh)
     return objective, tx, abstract, step, mesh
 
 
@@ -196,6 +196,6 @@ _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 def training(name):
-    """A fresh state, which the step may consume, and the step and mesh that all tests share."""
+    """A fresh state, which the step may consume, and the step, key and mesh that tests share."""
     *_, step, mesh = _parts(name)
-    return _copied(_fresh(name)), step, mesh
+    return _copied(_fresh(name)), step, placed_key(jax.random.key(0), mesh), mesh
