@@ -21,12 +21,13 @@ from dsad.core.errors import ConfigError
 from dsad.core.flops import training_flops_per_image
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
 from dsad.core.platform import planned_for
+from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import Objective, PerSample, Record, RunInfo
 from dsad.data import base as data_base
 from dsad.data import facts as image_facts
 from dsad.train.cache import Gather, abstract_store, fetch_with
 from dsad.train.checkpoint import CheckpointConfig
-from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
+from dsad.train.optim import make_optimizer, make_schedule
 from dsad.train.state import TrainState, abstract_state
 from dsad.train.step import Step, make_step, placed_key
 
@@ -69,7 +70,7 @@ def parse(config: Any) -> tuple[PretrainConfig, Any, Any]:
     return run, module, core_config.build_dataclass(module.Config, method, "config.objective")
 
 
-def lengths(config: PretrainConfig, samples: int) -> tuple[float, int]:
+def lengths(config: PretrainConfig | Recipe, samples: int) -> tuple[float, int]:
     """Updates per epoch and of the whole run.
 
     No sample is dropped, so an epoch may be a fraction of updates, except where the published
@@ -193,8 +194,8 @@ def assemble(config: Any, devices: list[Any] | None, data: DataFacts) -> Run:
             )
         fields, (store, gather) = spec.drawn, abstract_store(spec, data.samples, mesh)
     step = make_step(
-        objective, tx, schedule, abstract, mesh=mesh, accumulate=cfg.accumulate,
-        fetch=fetch_with(gather, spec) if gather else None,
+        objective, tx, lambda state: schedule(state.step), abstract, mesh=mesh,
+        accumulate=cfg.accumulate, fetch=fetch_with(gather, spec) if gather else None,
     )  # fmt: skip
     return Run(
         config=cfg, objective=objective, mesh=mesh, info=info, spec=spec, tx=tx, schedule=schedule,

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core.batch import Batch, BatchSpec, Needs
+from dsad.core.recipe import Recipe
 
 #: Feature maps of one batch: stage name to array (batch, height, width, channels).
 FeatureMaps = dict[str, jax.Array]
@@ -151,18 +152,14 @@ class EarlierWeights(NamedTuple):
 
 
 @runtime_checkable
-class Objective(Protocol):
-    """A pretraining method; ``objectives/<name>.py`` exposes ``Config`` and ``build(cfg, run)``.
+class Trainable(Protocol):
+    """What the training step takes; all methods are pure and jittable.
 
-    All methods but ``adopt`` and ``prepare`` are pure and jittable. ``extra`` holds everything that
-    has no gradient: batch statistics, teacher, queue, frozen backbone. Its structure and dtypes
-    never change. ``mean`` and ``std`` are those of the pixels that ``features`` takes. What an
-    objective may offer besides is one of the protocols below.
+    ``extra`` holds everything that has no gradient: batch statistics, teacher, queue, frozen
+    backbone. Its structure and dtypes never change.
     """
 
     traits: ObjectiveTraits
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Parameters and extra; traceable by ``eval_shape``."""
@@ -181,6 +178,18 @@ class Objective(Protocol):
     def after_update(self, params: Tree, extra: Tree, step: jax.Array) -> Tree:
         """New extra from the stepped parameters; ``step`` counts completed updates."""
         ...
+
+
+@runtime_checkable
+class Objective(Trainable, Protocol):
+    """A pretraining method; ``objectives/<name>.py`` exposes ``Config`` and ``build(cfg, run)``.
+
+    ``mean`` and ``std`` are those of the pixels that ``features`` takes. What an objective may
+    offer besides is one of the protocols below.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
     def adopt(self, earlier: EarlierWeights, params: Tree, extra: Tree) -> tuple[Tree, Tree, str]:
         """Take over earlier weights; the text lists what was taken."""
@@ -287,6 +296,17 @@ class Backbone(Protocol):
 
 
 @runtime_checkable
+class HasTokens(Protocol):
+    """A backbone that also gives vectors (b, d) of whole images, where ``only`` names them.
+
+    ``tokens`` are their names: "cls" is the class token, behind the last norm.
+    """
+
+    @property
+    def tokens(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
 class KnowsFlops(Protocol):
     """An objective that says what the matrix products of a training step cost per image."""
 
@@ -357,12 +377,19 @@ class DetectorTraits:
     empty for any features. ``sigma``: of the Gaussian that its maps still need, in pixels of the
     network's input. ``image_score``: its "method"'s own, or of the smoothed map the "max" or, with
     "top", the mean of the ``image_share`` highest pixels.
+    ``trains_on``: what a detector that ``TrainsOnData`` learns from before it is fitted.
+    ``fits_on``: the normal training images, or the test images, without their labels, which score
+    each other: such a state is of no use elsewhere. ``tokens``: vectors of whole images that it
+    reads beside its layers, see ``HasTokens``.
     """
 
     patches: str = ""
     sigma: float = 0.0
     image_score: Literal["method", "max", "top"] = "method"
     image_share: float = 0.01
+    trains_on: Literal["features", "images"] | None = None
+    fits_on: Literal["normals", "test"] = "normals"
+    tokens: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -388,11 +415,34 @@ class Detector(Protocol):
         progress: Progress,
         trained: Tree | None = None,
     ) -> Tree:
-        """State (a pytree of arrays) from the features of normal images."""
+        """State (a pytree of arrays) from the features of normal images.
+
+        ``trained``, of a detector that ``TrainsOnData``: {"params", "extra"} as its steps left
+        them, ``extra`` without the backbone.
+        """
         ...
 
     def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
         """Pure and jittable; ``mesh``, of several devices, may split the work."""
+        ...
+
+
+@runtime_checkable
+class TrainsOnData(Protocol):
+    """A detector that trains by gradient, as ``traits.trains_on`` says; ``recipe`` says how."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    def objective(self, specs: Tree, backbone: Backbone | None) -> Trainable:
+        """What its steps do, for batches with the shapes and types ``specs``.
+
+        Beside ``index`` and ``epoch`` (b,) a batch holds ``features`` {layer: (b, h, w, d)}, or
+        ``image`` (b, H, W, 3) uint8, the input of the backbone before normalisation, and ``size``
+        (b, 2). In the latter case the steps find the frozen backbone, which gives the detector's
+        layers, at ``extra["backbone"]``; ``init`` leaves it out, and the ``backbone`` here has
+        shapes instead of arrays: ``jax.eval_shape`` tells what it gives. Trees are nested dicts.
+        """
         ...
 
 

@@ -54,10 +54,12 @@ def transformed(
     maps: FeatureMaps,
     index: jax.Array,
 ) -> FeatureMaps:
-    """The maps behind the first wrappers, one for each bank."""
+    """The maps behind the first wrappers, one for each bank; class tokens pass by."""
+    tokens = {name: x for name, x in maps.items() if x.ndim == 2}
+    maps = {name: x for name, x in maps.items() if name not in tokens}
     for wrapper, bank in zip(wrappers, banks, strict=False):
         maps = wrapper.transform(bank, maps, index=index, mesh=mesh)
-    return maps
+    return {**maps, **tokens}
 
 
 class Fitted(NamedTuple):
@@ -103,7 +105,8 @@ class Device:
         self.from_store: dict[str, dict[str, bool]] = {}
         #: Whether those of the latest batch all were.
         self.all_stored = False
-        self._features = Extractor(self.layers, self.preprocessing.size, mesh)
+        size, tokens = self.preprocessing.size, detector.traits.tokens
+        self._features = Extractor(self.layers, size, mesh, tokens=tokens)
         self._panels: Extractor | None = None
         if config.gallery > 0 and isinstance(detector, HasPanels):
             self._panels = Extractor(
@@ -130,6 +133,15 @@ class Device:
         text = f"{stored.FORMAT} {preprocessing} {PIL.__version__} {extractor.fingerprint()}"
         name = hashlib.sha256(text.encode()).hexdigest()
         return stored.FeatureStore(self.folder, name, about)
+
+    @property
+    def network(self) -> Any:
+        """The network that gives the detector's features, on the mesh, if it is arrays."""
+        return self._features.network
+
+    def identity(self, about: Any) -> str:
+        """Tells apart what gives features (``about``: where its weights are out of sight)."""
+        return str(about) if self.network is None else self._features.fingerprint()
 
     def stored_features(self, host: HostBatch) -> FeatureMaps:
         """Feature maps of a batch, read if all are stored, else computed where they are not."""

@@ -17,7 +17,7 @@ from dsad.core.config import listed
 from dsad.core.errors import ConfigError
 from dsad.core.hosts import put, spans
 from dsad.core.mesh import batch_sharding, replicated
-from dsad.core.types import Backbone, FeatureMaps
+from dsad.core.types import Backbone, FeatureMaps, HasTokens
 from dsad.evaluation.hosts import Hosts
 
 
@@ -33,7 +33,8 @@ class Extractor:
     """The feature maps ``layers`` of uint8 images of a ``size`` (h, w), as one program.
 
     The backbone is asked for one that computes nothing else. One that is a pytree of arrays is an
-    argument of the program, so its weights are no constants of it. ``then`` turns the maps into
+    argument of the program (``network``), so its weights are no constants of it. ``tokens`` are
+    vectors of whole images beside the maps, see ``HasTokens``. ``then`` turns the maps into
     something else within the program, for the host to read.
     """
 
@@ -43,8 +44,12 @@ class Extractor:
         size: tuple[int, int],
         mesh: Mesh,
         then: Callable[[FeatureMaps], Any] | None = None,
+        tokens: Sequence[str] = (),
     ) -> None:
-        self.layers, self.size, self.mesh, self.then = tuple(layers), size, mesh, then
+        self.size, self.mesh, self.then = size, mesh, then
+        self.tokens = tuple(tokens)
+        self.layers = (*layers, *self.tokens)
+        self.network: Any = None
         self._out = fetched(mesh) if then else batch_sharding(mesh)
         self._with_tree = jax.jit(self._forward, out_shardings=self._out)
 
@@ -55,15 +60,23 @@ class Extractor:
         """
         images = jax.ShapeDtypeStruct((1, *self.size, 3), jnp.float32)
         maps = jax.eval_shape(backbone, images)
-        if missing := [n for n in self.layers if n not in maps]:
+        tokens = backbone.tokens if isinstance(backbone, HasTokens) else ()
+        if missing := [n for n in self.tokens if n not in tokens]:
+            raise ConfigError(
+                f"detector: it reads the class token {listed(missing)} beside the maps, and "
+                f"{backbone.arch} has none. Name a vision transformer, such as "
+                "--config.backbone=vit_base_patch16_224."
+            )
+        names = (*maps, *self.tokens)
+        if missing := [n for n in self.layers if n not in names]:
             raise ConfigError(
                 f"detector.layers: the backbone has no feature map {listed(missing)}; "
                 f"it has: {listed(maps)}."
             )
         backbone = backbone.only(self.layers)
-        self._network = None
+        self.network = None
         if _is_arrays(backbone):
-            self._network = network = placed(_untitled(backbone), self.mesh)
+            self.network = network = placed(_untitled(backbone), self.mesh)
             self._run: Callable[[jax.Array], Any] = functools.partial(self._with_tree, network)
         else:
             forward = functools.partial(self._forward, backbone)
@@ -87,14 +100,14 @@ class Extractor:
 
         Raises ConfigError for a backbone that is no pytree of arrays: its weights are out of sight.
         """
-        if self._network is None:
+        if self.network is None:
             raise ConfigError(
                 "evaluation.feature_cache: expected a backbone that is a pytree of arrays, whose "
                 "weights can be told from others. Register its class with "
                 "jax.tree_util.register_dataclass, or leave the key empty."
             )
-        leaves = jax.tree_util.tree_leaves_with_path(self._network)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._network)
+        leaves = jax.tree_util.tree_leaves_with_path(self.network)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.network)
         images = jax.ShapeDtypeStruct((1, *self.size, 3), jnp.uint8)
         # Unused arguments are kept, so that it is clear which weights the others are.
         program = jax.jit(self._forward, keep_unused=True).lower(shapes, images).as_text()

@@ -72,21 +72,22 @@ class Features:
         tick: Callable[[int], None],
         *,
         keep: bool = True,
+        split: str = "train",
         banks: tuple[Tree, ...] = (),
     ) -> None:
         self.categories = tuple(category for category, _ in parts)
         self.seconds = 0.0
         self._passes = 0
-        self._parts = (reader, parts, tick, keep)
+        self._parts = (reader, parts, tick, keep, split)
         self._banks = banks
 
     def __iter__(self) -> Iterator[FeatureBatch]:
-        reader, parts, tick, keep = self._parts
+        reader, parts, tick, keep, split = self._parts
         self._passes += 1
         first = self._passes == 1  # progress counts images, not passes
         start, offset = time.perf_counter(), 0
         for category, source in parts:
-            for host, maps in reader.read(source, f"{category}/train", keep=keep):
+            for host, maps in reader.read(source, f"{category}/{split}", keep=keep):
                 self.seconds += time.perf_counter() - start
                 tick(int(host.valid.sum()) if first else 0)
                 index = np.where(host.valid, host.index + offset, -1)

@@ -63,9 +63,14 @@ class Backbone:
         found = registry.family_of(self.arch).strides(self.arch, **dict(self.options))
         return {n: s for n, s in found.items() if self.layers is None or n in self.layers}
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Vectors of whole images that ``only`` can name as well: ("cls",) or ()."""
+        return registry.family_of(self.arch).tokens(self.arch, **dict(self.options))
+
     def only(self, layers: Sequence[str]) -> "Backbone":
-        """The backbone that computes just these maps, which saves memory."""
-        have = self.strides
+        """The backbone that computes just these maps and tokens, which saves memory."""
+        have = (*self.strides, *self.tokens)
         for name in layers:
             if name not in have:
                 raise ConfigError(

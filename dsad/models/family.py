@@ -103,6 +103,11 @@ class Family(abc.ABC):
     def strides(self, arch: str, **options: Any) -> dict[str, int]:
         """Input pixels per cell of every feature map that there is."""
 
+    def tokens(self, arch: str, **options: Any) -> tuple[str, ...]:
+        """Vectors (b, d) that ``maps`` gives beside the maps, where ``layers`` names them."""
+        del arch, options
+        return ()
+
     @abc.abstractmethod
     def preprocessing(self, arch: str) -> Preprocessing:
         """That of the architecture's first published weights, for files that do not say."""

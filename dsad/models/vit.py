@@ -25,6 +25,8 @@ from dsad.models.positions import Rule
 from dsad.models.transformer import Activation, BlockSpec, Remat
 
 _BLOCK = re.compile(r"block(\d+)")
+#: Names the class token beside the feature maps.
+CLASS = "cls"
 
 
 class Arch(Settings, place="vision transformer"):

@@ -2,19 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsad.core.config import Refused, Settings, field
-from dsad.core.tree import check_pattern, mask_by_path, match_paths
-
-#: A pattern of parameters' paths, factors on their rate and decay, and whether they follow the
-#: schedule; without it their rate is the peak times the factor in every step.
-Group = tuple[str, float, float, bool]
+from dsad.core.recipe import OptimConfig
+from dsad.core.tree import mask_by_path, match_paths
+from dsad.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,60 +25,10 @@ class Schedule:
         return self.rate(count)
 
 
-class OptimConfig(Settings, place="optim"):
-    """Optimiser and schedule; lengths are in epochs. The defaults are no method's own.
-
-    Attributes:
-      lr: peak learning rate for ``lr_batch`` images; scaled in proportion to the batch size.
-      lr_batch: 0 leaves ``lr`` as it is.
-      clip: gradients whose norm over all parameters is larger are scaled down to it; 0: never.
-      trust: LARS trust coefficient.
-      exempt: parameters whose path matches get neither weight decay nor trust ratio. By path, not
-        by axes: the norm scales of stacked blocks have two axes, class and mask tokens have one.
-      groups: parameters with a rate and decay of their own, see ``Group``; the first match wins.
-      warmup_multiplier: the warm-up starts at the peak divided by this; 0: at rate 0.
-      milestones: epochs at which schedule "step" multiplies the rate by ``gamma``.
-      min_lr: end of schedule "cosine", and floor of schedule "periodic".
-      period_epochs: schedule "periodic" falls along half a cosine for so many epochs, then rises
-        for as many, and so on; the rate changes between whole epochs only (torch's
-        CosineAnnealingLR, stepped once an epoch).
-      published_schedule: as the published DS2 code runs: each warm-up step is counted twice, so
-        the peak stays below ``lr`` and every milestone comes half a warm-up early, and an epoch
-        has whole steps only, the rest of the images being dropped from the count.
-
-    """
-
-    name: Literal["lars", "sgd", "adamw"] = "adamw"
-    lr: float = field(1e-3, above=0)
-    lr_batch: int = field(0, at_least=0)
-    momentum: float = field(0.9, at_least=0, below=1)
-    b2: float = field(0.999, at_least=0, below=1)
-    weight_decay: float = field(0.0, at_least=0)
-    trust: float = field(0.001, above=0)
-    clip: float = field(0.0, at_least=0)
-    exempt: str = r"(bias|scale|gamma)$"
-    groups: tuple[Group, ...] = ()
-    schedule: Literal["step", "cosine", "periodic", "constant"] = "constant"
-    warmup_epochs: float = field(0.0, at_least=0)
-    warmup_multiplier: float = field(0.0, at_least=0)
-    milestones: tuple[float, ...] = field((), rising=True)
-    gamma: float = field(0.1, above=0)
-    min_lr: float = field(0.0, at_least=0)
-    period_epochs: float = field(30.0, above=0)
-    published_schedule: bool = False
-
-    def check(self) -> None:
-        check_pattern("exempt", self.exempt)
-        for i, (pattern, *factors, _) in enumerate(self.groups):
-            check_pattern(f"groups[{i}][0]", pattern)
-            if min(factors) < 0:
-                raise Refused(f"groups[{i}]", "factors >= 0 on rate and decay", factors)
-
-
 def make_schedule(
-    cfg: OptimConfig, *, batch_size: int, steps_per_epoch: float, total_steps: int
+    cfg: OptimConfig, *, batch_size: int, steps_per_epoch: Any, total_steps: Any
 ) -> Schedule:
-    """The rate of every update of a run.
+    """The rate of every update of a run; lengths may be traced, but for schedule "periodic".
 
     Linear warm-up ends at ``warmup_epochs``; then the schedule's rate, where "periodic" counts its
     epochs from the start of the run and "cosine" from the end of the warm-up.
@@ -96,7 +43,7 @@ def make_schedule(
     def rate(count: Any) -> jax.Array:
         n = jnp.asarray(count, jnp.float32)
         done = jnp.float32(1)
-        if warm > 0:
+        if cfg.warmup_epochs:
             # The published counter advances by 2 and stops before the end of the warm-up.
             reached = jnp.minimum(2 * n + 1, warm - 1) if cfg.published_schedule else n
             done = jnp.minimum(reached / warm, 1.0)
@@ -106,7 +53,7 @@ def make_schedule(
             passed = jnp.sum((n >= drops).astype(jnp.float32))
             value = value * jnp.power(jnp.float32(cfg.gamma), passed)
         elif cfg.schedule == "cosine":
-            left = jnp.clip((total_steps - n) / max(total_steps - warm, 1.0), 0.0, 1.0)
+            left = jnp.clip((total_steps - n) / jnp.maximum(total_steps - warm, 1.0), 0.0, 1.0)
             value = jnp.where(n < warm, value, _between(cfg.min_lr, peak, left))
         elif cfg.schedule == "periodic":
             epoch = jnp.sum((n >= jnp.asarray(starts, jnp.float32)).astype(jnp.float32))
@@ -174,3 +121,34 @@ def _recipe(
         ratio = optax.scale_by_trust_ratio(trust_coefficient=cfg.trust, eps=1e-8)
         parts.insert(1, optax.masked(ratio, decayed))
     return optax.chain(*parts)
+
+
+def lengths_in_state(
+    cfg: OptimConfig, batch_size: int
+) -> tuple[optax.GradientTransformation, Callable[[TrainState], jax.Array]]:
+    """An optimiser that keeps the lengths of its run, and the rate of a training state.
+
+    Runs of other lengths then share a program. The state is {"lengths": (steps per epoch, steps)
+    as f32 (2,), which ``init`` leaves at 1, "inner": that of ``make_optimizer``}.
+    """
+
+    def schedule(lengths: jax.Array) -> Schedule:
+        per_epoch, total = lengths
+        return make_schedule(
+            cfg, batch_size=batch_size, steps_per_epoch=per_epoch, total_steps=total
+        )
+
+    def init(params: Any) -> Any:
+        lengths = jnp.ones(2, jnp.float32)
+        inner = make_optimizer(cfg, schedule(lengths)).init(params)
+        return {"lengths": lengths, "inner": inner}
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        tx = make_optimizer(cfg, schedule(state["lengths"]))
+        updates, inner = tx.update(grads, state["inner"], params)
+        return updates, {**state, "inner": inner}
+
+    def rate(state: TrainState) -> jax.Array:
+        return schedule(state.opt_state["lengths"])(state.step)
+
+    return optax.GradientTransformation(init, update), rate

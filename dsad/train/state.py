@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from dsad.core.sharding import Rule, state_shardings
-from dsad.core.types import Objective
+from dsad.core.types import Trainable
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +25,7 @@ class TrainState:
 
 
 def abstract_state(
-    objective: Objective,
+    objective: Trainable,
     tx: optax.GradientTransformation,
     mesh: Mesh,
     min_size: int,
@@ -46,7 +46,7 @@ def abstract_state(
 
 
 def initial_state(
-    objective: Objective,
+    objective: Trainable,
     tx: optax.GradientTransformation,
     abstract: TrainState,
     seed: int,
@@ -57,7 +57,7 @@ def initial_state(
     return make(jax.random.key(seed))
 
 
-def _fresh(objective: Objective, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def _fresh(objective: Trainable, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     params, extra = objective.init(key)
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, extra=extra, opt_state=tx.init(params)

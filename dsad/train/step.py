@@ -15,8 +15,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.hosts import put
 from dsad.core.mesh import BATCH_SPEC, batch_sharding, replicated
 from dsad.core.tree import global_norm
-from dsad.core.types import Objective, Scalars
-from dsad.train.optim import Schedule
+from dsad.core.types import Scalars, Trainable
 from dsad.train.state import TrainState
 
 Fetch = Callable[[Any, Any], Batch]
@@ -25,9 +24,9 @@ Step = jax.stages.Wrapped
 
 
 def make_step(
-    objective: Objective,
+    objective: Trainable,
     tx: optax.GradientTransformation,
-    schedule: Schedule,
+    rate: Callable[[TrainState], jax.Array],
     abstract: TrainState,
     *,
     mesh: Mesh,
@@ -42,7 +41,7 @@ def make_step(
     Args:
       objective: what to train.
       tx: optimiser.
-      schedule: its learning rate, for the log.
+      rate: its learning rate in a state, for the log.
       abstract: shapes and shardings of the state.
       mesh: devices; ``inputs`` must be split over it along the leading axis.
       fetch: ``(store, inputs) -> batch`` for data that live on the device; without it ``inputs``
@@ -85,7 +84,7 @@ def make_step(
         done = state.step + 1
         extra = objective.after_update(params, extra, done)
         scalars |= {
-            "lr": schedule(state.step),
+            "lr": rate(state),
             "grad_norm": global_norm(grads),
             "update_norm": global_norm(updates),
             "param_norm": global_norm(params),

@@ -10,9 +10,11 @@ import pytest
 
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.recipe import OptimConfig
 from dsad.core.sharding import state_shardings
 from dsad.core.tree import flatten
-from dsad.train.optim import OptimConfig, Schedule, make_optimizer, make_schedule
+from dsad.train.optim import Schedule, lengths_in_state, make_optimizer, make_schedule
+from dsad.train.state import TrainState
 
 #: The published recipe of DS2.
 DS2 = OptimConfig(
@@ -374,3 +376,37 @@ def test_the_published_variant_counts_steps_as_the_published_code():
     )
     assert float(schedule(jnp.int32(34))) == pytest.approx(1.9717143, rel=1e-6)
     assert float(schedule(jnp.int32(1645))) == pytest.approx(0.19717143, rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
+def test_runs_of_other_lengths_share_a_program(schedule):
+    """Lengths in the state: every rate and update is that of the run's own optimiser."""
+    cfg = OptimConfig(
+        lr=0.3, schedule=schedule, warmup_epochs=2.0, milestones=(3.0, 5.0), weight_decay=0.1,
+        groups=((r"^a$", 0.5, 0.0, False),),
+    )  # fmt: skip
+    tx, rate = lengths_in_state(cfg, batch_size=8)
+    start = {"a": jnp.ones(3), "b": jnp.asarray([-2.0, 1.0], jnp.float32)}
+
+    @jax.jit
+    def step(state):
+        updates, opt_state = tx.update(state.params, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        after = TrainState(step=state.step + 1, params=params, extra={}, opt_state=opt_state)
+        return after, rate(state)
+
+    for per_epoch, total in ((2.5, 17), (4.0, 30)):
+        plain = make_schedule(cfg, batch_size=8, steps_per_epoch=per_epoch, total_steps=total)
+        expected, alone = start, make_optimizer(cfg, plain)
+        inner = alone.init(start)
+        opt_state = {**tx.init(start), "lengths": jnp.asarray([per_epoch, total], jnp.float32)}
+        state = TrainState(step=jnp.int32(0), params=start, extra={}, opt_state=opt_state)
+        for n in range(total):
+            updates, inner = alone.update(expected, inner, expected)
+            expected = optax.apply_updates(expected, updates)
+            state, found = step(state)
+            np.testing.assert_allclose(found, plain(n), rtol=1e-5, atol=1e-7)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.params, expected
+        )
+    assert step._cache_size() == 1

@@ -46,8 +46,10 @@ class ViTs(Family):
     def maps(
         self, network: Any, params: Any, extra: Any, images: Any, layers: tuple[str, ...] | None
     ) -> FeatureMaps:
-        found, _ = network.apply(params, extra, images, layers=layers)
-        return found
+        if layers is None or vit.CLASS not in layers:
+            return network.apply(params, extra, images, layers=layers)[0]
+        found, token = network.pooled(params, extra, images, layers)
+        return {**found, vit.CLASS: token}
 
     def run(
         self, network: Any, params: Any, extra: Any, images: Any, *, train: bool, views: int = 1,
@@ -60,6 +62,9 @@ class ViTs(Family):
     def strides(self, arch: str, **options: Any) -> dict[str, int]:
         spec = spec_of(arch, options)
         return {name: spec.patch for name in vit.layer_names(spec)}
+
+    def tokens(self, arch: str, **options: Any) -> tuple[str, ...]:
+        return (vit.CLASS,) if spec_of(arch, options).cls else ()
 
     def channels(self, arch: str, **options: Any) -> int:
         return spec_of(arch, options).width

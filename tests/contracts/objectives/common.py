@@ -18,12 +18,13 @@ from dsad.core import batch as batches
 from dsad.core import config as core_config
 from dsad.core.batch import BatchSpec
 from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.recipe import OptimConfig
 from dsad.core.types import PerSample, Record, RunInfo
 from dsad.data import facts as image_facts
 from dsad.data.companions import CompanionDraws
 from dsad.models.decoder import DecoderConfig
 from dsad.objectives import mae
-from dsad.train.optim import OptimConfig, make_optimizer, make_schedule
+from dsad.train.optim import make_optimizer, make_schedule
 from dsad.train.state import abstract_state, initial_state
 from dsad.train.step import make_step, placed_key
 from tests import seams
@@ -182,7 +183,7 @@ def _parts(name):
     schedule = make_schedule(optim, batch_size=BATCH, steps_per_epoch=1, total_steps=30)
     tx: optax.GradientTransformation = make_optimizer(optim, schedule)
     abstract = abstract_state(objective, tx, mesh, 2**18)
-    step = make_step(objective, tx, schedule, abstract, mesh=mesh)
+    step = make_step(objective, tx, lambda state: schedule(state.step), abstract, mesh=mesh)
     return objective, tx, abstract, step, mesh
 
 
