@@ -8,6 +8,7 @@ from etils import epath
 from rich.console import Console
 
 from dsad.assembly import datasets, runs, workdir
+from dsad.assembly.detectors import Trainer
 from dsad.assembly.model import Saved, Writer
 from dsad.core import config as core_config
 from dsad.core import distributed
@@ -15,11 +16,10 @@ from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, CanvasSource, Dataset, Detector
 from dsad.data import base as data_base
-from dsad.evaluation import support
+from dsad.evaluation import fitting
 from dsad.evaluation.localize import (
     EvalConfig,
     Results,
-    check_labels,
     localize,
     write_results,
 )
@@ -141,9 +141,10 @@ def prepare(
             f"config.data: {dataset.name} at {cfg.data.root} holds canvases for training, which "
             "are smaller than the images. Evaluate on the files that they were prepared from."
         )
-    check_labels(dataset, dataset.categories)
-    holdout = cfg.evaluation.holdout if cfg.evaluation.false_alarm_rate > 0 else 0
-    support.choose(dataset, dataset.categories, shots=cfg.shots, seeds=cfg.seeds, holdout=holdout)
+    fitting.supports(
+        detector, dataset, dataset.categories, cfg.evaluation, cfg.support, shots=cfg.shots,
+        seeds=cfg.seeds,
+    )  # fmt: skip
     if saved:
         _check_saved(saved, config, cfg, dataset)
         network = saved.backbone(saved.titles()[0]) if saved.shares_backbone else None
@@ -217,7 +218,7 @@ def evaluate(
     """Localize with one backbone and write results below a claimed directory.
 
     ``writer`` keeps what is fitted. Of several processes the first one writes, and has the gallery
-    and the curves.
+    and the curves. A stopped evaluation goes on: with the next category, with what was trained.
     """
     cfg, saved = parts.config, parts.saved
     parts_of_spec = wrappers.unwrap(cfg.backbone)
@@ -238,6 +239,7 @@ def evaluate(
             support_config=cfg.support, pooled=cfg.one_for_all,
             given=saved.fitted if saved else None, keep=writer.keep if writer else None,
             folder=path, backbone_of=None if parts.backbone is not None else of_category,
+            train=Trainer(),
         )  # fmt: skip
         if writer:
             distributed.together(
@@ -248,5 +250,8 @@ def evaluate(
 
 
 def _written(results: Results, path: epath.Path) -> None:
+    """The results; what was kept on the way is of no more use then."""
     write_results(results, path)
     Parts(path).remove()
+    if (trained := path / fitting.TRAINED).exists():
+        trained.rmtree()

@@ -10,6 +10,9 @@ from etils import epath
 from dsad.core import distributed, paths
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.types import RunInfo
+from dsad.evaluation.fitting import TRAINED
+from dsad.evaluation.parts import FOLDER as PARTS
+from dsad.evaluation.results import RESULTS
 
 CONFIG = "config.json"
 _ADVICE = "Choose another --workdir, or mend this one."
@@ -106,7 +109,7 @@ def _take(
 
 def _unfinished(path: epath.Path, about: Mapping[str, Any]) -> bool:
     """Whether an evaluation can go on in a directory, or begin there anew."""
-    if about["command"] != "evaluate" or (path / "results.json").exists():
+    if about["command"] != "evaluate" or (path / RESULTS).exists():
         return False
     try:
         there = read(path)
@@ -117,7 +120,7 @@ def _unfinished(path: epath.Path, about: Mapping[str, Any]) -> bool:
     text = json.dumps(about, indent=2) + "\n"
     lines = differences(there["config"], json.loads(text)["config"])
     lines = [line for line in lines if not _is_free(line.partition(":")[0])]
-    if lines and (path / "parts").is_dir():
+    if lines and any((path / name).is_dir() for name in (PARTS, TRAINED)):
         raise WorkdirError(
             f"{path}: holds an unfinished evaluation with other settings (there → now):\n  "
             + "\n  ".join(lines)

@@ -90,6 +90,8 @@ def main(argv: list[str]) -> int:
         if saved or len(parts.config.seeds) > 1:
             found = "--model" if saved else f"config.seeds={parts.config.seeds}"
             raise ConfigError(f"--save-model: expected a fit with a single seed, found {found}.")
+        if parts.detector.traits.fits_on == "test":
+            raise ConfigError("--save-model: what is fitted on the test images is of no other use.")
         writer = Writer(values.save_model, overwrite=values.overwrite)
     path = workdir.claim(values.workdir, "evaluate", config.to_dict(), overwrite=values.overwrite)
     results = evaluate.evaluate(parts, path, out, name=values.name, writer=writer)

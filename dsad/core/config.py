@@ -259,7 +259,12 @@ def members(package: str) -> tuple[str, ...]:
 
 
 def resolve(package: str, name: str) -> types.ModuleType:
-    """The module ``dsad.<package>.<name>`` of a seam; an unknown name lists what exists."""
+    """The module ``dsad.<package>.<name>`` of a seam; an unknown name lists what exists.
+
+    A name with dots is that of a module elsewhere, which has to be importable.
+    """
+    if "." in name:
+        return _elsewhere(package, name)
     known = members(package)
     if name not in known:
         raise ConfigError(
@@ -267,6 +272,18 @@ def resolve(package: str, name: str) -> types.ModuleType:
             f"dsad.{package} has: {listed(known)}."
         )
     return importlib.import_module(f"dsad.{package}.{name}")
+
+
+def _elsewhere(package: str, name: str) -> types.ModuleType:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"no {package.rstrip('s')} module {name!r}: {error}. Is its folder on PYTHONPATH?"
+        ) from error
+    if missing := [n for n in ("Config", ENTRY[package]) if n not in vars(module)]:
+        raise ConfigError(f"{name}: expected Config and {ENTRY[package]}, no {listed(missing)}.")
+    return module
 
 
 def as_dict(value: Any) -> dict[str, Any]:

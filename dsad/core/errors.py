@@ -9,8 +9,8 @@ class DsadError(Exception):
 
     #: Whether every process of a run raises it, so that nobody needs to be told.
     shared = False
-    #: What the command exits with: 2 for input that has to be changed, 3 for storage that failed
-    #: during a run, which may be tried again.
+    #: What the command exits with: 2 for input that has to be changed, 3 for what may be tried
+    #: again, such as storage that failed during a run.
     code = 2
 
 
@@ -28,6 +28,12 @@ class WorkdirError(DsadError):
 
 class NonFiniteError(DsadError):
     """A loss or norm became NaN or infinite; the message names the step and the metric."""
+
+
+class StoppedError(DsadError):
+    """Work that was asked to stop, and how to go on with it."""
+
+    code = 3
 
 
 class MetricError(DsadError):

@@ -17,7 +17,7 @@ from dsad.core.errors import ConfigError, DsadError, MetricError
 from dsad.core.hosts import spans
 from dsad.core.rng import named
 from dsad.core.types import Backbone, Dataset, Detector, MapWrapper, Progress, Source, Tree, silent
-from dsad.evaluation import maps, metrics, stamp, support, thresholds
+from dsad.evaluation import fitting, maps, metrics, stamp, support, thresholds
 from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
@@ -49,7 +49,7 @@ def localize(
     name: str = "",
     categories: Sequence[str] | None = None,
     details: Mapping[str, Any] | None = None,
-    train: Callable[[Detector, Features, str], Tree] | None = None,
+    train: fitting.Train | None = None,
     shots: int = 0,
     seeds: Sequence[int] = (0,),
     support_config: SupportConfig = AS_DRAWN,
@@ -64,7 +64,7 @@ def localize(
 
     Args:
       backbone: of images (b, s, s, 3), None with ``backbone_of``.
-      detector: fitted once per category on its training images.
+      detector: fitted once per category, on what its traits say.
       dataset: its "train" and "test" splits are used.
       config: see ``EvalConfig``.
       mesh: batches are split over all its devices; numbers do not depend on their count.
@@ -73,8 +73,8 @@ def localize(
       name: of the run, for the stamp.
       categories: some of ``dataset.categories``; all by default.
       details: fields for the stamp, see ``stamp.make_stamp``.
-      train: for detectors that train: called with (detector, training features, category), it
-        runs the detector's objective and returns the trained parameters for its ``fit``.
+      train: for detectors that train, such as ``assembly.detectors.Trainer()``: its result goes
+        to their ``fit``.
       shots: size of the support set, the training images of a category that are used; 0: all.
       seeds: draw the support sets and vary the detector's key; several give mean and deviation.
       support_config: what becomes of the support sets.
@@ -85,13 +85,14 @@ def localize(
         once they are measured; needs a single seed.
       pooled: one detector for all categories, fitted on all their training images together.
       folder: where ``config.save_maps`` puts ``anomaly_maps`` (``anomaly_maps_seed<s>`` with
-        several seeds), and where measured categories are kept: a stopped evaluation goes on with
-        the next one, unless it has several processes or ``keep``.
+        several seeds), where ``train`` keeps what it trained, and where measured categories are
+        kept: a stopped evaluation goes on with the next one, unless it has several processes or
+        ``keep``.
       backbone_of: instead of ``backbone``, the backbone of each category, loaded when it is due.
 
     Raises:
       ConfigError: an unknown category, a layer the backbone does not have, support sets that
-        cannot be drawn.
+        cannot be drawn, a detector that trains without ``train``.
       MetricError: labels of a category that leave a metric undefined, before any compute.
       DsadError: a fault that several processes found, or found differently, with all messages.
 
@@ -114,12 +115,15 @@ def localize(
         raise ConfigError("one model for all categories needs one backbone, found one for each.")
     if config.save_maps != "none" and folder is None:
         raise ConfigError("evaluation.save_maps: a folder is needed to save anomaly maps in.")
-    check_labels(dataset, chosen)
-    holdout = config.holdout if config.false_alarm_rate > 0 else 0
-    sets = support.choose(dataset, chosen, shots=shots, seeds=seeds, holdout=holdout)
+    sets = fitting.supports(
+        detector, dataset, chosen, config, support_config, shots=shots, seeds=seeds
+    )
+    if detector.traits.trains_on and train is None:
+        raise ConfigError("localize: this detector trains; expected train=, found None.")
+    split = fitting.split_of(detector)
     protocol = {
         "model": "one for all categories" if pooled else "one per category",
-        "support": support.describe(sets, support_config, shots=shots, seeds=seeds),
+        "support": support.describe(sets, support_config, shots=shots, seeds=seeds, split=split),
         "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout),
         "detector_state": {},
         "map_wrappers": list(map_wrappers or ()),
@@ -172,7 +176,7 @@ class _Run:
     detector: Detector
     config: EvalConfig
     key: jax.Array
-    train: Callable[[Detector, Features, str], Tree] | None
+    train: fitting.Train | None
     sets: Mapping[str, Mapping[int, support.Support]]
     support_config: SupportConfig
     map_wrappers: Mapping[str, MapWrapper]
@@ -232,7 +236,7 @@ class _Run:
             fitted, seconds = self._fit(reader, group, title, seed)
             size = self.made.stamp["detector_state"].setdefault(title, {})
             size[str(seed)] = stamp.describe_state(fitted.state)
-            if not several:
+            if not several and fitting.split_of(self.detector) == "train":
                 reader = Reader(self.device, self.config)  # lets go of the training features
             writer = self.writer(seed)
             for category in group:
@@ -246,27 +250,37 @@ class _Run:
     ) -> tuple[Fitted, dict[str, float]]:
         if self.given:
             return reader.device.place(self.given(title)), {"features": 0.0, "fit": 0.0}
-        sources = {c: self.dataset.source("train", c) for c in group}
+        split = fitting.split_of(self.detector)
+        sources = {c: self.dataset.source(split, c) for c in group}
         chosen = {c: support.subset(x, self.sets[c][seed].bank) for c, x in sources.items()}
         parts = [(c, self.support_config.applied(x)) for c, x in chosen.items()]
-        tick = self.tick(title, "training features")
-        start = time.perf_counter()
+        tick = self.tick(title, f"{split} features")
+        start, done = time.perf_counter(), self.done
         # Seed 0 keeps the key that a category has without seeds.
         key = named(self.key, title if seed == 0 else f"{title}, seed {seed}")
         banks: tuple[Tree, ...] = ()
         spent = 0.0
         for place, (name, wrapper) in enumerate(self.map_wrappers.items()):
-            source = Features(reader, parts, tick if place == 0 else _quiet, banks=banks)
+            told = _quiet if place else tick
+            source = Features(reader, parts, told, split=split, banks=banks)
             bank = wrapper.adapt(source, mesh=reader.device.mesh, key=named(key, name))
             banks = (*banks, reader.device.place(bank))
             spent += source.seconds
-        features = Features(reader, parts, _quiet if banks else tick, banks=banks)
-        trained = self.train(self.detector, features, title) if self.train else None
+        features = Features(reader, parts, _quiet if banks else tick, split=split, banks=banks)
+        trained = None
+        if self.train and self.detector.traits.trains_on:
+            data = fitting.training_data(
+                self.detector, reader.device, self.config, self.made.stamp, features,
+                [source for _, source in parts], title=title, seed=seed, key=key,
+                folder=self.folder, progress=self.fitting(title),
+            )  # fmt: skip
+            trained = self.train(self.detector, data)
         state = self.detector.fit(
             features, mesh=reader.device.mesh, key=key, progress=self.fitting(title),
             trained=trained,
         )  # fmt: skip
         fitted = Fitted(banks, jax.block_until_ready(reader.device.place(state)))
+        self.done = done + sum(len(source) for _, source in parts)  # also where none was read
         spent += features.seconds
         fit = time.perf_counter() - start - spent
         return fitted, {"features": spent, "fit": fit}

@@ -14,6 +14,9 @@ from dsad.core import paths
 from dsad.core.errors import WorkdirError
 from dsad.evaluation.stamp import plain
 
+#: The file of the numbers; written last, so that its evaluation is complete.
+RESULTS = "results.json"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
@@ -87,7 +90,7 @@ def write_results(results: Results, workdir: str | epath.PathLike) -> epath.Path
         paths.write_whole(folder / f"{name}.npz", packed.getvalue())
     content = {name: plain(getattr(results, name)) for name in _JSON}
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-    return paths.write_whole(folder / "results.json", text)
+    return paths.write_whole(folder / RESULTS, text)
 
 
 def _digest(stamp: dict[str, Any]) -> str:
@@ -98,7 +101,7 @@ def _digest(stamp: dict[str, Any]) -> str:
 def read_results(workdir: str | epath.PathLike) -> Results:
     """The results in a folder; raises WorkdirError if a file is missing or is not one of ours."""
     folder = paths.directory(workdir)
-    path = folder / "results.json"
+    path = folder / RESULTS
     if not path.is_file():
         raise WorkdirError(
             f"{path}: no such file. Expected the workdir of a finished `dsad evaluate`."

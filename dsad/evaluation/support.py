@@ -14,6 +14,11 @@ from dsad.core.types import Dataset, KnownSource, Record, Sample, Source
 
 #: Said in the stamp.
 RULE = "lowest SHA-256 of (seed, category, path), in path order"
+#: Likewise, by the split that a detector is fitted on.
+WHOLE = {
+    "train": "all training images",
+    "test": "the test images themselves, without their labels",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +173,7 @@ def describe(
     *,
     shots: int,
     seeds: Sequence[int],
+    split: str = "train",
 ) -> dict[str, Any]:
     """For the stamp: counts and one hash over all sets; the paths are in the results."""
     digest = hashlib.sha256()
@@ -176,7 +182,7 @@ def describe(
             digest.update(f"{category}\t{seed}\t{chosen[category][seed].sha256}\n".encode())
     return {
         "shots": shots or "all",
-        "rule": RULE if shots else "all training images",
+        "rule": RULE if shots else WHOLE[split],
         "seeds": list(seeds),
         **as_dict(config),
         "sha256": digest.hexdigest(),
@@ -198,8 +204,11 @@ def listing(chosen: Mapping[str, Mapping[int, Support]], *, shots: int) -> dict[
     return made
 
 
-def check_labels(dataset: Dataset, categories: Sequence[str]) -> None:
-    """Refuse categories whose test labels leave a metric undefined, all of them at once."""
+def check_labels(dataset: Dataset, categories: Sequence[str], *, training: bool = True) -> None:
+    """Refuse categories whose test labels leave a metric undefined, all of them at once.
+
+    With ``training`` also those without a training image.
+    """
     if not len(dataset.source("test")):
         raise MetricError(
             f"{dataset.name}: no test image in any category; this data set can be pretrained on, "
@@ -207,7 +216,7 @@ def check_labels(dataset: Dataset, categories: Sequence[str]) -> None:
         )
     faults = []
     for category in categories:
-        if not len(dataset.source("train", category)):
+        if training and not len(dataset.source("train", category)):
             faults.append(f"{category}: no training image")
         records = dataset.source("test", category).records
         labels = {r.label for r in records}

@@ -21,7 +21,7 @@ from dsad.objectives import ds2
 from dsad.train.cache import fetch_with
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.state import initial_state
-from tests.seams import frozen
+from tests.seams.objectives import frozen
 
 CACHES = ("device", "host", "none")
 

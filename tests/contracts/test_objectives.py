@@ -1,7 +1,7 @@
 """Every objective, on 1 and on 8 devices: the promises of ``core.types.Objective``.
 
 A member ``dsad/objectives/NAME.py`` needs ``tests/contracts/objectives/NAME.py`` with ``CASE``;
-a file of ``tests/seams`` is a miniature method together with its ``CASE``.
+a file of ``tests/seams/objectives`` is a miniature method together with its ``CASE``.
 """
 
 import functools

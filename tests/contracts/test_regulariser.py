@@ -8,7 +8,7 @@ import pytest
 from dsad.core.types import Embeds
 from tests.contracts.objectives import common
 from tests.helpers import optimised
-from tests.seams import steady
+from tests.seams.objectives import steady
 
 
 def stepped(objective, name):

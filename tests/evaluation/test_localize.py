@@ -400,28 +400,69 @@ def test_the_scale_comes_from_normals_only():
 
 
 def test_what_a_training_detector_learned_reaches_its_fit():
-    """``train`` is called once per category, before fit, with features it can iterate."""
+    """``train`` is called once per category, before fit, with what it may learn from."""
     calls = []
 
     class Trained(Distance):
+        traits = DetectorTraits(trains_on="features")
+
         def fit(self, source, *, trained=None, **given):
             assert trained == {"images": 7}
             return super().fit(source, **given)
 
-    def train(detector, source, category):
-        calls.append((type(detector).__name__, category))
-        return {"images": sum(int(batch.valid.sum()) for batch in source)}
+    def train(detector, data):
+        calls.append((type(detector).__name__, data.title, data.seed, data.folder))
+        images = np.concatenate(list(data.images()))
+        assert images.shape == (7, 48, 48, 3)
+        cells = np.concatenate([b.maps["colour"][b.valid] for b in data.features])
+        pixels = (images / 255 - 0.5) / 0.25  # the same images, in the same order
+        expected = pixels.reshape(7, 12, 4, 12, 4, 3).mean((2, 4))
+        np.testing.assert_allclose(cells, expected, atol=1e-5)
+        return {"images": len(cells)}
 
-    localize(
-        Pooled(),
-        Trained(),
-        Planted(categories=("disc", "ring")),
-        EvalConfig(image_size=48, batch_size=4, workers=2),
-        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
-        key=jax.random.key(3),
-        train=train,
-    )
-    assert calls == [("Trained", "disc"), ("Trained", "ring")]
+    def localized(**given):
+        localize(
+            Pooled(), Trained(), Planted(categories=("disc", "ring")),
+            EvalConfig(image_size=48, batch_size=4, workers=2),
+            mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(3), **given,
+        )  # fmt: skip
+
+    localized(train=train)
+    assert calls == [("Trained", "disc", 0, None), ("Trained", "ring", 0, None)]
+    with pytest.raises(ConfigError, match=r"this detector trains; expected train="):
+        localized()
+
+
+class OnTest(Distance):
+    """Fitted on the images that it scores."""
+
+    traits = DetectorTraits(fits_on="test")
+
+    def fit(self, source, **given):
+        seen = [int(i) for batch in source for i in batch.index[batch.valid]]
+        assert seen == list(range(11))
+        return super().fit(source, **given)
+
+
+def test_test_images_are_fitted_without_any_training_image():
+    class Untrained(Planted):
+        def source(self, split, category=None):
+            source = super().source(split, category)
+            if split == "train":
+                source.rows, source.records = [], []
+            return source
+
+    seen = []
+    results = localize(
+        Pooled(), OnTest(), Untrained(strength=9), EvalConfig(image_size=48, batch_size=4),
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(3),
+        progress=lambda done, total, text: seen.append((done, total)),
+    )  # fmt: skip
+    assert results.categories["disc"]["counts"]["train"] == 0
+    assert results.stamp["support"]["rule"].startswith("the test images themselves")
+    assert seen[-1] == (22, 22)
+    with pytest.raises(MetricError, match="disc: no training image"):
+        run(Untrained())
 
 
 @pytest.mark.parametrize("image_score", ["max", "top"])

@@ -15,7 +15,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
 
 
 def extractor(*layers):
-    return Extractor(layers, 32, make_mesh(MeshConfig(), jax.devices()[:1]), tokens=("cls",))
+    return Extractor(layers, (32, 32), make_mesh(MeshConfig(), jax.devices()[:1]), tokens=("cls",))
 
 
 def test_the_class_token_is_the_first_one_behind_the_norm():

@@ -1,1 +1,1 @@
-"""Miniature methods, one file each, that show what the seams of an objective carry."""
+"""Miniature methods, one file each, that show what the seams carry."""

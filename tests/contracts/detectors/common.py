@@ -1,13 +1,21 @@
-"""Feature sources for the detector tests, and float64 forms of what detectors share."""
+"""The cases of the detector tests, feature sources, and float64 forms of what detectors share."""
 
+import functools
 import importlib
+import pkgutil
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
+from dsad.assembly.detectors import Trainer
+from dsad.core import config as core_config
+from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import FeatureBatch, silent
+from dsad.evaluation.fitting import TrainingData
+from tests.seams import detectors as seams
 
 KEY = jax.random.key(0)
 #: How a detector is fitted on one device.
@@ -70,9 +78,47 @@ def upsampled(maps, grid=(6, 5), order=1):
     return np.stack([ndimage.map_coordinates(m, points, order=order) for m in maps])
 
 
+class Member(NamedTuple):
+    """A detector under test: ``module`` has ``Config`` and ``build``, ``case`` its oracle."""
+
+    module: Any
+    case: Any
+
+
+@functools.cache
+def cases():
+    """By name: the members of dsad.detectors, and the miniatures in tests/seams/detectors."""
+    found = {
+        n: Member(core_config.resolve("detectors", n), _module(f"contracts.detectors.{n}"))
+        for n in core_config.members("detectors")
+    }
+    files = [m.name for m in pkgutil.iter_modules(seams.__path__)]
+    return found | {n: Member(*(_module(f"seams.detectors.{n}"),) * 2) for n in files}
+
+
+def _module(name):
+    return importlib.import_module(f"tests.{name}")
+
+
 def made(name, **config):
-    module = importlib.import_module(f"dsad.detectors.{name}")
+    module = cases()[name].module
     return module.build(module.Config(**config))
+
+
+#: One for all tests, which share its programs.
+TRAINER = Trainer()
+
+
+def fitted(detector, source, mesh=None):
+    """The state of a detector, trained before if it trains."""
+    trained = {}
+    if detector.traits.trains_on:
+        data = TrainingData(
+            features=source, images=None, backbone=None, title="tiles", seed=0, key=KEY,
+            mesh=mesh or make_mesh(MeshConfig(), jax.devices()[:1]), folder=None, progress=silent,
+        )  # fmt: skip
+        trained = {"trained": TRAINER(detector, data)}
+    return detector.fit(source, **ALONE | {"mesh": mesh}, **trained)
 
 
 def close(found, expected, rtol=1e-6):

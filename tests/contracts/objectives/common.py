@@ -27,7 +27,7 @@ from dsad.objectives import mae
 from dsad.train.optim import make_optimizer, make_schedule
 from dsad.train.state import abstract_state, initial_state
 from dsad.train.step import make_step, placed_key
-from tests import seams
+from tests.seams import objectives as seams
 
 BATCH, CANVAS, SIDE = 8, 40, 32
 RUN = RunInfo(total_steps=30, batch_size=BATCH, samples=BATCH, classes=2)
@@ -77,13 +77,13 @@ class Member(NamedTuple):
 
 @functools.cache
 def cases() -> dict[str, Member]:
-    """By name: the members of dsad.objectives, and the miniatures in tests/seams."""
+    """By name: the members of dsad.objectives, and the miniatures in tests/seams/objectives."""
     of_members = [
         Member(n, core_config.resolve("objectives", n), _module(f"contracts.objectives.{n}").CASE)
         for n in core_config.members("objectives")
     ]
-    files = [m.name for m in pkgutil.iter_modules(seams.__path__) if not m.ispkg]
-    miniatures = [Member(n, module := _module(f"seams.{n}"), module.CASE) for n in files]
+    files = [m.name for m in pkgutil.iter_modules(seams.__path__)]
+    miniatures = [Member(n, module := _module(f"seams.objectives.{n}"), module.CASE) for n in files]
     return {member.name: member for member in of_members + miniatures}
 
 

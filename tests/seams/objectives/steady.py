@@ -9,7 +9,7 @@ from dsad.core import rng
 from dsad.core.config import Settings, field
 from dsad.objectives.teacher import interleaved
 from tests.contracts.objectives.common import VIEW, Case
-from tests.seams import queue
+from tests.seams.objectives import queue
 
 
 class Config(Settings, place="objective"):

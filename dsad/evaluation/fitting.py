@@ -1,0 +1,139 @@
+"""Which images a detector is fitted on, and what one that trains is given before."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from dsad.core import paths
+from dsad.core.errors import ConfigError
+from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.types import Dataset, Detector, FeatureSource, Progress, Source, Tree
+from dsad.evaluation import stamp, support
+from dsad.evaluation.batches import batches
+from dsad.evaluation.compiled import Device
+from dsad.evaluation.config import EvalConfig
+
+#: Below the folder of an evaluation: what was trained, until all of it is done.
+TRAINED = "trained"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What a detector of one category (or of all) and one seed may learn from.
+
+    Attributes:
+      features: those of the images that it will be fitted on.
+      images: gives a new pass over the network's inputs (n, H, W, 3) uint8, in the same order.
+      backbone: the frozen network behind the features, on the mesh; None if it is not arrays.
+      title: the category's name.
+      seed: of the support set.
+      key: of all random draws.
+      folder: of this training alone, for its result; None if that must not be kept.
+
+    """
+
+    features: FeatureSource
+    images: Callable[[], Iterator[np.ndarray]]
+    backbone: Any
+    title: str
+    seed: int
+    key: jax.Array
+    mesh: Mesh
+    folder: epath.Path | None
+    progress: Progress
+
+
+#: Runs a detector's objective; returns what its ``fit`` takes as ``trained``.
+Train = Callable[[Detector, TrainingData], Tree]
+
+
+def split_of(detector: Detector) -> str:
+    """The split whose images it is fitted on."""
+    return "test" if detector.traits.fits_on == "test" else "train"
+
+
+def supports(
+    detector: Detector,
+    dataset: Dataset,
+    categories: Sequence[str],
+    config: EvalConfig,
+    support_config: support.SupportConfig,
+    *,
+    shots: int,
+    seeds: Sequence[int],
+) -> dict[str, dict[int, support.Support]]:
+    """The images that the detector is fitted on, by category and seed; nothing is decoded.
+
+    Raises MetricError for labels that leave a metric undefined, and ConfigError for support sets
+    that cannot be drawn, or are asked for where the test images are what it is fitted on.
+    """
+    on_test = split_of(detector) == "test"
+    support.check_labels(dataset, categories, training=not on_test)
+    holdout = config.holdout if config.false_alarm_rate > 0 else 0
+    if not on_test:
+        return support.choose(dataset, categories, shots=shots, seeds=seeds, holdout=holdout)
+    for key, value, alone in (
+        ("shots", shots, 0),
+        ("evaluation.false_alarm_rate", config.false_alarm_rate, 0),
+        ("support.rotations", support_config.rotations, 1),
+    ):
+        if value != alone:
+            raise ConfigError(
+                f"config.{key}: this detector is fitted on the test images and takes no training "
+                f"image; expected {alone}, found {value:g}."
+            )
+    images = {c: tuple(r.path for r in dataset.source("test", c).records) for c in categories}
+    return {c: {seed: support.Support(bank=images[c]) for seed in seeds} for c in categories}
+
+
+def training_data(
+    detector: Detector,
+    device: Device,
+    config: EvalConfig,
+    about: Mapping[str, Any],
+    features: FeatureSource,
+    sources: Sequence[Source],
+    *,
+    title: str,
+    seed: int,
+    key: jax.Array,
+    folder: str | epath.PathLike | None,
+    progress: Progress,
+) -> TrainingData:
+    """What one training may learn from; ``about`` is the stamp, ``folder`` the evaluation's."""
+    own = None
+    if folder is not None and split_of(detector) == "train":
+        name = _identity(device, about, sources, title, key)
+        own = paths.directory(folder) / TRAINED / name
+    return TrainingData(
+        features=features, images=lambda: _images(sources, config), backbone=device.network,
+        title=title, seed=seed, key=key, mesh=device.mesh, folder=own, progress=progress,
+    )  # fmt: skip
+
+
+def _identity(
+    device: Device, about: Mapping[str, Any], sources: Sequence[Source], title: str, key: jax.Array
+) -> str:
+    """Tells a training from all others: its images, network, settings and draws."""
+    same = [
+        about[name] for name in ("dataset", "detector", "preprocessing", "colour", "map_wrappers")
+    ]
+    images = [record.path for source in sources for record in source.records]
+    network = device.identity(about["backbone"])
+    content = json.dumps([same, network, images, title, stamp.key_data(key)])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _images(sources: Sequence[Source], config: EvalConfig) -> Iterator[np.ndarray]:
+    """The network's inputs (n, H, W, 3) uint8 of every source, all of them on every process."""
+    alone = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    for source in sources:
+        for host in batches(source, config, alone, config.batch_size):
+            yield host.images[host.valid]

@@ -1,0 +1,1 @@
+"""Miniature methods, one file each, that show what the seams of a detector carry."""

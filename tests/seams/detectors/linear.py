@@ -1,0 +1,85 @@
+"""A head, trained by gradient, tells cells from noised ones: SimpleNet in small."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsad.core import rng
+from dsad.core.config import Settings, field
+from dsad.core.recipe import OptimConfig, Recipe
+from dsad.core.types import DetectorTraits, ObjectiveTraits, Scores
+from dsad.detectors._features import joined
+from tests.contracts.detectors import common
+
+
+class Config(Settings, place="detector"):
+    layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)
+    on: Literal["features", "images"] = "features"
+    recipe: Recipe = Recipe(steps=40, batch_size=8, optim=OptimConfig(lr=0.1))
+
+
+def logits_of(state, cells):
+    return jnp.square(cells - state["centre"][None, None, None]) @ state["kernel"] + state["bias"]
+
+
+class Head:
+    traits = ObjectiveTraits(couples_batch=True)
+
+    def __init__(self, cfg, specs, backbone):
+        self.cfg = cfg
+        self.shape = jax.eval_shape(self.cells, specs, backbone).shape
+
+    def cells(self, batch, network):
+        if network is None:
+            return joined(batch["features"], self.cfg.layers)
+        return joined(network(batch["image"] / 127.5 - 1), self.cfg.layers)
+
+    def init(self, key):
+        zeros = jnp.zeros(self.shape[-1])
+        return {"kernel": zeros, "bias": jnp.zeros(())}, {"centre": zeros}
+
+    def views(self, batch, key):
+        keys = rng.sample_keys(key, batch["epoch"], batch["index"])
+        return {**batch, "noise": jax.vmap(lambda k: jax.random.normal(k, self.shape[1:]))(keys)}
+
+    def loss(self, params, extra, views, *, key, step):
+        cells = self.cells(views, extra.get("backbone"))
+        mean = jnp.mean(cells, (0, 1, 2))
+        centre = jnp.where(step == 0, mean, 0.9 * extra["centre"] + 0.1 * mean)
+        extra = {**extra, "centre": centre}
+        real, noised = (logits_of(params | extra, x) for x in (cells, cells + 3 * views["noise"]))
+        return jnp.mean(jax.nn.softplus(real) + jax.nn.softplus(-noised)), (extra, {})
+
+    def after_update(self, params, extra, step):
+        return extra
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    config: Config
+    layers = property(lambda self: self.config.layers)
+    traits = property(lambda self: DetectorTraits(trains_on=self.config.on, sigma=1.0))
+    recipe = property(lambda self: self.config.recipe)
+
+    def objective(self, specs, backbone):
+        return Head(self.config, specs, backbone)
+
+    def fit(self, source, *, mesh, key, progress, trained=None):
+        return jax.tree.map(jnp.asarray, trained["params"] | trained["extra"])
+
+    def score(self, state, features, *, mesh=None):
+        maps = logits_of(state, joined(features, self.layers))
+        return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
+
+
+build = Linear
+CONFIGS = [{}]
+
+
+def oracle(config, state, test):
+    gaps = common.joined(test, neighbourhood=1) - np.float64(state["centre"])
+    maps = gaps**2 @ np.float64(state["kernel"]) + np.float64(state["bias"])
+    return maps, maps.max((1, 2))
