@@ -28,7 +28,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "flax": "models/",
-    "orbax": "train/checkpoint.py",
+    "orbax": "train/_orbax.py",
     "grain": "data/pipeline.py",
     "tensorboardX": "train/writer.py",
     "tensorflow_datasets": "data/records.py",

@@ -4,12 +4,44 @@ import json
 import re
 
 import jax
+from etils import epath
+
+from dsad.core import paths
+from dsad.core.digests import DigestError
+from dsad.core.errors import WorkdirError
 
 #: How tensorstore begins what it says of files that are missing, cut off or do not decode; the
 #: second kind may also be a refused request, unless the words after it tell of decoding.
 _DAMAGE = re.compile(r"DATA_LOSS|OUT_OF_RANGE|NOT_FOUND")
 _REFUSED = re.compile(r"FAILED_PRECONDITION|INVALID_ARGUMENT")
 _DECODING = re.compile(r"compress|decod|truncat|checksum|crc|corrupt|json", re.I)
+
+
+def unread(
+    path: epath.Path, error: BaseException, older: list[int] | None, more_memory: str
+) -> WorkdirError:
+    """What to tell of a checkpoint that could not be read.
+
+    Advises to delete it only if it is surely of no use to anybody. ``older`` are the steps of those
+    before it; None: it is not there any more, or nobody can say.
+    """
+    chain = causes(error)
+    damage = next(filter(is_damage, chain), None)
+    if damage and older is not None and not any(map(is_outside, chain)):
+        remove = "gcloud storage rm -r" if paths.is_remote(path) else "rm -r"
+        back = (
+            f"Older ones: {', '.join(map(str, older))}. To go back, remove it "
+            f"({remove} {path}); --resume then continues at step {older[-1]}. To only "
+            f"read, name an older one: run:DIR@{older[-1]}."
+            if older
+            else "There is no older one: start again with --overwrite."
+        )
+        return WorkdirError(f"{path}: this checkpoint is damaged: {paths.cause(damage)}. {back}")
+    why = next(filter(is_outside, chain), chain[-1])
+    advice = f" {more_memory}" if is_device_memory(why) else ""
+    return WorkdirError(
+        f"{path}: could not be read: {paths.cause(why)}; the checkpoint was left as it is.{advice}"
+    )
 
 
 def causes(error: BaseException) -> list[BaseException]:
@@ -23,8 +55,10 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether a file of a checkpoint is missing, cut off, or cannot be decoded."""
-    if isinstance(error, (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError)):
+    """Whether a file of a checkpoint is missing, cut off, changed, or cannot be decoded."""
+    if isinstance(
+        error, (DigestError, FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError)
+    ):
         return True
     text = str(error)
     if isinstance(error, KeyError):

@@ -1,8 +1,7 @@
-"""Checkpoints of state, data position and config as one unit; the only importer of orbax."""
+"""Checkpoints of state, data position and config as one unit."""
 
 import contextlib
 import dataclasses
-import logging
 import math
 import re
 import threading
@@ -11,21 +10,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
-from dsad.core import distributed, paths, tree
+from dsad.core import digests, distributed, paths, tree
 from dsad.core.config import Settings, field
 from dsad.core.errors import WorkdirError
-from dsad.train import _damage
+from dsad.train import _damage, _orbax
 from dsad.train.state import TrainState
 
 #: What marks a checkpoint in a bucket as complete; on a disk its directory's name does.
 _COMMITTED = "commit_success.txt"
 #: Lies beside the checkpoints of every run.
 _MARK = "dsad"
+#: Ends the name of a checkpoint in the making on a disk.
+_MAKING = ".orbax-checkpoint-tmp"
 #: Checkpoints in the making, and those that are being deleted.
-_LEFTOVER = re.compile(r"\d+\.orbax-checkpoint-tmp.*|deleted-\d+")
+_LEFTOVER = re.compile(rf"\d+{re.escape(_MAKING)}.*|deleted-\d+")
 
 
 class CheckpointConfig(Settings, place="config.checkpoint"):
@@ -69,29 +69,20 @@ class Checkpointer:
     ):
         self.directory = paths.directory(workdir) / "checkpoints"
         self.config = config
+        self.read_only = read_only
         self.say = say
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._told = False
         self._saved_at: float | None = None
+        self._making: epath.Path | None = None
         self._noted_wait = False
         if read_only and not self.directory.is_dir():
             raise WorkdirError(f"{self.directory}: no such directory; expected a pretraining run.")
         if not read_only:
             distributed.on_main(self._open)
             distributed.together(self._shared)
-        logging.getLogger("absl").addFilter(_not_of_orbax)
-        processes = _this_process() if read_only else ocp.options.MultiprocessingOptions()
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                state=ocp.StandardCheckpointHandler(multiprocessing_options=processes),
-                meta=ocp.JsonCheckpointHandler(multiprocessing_options=processes),
-                composite_options=ocp.CompositeOptions(multiprocessing_options=processes),
-            ),
-            multiprocessing_options=processes,
-            # Made in the background, a directory that cannot be made leaves threads waiting for it.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        )
+        self._orbax = _orbax.checkpointer(alone=read_only, before_commit=self._write_digests)
 
     # --- when
 
@@ -161,12 +152,11 @@ class Checkpointer:
         self.wait()
         self._note_wait(time.monotonic() - begin)
         self._saved_at = self._saved_at if now is None else now
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_items(state)),  # type: ignore[call-arg]
-            meta=ocp.args.JsonSave({"data": data, **meta}),  # type: ignore[call-arg]
-        )
+        items = _orbax.saved(_items(state), {"data": data, **meta})
+        path = self._path(step)
+        self._making = path if paths.is_remote(path) else path.with_name(f"{step}{_MAKING}")
         try:
-            self._orbax.save(self._path(step), args=items)
+            self._orbax.save(path, args=items)
         except Exception as error:
             raise self._unwritten(error) from error
         self._thread = threading.Thread(target=self._finish, name=f"checkpoint-{step}")
@@ -201,6 +191,11 @@ class Checkpointer:
                     _remove(self._path(step))
         except BaseException as error:
             self._failure = error
+
+    def _write_digests(self) -> None:
+        """In the background of process 0: all files are there, and nobody sees them yet."""
+        assert self._making is not None
+        digests.write(self._making)
 
     def _open(self) -> None:
         """Leftovers go, and an unwritable directory is found before anything is computed."""
@@ -260,12 +255,11 @@ class Checkpointer:
         not be read this time.
         """
         step = self._require(step)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_items(abstract)),  # type: ignore[call-arg]
-            meta=ocp.args.JsonRestore(),
-        )
+        self._verify(step)
         try:
-            found = self._orbax.restore(self._path(step), args=args)
+            found = self._orbax.restore(
+                self._path(step), args=_orbax.restored(_items(abstract), meta=True)
+            )
             return TrainState(**found["state"]), found["meta"]
         except Exception as error:
             if lines := self._mismatch(step, abstract):
@@ -281,67 +275,59 @@ class Checkpointer:
         Raises WorkdirError like ``restore``.
         """
         step = self._require(step)
+        self._verify(step, "state/")
         device = jax.local_devices()[0]
         sharding = jax.sharding.SingleDeviceSharding(device)
         try:
             target = jax.tree.map(
                 lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding),
-                self._shapes(step),
+                _orbax.shapes(self._path(step) / "state"),
             )
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))  # type: ignore[call-arg]
-            found = self._orbax.restore(self._path(step), args=args)["state"]
+            found = self._orbax.restore(self._path(step), args=_orbax.restored(target))["state"]
             params, extra = jax.device_get((found["params"], found["extra"]))
         except Exception as error:
             more = f"All of it is read through one device, {device}: use one with more memory."
             raise self._unread(step, error, more) from error
         return params, extra, step
 
+    def _verify(self, step: int, below: str = "") -> None:
+        """Raise WorkdirError unless the files are those that were written.
+
+        Processes that restore together share the work, and fail together.
+        """
+        part, parts = (0, 1) if self.read_only else (distributed.index(), distributed.count())
+        problem = None
+        try:
+            digests.check(self._path(step), below, part=part, parts=parts)
+        except Exception as error:
+            problem = self._unread(step, error)
+            problem.__cause__ = error
+        told = [problem and str(problem)]
+        if not self.read_only:
+            told = distributed.gather_objects(told[0])
+        if text := next(filter(None, told), None):
+            failure = WorkdirError(text)
+            failure.shared = True
+            raise failure from problem
+
     def _path(self, step: int) -> epath.Path:
         return self.directory / str(step)
-
-    def _shapes(self, step: int) -> Any:
-        # The handler itself: a checkpointer around it would hide why it could not read.
-        reader = ocp.StandardCheckpointHandler(multiprocessing_options=_this_process())
-        try:
-            return reader.metadata(self._path(step) / "state").tree
-        finally:
-            reader.close()
 
     def _mismatch(self, step: int, abstract: TrainState) -> str:
         """What differs between a checkpoint and a state; nothing if it cannot be read at all."""
         try:
-            shapes = self._shapes(step)
+            shapes = _orbax.shapes(self._path(step) / "state")
         except Exception:
             return ""
         return "\n".join(tree.diff(_items(abstract), shapes)[:20])
 
-    def _unread(self, step: int, error: BaseException, more_memory: str) -> WorkdirError:
-        """Advises to delete a checkpoint only if it is surely of no use to anybody."""
-        causes = _damage.causes(error)
+    def _unread(self, step: int, error: BaseException, more_memory: str = "") -> WorkdirError:
+        path, older = self._path(step), []
+        there = False
         with contextlib.suppress(OSError):  # it, or the whole disk, may be gone by now
-            damage = next(filter(_damage.is_damage, causes), None)
-            if damage and not any(map(_damage.is_outside, causes)) and _whole(self._path(step)):
-                return self._damaged(step, damage)
-        why = next(filter(_damage.is_outside, causes), causes[-1])
-        advice = f" {more_memory}" if _damage.is_device_memory(why) else ""
-        return WorkdirError(
-            f"{self._path(step)}: could not be read: {paths.cause(why)}; the checkpoint was left "
-            f"as it is.{advice}"
-        )
-
-    def _damaged(self, step: int, error: BaseException) -> WorkdirError:
-        older = [s for s in self.steps() if s < step]
-        remove = "gcloud storage rm -r" if paths.is_remote(self.directory) else "rm -r"
-        back = (
-            f"Older ones: {', '.join(map(str, older))}. To go back, remove it "
-            f"({remove} {self._path(step)}); --resume then continues at step {older[-1]}. To only "
-            f"read, name an older one: run:DIR@{older[-1]}."
-            if older
-            else "There is no older one: start again with --overwrite."
-        )
-        return WorkdirError(
-            f"{self._path(step)}: this checkpoint is damaged: {paths.cause(error)}. {back}"
-        )
+            there = _whole(path)
+            older = [s for s in self.steps() if s < step]
+        return _damage.unread(path, error, older if there else None, more_memory)
 
     def _require(self, step: int | None) -> int:
         found = self.steps()
@@ -351,20 +337,6 @@ class Checkpointer:
             have = ", ".join(map(str, found))
             raise WorkdirError(f"{self.directory}: no checkpoint of step {step}; found {have}.")
         return found[-1] if step is None else step
-
-
-def _this_process() -> ocp.options.MultiprocessingOptions:
-    """No process waits for another one: orbax has barriers even around reading."""
-    index = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
-    )
-
-
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Keep out the tracebacks, four of a kind, of errors that it raises as well."""
-    trace = record.exc_info[2] if record.exc_info else None
-    return trace is None or "orbax" not in trace.tb_frame.f_code.co_filename
 
 
 def _whole(path: epath.Path) -> bool:

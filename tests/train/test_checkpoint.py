@@ -1,5 +1,6 @@
 """Checkpoints: which stay, when, what survives kills, damage and full disks, and other meshes."""
 
+import contextlib
 import errno
 import functools
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsad.core import paths
+from dsad.core import digests, paths
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.launch_local import free_port
@@ -50,9 +51,9 @@ def state(step, size=64, seed=None):
     )  # fmt: skip
 
 
-def abstract(tree):
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+def abstract(tree, sharding=None):
+    place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
 def save(checkpointer, *steps, **how):
@@ -198,31 +199,86 @@ def files(folder):
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
 
 
-@pytest.mark.parametrize("left", [0, 0.5], ids=["emptied", "halved"])
-def test_a_truncated_file_is_named_and_never_read_as_something_else(tmp_path, opened, left):
-    save(opened(tmp_path), 3, 6)
-    broken, refused = tmp_path / "checkpoints" / "6", set()
-    names = files(broken)
-    largest = max(names, key=lambda p: p.stat().st_size)  # holds the arrays
+def flipped(whole):
+    """One bit, in the middle."""
+    at = len(whole) // 2
+    return whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+
+
+DAMAGE = {
+    "flipped": flipped,
+    "emptied": lambda whole: b"",
+    "halved": lambda whole: whole[: len(whole) // 2],
+    "deleted": lambda whole: None,
+}
+
+
+def damaged(folder, ways=tuple(DAMAGE)):
+    """(what was done, path), with one file of a checkpoint damaged in one way at a time."""
+    names = files(folder)
+    # Holds nothing: that it is there says that all others are.
+    names.remove(folder / "commit_success.txt")
+    assert len(names) > 10
     for path in names:
         whole = path.read_bytes()
-        path.write_bytes(whole[: int(len(whole) * left)])
-        reader = opened(tmp_path, read_only=True)
-        text = ""
-        try:
-            found, meta = reader.restore(abstract(state(6)))
-        except WorkdirError as error:
-            text = str(error)
-        if text:
-            refused.add(path)
-            assert text.startswith(f"{broken}: this checkpoint is damaged")
+        for how in ways:
+            content = DAMAGE[how](whole)
+            path.unlink() if content is None else path.write_bytes(content)
+            yield how, path
+        path.write_bytes(whole)
+
+
+def test_any_damage_to_any_file_is_named_with_the_way_back(tmp_path, opened):
+    """What goes on reads all of them; what only uses the weights does not need the rest."""
+    save(opened(tmp_path), 3, 6)
+    reader, broken = opened(tmp_path, read_only=True), tmp_path / "checkpoints" / "6"
+    for how, path in damaged(broken):
+        reads = [lambda: reader.restore(abstract(state(6)))]
+        if broken / "meta" not in path.parents:
+            reads.append(reader.weights)
+        for read in reads:
+            with pytest.raises(WorkdirError) as caught:
+                read()
+            text = str(caught.value)
+            assert text.startswith(f"{broken}: this checkpoint is damaged: "), (how, path)
+            assert how == "flipped" or str(path) in text, (how, path)
             assert f"rm -r {broken}" in text
             assert "continues at step 3" in text
-        else:  # a file that only describes, or that was merged into another
-            assert equal(found, state(6))
-            assert meta == {"data": {"at": 6}}
-        path.write_bytes(whole)
-    assert {largest, broken / "meta" / "metadata"} <= refused
+        assert equal(reader.weights(3)[0], state(3).params)
+    assert equal(reader.restore(abstract(state(6)))[0], state(6))
+
+
+def test_without_digests_damage_would_be_read_as_numbers(tmp_path, opened, monkeypatch):
+    """What they are for: the library itself notices some of it only."""
+    save(opened(tmp_path), 3)
+    reader = opened(tmp_path, read_only=True)
+    monkeypatch.setattr(digests, "check", lambda *args, **how: None)
+    wrong = []
+    for _, path in damaged(tmp_path / "checkpoints" / "3", ["flipped"]):
+        with contextlib.suppress(WorkdirError):
+            if not equal(reader.weights()[0], state(3).params):
+                wrong.append(path)
+    assert wrong
+
+
+def test_one_that_was_written_without_digests_is_refused(tmp_path, opened):
+    save(opened(tmp_path), 3, 6)
+    (tmp_path / "checkpoints" / "6" / digests.NAME).unlink()
+    with pytest.raises(WorkdirError, match=r"6/digests.json: no such file.*SHA-256.*at step 3"):
+        opened(tmp_path, read_only=True).weights()
+
+
+def test_nobody_sees_one_whose_digests_are_being_written_and_nobody_waits(
+    tmp_path, opened, monkeypatch
+):
+    checkpointer, write, go_on = opened(tmp_path), digests.write, threading.Event()
+    monkeypatch.setattr(digests, "write", lambda folder: (go_on.wait(60), write(folder)))
+    checkpointer.save(state(1), {}, {})
+    assert checkpointer.busy
+    assert checkpointer.steps() == []
+    go_on.set()
+    checkpointer.wait()
+    assert checkpointer.steps() == [1]
 
 
 OUTSIDE = {
@@ -279,7 +335,7 @@ def test_what_a_running_training_removed_meanwhile_is_no_damage(tmp_path, opened
     save(writer, 3, 6)
     reader = opened(tmp_path, read_only=True)
     monkeypatch.setattr(reader, "_require", lambda step: (writer._path(6).rmtree(), 6)[1])
-    with pytest.raises(WorkdirError, match=r"6: could not be read: .*not found"):
+    with pytest.raises(WorkdirError, match=r"6: could not be read: No such file"):
         reader.restore(abstract(state(6)))
 
 
@@ -357,26 +413,44 @@ import sys
 import numpy as np
 from dsad.core import distributed
 distributed.start(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from dsad.core.errors import WorkdirError
+from dsad.core.mesh import MeshConfig, make_mesh, replicated
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
+from tests.train.test_checkpoint import abstract, state
 
 def read():
     if distributed.index() == 1:
         return "something else"
     reader = Checkpointer(sys.argv[3], CheckpointConfig(), read_only=True)
-    params, extra, step = reader.weights()
+    params, extra, step = reader.weights(5)
     np.testing.assert_array_equal(params["w"], np.load(sys.argv[4]))
     reader.close()
     return step
 
 found = distributed.together(read)  # collectives that do not match would end the program here
 print(distributed.gather_objects(found))
+checkpointer = Checkpointer(sys.argv[3], CheckpointConfig())
+mesh = replicated(make_mesh(MeshConfig()))
+for step in (6, 5):
+    try:
+        checkpointer.restore(abstract(state(step), mesh), step)
+        print(step, "restored")
+    except WorkdirError as error:
+        print(step, error)
+checkpointer.close()
 """
 
 
 @pytest.mark.multihost
-def test_a_reader_needs_no_other_process(tmp_path, opened):
-    """One of two reads, the other goes straight on to the next collective."""
-    save(opened(tmp_path), 5)
+def test_a_reader_needs_no_other_process_and_damage_is_told_by_all(tmp_path, opened):
+    """One of two reads, the other goes straight on; then both restore, and share the checks.
+
+    Each finds one of two files that lie next to each other in the order of names.
+    """
+    save(opened(tmp_path), 5, 6)
+    broken = files(tmp_path / "checkpoints" / "6" / "state")[:2]
+    for path in broken:
+        path.write_bytes(flipped(path.read_bytes()))
     np.save(tmp_path / "w.npy", state(5).params["w"])
     coordinator = f"localhost:{free_port()}"
     running = [
@@ -392,7 +466,10 @@ def test_a_reader_needs_no_other_process(tmp_path, opened):
         for process in running:
             out, err = process.communicate(timeout=240)
             assert process.returncode == 0, err
-            assert out.splitlines()[-1] == "[5, 'something else']"
+            first, second, third = out.splitlines()[-3:]
+            assert first == "[5, 'something else']"
+            assert f"6: this checkpoint is damaged: {broken[0]}: its SHA-256" in second
+            assert third == "5 restored"
     finally:
         for process in running:
             process.kill()

@@ -1,0 +1,76 @@
+"""How checkpoints use orbax: quietly; its only importer."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+def checkpointer(*, alone: bool, before_commit: Callable[[], None]) -> ocp.AsyncCheckpointer:
+    """One for the items ``state`` and ``meta``; ``alone``: no other process takes part.
+
+    ``before_commit`` is called in the background of process 0 when all files are written, before
+    the checkpoint can be seen.
+    """
+    logging.getLogger("absl").addFilter(_is_news)
+    processes = _this_process() if alone else ocp.options.MultiprocessingOptions()
+    background = ocp.options.AsyncOptions(
+        # In the background, a directory that cannot be made leaves threads waiting for it.
+        create_directories_asynchronously=False,
+        post_finalization_callback=before_commit,
+    )
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(
+            state=ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+            meta=ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+            composite_options=ocp.CompositeOptions(multiprocessing_options=processes),
+        ),
+        multiprocessing_options=processes,
+        async_options=background,
+        # Notes of its own, which nobody reads and which would be written after ``before_commit``.
+        checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False),
+    )
+
+
+def saved(state: Any, meta: Any) -> ocp.args.CheckpointArgs:
+    """The arguments for writing both items."""
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
+        meta=ocp.args.JsonSave(meta),  # type: ignore[call-arg]
+    )
+
+
+def restored(target: Any, *, meta: bool = False) -> ocp.args.CheckpointArgs:
+    """The arguments for reading a state like ``target``, and the other item if asked for."""
+    state = ocp.args.StandardRestore(target)  # type: ignore[call-arg]
+    if not meta:
+        return ocp.args.Composite(state=state)
+    return ocp.args.Composite(state=state, meta=ocp.args.JsonRestore())
+
+
+def shapes(path: epath.Path) -> Any:
+    """Shapes and dtypes of the state in a folder, for this process alone."""
+    # The handler itself: a checkpointer around it would hide why it could not read.
+    reader = ocp.StandardCheckpointHandler(multiprocessing_options=_this_process())
+    try:
+        return reader.metadata(path).tree
+    finally:
+        reader.close()
+
+
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    """No process waits for another one: orbax has barriers even around reading."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Keep out tracebacks, four of a kind, of errors that are raised as well, and absent notes."""
+    if trace := record.exc_info and record.exc_info[2]:
+        return "orbax" not in trace.tb_frame.f_code.co_filename
+    return "orbax/checkpoint/_src/metadata" not in record.pathname
