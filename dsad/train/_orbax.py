@@ -1,4 +1,4 @@
-"""How checkpoints use orbax: quietly; its only importer."""
+"""How checkpoints use orbax: without limits of time, quietly; its only importer."""
 
 import logging
 from collections.abc import Callable
@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+
+#: A century: its limits go by the wall clock, which may jump, and a slow disk is no failure.
+_NO_LIMIT = 100 * 365 * 24 * 3600
 
 
 def checkpointer(*, alone: bool, before_commit: Callable[[], None]) -> ocp.AsyncCheckpointer:
@@ -18,7 +21,9 @@ def checkpointer(*, alone: bool, before_commit: Callable[[], None]) -> ocp.Async
     logging.getLogger("absl").addFilter(_is_news)
     processes = _this_process() if alone else ocp.options.MultiprocessingOptions()
     background = ocp.options.AsyncOptions(
-        # In the background, a directory that cannot be made leaves threads waiting for it.
+        timeout_secs=_NO_LIMIT,
+        # In the background, a directory that cannot be made leaves threads waiting for it, and
+        # whoever waits for one has a limit of its own.
         create_directories_asynchronously=False,
         post_finalization_callback=before_commit,
     )
@@ -26,7 +31,9 @@ def checkpointer(*, alone: bool, before_commit: Callable[[], None]) -> ocp.Async
         ocp.CompositeCheckpointHandler(
             state=ocp.StandardCheckpointHandler(multiprocessing_options=processes),
             meta=ocp.JsonCheckpointHandler(multiprocessing_options=processes),
-            composite_options=ocp.CompositeOptions(multiprocessing_options=processes),
+            composite_options=ocp.CompositeOptions(
+                multiprocessing_options=processes, async_options=background
+            ),
         ),
         multiprocessing_options=processes,
         async_options=background,

@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -279,6 +280,24 @@ def test_nobody_sees_one_whose_digests_are_being_written_and_nobody_waits(
     go_on.set()
     checkpointer.wait()
     assert checkpointer.steps() == [1]
+
+
+def test_a_clock_that_jumps_while_one_is_written_changes_nothing(tmp_path, opened, monkeypatch):
+    """By a year, after any look at it, in whatever thread: limits of time would be over."""
+    real, looks = time.time, 0
+
+    def now():
+        nonlocal looks
+        looks += 1
+        return real() + 366 * 86400 * (looks > jump)
+
+    for jump in range(0, 60, 2):
+        looks = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", now)
+            save(checkpointer := opened(tmp_path / str(jump)), 3)
+        assert looks > jump
+    assert equal(checkpointer.restore(abstract(state(3)))[0], state(3))
 
 
 OUTSIDE = {
