@@ -64,4 +64,10 @@ class Queue(EncoderObjective):
 
 
 build = Queue
-CASE = Case(config={}, warm_up=4, collectives=frozenset({"all-reduce", "all-gather"}), summed=2.0)
+CASE = Case(
+    config={},
+    warm_up=4,
+    collectives=frozenset({"all-reduce", "all-gather"}),
+    summed=2.0,
+    gradient=1e-3,
+)
