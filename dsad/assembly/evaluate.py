@@ -17,12 +17,7 @@ from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, CanvasSource, Dataset, Detector
 from dsad.data import base as data_base
 from dsad.evaluation import fitting
-from dsad.evaluation.localize import (
-    EvalConfig,
-    Results,
-    localize,
-    write_results,
-)
+from dsad.evaluation.localize import EvalConfig, Results, localize, write_results
 from dsad.evaluation.parts import Parts
 from dsad.evaluation.support import AS_DRAWN, SupportConfig
 from dsad.models import wrappers
@@ -143,7 +138,7 @@ def prepare(
         )
     fitting.supports(
         detector, dataset, dataset.categories, cfg.evaluation, cfg.support, shots=cfg.shots,
-        seeds=cfg.seeds,
+        seeds=cfg.seeds, pooled=cfg.one_for_all,
     )  # fmt: skip
     if saved:
         _check_saved(saved, config, cfg, dataset)

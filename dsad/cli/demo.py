@@ -10,8 +10,8 @@ from rich.table import Table
 from dsad.assembly import evaluate, pretrain, training, workdir
 from dsad.core import config as core_config
 from dsad.data import base as data_base
-from dsad.evaluation.localize import Results
 from dsad.evaluation.report.page import write_report
+from dsad.evaluation.results import Results, shown
 from dsad.terminal import console, flags
 
 COMMAND_CONFIG = "configs/demo.py"
@@ -78,13 +78,13 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
 
 def comparison(results: dict[str, Results]) -> Table:
     """Pixel AUROC and AUPRO of every category, one column pair per encoder."""
-    shown = ("image_auroc", "pixel_auroc", "aupro_30")
-    table = console.table("category", *(f"{m}\n{name}" for name in results for m in shown))
+    metrics = ("image_auroc", "pixel_auroc", "aupro_30")
+    table = console.table("category", *(f"{m}\n{name}" for name in results for m in metrics))
     first = next(iter(results.values()))
     for row in (*first.categories, "mean"):
         if row == "mean":
             table.add_section()
         numbers = [r.mean if row == "mean" else r.categories[row] for r in results.values()]
-        cells = [f"{n[m]:.3f}" for n in numbers for m in shown]
+        cells = [shown(n[m]) for n in numbers for m in metrics]
         table.add_row(row, *cells, style="bold" if row == "mean" else None)
     return table

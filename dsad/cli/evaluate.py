@@ -11,7 +11,7 @@ from dsad.assembly.model import Saved, Writer
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.evaluation import thresholds
-from dsad.evaluation.localize import Results
+from dsad.evaluation.results import Results, shown
 from dsad.terminal import console, flags
 
 
@@ -35,19 +35,19 @@ def table(results: Results, title: str = "") -> Table:
     made.add_section()
     cells = _cells(results.mean, names, std["mean"] if std else {})
     made.add_row("mean", "", *cells, style="bold")
+    captions = [results.about_means] if results.about_means else []
     if std:
-        made.caption = (
+        captions.append(
             f"mean ± sample standard deviation over {len(results.seeds)} seeds "
             f"({', '.join(results.seeds)})"
         )
+    made.caption = "\n".join(captions) or None
     return made
 
 
-def _cells(row: Any, names: list[str], spread: Mapping[str, float] | None = None) -> list[str]:
-    cells = ["–" if row[n] is None else f"{row[n]:.3f}" for n in names]
-    if spread:
-        cells = [f"{c} ± {spread[n]:.3f}" for n, c in zip(names, cells, strict=True)]
-    return cells
+def _cells(row: Any, names: list[str], spread: Mapping[str, Any] | None = None) -> list[str]:
+    spread = {n: x for n, x in (spread or {}).items() if x is not None}
+    return [shown(row[n]) + (f" ± {spread[n]:.3f}" if n in spread else "") for n in names]
 
 
 def threshold_table(results: Results) -> Table:
@@ -60,7 +60,7 @@ def threshold_table(results: Results) -> Table:
     )  # fmt: skip
     for category, by_seed in results.thresholds.items():
         row = thresholds.mean(list(by_seed.values()))
-        cells = [f"{row[n]:.4g}" for n, _ in thresholds.COLUMNS]
+        cells = [shown(row[n], ".4g") for n, _ in thresholds.COLUMNS]
         made.add_row(category, f"{row['held_out']:g}", *cells)
     return made
 
@@ -96,6 +96,9 @@ def main(argv: list[str]) -> int:
     path = workdir.claim(values.workdir, "evaluate", config.to_dict(), overwrite=values.overwrite)
     results = evaluate.evaluate(parts, path, out, name=values.name, writer=writer)
     out.print(table(results))
+    for category, row in results.categories.items():
+        for note in row.get("notes", []):
+            out.print(f"{category}: {note}")
     counted = [row["error_bound"] for row in results.categories.values() if "error_bound" in row]
     if counted:
         out.print(f"pixel numbers by counting, each within {max(counted):.1e} of the exact one")

@@ -381,6 +381,7 @@ class DetectorTraits:
     ``fits_on``: the normal training images, or the test images, without their labels, which score
     each other: such a state is of no use elsewhere. ``tokens``: vectors of whole images that it
     reads beside its layers, see ``HasTokens``.
+    ``least_images``: normal images without which its fit is sure to fail.
     """
 
     patches: str = ""
@@ -390,6 +391,7 @@ class DetectorTraits:
     trains_on: Literal["features", "images"] | None = None
     fits_on: Literal["normals", "test"] = "normals"
     tokens: tuple[str, ...] = ()
+    least_images: int = 1
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 ``<category>/**/<name>.<suffix>``: folders directly in the root are the categories, at any depth
 below them lie images. A root that holds images itself is one category of its own name; one that
 holds both is refused, as nobody can tell what its categories are meant to be. Copies, hidden files
-and other suffixes are ignored with a warning. There is no test image: the set cannot be evaluated.
+and other suffixes are ignored with a warning. There is no test image: nothing is measured.
 
 The index opens no file and asks for no file's size: it can hold the 1.28 million images of
 ImageNet, with ``data.cache="none"``.

@@ -57,7 +57,9 @@ class _Scan:
         self.training(name, folder / "train")
         if not (folder / "test").is_dir():
             path = self.relative(folder / "test")
-            self.faults.append(warning("K0", path, "missing: the category cannot be evaluated."))
+            self.faults.append(
+                warning("K0", path, "missing: nothing can be measured on the category.")
+            )
         self.testing(name, folder)
 
     def nonempty(self, folder: pathlib.Path) -> dict[str, str]:
@@ -89,7 +91,7 @@ class _Scan:
         kinds = files.subfolders(folder / "test")
         if kinds and "good" not in kinds:
             path = self.relative(folder / "test" / "good")
-            text = "missing: without normal test images ranking metrics are undefined."
+            text = "missing: without normal test images there are no image numbers."
             self.faults.append(warning("K0", path, text))
         for kind in kinds:
             found = self.nonempty(folder / "test" / kind)

@@ -5,6 +5,7 @@ onto the leading principal axes W of the normal features, û = μ + Wᵀ W (u - 
 squared error e = u - û summed over channels, the image score the sum of the map.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from dsad.core.config import field
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, select
 from dsad.ops.neighbors import bucket
 from dsad.ops.resize import resize_maps
@@ -69,6 +70,11 @@ class Fre(FeatureDetector[Config]):
     rows, filled up with zero rows, which change nothing, to a bucket of at least 32: so categories
     share compiled programs. "weight" is a factor on the squared errors.
     """
+
+    @property
+    def traits(self) -> DetectorTraits:
+        """A single image has no variance."""
+        return dataclasses.replace(super().traits, least_images=2)
 
     def embed(self, features: FeatureMaps) -> dict[str, jax.Array]:
         """Pooled maps {layer: (b, gh, gw, d)} of a batch."""

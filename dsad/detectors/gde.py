@@ -70,9 +70,10 @@ class Gde(FeatureDetector[Config]):
 
     @property
     def traits(self) -> DetectorTraits:
-        """The patches that its maps are laid out for."""
+        """The patches that its maps are laid out for, and the images that span its components."""
+        least = max(2, self.config.components + 1) if self.config.per_position else 1
         patches = f"{self.config.patch}/{self.config.stride}"
-        return dataclasses.replace(super().traits, patches=patches)
+        return dataclasses.replace(super().traits, patches=patches, least_images=least)
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Unit vectors (b, gh, gw, d) of the joined layers."""

@@ -9,6 +9,7 @@ The published image score is the maximum of the *smoothed* map; here it is the m
 before smoothing, which belongs to the evaluation and not to the detector.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 
 from dsad.core.config import Refused, field
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
 from dsad.detectors._features import DetectorConfig, FeatureDetector, joined
 from dsad.ops import gaussian
 from dsad.ops.resize import resize_maps
@@ -60,6 +61,11 @@ class Padim(FeatureDetector[Config]):
     A part is {"mean": (gh, gw, d), "factor": (gh, gw, d, d)} in full form and {"mean", "factor":
     (gh, gw, n, d), "inner": (gh, gw, n, n)} in low-rank form.
     """
+
+    @property
+    def traits(self) -> DetectorTraits:
+        """A single image has no variance."""
+        return dataclasses.replace(super().traits, least_images=2)
 
     def embed(self, features: FeatureMaps) -> list[jax.Array]:
         """What each Gaussian models, (b, gh, gw, d): one array if joint, else one per layer."""

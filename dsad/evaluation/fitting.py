@@ -12,14 +12,16 @@ from etils import epath
 from jax.sharding import Mesh
 
 from dsad.core import paths
-from dsad.core.errors import ConfigError
+from dsad.core.config import listed
+from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Dataset, Detector, FeatureSource, Progress, Source, Tree
-from dsad.evaluation import stamp, support
+from dsad.evaluation import maps, stamp, support
 from dsad.evaluation.batches import batches
 from dsad.evaluation.compiled import Device
 from dsad.evaluation.config import EvalConfig
 
+_SAID = {"train": "training", "test": "test"}
 #: Below the folder of an evaluation: what was trained, until all of it is done.
 TRAINED = "trained"
 
@@ -68,17 +70,51 @@ def supports(
     *,
     shots: int,
     seeds: Sequence[int],
+    pooled: bool = False,
 ) -> dict[str, dict[int, support.Support]]:
     """The images that the detector is fitted on, by category and seed; nothing is decoded.
 
-    Raises MetricError for labels that leave a metric undefined, and ConfigError for support sets
-    that cannot be drawn, or are asked for where the test images are what it is fitted on.
+    Refuses what is sure to fail: raises DataError for categories without images to fit on, for
+    fewer than the detector needs, and for anomaly maps that cannot be saved beside each other;
+    ConfigError for support sets that cannot be drawn, or are asked for where the test images are
+    what it is fitted on. What cannot be measured for want of test images or masks is no fault: it
+    is None in the results, with a note.
     """
-    on_test = split_of(detector) == "test"
-    support.check_labels(dataset, categories, training=not on_test)
+    split = split_of(detector)
+    if config.save_maps != "none":
+        paths_of_maps = [r.path for c in categories for r in dataset.source("test", c).records]
+        maps.check_paths(paths_of_maps, config.save_maps)
+    if empty := [c for c in categories if not len(dataset.source(split, c))]:
+        raise DataError(
+            f"{dataset.name}: no {_SAID[split]} image in {listed(empty)}. Add some, or leave these "
+            "categories out of config.data.categories."
+        )
+    if split == "test":
+        return _test_images(dataset, categories, config, support_config, shots, seeds)
     holdout = config.holdout if config.false_alarm_rate > 0 else 0
-    if not on_test:
-        return support.choose(dataset, categories, shots=shots, seeds=seeds, holdout=holdout)
+    sets = support.choose(dataset, categories, shots=shots, seeds=seeds, holdout=holdout)
+    images = {c: len(sets[c][seeds[0]].bank) * support_config.rotations for c in categories}
+    if pooled:
+        images = {"all categories": sum(images.values())}
+    least = detector.traits.least_images
+    if few := [f"{n} of {c}" for c, n in images.items() if n < least]:
+        raise DataError(
+            f"{dataset.name}: this detector needs at least {least} normal images, found "
+            f"{listed(few)}. Add images, raise shots, or choose another detector or other "
+            "components of it."
+        )
+    return sets
+
+
+def _test_images(
+    dataset: Dataset,
+    categories: Sequence[str],
+    config: EvalConfig,
+    support_config: support.SupportConfig,
+    shots: int,
+    seeds: Sequence[int],
+) -> dict[str, dict[int, support.Support]]:
+    """All test images, for every seed."""
     for key, value, alone in (
         ("shots", shots, 0),
         ("evaluation.false_alarm_rate", config.false_alarm_rate, 0),

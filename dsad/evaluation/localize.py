@@ -17,7 +17,7 @@ from dsad.core.errors import ConfigError, DsadError, MetricError
 from dsad.core.hosts import spans
 from dsad.core.rng import named
 from dsad.core.types import Backbone, Dataset, Detector, MapWrapper, Progress, Source, Tree, silent
-from dsad.evaluation import fitting, maps, metrics, stamp, support, thresholds
+from dsad.evaluation import fitting, maps, metrics, stamp, support, thresholds, undefined
 from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
@@ -27,14 +27,12 @@ from dsad.evaluation.reader import Features, Reader
 from dsad.evaluation.report import gallery, panels
 from dsad.evaluation.results import Results, merge, read_results, write_results
 from dsad.evaluation.scored import Scored, score
-from dsad.evaluation.support import AS_DRAWN, SupportConfig, check_labels
+from dsad.evaluation.support import AS_DRAWN, SupportConfig
 
 #: The images of a category that a run reads.
 _PARTS = ("train", "held out", "test")
 
-__all__ = [
-    "EvalConfig", "Results", "check_labels", "localize", "read_results", "write_results",
-]  # fmt: skip
+__all__ = ["EvalConfig", "Results", "localize", "read_results", "write_results"]
 
 
 def localize(
@@ -91,9 +89,9 @@ def localize(
       backbone_of: instead of ``backbone``, the backbone of each category, loaded when it is due.
 
     Raises:
-      ConfigError: an unknown category, a layer the backbone does not have, support sets that
-        cannot be drawn, a detector that trains without ``train``.
-      MetricError: labels of a category that leave a metric undefined, before any compute.
+      ConfigError: an unknown category, a layer the backbone does not have, a detector that trains
+        without ``train``, and, as DataError, what ``fitting.supports`` refuses.
+      MetricError: scores that are not finite.
       DsadError: a fault that several processes found, or found differently, with all messages.
 
     A mesh of several processes splits images, bank and counts over them; all must make the same
@@ -116,7 +114,14 @@ def localize(
     if config.save_maps != "none" and folder is None:
         raise ConfigError("evaluation.save_maps: a folder is needed to save anomaly maps in.")
     sets = fitting.supports(
-        detector, dataset, chosen, config, support_config, shots=shots, seeds=seeds
+        detector,
+        dataset,
+        chosen,
+        config,
+        support_config,
+        shots=shots,
+        seeds=seeds,
+        pooled=pooled,
     )
     if detector.traits.trains_on and train is None:
         raise ConfigError("localize: this detector trains; expected train=, found None.")
@@ -313,7 +318,7 @@ class _Run:
         seconds = {**seconds, "score": time.perf_counter() - start}
         self.tick(category, "metrics")(0)
         start = time.perf_counter()
-        row, curves = measure(scored, config, category)
+        row, curves, notes = measure(scored, config, category)
         kinds = _kinds(scored, config)
         first = seed == self.seeds[0]
         if first:
@@ -321,7 +326,7 @@ class _Run:
             counts = {"train": len(self.dataset.source("train", category)), **scored.counts()}
             self.made.categories[category] = {"counts": counts}
         seconds["metrics"] = time.perf_counter() - start
-        over_seeds.collect(self.made, category, seed, row, kinds, seconds)
+        over_seeds.collect(self.made, category, seed, row, kinds, seconds, notes)
         about = self.made.categories[category]
         if reader.device.store:
             seen = reader.device.from_store
@@ -340,7 +345,8 @@ class _Run:
         """Curves, image scores and pictures for the report."""
         made, hosts = self.made, scored.hosts
         labels = zip(scored.own, scored.maps, scored.own_labels, strict=True)
-        scale = gallery.normal_scale({i: m for i, m, label in labels if label == 0}, hosts)
+        every = not (scored.labels == 0).any()  # without normal images the scale is that of all
+        scale = gallery.normal_scale({i: m for i, m, label in labels if label == 0 or every}, hosts)
         made.images[category] = _image_rows(test, scored)
         made.cases[category] = gallery.choose_cases(made.images[category], self.config.gallery)
         cases = made.cases[category]
@@ -361,21 +367,24 @@ def _quiet(images: int) -> None:
 
 def measure(
     scored: Scored, config: EvalConfig, category: str, *, curve_points: int = 300
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """The numbers of a category and its curves ("roc/fpr", "roc/tpr", "pr/...", "pro/...").
+) -> tuple[dict[str, float | None], dict[str, np.ndarray], list[str]]:
+    """The numbers of a category, its curves ("roc/fpr", "roc/tpr", "pr/...", "pro/..."), and notes.
 
-    Images without annotation (mask None) count in the image metrics only. Counted pixel numbers
-    come with ``error_bound``, the largest error any of them can have. With several processes the
-    exact pixel numbers are those of process 0, which alone has all maps, and so are the curves.
-    Raises MetricError, naming the category, if the labels leave a metric undefined.
+    Images without annotation (mask None) count in the image metrics only. Numbers that are not
+    defined are None, and a note says why. Counted pixel numbers come with ``error_bound``, the
+    largest error any of them can have. With several processes the exact pixel numbers are those of
+    process 0, which alone has all maps, and so are the curves. Raises MetricError, naming the
+    category, for scores that are not finite.
     """
     kept, hosts = [i for i, m in enumerate(scored.masks) if m is not None], scored.hosts
     sorting = hosts.several and config.method == "exact"
 
     def numbers() -> dict[str, Any]:
-        try:
-            row = _image_numbers(scored.scores, scored.labels)
-            pixel = metrics.pixel_metrics(
+        row: dict[str, Any] = dict.fromkeys(config.metric_names)
+        if "image" not in why:
+            row |= _image_numbers(scored.scores, scored.labels)
+        if "pixel" not in why:
+            row |= metrics.pixel_metrics(
                 [scored.maps[i] for i in kept],
                 [scored.masks[i] for i in kept],
                 config.fpr_limits,
@@ -383,18 +392,20 @@ def measure(
                 method=config.method,
                 hosts=ALONE if sorting else hosts,
             )
-        except DsadError as error:  # of several processes perhaps
-            told = MetricError(f"category {category}: {error}")
-            told.shared = error.shared
-            raise told from error
-        return {**row, **pixel}
+        return row
 
-    pixel = hosts.together(numbers if hosts.main else dict) if sorting else numbers()
-    curves = pixel.pop("curves", {})
+    try:
+        why = undefined.reasons(scored)
+        row = hosts.together(numbers if hosts.main else dict) if sorting else numbers()
+    except DsadError as error:  # of several processes perhaps
+        told = MetricError(f"category {category}: {error}")
+        told.shared = error.shared
+        raise told from error
+    curves = row.pop("curves", {})
     if sorting:
-        pixel = hosts.from_main(pixel)
+        row = hosts.from_main(row)
     flat = {f"{c}/{axis}": v for c, axes in curves.items() for axis, v in axes.items()}
-    return pixel, flat
+    return row, flat, undefined.notes(why)
 
 
 def _image_numbers(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -406,23 +417,14 @@ def _image_numbers(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def _kinds(scored: Scored, config: EvalConfig) -> dict[str, dict[str, Any]]:
-    """The same numbers for the normal images and one kind of defect at a time.
-
-    Pixel numbers of a kind without any annotated defect pixel are None.
-    """
+    """The same numbers for the normal images and one kind of defect at a time."""
     made: dict[str, dict[str, Any]] = {}
     labels = scored.labels
     pairs = zip(scored.kinds, labels, strict=True)
     for kind in sorted({k for k, label in pairs if label == 1}):
         rows = [i for i, k in enumerate(scored.kinds) if labels[i] == 0 or k == kind]
         part = scored.part(rows)
-        own = zip(part.own, part.masks, strict=True)
-        marked = sum(m is not None and m.any() for i, m in own if part.kinds[i] == kind)
-        if part.hosts.total(np.int64(marked)):
-            numbers, _ = measure(part, config, kind, curve_points=0)
-        else:
-            numbers = dict.fromkeys(config.metric_names, None)
-            numbers.update(_image_numbers(part.scores, part.labels))
+        numbers, _, _ = measure(part, config, kind, curve_points=0)
         made[kind] = {**numbers, "images": part.kinds.count(kind)}
     return made
 

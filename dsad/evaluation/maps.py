@@ -7,6 +7,7 @@
 import io
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ class MapWriter:
 
     def __init__(self, folder: str | epath.PathLike, kind: str) -> None:
         self.folder, self.kind = paths.directory(folder), kind
-        self._written: dict[epath.Path, str] = {}
 
     def note(self, stamp: dict[str, Any]) -> None:
         """Write ``stamp.json``: what the maps mean."""
@@ -33,10 +33,6 @@ class MapWriter:
     def write(self, path: str, scores: np.ndarray) -> epath.Path:
         """Write the map (h, w) of the image at ``path``, relative to its data set."""
         target = map_path(self.folder, path, self.kind)
-        if (other := self._written.setdefault(target, path)) != path:
-            raise DataError(
-                f"{target}: the maps of {other} and {path} would both go there; rename one image."
-            )
         scores = np.asarray(scores, np.float32)
         packed = io.BytesIO()
         if self.kind == "tiff":
@@ -52,6 +48,17 @@ class MapWriter:
             scale = {"path": path, "offset": low, "step": step}
             paths.write_whole(target.with_suffix(".json"), json.dumps(scale))
         return paths.write_whole(target, packed.getvalue())
+
+
+def check_paths(images: Iterable[str], kind: str) -> None:
+    """Refuse images, by path, whose maps would lie outside the folder or in one place."""
+    taken: dict[epath.Path, str] = {}
+    for path in images:
+        target = map_path("anomaly_maps", path, kind)
+        if (other := taken.setdefault(target, path)) != path:
+            raise DataError(
+                f"{target}: the maps of {other} and {path} would both go there; rename one image."
+            )
 
 
 def map_path(folder: str | epath.PathLike, path: str, kind: str) -> epath.Path:

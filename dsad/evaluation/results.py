@@ -22,7 +22,9 @@ RESULTS = "results.json"
 class Results:
     """What a localization run measured.
 
-    ``categories[c]`` has the numbers, ``counts`` and ``seconds``; ``mean`` the numbers;
+    A number that is not defined is None; ``categories[c]["notes"]`` say why. ``categories[c]`` has
+    the numbers, ``counts`` and ``seconds``; ``mean`` the numbers, over the categories that define
+    them, and ``mean_over`` how many these are where it is not all of them;
     ``kinds[c][kind]`` the numbers of normal images and that kind, with ``images``; ``images[c]``
     one entry per test image in source order; ``scales[c]`` the median and the 99.9th percentile
     of the map on normal images, and the scales of panels; ``cases[c]`` the image numbers shown as
@@ -38,7 +40,8 @@ class Results:
 
     stamp: dict[str, Any] = dataclasses.field(default_factory=dict)
     categories: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    mean: dict[str, float] = dataclasses.field(default_factory=dict)
+    mean: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    mean_over: dict[str, int] = dataclasses.field(default_factory=dict)
     kinds: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     images: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     scales: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -54,6 +57,20 @@ class Results:
     def metric_names(self) -> list[str]:
         """The keys of the numbers, in the order of the table."""
         return list(self.mean)
+
+    @property
+    def about_means(self) -> str:
+        """Which means leave categories out, as a sentence; empty if none does."""
+        units = {"image" if m.startswith("image_") else "pixel": n
+                 for m, n in self.mean_over.items()}  # fmt: skip
+        total = len(self.categories)
+        parts = [f"of {unit} numbers over {n} of {total}" for unit, n in units.items()]
+        return f"mean {', '.join(parts)} categories" if parts else ""
+
+
+def shown(value: float | None, form: str = ".3f") -> str:
+    """A number of the results as text, a dash where it is not defined."""
+    return "–" if value is None else format(value, form)
 
 
 def merge(into: Results, part: Results) -> None:

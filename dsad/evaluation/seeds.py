@@ -12,25 +12,37 @@ def collect(
     made: Results,
     category: str,
     seed: int,
-    row: Mapping[str, float],
+    row: Mapping[str, float | None],
     kinds: Mapping[str, Mapping[str, Any]],
     seconds: Mapping[str, float],
+    notes: Sequence[str] = (),
 ) -> None:
-    """Add the numbers of one category and seed; times add up."""
+    """Add the numbers of one category and seed; times add up, equal notes are one."""
     found = made.seeds.setdefault(str(seed), {"categories": {}, "kinds": {}, "mean": {}})
     found["categories"][category] = dict(row)
     found["kinds"][category] = {k: dict(v) for k, v in kinds.items()}
-    total = made.categories[category].setdefault("seconds", {})
+    about = made.categories[category]
+    total = about.setdefault("seconds", {})
     for part, value in seconds.items():
         total[part] = round(total.get(part, 0.0) + value, 3)
+    if notes:
+        about["notes"] = list(dict.fromkeys([*about.get("notes", []), *notes]))
 
 
 def conclude(made: Results, names: Sequence[str]) -> None:
-    """Fill ``categories``, ``kinds`` and ``mean`` with means over seeds, and ``std``."""
-    for found in made.seeds.values():
-        rows = found["categories"].values()
-        found["mean"] = {m: float(np.mean([row[m] for row in rows])) for m in names}
+    """Fill ``categories``, ``kinds`` and ``mean`` with means over seeds, and ``std``.
+
+    A mean over categories is over those in which every seed defines the number.
+    """
     every = list(made.seeds.values())
+    for m in names:
+        rows = {c: [s["categories"][c][m] for s in every] for c in made.categories}
+        defined = [c for c, values in rows.items() if None not in values]
+        for seed in every:
+            values = [seed["categories"][c][m] for c in defined]
+            seed["mean"][m] = float(np.mean(values)) if values else None
+        if len(defined) < len(rows):
+            made.mean_over[m] = len(defined)
     for category, about in made.categories.items():
         numbers = _mean([s["categories"][category] for s in every], names)
         made.categories[category] = {**numbers, **about}
@@ -61,6 +73,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, 
     return {m: None if None in v else float(np.mean(v)) for m, v in columns.items()} | bound
 
 
-def _std(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
-    """Sample standard deviation, with n - 1 in the denominator."""
-    return {m: float(np.std([row[m] for row in rows], ddof=1)) for m in names}
+def _std(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float | None]:
+    """Sample standard deviation, with n - 1 in the denominator; None as for ``_mean``."""
+    columns = {m: [row[m] for row in rows] for m in names}
+    return {m: None if None in v else float(np.std(v, ddof=1)) for m, v in columns.items()}

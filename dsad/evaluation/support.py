@@ -9,7 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 from dsad.core.config import Settings, as_dict, field
-from dsad.core.errors import ConfigError, MetricError
+from dsad.core.errors import ConfigError
 from dsad.core.types import Dataset, KnownSource, Record, Sample, Source
 
 #: Said in the stamp.
@@ -202,39 +202,3 @@ def listing(chosen: Mapping[str, Mapping[int, Support]], *, shots: int) -> dict[
                 row["held_out"] = list(support.held_out)
             made[category][str(seed)] = row
     return made
-
-
-def check_labels(dataset: Dataset, categories: Sequence[str], *, training: bool = True) -> None:
-    """Refuse categories whose test labels leave a metric undefined, all of them at once.
-
-    With ``training`` also those without a training image.
-    """
-    if not len(dataset.source("test")):
-        raise MetricError(
-            f"{dataset.name}: no test image in any category; this data set can be pretrained on, "
-            "but not evaluated. Name another one with config.data.name and config.data.root."
-        )
-    faults = []
-    for category in categories:
-        if training and not len(dataset.source("train", category)):
-            faults.append(f"{category}: no training image")
-        records = dataset.source("test", category).records
-        labels = {r.label for r in records}
-        if labels != {0, 1}:
-            found = {0: "only normal", 1: "only anomalous"}.get(*labels) if labels else "no"
-            faults.append(f"{category}: {found} test images, AUROC needs normal and anomalous ones")
-        elif _without_masks(dataset.source("test", category)):
-            faults.append(f"{category}: no anomalous test image has a mask")
-    if faults:
-        raise MetricError(
-            f"{dataset.name}: metrics are undefined for\n  " + "\n  ".join(faults) + "\n"
-            "Complete these categories or leave them out of config.data.categories."
-        )
-
-
-def _without_masks(source: Source) -> bool:
-    """Whether no anomalous image has a mask; procedural sets have masks without files."""
-    anomalous = [i for i, r in enumerate(source.records) if r.label == 1]
-    if any(source.records[i].masks for i in anomalous):
-        return False
-    return source[anomalous[0]].mask is None

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from dsad.core.errors import MetricError
 from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.metrics import bins
 from dsad.evaluation.metrics.streaming import LEADING
@@ -90,7 +89,7 @@ def measure(scored: Scored, held_out: Scored, rate: float) -> dict[str, Any]:
     Returns ``image_false_alarms`` (share of normal test images), ``image_recall`` (of anomalous
     ones), ``recall_by_kind``, ``pixel_false_alarms`` (share of the pixels of normal test images)
     and ``pixel_recall`` (of annotated defect pixels), beside the thresholds, ``image_bound`` and
-    ``held_out``, the number of images that set them. Raises MetricError without defect pixels.
+    ``held_out``, the number of images that set them. A share of nothing is None.
 
     """
     image, bound = image_threshold(held_out.scores, rate)
@@ -107,31 +106,30 @@ def measure(scored: Scored, held_out: Scored, rate: float) -> dict[str, Any]:
             defect_pixels += int(mask.sum())
     own = np.asarray([normal_above, normal_pixels, defect_above, defect_pixels], np.int64)
     normal_above, normal_pixels, defect_above, defect_pixels = scored.hosts.total(own).tolist()
-    if not defect_pixels:
-        raise MetricError(
-            "thresholds: expected annotated defect pixels in the test images, found none. Check "
-            "that the masks are loaded, or set evaluation.false_alarm_rate to 0."
-        )
     return {
         "held_out": len(held_out.scores),
         "image": image,
         "image_bound": bound,
-        "image_false_alarms": float(flagged[~anomalous].mean()),
-        "image_recall": float(flagged[anomalous].mean()),
+        "image_false_alarms": _share(flagged[~anomalous].sum(), (~anomalous).sum()),
+        "image_recall": _share(flagged[anomalous].sum(), anomalous.sum()),
         "recall_by_kind": {
             str(k): float(flagged[anomalous & (kinds == k)].mean())
             for k in sorted(set(kinds[anomalous]))
         },
         "pixel": pixel,
-        "pixel_false_alarms": normal_above / normal_pixels,
-        "pixel_recall": defect_above / defect_pixels,
+        "pixel_false_alarms": _share(normal_above, normal_pixels),
+        "pixel_recall": _share(defect_above, defect_pixels),
     }
 
 
-def mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _share(part: Any, whole: Any) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def mean(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Every number of ``COLUMNS``, and ``held_out``, over the rows of several seeds."""
-    names = ["held_out", *(n for n, _ in COLUMNS)]
-    return {n: float(np.mean([row[n] for row in rows])) for n in names}
+    columns = {n: [row[n] for row in rows] for n in ("held_out", *(n for n, _ in COLUMNS))}
+    return {n: None if None in v else float(np.mean(v)) for n, v in columns.items()}
 
 
 def describe(rate: float, holdout: int) -> Any:

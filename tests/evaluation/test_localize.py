@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 from sklearn import metrics as oracle
 
-from dsad.core.errors import ConfigError, DataError, MetricError, WorkdirError
+from dsad.core.errors import ConfigError, DataError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import DetectorTraits, Record, Sample, Scores
 from dsad.evaluation.compiled import finished
@@ -265,21 +265,6 @@ def test_images_without_mask_count_for_image_numbers_only():
     assert partial.mean["pixel_ap"] != full.mean["pixel_ap"]
     none = [x for x in partial.images["disc"] if x["label"] and x["pixel_auroc"] is None]
     assert len(none) == 2
-
-
-def test_undefined_metrics_name_the_category():
-    with pytest.raises(MetricError, match=r"disc: only anomalous test images"):
-        run(Planted(good=0))
-
-    class NoMasks(Planted):
-        def source(self, split, category=None):
-            found = super().source(split, category)
-            found.records = [dataclasses.replace(r, masks=()) for r in found.records]
-            return found
-
-    with pytest.raises(MetricError, match=r"disc: no anomalous test image has a mask"):
-        run(NoMasks(without_mask=3))
-    assert run(NoMasks()).mean["image_auroc"] == 1.0  # masks without files are fine
 
 
 def test_other_limits_are_named():

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dsad.core.errors import ConfigError, MetricError
+from dsad.core.errors import ConfigError
 from dsad.evaluation import thresholds
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.scored import Scored
@@ -64,8 +64,13 @@ def test_rates_are_counted_on_the_test_images():
     assert found["recall_by_kind"] == {"dent": 0.0, "hole": 1.0}
     assert (found["pixel_false_alarms"], found["pixel_recall"]) == (0.5, 0.5)
     assert found["image_bound"] == 0.5
-    with pytest.raises(MetricError, match="expected annotated defect pixels"):
-        thresholds.measure(dataclasses.replace(scored, masks=[~mask & mask] * 3), normal, 0.5)
+    unmarked = dataclasses.replace(scored, masks=[~mask & mask] * 3)
+    assert thresholds.measure(unmarked, normal, 0.5) == {**found, "pixel_recall": None}
+    none = thresholds.measure(scored.part([]), normal, 0.5)
+    assert (none["image"], none["pixel"]) == (3.0, 3.0)
+    rates = ("image_false_alarms", "image_recall", "pixel_false_alarms", "pixel_recall")
+    assert [none[rate] for rate in rates] == [None] * 4
+    assert thresholds.mean([found, none])["pixel_recall"] is None
 
 
 def test_thresholds_come_from_held_out_training_images_alone():

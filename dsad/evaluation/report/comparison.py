@@ -9,7 +9,7 @@ import PIL.Image
 
 from dsad.evaluation import thresholds
 from dsad.evaluation.report import figures, gallery, panels
-from dsad.evaluation.results import Results
+from dsad.evaluation.results import Results, shown
 
 #: Pictures per section of what one of two runs does better.
 GAINS = 3
@@ -77,15 +77,15 @@ def _rows(
     spread: Sequence[Mapping[str, float]] = (),
 ) -> list[dict[str, Any]]:
     """A row per run, the best of each column marked as displayed; of two runs the difference."""
-    shown = [["–" if row.get(m) is None else f"{row[m]:.3f}" for m in metrics] for row in numbers]
-    best = [max((r[j] for r in shown if r[j] != "–"), default="") for j in range(len(metrics))]
+    texts = [[shown(row.get(m)) for m in metrics] for row in numbers]
+    best = [max((r[j] for r in texts if r[j] != "–"), default="") for j in range(len(metrics))]
     made = []
     for i, run in enumerate(runs):
         cells = []
         for j, m in enumerate(metrics):
-            text = shown[i][j]
+            text = texts[i][j]
             cell = {"text": text, "style": "best" if len(runs) > 1 and text == best[j] else ""}
-            if spread and m in spread[i]:
+            if spread and spread[i].get(m) is not None:
                 cell["text"] += f" ± {spread[i][m]:.3f}"
             cells.append(cell)
         made.append({"label": run.name, "colour": run.colour, "cells": cells})
@@ -127,8 +127,9 @@ def threshold_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for run in runs:
             if by_seed := run.results.thresholds.get(category):
                 row = thresholds.mean(list(by_seed.values()))
-                cells = [f"{row[n]:.4g}" if n in thresholds.VALUES else f"{100 * row[n]:.2f} %"
-                         for n, _ in thresholds.COLUMNS]  # fmt: skip
+                forms = {n: ".4g" if n in thresholds.VALUES else ".2%" for n in row}
+                cells = [shown(row[n], forms[n]) for n, _ in thresholds.COLUMNS]
+                cells = [c.replace("%", " %") for c in cells]
                 first = next(iter(by_seed.values()))["recall_by_kind"]
                 by_kind = {
                     k: float(np.mean([s["recall_by_kind"][k] for s in by_seed.values()]))
@@ -161,11 +162,15 @@ def sections(
     plan: list[tuple[str, list[str]]] = []
     if len(runs) == 2 and all(f.entries for f in found):
         plan += _gains(category, found, min(rows, GAINS), metric)
-    owner = next(f for f in found if f.entries)
+    owner = next((f for f in found if f.entries), None)
+    if owner is None:  # no test image
+        return []
     paths = list(owner.entries)
+    ranked = any(entry["pixel_auroc"] is not None for entry in owner.entries.values())
     for section, heading in gallery.SECTIONS.items():
         numbers = owner.run.results.cases[category].get(section, [])[:rows]
-        plan.append((heading, [paths[n] for n in numbers]))
+        by = heading if ranked else heading.replace("pixel AUROC within the image", "score")
+        plan.append((by, [paths[n] for n in numbers]))
     made, seen = [], set()
     for heading, wanted in plan:
         fresh = [p for p in wanted if p not in seen]

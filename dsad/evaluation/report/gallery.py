@@ -34,7 +34,7 @@ def normal_scale(
     step = max(1, pixels // limit)
     thinned = hosts.to_main({i: m.ravel()[::step] for i, m in maps.items()})
     found = [0.0, 0.0]
-    if hosts.main:
+    if hosts.main and thinned:
         values = np.concatenate([thinned[i] for i in sorted(thinned)])
         found = np.quantile(values, [0.5, 0.999]).tolist()
     median, high = hosts.from_main(found)

@@ -147,10 +147,8 @@ def _charts(runs: Sequence[Run], category: str) -> list[str]:
     ]
     images = [run.results.images.get(category, []) for run in runs]
     limit = runs[0].results.stamp["fpr_limit"]
-    return [
-        *figures.curve_charts(curves, limit, name=category),
-        figures.score_chart(images, name=category),
-    ]
+    drawn = figures.curve_charts(curves, limit, name=category) if any(curves) else []
+    return [*drawn, *([figures.score_chart(images, name=category)] if any(images) else [])]
 
 
 def _category(
@@ -167,6 +165,11 @@ def _category(
     return {
         "name": category,
         "counts": row["counts"],
+        "notes": [
+            (run, note)
+            for run in runs
+            for note in run.results.categories.get(category, {}).get("notes", [])
+        ],
         "support": next(iter(first.support.get(category, {}).values()), {}),
         "seconds": [(run, run.results.categories.get(category, {}).get("seconds")) for run in runs],
         "charts": charts,
