@@ -322,7 +322,7 @@ class _Run:
         kinds = _kinds(scored, config)
         first = seed == self.seeds[0]
         if first:
-            self._show(category, test, scored, curves)
+            self._show(category, test, scored, curves, ranked=row["pixel_auroc"] is not None)
             counts = {"train": len(self.dataset.source("train", category)), **scored.counts()}
             self.made.categories[category] = {"counts": counts}
         seconds["metrics"] = time.perf_counter() - start
@@ -340,14 +340,20 @@ class _Run:
             }  # fmt: skip
 
     def _show(
-        self, category: str, test: Source, scored: Scored, curves: dict[str, np.ndarray]
+        self,
+        category: str,
+        test: Source,
+        scored: Scored,
+        curves: dict[str, np.ndarray],
+        *,
+        ranked: bool,
     ) -> None:
-        """Curves, image scores and pictures for the report."""
+        """Curves, image scores and pictures for the report, ``ranked`` by pixel numbers."""
         made, hosts = self.made, scored.hosts
         labels = zip(scored.own, scored.maps, scored.own_labels, strict=True)
         every = not (scored.labels == 0).any()  # without normal images the scale is that of all
         scale = gallery.normal_scale({i: m for i, m, label in labels if label == 0 or every}, hosts)
-        made.images[category] = _image_rows(test, scored)
+        made.images[category] = _image_rows(test, scored, ranked=ranked)
         made.cases[category] = gallery.choose_cases(made.images[category], self.config.gallery)
         cases = made.cases[category]
         maps = dict(zip(scored.own, scored.maps, strict=True))
@@ -429,14 +435,14 @@ def _kinds(scored: Scored, config: EvalConfig) -> dict[str, dict[str, Any]]:
     return made
 
 
-def _image_rows(source: Source, scored: Scored) -> list[dict[str, Any]]:
+def _image_rows(source: Source, scored: Scored, *, ranked: bool) -> list[dict[str, Any]]:
     """One entry per test image, in source order; ``pixel_auroc`` where it is defined."""
 
     def own_rows() -> dict[int, dict[str, Any]]:
         rows = {}
         for i, mask, scores in zip(scored.own, scored.masks, scored.maps, strict=True):
             record, own = source.records[i], None
-            if mask is not None and mask.any() and not mask.all():
+            if ranked and mask is not None and mask.any() and not mask.all():
                 own = metrics.pixel_auroc([scores], [mask])
             rows[i] = {
                 "path": record.path,

@@ -227,3 +227,71 @@ def test_maps_of_one_name_are_refused_before_an_image_is_read(tmp_path):
 
     with pytest.raises(DataError, match=r"a/0\.png and a/0\.jpg would both"):
         run(Twins(), save_maps="png", folder=tmp_path)
+
+
+# --- constant scores
+
+
+class Even(Planted):
+    """Images of one level, whatever their defects."""
+
+    def __init__(self, level=0, **given):
+        super().__init__(**given)
+        self.level = level
+
+    def source(self, split, category=None):
+        return EvenSource(self, split, super().source(split, category).rows)
+
+
+class EvenSource(PlantedSource):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return dataclasses.replace(sample, image=np.full_like(sample.image, self.owner.level))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bordered(Distance):
+    """A distance that depends on the place, as that of padded convolutions does."""
+
+    def score(self, state, features, *, mesh=None):
+        found = super().score(state, features)
+        return found._replace(map=found.map + np.linspace(1, 2, 12)[None, None])
+
+
+@pytest.mark.parametrize("method", ["exact", "streaming"])
+@pytest.mark.parametrize("level", [0, 119])
+def test_images_of_one_level_have_no_numbers(level, method):
+    results = run(Even(level), method=method)
+    assert results.mean == dict.fromkeys(results.metric_names)
+    notes = results.categories["disc"]["notes"]
+    assert [n[: n.index(" are ")] for n in notes] == [
+        "no image numbers: all image scores", "no pixel numbers: all pixel scores",
+    ]  # fmt: skip
+    assert {x["pixel_auroc"] for x in results.images["disc"]} == {None}
+    assert results.curves == {}
+    assert results.kinds["disc"]["red"] == {**dict.fromkeys(results.metric_names), "images": 3}
+
+
+def test_one_map_for_all_images_has_no_pixel_numbers():
+    alike = run(Even(7), Bordered()).categories["disc"]
+    assert alike["notes"][1] == "no pixel numbers: all images have the same anomaly map"
+    assert alike["notes"][0].startswith("no image numbers: all image scores are")
+    assert run(Planted(strength=1), Bordered()).categories["disc"].get("notes") is None
+
+
+def test_scores_are_constant_up_to_rounding_and_no_further():
+    def notes(steps):
+        """Of scores around 1 that differ by so many units in the last place of the largest."""
+        tops = np.float32(1) + np.arange(4, dtype=np.float32) % 2 * steps * np.spacing(
+            np.float32(1)
+        )
+        maps = [np.full((2, 3), top, np.float32) + np.eye(2, 3, dtype=np.float32) for top in tops]
+        masks = [np.eye(2, 3, dtype=bool) * bool(i > 1) for i in range(4)]
+        given = Scored(maps, masks, tops, np.array([0, 0, 1, 1]), ["good"] * 2 + ["dent"] * 2)
+        row, _, found = measure(given, EvalConfig(), "disc")
+        assert (row["image_auroc"] is None) == any("no image" in n for n in found)
+        assert (row["pixel_auroc"] is None) == any("no pixel" in n for n in found)
+        return len(found)
+
+    # The maps reach 2, whose last place is worth two of 1.
+    assert [notes(steps) for steps in (0, 8, 9, 16, 18)] == [2, 2, 1, 1, 0]
