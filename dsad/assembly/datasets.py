@@ -9,12 +9,11 @@ def loaded(config: data_base.DataConfig, out: Console) -> data_base.IndexedDatas
     """The data set of a config; says so when its index has warnings."""
     dataset = data_base.load(config)
     if dataset.origin:
-        out.print(dataset.origin, markup=False)
+        out.print(dataset.origin)
     warnings = [f for f in dataset.faults if f.severity == "warning"]
     if warnings:
         out.print(
             f"{len(warnings)} warning(s) about the files of {dataset.name}, first: {warnings[0]} "
-            "(all: dsad check-data)",
-            markup=False,
+            "(all: dsad check-data)"
         )
     return dataset

@@ -222,11 +222,10 @@ def _print(
         f"interleaved rounds on {os.cpu_count()} cores. dsad's rows end with a uint8 batch in host "
         f"memory, as the step takes it; its views are made on the device. The peer makes both "
         f"views of DS2 ({side} px) on the host. A core: images by CPU seconds of all processes; "
-        "× peer compares that with the peer without workers.",
-        markup=False,
+        "× peer compares that with the peer without workers."
     )
     if not peers:
-        out.print(_measure.missing("torch DataLoader", "torch torchvision"), markup=False)
+        out.print(_measure.missing("torch DataLoader", "torch torchvision"))
 
 
 def _sizes(files: list[str]) -> str:
@@ -264,8 +263,7 @@ def waiting(
     out.print(
         f"{config.objective.name}, {batch} images a step, canvases of {side} px, on "
         f"{jax.device_count()} × {jax.devices()[0].device_kind}. Waited: time of the loop's thread "
-        "in next(batches).",
-        markup=False,
+        "in next(batches)."
     )
     return rows
 

@@ -1,6 +1,5 @@
 """``dsad check-data``: every fault of a data set, a summary table, and an exit code."""
 
-import sys
 from collections import Counter
 from typing import Any
 
@@ -13,19 +12,19 @@ from rich.text import Text
 from dsad.core import config as core_config
 from dsad.data.base import DataConfig
 from dsad.data.checks import TITLES, CheckReport, check
-from dsad.terminal import flags
+from dsad.terminal import console, flags
 
 _COLOURS = {"error": "bold red", "warning": "yellow"}
 
 
-def _print_faults(report: CheckReport, console: Console) -> None:
+def _print_faults(report: CheckReport, out: Console) -> None:
     """One fault a line: a line is never cut, whatever the width of the terminal."""
     for fault in report.faults:
         line = Text(f"{fault.severity:7} {fault}", _COLOURS[fault.severity])
-        console.print(line, soft_wrap=True)
+        out.print(line, soft_wrap=True)
 
 
-def _print_checks(report: CheckReport, console: Console) -> None:
+def _print_checks(report: CheckReport, out: Console) -> None:
     counts = Counter((f.check, f.severity) for f in report.faults)
     for name, title in TITLES.items():
         found = [
@@ -35,7 +34,7 @@ def _print_checks(report: CheckReport, console: Console) -> None:
         ]
         skipped = report.skipped.get(name)
         state = ", ".join(found) or (f"does not apply: {skipped}" if skipped else "ok")
-        console.print(f"{name:4} {title}: {state}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"{name:4} {title}: {state}", highlight=False, soft_wrap=True)
 
 
 def _table(report: CheckReport) -> Table:
@@ -55,13 +54,13 @@ def _table(report: CheckReport) -> Table:
     return table
 
 
-def run(config: DataConfig, console: Console | None = None) -> int:
+def run(config: DataConfig, out: Console | None = None) -> int:
     """Check the data set of ``config`` and print the outcome; 0 without errors, else 1.
 
     Raises ConfigError for a name, root or category that cannot be meant.
     """
     # Wide enough for the table where no terminal limits it.
-    out = console or Console(width=None if sys.stdout.isatty() else 160)
+    out = out or console.console(160)
     columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
         task = bar.add_task("", total=None)

@@ -36,8 +36,11 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
     cfg, _, _ = pretrain.parse(core_config.require(config, "pretrain", COMMAND_CONFIG).pretrain)
     dataset = data_base.load(cfg.data)
     out.print(
-        f"[bold]1/3  Pretraining[/] DS2 (dense contrast, two scales) on normal images of "
-        f"{len(dataset.categories)} procedural classes: {', '.join(dataset.categories)}"
+        console.headed(
+            "1/3  Pretraining",
+            "DS2 (dense contrast, two scales) on normal images of "
+            f"{len(dataset.categories)} procedural classes: {', '.join(dataset.categories)}",
+        )
     )
     prepared = training.prepare(config.pretrain, out, dataset)
     folder = workdir.claim(
@@ -47,8 +50,11 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
         out.print("stopped before the end of the training; start again with --overwrite")
         return {}
     out.print(
-        "[bold]2/3  Localizing defects[/] by nearest neighbours, with the pretrained encoder and "
-        "with the same encoder before training"
+        console.headed(
+            "2/3  Localizing defects",
+            "by nearest neighbours, with the pretrained encoder and with the same encoder before "
+            "training",
+        )
     )
     results = {}
     for name, spec in (("pretrained", ""), ("untrained", "@0")):
@@ -57,14 +63,14 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
         place = workdir.claim(str(path / name), "evaluate", chosen.to_dict())
         parts = evaluate.prepare(chosen, out, dataset)
         results[name] = evaluate.evaluate(parts, place, out, name=name)
-    out.print("[bold]3/3  Report[/]")
+    out.print("3/3  Report", style="bold")
     report = write_report(
         path / "report.html", [(name, path / name) for name in results], training_dir=folder,
         title="dsad demo: DS2 on procedural images",
     )  # fmt: skip
     out.print(comparison(results))
     out.print(
-        f"Took {time.perf_counter() - start:.0f} s. Open [bold]{report}[/] "
+        f"Took {time.perf_counter() - start:.0f} s. Open {report} "
         "in a browser for the pictures.\n"
         "Next, with your own images in MVTec layout (CATEGORY/train/good, CATEGORY/test/KIND, "
         "CATEGORY/ground_truth/KIND):\n"

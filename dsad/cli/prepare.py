@@ -24,18 +24,16 @@ def main(argv: list[str]) -> int:
     dataset = datasets.loaded(data, out)
     with console.progress("measuring", out) as tell:
         planned = records_builder.plan(dataset, values.canvas, tell)
-    out.print(f"{dataset.protocol['dataset']}: {planned}", markup=False)
+    out.print(f"{dataset.protocol['dataset']}: {planned}")
     start = time.monotonic()
     with console.progress("writing", out) as tell:
         folder = records_builder.write(
             planned, values.out, overwrite=values.overwrite, progress=tell
         )
-    out.print(records.described(records.read_about(folder)), markup=False)
+    out.print(records.described(records.read_about(folder)))
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     use = f"--config.data.name=records --config.data.root={values.out}"
     if values.canvas:
         use += f" --config.data.canvas={values.canvas}"
-    out.print(
-        f"{size / 1e9:.3g} GB in {time.monotonic() - start:.0f} s; use it with {use}", markup=False
-    )
+    out.print(f"{size / 1e9:.3g} GB in {time.monotonic() - start:.0f} s; use it with {use}")
     return 0

@@ -253,7 +253,7 @@ def waiting(out: Console, what: str) -> Iterator[None]:
         ):
             yield
         return
-    with console.every(EVERY, lambda s: out.print(f"{what}: {s:.0f} s", markup=False)):
+    with console.every(EVERY, lambda s: out.print(f"{what}: {s:.0f} s")):
         yield
 
 

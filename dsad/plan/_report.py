@@ -18,8 +18,7 @@ def one(plan: Plan, out: Console) -> None:
     mesh = " × ".join(f"{k} {v}" for k, v in plan.mesh.items())
     out.print(
         f"\n{plan.spec} on {plan.topology}: {plan.chips} × {plan.chip}, mesh {mesh}, "
-        f"{plan.batch_size} images a step, {plan.batch_size / plan.chips:g} a chip",
-        markup=False,
+        f"{plan.batch_size} images a step, {plan.batch_size / plan.chips:g} a chip"
     )
     known = "refused" if plan.program.refused else "compiled"
     known += " in an earlier run" if plan.cached else ""
@@ -31,13 +30,13 @@ def one(plan: Plan, out: Console) -> None:
     if plan.estimate:
         _times(plan, out)
     for line in plan.warnings:
-        out.print(f"warning: {line}", markup=False)
+        out.print(f"warning: {line}")
     if plan.estimate:
         out.print("The estimate supposes:")
         chip = CHIPS.get(plan.chip)
         source = chip.source if chip else "measured on this machine"
         for line in (*ASSUMPTIONS, f"figures of the chip: {source}"):
-            out.print(f"  - {line}", markup=False)
+            out.print(f"  - {line}")
 
 
 def fits(plan: Plan) -> str:
@@ -80,9 +79,9 @@ def _memory(plan: Plan, out: Console) -> None:
         if program.peak:
             table.add_row("live at the fullest moment, says the compiler", size(program.peak))
     out.print(table)
-    out.print(fits(plan), style="bold green" if plan.fits else "bold red", markup=False)
+    out.print(fits(plan), style="bold green" if plan.fits else "bold red")
     if program.refused:
-        out.print(f"the compiler says: {program.refused}", markup=False)
+        out.print(f"the compiler says: {program.refused}")
 
 
 def _work(plan: Plan, out: Console) -> None:
@@ -163,12 +162,12 @@ def sweep(plans: list[Plan | str], out: Console) -> Plan | None:
     out.print(table)
     for plan in plans:
         if isinstance(plan, str):
-            out.print(f"left out: {plan}", markup=False)
+            out.print(f"left out: {plan}")
         elif plan.warnings:
             first, *others = plan.warnings
             more = f" (and {len(others)} more)" if others else ""
             line = f"warning: {_mesh(plan)}, {plan.batch_size} images: {first}{more}"
-            out.print(line, markup=False)
+            out.print(line)
     if best is None:
         out.print("none of them fits", style="bold red")
     return best

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from dsad.core import distributed, types
 
@@ -24,15 +25,21 @@ from dsad.core import distributed, types
 _QUIET_EVERY = 15.0
 
 
-def console() -> Console:
-    """Standard output; wide enough never to cut paths when it is not a terminal.
+def console(width: int = 120) -> Console:
+    """Standard output; ``width`` wide, never to cut paths, when it is not a terminal.
 
-    Of several processes only the first one talks.
+    Of several processes only the first one talks. Text is shown as it is: names of categories,
+    runs and files may hold what would be markup or an emoji's code.
     """
     return Console(
-        width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True,
-        quiet=not distributed.is_main(),
+        width=None if sys.stdout.isatty() else width, highlight=False, soft_wrap=True,
+        quiet=not distributed.is_main(), markup=False, emoji=False,
     )  # fmt: skip
+
+
+def headed(title: str, text: str) -> Text:
+    """Text behind a bold title."""
+    return Text.assemble((title, "bold"), " ", text)
 
 
 def table(*columns: str, whole: bool = False, **looks: Any) -> Table:
@@ -68,9 +75,9 @@ def progress(title: str, out: Console) -> Iterator[types.Progress]:
         yield _lines(title, out)
         return
     columns = (
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", style="bold", markup=False), BarColumn(),
+        MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=out) as bar:
         task = bar.add_task(title, total=None, note="")
