@@ -10,21 +10,21 @@ an EXIF orientation is not applied.
 import dataclasses
 import io
 import pathlib
-import struct
-import zlib
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from dsad.data.base import Fault, FaultError, error
 
+T = TypeVar("T")
 _LOSSLESS = {"RGB", "L", "1", "P"}
 _MASK_MODES = {"L", "1"}
-_UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
+#: What the suffixes of data sets name; no other decoder looks at a file, whatever it is called.
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF")
+#: Larger images are refused by what their header says: 16384 × 8192 are 400 MB as RGB.
+MAX_PIXELS = 2**27
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,15 +73,24 @@ def read_bytes(root: pathlib.Path, path: str) -> bytes:
         raise FaultError(error("K8", path, text)) from problem
 
 
-def _opened(data: bytes, path: str, use: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def _said(problem: Exception) -> str:
+    return str(problem).rstrip(".") or type(problem).__name__
+
+
+def _opened(data: bytes, path: str, use: Callable[[Image.Image], T]) -> T:
     """Apply ``use`` to the open image; anything unreadable becomes a K8 fault."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}; cut it"
+                )
             return use(image)
     except FaultError:
         raise
-    except _UNREADABLE as problem:
-        reason = "not an image" if isinstance(problem, UnidentifiedImageError) else problem
+    except Exception as problem:  # of any kind: what a decoder trips over depends on the bytes
+        unknown = f"no image of the formats {', '.join(FORMATS)}"
+        reason = unknown if isinstance(problem, UnidentifiedImageError) else _said(problem)
         what = f"cannot be decoded: {reason}" if data else "the file has zero bytes"
         text = f"{what}. Expected a complete image file; copy it again."
         raise FaultError(error("K8", path, text)) from problem
@@ -150,6 +159,5 @@ def size_fault(path: str, mask: np.ndarray, shape: tuple[int, ...]) -> Fault | N
 
 
 def orientation(root: pathlib.Path, path: str) -> int:
-    """The EXIF orientation of the file, 1 when it has none."""
-    with Image.open(root / path) as image:
-        return int(image.getexif().get(0x0112, 1))
+    """The EXIF orientation of the file, 1 when it has none; FaultError (K8) names the file."""
+    return _opened(read_bytes(root, path), path, lambda image: int(image.getexif().get(0x0112, 1)))

@@ -1,11 +1,18 @@
 """Modes of image files: what is accepted, what is refused, what a declared loss does."""
 
+import io
+import pathlib
+import random
+import struct
+import zlib
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from dsad.core.errors import DataError
-from dsad.data.decode import MaskRule, read_image, read_mask
+from dsad.data import decode, files
+from dsad.data.decode import MaskRule, orientation, read_image, read_mask
 from tests.data import trees
 
 
@@ -26,8 +33,6 @@ def test_lossless_modes(tmp_path, mode):
 
 def png16_rgb():
     """A valid 16-bit RGB PNG (1×1): Pillow reads it as 8 bit without a word."""
-    import struct
-    import zlib
 
     def chunk(kind, data):
         crc = zlib.crc32(kind + data)
@@ -84,3 +89,119 @@ def test_not_an_image(tmp_path):
         read_image(tmp_path, "a.png")
     with pytest.raises(DataError, match=r"gone.png: \[K8\]"):
         read_image(tmp_path, "gone.png")
+
+
+# --- whatever a decoder trips over
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [KeyError("x"), OverflowError(), struct.error("odd"), RecursionError(), MemoryError(),
+     SyntaxError("not there"), ZeroDivisionError(), AssertionError()],
+    ids=lambda problem: type(problem).__name__,
+)  # fmt: skip
+def test_any_exception_of_a_decoder_names_the_file(tmp_path, monkeypatch, problem):
+    written(tmp_path, Image.fromarray(trees.pixels(0)), "a.png")
+
+    def failing(*_):
+        raise problem
+
+    monkeypatch.setattr(Image.Image, "load", failing)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", failing)
+    for read in (read_image, orientation):
+        with pytest.raises(DataError, match=r"a.png: \[K8\] cannot be decoded: \S"):
+            read(tmp_path, "a.png")
+
+
+def test_other_formats_are_refused_whatever_the_suffix(tmp_path):
+    image = Image.fromarray(trees.pixels(0))
+    for kind in ("GIF", "DDS", "WEBP"):
+        if kind != "WEBP" or features.check("webp"):
+            written(tmp_path, image, "a.png", format=kind)
+            with pytest.raises(DataError, match="no image of the formats BMP, JPEG, PNG, TIFF"):
+                read_image(tmp_path, "a.png")
+    for kind in decode.FORMATS:  # one of these under the suffix of another is read
+        written(tmp_path, image, "b.jpg", format=kind)
+        assert read_image(tmp_path, "b.jpg")[0].shape == (16, 24, 3)
+    named = {Image.registered_extensions()[suffix] for suffix in files.IMAGE_SUFFIXES}
+    assert named == set(decode.FORMATS)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_absurd_size_is_refused_by_the_header(tmp_path, monkeypatch):
+    data = io.BytesIO()
+    Image.new("1", (11586, 11586)).save(data, "PNG")  # 134 million pixels in 17 kB
+    (tmp_path / "a.png").write_bytes(data.getvalue())
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded"))
+    with pytest.raises(DataError, match=r"a.png: \[K8\].*11586×11586 pixels.*134,217,728; cut"):
+        read_image(tmp_path, "a.png")
+
+
+def encoded(kind, **kwargs):
+    mode = kwargs.pop("mode", "RGB")
+    file = io.BytesIO()
+    Image.fromarray(trees.pixels(0)).convert(mode).save(file, kind, **kwargs)
+    return file.getvalue()
+
+
+def mutants(count, seed):
+    """Encoded images with bytes changed, cut out or repeated, mostly near their headers."""
+    rng = random.Random(seed)
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x010E: "x" * 40, 0x011A: 72.0})
+    kinds = [
+        encoded("PNG"), encoded("PNG", exif=exif), encoded("PNG", mode="P"), encoded("BMP"),
+        encoded("JPEG"), encoded("JPEG", exif=exif), encoded("JPEG", progressive=True),
+        encoded("TIFF"), encoded("TIFF", exif=exif), encoded("TIFF", compression="tiff_lzw"),
+        encoded("TIFF", mode="1", compression="group4"), encoded("DDS"),
+        *([encoded("WEBP")] if features.check("webp") else []),
+    ]  # fmt: skip
+    words = (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\x20\0")
+    for number in range(count):
+        data = bytearray(kinds[number % len(kinds)])
+        for _ in range(rng.choice((1, 2, 4, 8))):
+            at = rng.randrange(min(len(data), rng.choice((64, 256, len(data)))))
+            change = rng.random()
+            if change < 0.5:
+                data[at] = rng.randrange(256)
+            elif change < 0.7:
+                data[at : at + 4] = rng.choice(words)
+            elif change < 0.85:
+                del data[at + 1 : at + rng.randrange(1, 20)]
+            else:
+                data[at:at] = data[at : at + rng.randrange(1, 30)]
+        yield bytes(data)
+
+
+def survived(folder, count, seed):
+    """How many mutants are read as images; any exception but DataError comes through."""
+    good, named = 0, []
+    lossy = ("RGBA", "LA", "PA", "I;16", "RGB;16", "CMYK", "YCbCr", "LAB", "I", "F")
+    for data in mutants(count, seed):
+        (folder / "a.png").write_bytes(data)
+        for read, given in ((read_image, (lossy,)), (orientation, ()), (read_mask, (MaskRule(),))):
+            try:
+                read(folder, "a.png", *given)
+                good += read is read_image
+            except DataError as error:
+                named.append(str(error).startswith("a.png: [K"))
+    assert all(named)
+    return good
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_files_are_read_or_refused(tmp_path):
+    assert 60 < survived(tmp_path, 400, seed=0) < 340
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_files_leave_no_memory_behind(tmp_path):
+    status = pathlib.Path("/proc/self/statm")
+    if not status.is_file():
+        pytest.skip("this system does not tell the memory that a process holds")
+    survived(tmp_path, 500, seed=1)
+    before = int(status.read_text().split()[1])
+    survived(tmp_path, 10_000, seed=2)
+    pages = int(status.read_text().split()[1]) - before
+    assert pages * 4096 < 200e6
