@@ -1,6 +1,7 @@
 """Where weights come from: files, configs beside them, the hub, other packages."""
 
 import argparse
+import contextlib
 import json
 import sys
 import types
@@ -230,6 +231,42 @@ def test_torch_files(tmp_path, capsys):
     with pytest.raises(ConfigError, match="weights-only loader cannot read it"):
         pretrained.read(path)
     same(pretrained.read({n: t.requires_grad_() for n, t in state.items()}), arrays())
+    for value in (
+        saved({n: t.to("meta") for n, t in state.items()}),
+        saved(state["b"].to_sparse()),
+    ):
+        with pytest.raises(ConfigError, match=r"meta tensor|expected tensors by name"):
+            pretrained.read(value)
+
+
+class Valueless:
+    """What torch makes of a tensor that has a device, but no values for numpy there."""
+
+    shape, dtype = (2,), "torch.float32"
+
+    def __init__(self, device):
+        self.device = device
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("meta", "b is a meta tensor, a shape without values.*Load them"), ("odd", "no plain tensor")],
+)
+def test_tensors_without_values_are_named(tmp_path, monkeypatch, device, message):
+    torch = types.SimpleNamespace(
+        load=lambda *_, **__: {"b": Valueless(device)},
+        serialization=types.SimpleNamespace(safe_globals=lambda _: contextlib.nullcontext()),
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    (tmp_path / "w.pth").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=rf"w\.pth: .*{message}"):
+        pretrained.read(tmp_path / "w.pth")
 
 
 def test_torchscript_archives_are_refused_with_what_to_use(tmp_path):

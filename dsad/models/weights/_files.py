@@ -68,10 +68,15 @@ def tensors(path: pathlib.Path, key: str = "") -> dict[str, np.ndarray]:
 
 def as_array(value: Any, name: str, where: str) -> np.ndarray:
     """A numpy array from an array of any library; torch's bf16 is widened to f32."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    if str(getattr(value, "device", "")) == "meta":
+        raise ConfigError(
+            f"weights {where}: {name} is a meta tensor, a shape without values; the model was "
+            "saved before its weights were loaded. Load them and save it again."
+        )
     try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            value = value.float() if str(value.dtype) == "torch.bfloat16" else value
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"weights {where}: {name} is no plain tensor: {error}.") from error
