@@ -446,7 +446,7 @@ def test_test_images_are_fitted_without_any_training_image():
     assert results.categories["disc"]["counts"]["train"] == 0
     assert results.stamp["support"]["rule"].startswith("the test images themselves")
     assert seen[-1] == (22, 22)
-    with pytest.raises(MetricError, match="disc: no training image"):
+    with pytest.raises(DataError, match="no training image in disc"):
         run(Untrained())
 
 
