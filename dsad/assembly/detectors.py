@@ -116,7 +116,8 @@ def _built(detector: TrainsOnData, specs: Tree, network: Any, mesh: Any) -> Prog
         params, extra = objective.init(key)
         if network is not None:  # the steps give away what they are given
             extra = {**extra, _BACKBONE: jax.tree.map(jnp.copy, network)}
-        opt_state = {**tx.init(params), "lengths": lengths}
+        opt_state: Any = tx.init(params)
+        opt_state = {**opt_state, "lengths": lengths}
         step = jnp.zeros((), jnp.int32)
         return TrainState(step=step, params=params, extra=extra, opt_state=opt_state)
 

@@ -143,9 +143,9 @@ def lengths_in_state(
         inner = make_optimizer(cfg, schedule(lengths)).init(params)
         return {"lengths": lengths, "inner": inner}
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         tx = make_optimizer(cfg, schedule(state["lengths"]))
-        updates, inner = tx.update(grads, state["inner"], params)
+        updates, inner = tx.update(updates, state["inner"], params)
         return updates, {**state, "inner": inner}
 
     def rate(state: TrainState) -> jax.Array:
