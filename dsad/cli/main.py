@@ -62,11 +62,31 @@ def entry() -> None:
     """Console script."""
     try:
         code = main()
-    except Exception:
-        _end_with_others(1, traceback.format_exc())
-        raise
+        sys.stdout.flush()
+    except Exception as error:
+        code = _output_full(error)
+        if not code:
+            _end_with_others(1, traceback.format_exc())
+            raise
     _end_with_others(code)
     sys.exit(code)
+
+
+def _output_full(error: Exception) -> int:
+    """The exit code where the output goes to a full disk, said on stderr; else 0."""
+    from dsad.core import paths
+
+    if not isinstance(error, OSError) or not paths.is_full(error):
+        return 0
+    where = error.filename or "standard output"
+    print(
+        f"error: {where}: the disk or quota is full: {paths.cause(error)}. Free space there, or "
+        "send the output elsewhere.",
+        file=sys.stderr,
+    )
+    # What could not be written is still in its buffer; at the exit it would fail once more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 3
 
 
 def _end_with_others(code: int, text: str = "") -> None:

@@ -1,9 +1,14 @@
 """What people type, and what they read when it cannot be done."""
 
+import errno
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+from etils import epath
 
 from dsad.assembly import pretrain, workdir
 from dsad.cli import main
@@ -12,9 +17,10 @@ from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.types import RunInfo
 from dsad.data.base import DataConfig
 from dsad.terminal import flags
-from tests.helpers import command, dsad
+from tests.helpers import alone, command, dsad
 
 INFO = RunInfo(total_steps=4, batch_size=8, samples=40, classes=2)
+GPath = type(epath.Path("."))
 
 
 def fails(capsys, *argv):
@@ -187,6 +193,46 @@ SMALL = (
     "--config.evaluation.image_size=32", "--config.data.name=synthetic",
     "--config.detector.layers=('layer1',)", "--config.detector.sigma=1.0",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["stamp.json", "000.tiff", "gallery.npz", "results.json"])
+def test_evaluate_where_the_disk_fills_up_names_the_file(capsys, tmp_path, monkeypatch, file):
+    """As it happens to maps, pictures and numbers; the feature store has a test of its own."""
+    write = GPath.write_bytes
+
+    def full(self, data):
+        if self.name.startswith(f".{file}."):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(GPath, "write_bytes", full)
+    text = fails(
+        capsys, "evaluate", *SMALL, "--config.data.categories=('wood',)",
+        "--config.evaluation.save_maps=tiff", f"--workdir={tmp_path}/run",
+    )  # fmt: skip
+    assert re.search(rf"^error: {tmp_path}/run/\S*{file}: the disk or quota is full", text, re.M)
+    assert "Free space there" in text
+    assert not list(tmp_path.rglob("*.writing"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize(
+    "argv",
+    [("--help",), pytest.param(("evaluate", *SMALL), marks=pytest.mark.slow)],
+    ids=["help", "evaluate"],
+)
+def test_output_to_a_full_disk_is_an_error_of_one_line(argv, tmp_path):
+    argv = [*argv, f"--workdir={tmp_path}/run"] if len(argv) > 1 else argv
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dsad", *argv], env=alone(), stdout=full, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+    assert done.returncode == 3
+    assert re.fullmatch(
+        "error: standard output: the disk or quota is full: No space left on device. .*\n",
+        done.stderr,
+    )
 
 
 def test_evaluate_with_seeds_thresholds_and_maps(capsys, tmp_path):
