@@ -7,6 +7,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
+from typing import Any
 
 from dsad.core import paths
 from dsad.core.errors import WorkdirError
@@ -26,7 +27,8 @@ def of_files(folder: str | os.PathLike[str], names: list[str]) -> dict[str, str]
 
     def digest(name: str) -> str:
         with (root / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            opened: Any = file  # declared as text or bytes
+            return hashlib.file_digest(opened, "sha256").hexdigest()
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
         return dict(zip(names, readers.map(digest, names), strict=True))
