@@ -13,15 +13,14 @@ from jax.sharding import Mesh
 
 from dsad.core import paths
 from dsad.core.config import listed
-from dsad.core.errors import ConfigError, DsadError, MetricError
+from dsad.core.errors import ConfigError
 from dsad.core.hosts import spans
 from dsad.core.rng import named
 from dsad.core.types import Backbone, Dataset, Detector, MapWrapper, Progress, Source, Tree, silent
-from dsad.evaluation import fitting, maps, metrics, stamp, support, thresholds, undefined
+from dsad.evaluation import fitting, maps, numbers, stamp, support, thresholds
 from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
-from dsad.evaluation.hosts import ALONE
 from dsad.evaluation.parts import Parts
 from dsad.evaluation.reader import Features, Reader
 from dsad.evaluation.report import gallery, panels
@@ -318,8 +317,8 @@ class _Run:
         seconds = {**seconds, "score": time.perf_counter() - start}
         self.tick(category, "metrics")(0)
         start = time.perf_counter()
-        row, curves, notes = measure(scored, config, category)
-        kinds = _kinds(scored, config)
+        row, curves, notes = numbers.measure(scored, config, category)
+        kinds = numbers.by_kind(scored, config)
         first = seed == self.seeds[0]
         if first:
             self._show(category, test, scored, curves, ranked=row["pixel_auroc"] is not None)
@@ -353,7 +352,7 @@ class _Run:
         labels = zip(scored.own, scored.maps, scored.own_labels, strict=True)
         every = not (scored.labels == 0).any()  # without normal images the scale is that of all
         scale = gallery.normal_scale({i: m for i, m, label in labels if label == 0 or every}, hosts)
-        made.images[category] = _image_rows(test, scored, ranked=ranked)
+        made.images[category] = numbers.of_images(test, scored, ranked=ranked)
         made.cases[category] = gallery.choose_cases(made.images[category], self.config.gallery)
         cases = made.cases[category]
         maps = dict(zip(scored.own, scored.maps, strict=True))
@@ -369,89 +368,3 @@ class _Run:
 
 def _quiet(images: int) -> None:
     """Of passes over images that were counted before."""
-
-
-def measure(
-    scored: Scored, config: EvalConfig, category: str, *, curve_points: int = 300
-) -> tuple[dict[str, float | None], dict[str, np.ndarray], list[str]]:
-    """The numbers of a category, its curves ("roc/fpr", "roc/tpr", "pr/...", "pro/..."), and notes.
-
-    Images without annotation (mask None) count in the image metrics only. Numbers that are not
-    defined are None, and a note says why. Counted pixel numbers come with ``error_bound``, the
-    largest error any of them can have. With several processes the exact pixel numbers are those of
-    process 0, which alone has all maps, and so are the curves. Raises MetricError, naming the
-    category, for scores that are not finite.
-    """
-    kept, hosts = [i for i, m in enumerate(scored.masks) if m is not None], scored.hosts
-    sorting = hosts.several and config.method == "exact"
-
-    def numbers() -> dict[str, Any]:
-        row: dict[str, Any] = dict.fromkeys(config.metric_names)
-        if "image" not in why:
-            row |= _image_numbers(scored.scores, scored.labels)
-        if "pixel" not in why:
-            row |= metrics.pixel_metrics(
-                [scored.maps[i] for i in kept],
-                [scored.masks[i] for i in kept],
-                config.fpr_limits,
-                curve_points=curve_points,
-                method=config.method,
-                hosts=ALONE if sorting else hosts,
-            )
-        return row
-
-    try:
-        why = undefined.reasons(scored)
-        row = hosts.together(numbers if hosts.main else dict) if sorting else numbers()
-    except DsadError as error:  # of several processes perhaps
-        told = MetricError(f"category {category}: {error}")
-        told.shared = error.shared
-        raise told from error
-    curves = row.pop("curves", {})
-    if sorting:
-        row = hosts.from_main(row)
-    flat = {f"{c}/{axis}": v for c, axes in curves.items() for axis, v in axes.items()}
-    return row, flat, undefined.notes(why)
-
-
-def _image_numbers(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return {
-        "image_auroc": metrics.image_auroc(scores, labels),
-        "image_ap": metrics.average_precision(scores, labels),
-        "image_f1_max": metrics.f1_max(scores, labels),
-    }
-
-
-def _kinds(scored: Scored, config: EvalConfig) -> dict[str, dict[str, Any]]:
-    """The same numbers for the normal images and one kind of defect at a time."""
-    made: dict[str, dict[str, Any]] = {}
-    labels = scored.labels
-    pairs = zip(scored.kinds, labels, strict=True)
-    for kind in sorted({k for k, label in pairs if label == 1}):
-        rows = [i for i, k in enumerate(scored.kinds) if labels[i] == 0 or k == kind]
-        part = scored.part(rows)
-        numbers, _, _ = measure(part, config, kind, curve_points=0)
-        made[kind] = {**numbers, "images": part.kinds.count(kind)}
-    return made
-
-
-def _image_rows(source: Source, scored: Scored, *, ranked: bool) -> list[dict[str, Any]]:
-    """One entry per test image, in source order; ``pixel_auroc`` where it is defined."""
-
-    def own_rows() -> dict[int, dict[str, Any]]:
-        rows = {}
-        for i, mask, scores in zip(scored.own, scored.masks, scored.maps, strict=True):
-            record, own = source.records[i], None
-            if ranked and mask is not None and mask.any() and not mask.all():
-                own = metrics.pixel_auroc([scores], [mask])
-            rows[i] = {
-                "path": record.path,
-                "kind": record.kind,
-                "label": record.label,
-                "score": float(scored.scores[i]),
-                "max": float(scores.max()),
-                "pixel_auroc": own,
-            }
-        return rows
-
-    return scored.hosts.listed(scored.hosts.together(own_rows))

@@ -29,7 +29,7 @@ class Results:
     one entry per test image in source order; ``scales[c]`` the median and the 99.9th percentile
     of the map on normal images, and the scales of panels; ``cases[c]`` the image numbers shown as
     best, median, worst and false_alarms. ``gallery`` and ``curves`` are arrays by name, see
-    ``gallery.pictures``, ``panels.pictures`` and ``localize.measure``.
+    ``gallery.pictures``, ``panels.pictures`` and ``numbers.measure``.
 
     With several seeds the numbers of ``categories``, ``kinds`` and ``mean`` are means over them;
     images, scales, cases, gallery and curves are those of the first. ``seeds[s]`` holds the

@@ -10,7 +10,8 @@ from dsad.cli.evaluate import table, threshold_table
 from dsad.core.config import resolve
 from dsad.core.errors import ConfigError, DataError, MetricError
 from dsad.core.types import Sample
-from dsad.evaluation.localize import EvalConfig, measure, read_results, write_results
+from dsad.evaluation.localize import EvalConfig, read_results, write_results
+from dsad.evaluation.numbers import measure
 from dsad.evaluation.report.page import write_report
 from dsad.evaluation.scored import Scored
 from dsad.terminal import console
