@@ -16,9 +16,10 @@ from etils import epath
 from dsad.assembly.pretrain import lengths
 from dsad.core import batch as batches
 from dsad.core import hosts, paths, tree
+from dsad.core.detection import Detector, TrainsOnData
 from dsad.core.errors import ConfigError, DataError, StoppedError
 from dsad.core.mesh import replicated
-from dsad.core.types import Detector, TrainsOnData, Tree
+from dsad.core.types import Tree
 from dsad.data.order import Order
 from dsad.detectors._features import select
 from dsad.evaluation import stamp

@@ -12,9 +12,10 @@ from dsad.assembly.detectors import Trainer
 from dsad.assembly.model import Saved, Writer
 from dsad.core import config as core_config
 from dsad.core import distributed
+from dsad.core.detection import Detector
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Backbone, CanvasSource, Dataset, Detector
+from dsad.core.types import Backbone, CanvasSource, Dataset
 from dsad.data import base as data_base
 from dsad.evaluation import fitting
 from dsad.evaluation.localize import EvalConfig, Results, localize, write_results

@@ -24,10 +24,11 @@ from dsad.assembly import runs, workdir
 from dsad.assembly.pretrain import parse as parse_run
 from dsad.core import config as core_config
 from dsad.core import distributed, hosts, paths
+from dsad.core.detection import Detector, MapWrapper
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.tree import named_arrays, rebuilt
-from dsad.core.types import Backbone, Detector, MapWrapper, Record, RunInfo, Sample
+from dsad.core.types import Backbone, Record, RunInfo, Sample
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.reader import Reader

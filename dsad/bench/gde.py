@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsad.bench import _measure
-from dsad.core.types import FeatureBatch, silent
+from dsad.core.detection import FeatureBatch
+from dsad.core.types import silent
 from dsad.detectors import gde
 from dsad.ops import gaussian
 from dsad.terminal import console, flags

@@ -14,8 +14,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dsad.core import hosts, rng
 from dsad.core.config import Settings, field, listed
+from dsad.core.detection import DetectorTraits, FeatureSource
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Tree
+from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.ops.neighbors import pad_bank
 from dsad.ops.resize import match_grid, neighbourhood_mean
 

@@ -16,8 +16,9 @@ from jax import lax
 from jax.sharding import Mesh
 
 from dsad.core.config import field
+from dsad.core.detection import DetectorTraits, FeatureSource, Scores
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, select
 from dsad.ops.neighbors import bucket
 from dsad.ops.resize import resize_maps

@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import Refused, field
+from dsad.core.detection import DetectorTraits, FeatureSource, Scores
 from dsad.core.errors import DataError
-from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, joined
 from dsad.ops import gaussian, similarity
 

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsad.core.config import Refused, field, listed
+from dsad.core.detection import DetectorTraits, FeatureSource, Scores
 from dsad.core.errors import ConfigError
-from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import DetectorConfig, FeatureDetector, select
 from dsad.ops.resize import gaussian_smooth, top_count
 

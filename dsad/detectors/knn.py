@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import Refused, field
+from dsad.core.detection import FeatureSource, Scores
 from dsad.core.errors import DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, bank_state, joined
 from dsad.ops.neighbors import Precision, nearest
 

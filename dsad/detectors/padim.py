@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core.config import Refused, field
+from dsad.core.detection import DetectorTraits, FeatureSource, Scores
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import DetectorTraits, FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import DetectorConfig, FeatureDetector, joined
 from dsad.ops import gaussian
 from dsad.ops.resize import resize_maps

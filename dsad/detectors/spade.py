@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import field
+from dsad.core.detection import FeatureSource, Scores
 from dsad.core.errors import DataError
-from dsad.core.types import FeatureMaps, FeatureSource, Progress, Scores, Tree
+from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, per_image, select
 from dsad.ops.neighbors import nearest
 from dsad.ops.resize import resize_maps

@@ -12,18 +12,10 @@ import PIL
 from jax import lax
 from jax.sharding import Mesh
 
+from dsad.core.detection import Detector, DetectorTraits, HasPanels, MapWrapper, Scores
 from dsad.core.hosts import own_part, own_rows, put
 from dsad.core.mesh import batch_sharding, replicated
-from dsad.core.types import (
-    Backbone,
-    Detector,
-    DetectorTraits,
-    FeatureMaps,
-    HasPanels,
-    MapWrapper,
-    Scores,
-    Tree,
-)
+from dsad.core.types import Backbone, FeatureMaps, Tree
 from dsad.evaluation import stamp, stored
 from dsad.evaluation.batches import HostBatch
 from dsad.evaluation.config import EvalConfig

@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from dsad.core import paths
 from dsad.core.config import listed
+from dsad.core.detection import Detector, FeatureSource
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Dataset, Detector, FeatureSource, Progress, Source, Tree
+from dsad.core.types import Dataset, Progress, Source, Tree
 from dsad.evaluation import maps, stamp, support
 from dsad.evaluation.batches import batches
 from dsad.evaluation.compiled import Device

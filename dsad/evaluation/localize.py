@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 
 from dsad.core import paths
 from dsad.core.config import listed
+from dsad.core.detection import Detector, MapWrapper
 from dsad.core.errors import ConfigError
 from dsad.core.hosts import spans
 from dsad.core.rng import named
-from dsad.core.types import Backbone, Dataset, Detector, MapWrapper, Progress, Source, Tree, silent
+from dsad.core.types import Backbone, Dataset, Progress, Source, Tree, silent
 from dsad.evaluation import fitting, maps, numbers, stamp, support, thresholds
 from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.compiled import Device, Fitted

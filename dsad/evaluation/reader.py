@@ -5,12 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from dsad.core.types import (
-    FeatureBatch,
-    FeatureMaps,
-    Source,
-    Tree,
-)
+from dsad.core.detection import FeatureBatch
+from dsad.core.types import FeatureMaps, Source, Tree
 from dsad.evaluation.batches import HostBatch, batches
 from dsad.evaluation.compiled import Device
 from dsad.evaluation.config import EvalConfig

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import dsad
-from dsad.core.types import Backbone, Dataset, Detector, DetectorTraits, Record
+from dsad.core.detection import Detector, DetectorTraits
+from dsad.core.types import Backbone, Dataset, Record
 
 #: Fields that may differ between comparable numbers: what is compared, and when and by what.
 IGNORED = (

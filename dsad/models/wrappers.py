@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsad.core.detection import MapWrapper
 from dsad.core.errors import ConfigError
-from dsad.core.types import Backbone, FeatureMaps, MapWrapper
+from dsad.core.types import Backbone, FeatureMaps
 from dsad.ops.similarity import unit
 
 

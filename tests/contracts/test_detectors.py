@@ -22,10 +22,10 @@ import pytest
 from jax import export
 from safetensors.numpy import load_file, save_file
 
+from dsad.core.detection import Detector, DetectorTraits, HasPanels, Scores, TrainsOnData
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
 from dsad.core.tree import named_arrays, rebuilt
-from dsad.core.types import Detector, DetectorTraits, HasPanels, Scores, TrainsOnData
 from dsad.detectors._features import EmbedsCells
 from dsad.ops import neighbors
 from tests.contracts.detectors import common

@@ -12,9 +12,10 @@ import pytest
 from scipy import ndimage
 from sklearn import metrics as oracle
 
+from dsad.core.detection import DetectorTraits, Scores
 from dsad.core.errors import ConfigError, DataError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import DetectorTraits, Record, Sample, Scores
+from dsad.core.types import Record, Sample
 from dsad.evaluation.compiled import finished
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.preprocessing import Preprocessing

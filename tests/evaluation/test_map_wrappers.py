@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dsad.assembly import evaluate, runs
+from dsad.core.detection import FeatureBatch, MapWrapper
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import FeatureBatch, MapWrapper
 from dsad.evaluation import extract
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.models import wrappers

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsad.core.detection import Scores
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Scores
 from dsad.evaluation import extract, stamp, support
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.preprocessing import Preprocessing

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from dsad.core.types import Detector, HasPanels, Source
+from dsad.core.detection import Detector, HasPanels
+from dsad.core.types import Source
 from dsad.evaluation.batches import batches
 from dsad.evaluation.compiled import Device
 from dsad.evaluation.config import EvalConfig

@@ -12,8 +12,9 @@ from scipy import ndimage
 
 from dsad.assembly.detectors import Trainer
 from dsad.core import config as core_config
+from dsad.core.detection import FeatureBatch
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import FeatureBatch, silent
+from dsad.core.types import silent
 from dsad.evaluation.fitting import TrainingData
 from tests.seams import detectors as seams
 

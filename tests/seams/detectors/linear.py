@@ -9,8 +9,9 @@ import numpy as np
 
 from dsad.core import rng
 from dsad.core.config import Settings, field
+from dsad.core.detection import DetectorTraits, Scores
 from dsad.core.recipe import OptimConfig, Recipe
-from dsad.core.types import DetectorTraits, ObjectiveTraits, Scores
+from dsad.core.types import ObjectiveTraits
 from dsad.detectors._features import joined
 from tests.contracts.detectors import common
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsad.core.config import Settings, field
+from dsad.core.detection import DetectorTraits, Scores
 from dsad.core.errors import DataError
-from dsad.core.types import DetectorTraits, Scores
 from dsad.detectors._features import FeatureDetector, joined
 from dsad.ops.similarity import unit
 from tests.contracts.detectors import common

@@ -1,0 +1,157 @@
+"""The seams of detection: features, what changes them, and detectors."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dsad.core.recipe import Recipe
+from dsad.core.types import Backbone, FeatureMaps, Progress, Trainable, Tree
+
+
+class FeatureBatch(NamedTuple):
+    """Features of one batch for a detector; rows with ``valid`` False are padding."""
+
+    maps: FeatureMaps
+    valid: np.ndarray  # (b,) bool
+    category: str
+    index: np.ndarray  # (b,) int, sample index in its source
+
+
+class FeatureSource(Protocol):
+    """Re-iterable feature batches: every ``iter`` starts a new pass in the same order.
+
+    ``categories`` are those of its images, known without a pass.
+    """
+
+    categories: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[FeatureBatch]: ...
+
+
+@runtime_checkable
+class MapWrapper(Protocol):
+    """Changes feature maps before a detector sees them, by what a support set shows."""
+
+    def adapt(self, source: FeatureSource, *, mesh: Mesh | None, key: jax.Array) -> Tree:
+        """The bank, a pytree of arrays, of one support set."""
+        ...
+
+    def transform(
+        self, bank: Tree, maps: FeatureMaps, *, index: jax.Array, mesh: Mesh | None = None
+    ) -> FeatureMaps:
+        """The maps (b, h, w, ...) as a detector gets them; pure and jittable.
+
+        ``index`` (b,) is the place of each image in the support set that the bank is of, as its
+        ``FeatureBatch`` said, and -1 for other images: what the bank has of an image itself must
+        not serve it.
+        """
+        ...
+
+
+class Scores(NamedTuple):
+    """Anomaly scores of a batch: ``map`` (b, gh, gw) per cell and ``image`` (b,)."""
+
+    map: jax.Array
+    image: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectorTraits:
+    """What sets a detector apart from the others, for whoever evaluates it.
+
+    ``patches``: SIZE/STRIDE of the patches that its maps are laid out for, as in a backbone's name;
+    empty for any features. ``sigma``: of the Gaussian that its maps still need, in pixels of the
+    network's input. ``image_score``: its "method"'s own, or of the smoothed map the "max" or, with
+    "top", the mean of the ``image_share`` highest pixels.
+    ``trains_on``: what a detector that ``TrainsOnData`` learns from before it is fitted.
+    ``fits_on``: the normal training images, or the test images, without their labels, which score
+    each other: such a state is of no use elsewhere. ``tokens``: vectors of whole images that it
+    reads beside its layers, see ``HasTokens``.
+    ``least_images``: normal images without which its fit is sure to fail.
+    """
+
+    patches: str = ""
+    sigma: float = 0.0
+    image_score: Literal["method", "max", "top"] = "method"
+    image_share: float = 0.01
+    trains_on: Literal["features", "images"] | None = None
+    fits_on: Literal["normals", "test"] = "normals"
+    tokens: tuple[str, ...] = ()
+    least_images: int = 1
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Turns features into anomaly maps; ``detectors/<name>.py`` has ``Config`` and ``build(cfg)``.
+
+    ``layers`` names the feature maps it reads; ``config`` is what the stamp says of it.
+    """
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+    @property
+    def traits(self) -> DetectorTraits: ...
+
+    def fit(
+        self,
+        source: FeatureSource,
+        *,
+        mesh: Mesh | None,
+        key: jax.Array,
+        progress: Progress,
+        trained: Tree | None = None,
+    ) -> Tree:
+        """State (a pytree of arrays) from the features of normal images.
+
+        ``trained``, of a detector that ``TrainsOnData``: {"params", "extra"} as its steps left
+        them, ``extra`` without the backbone.
+        """
+        ...
+
+    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+        """Pure and jittable; ``mesh``, of several devices, may split the work."""
+        ...
+
+
+@runtime_checkable
+class TrainsOnData(Protocol):
+    """A detector that trains by gradient, as ``traits.trains_on`` says; ``recipe`` says how."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    def objective(self, specs: Tree, backbone: Backbone | None) -> Trainable:
+        """What its steps do, for batches with the shapes and types ``specs``.
+
+        Beside ``index`` and ``epoch`` (b,) a batch holds ``features`` {layer: (b, h, w, d)}, or
+        ``image`` (b, H, W, 3) uint8, the input of the backbone before normalisation, and ``size``
+        (b, 2). In the latter case the steps find the frozen backbone, which gives the detector's
+        layers, at ``extra["backbone"]``; ``init`` leaves it out, and the ``backbone`` here has
+        shapes instead of arrays: ``jax.eval_shape`` tells what it gives. Trees are nested dicts.
+        """
+        ...
+
+
+@runtime_checkable
+class HasPanels(Protocol):
+    """A detector that can show more of an image than its map.
+
+    ``panel_layers`` are the feature maps this takes. ``panel_tops`` are the values {name: value} at
+    which the colours of a panel of values end; for others it is the 99.9th percentile over the
+    cases of a category. Colours begin at 0.
+    """
+
+    @property
+    def panel_layers(self) -> tuple[str, ...]: ...
+    @property
+    def panel_tops(self) -> Mapping[str, float]: ...
+
+    def panels(self, features: FeatureMaps) -> dict[str, jax.Array]:
+        """{name: (b, h, w) values or (b, h, w, 3) pixels in [0, 1]}; pure and jittable."""
+        ...
