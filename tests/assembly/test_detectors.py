@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsad.assembly import detectors
+from dsad.assembly import detectors, evaluate
 from dsad.assembly.detectors import Trainer
 from dsad.cli import main
 from dsad.core.config import resolve
@@ -33,6 +33,14 @@ TRAINED = (
     "--config.data.synthetic.train=11", "--config.detector.layers=('layer1',)",
     "--config.detector.recipe.steps=6",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """Programs for one of the eight devices take less time to compile, and less memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        yield
 
 
 @pytest.fixture
@@ -113,6 +121,7 @@ def test_two_categories_and_two_seeds_interrupted_and_continued(
     assert numbers(again) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_a_longer_recipe_is_another_number(tmp_path):
     argv = (*TRAINED, ONE)
     one = evaluated(tmp_path, "a", "linear", *argv)[1]
@@ -122,6 +131,7 @@ def test_a_longer_recipe_is_another_number(tmp_path):
     assert one["mean"] != ten["mean"]
 
 
+@pytest.mark.slow
 def test_a_failure_blocks_no_retry(tmp_path, capsys, trainings):
     """What cannot be trained leaves nothing; a changed recipe goes on from what fits."""
     argv, broken = (*TRAINED, ONE), "--config.detector.recipe.optim.lr=1e38"

@@ -3,13 +3,16 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from dsad.assembly import evaluate
 from dsad.assembly.model import FORMAT, FittedModel, Saved
 from dsad.cli import main
 from dsad.core.config import members
 from dsad.core.errors import ConfigError, WorkdirError
+from dsad.core.mesh import make_mesh
 from dsad.data import base
 from dsad.evaluation.localize import read_results
 from dsad.models import wrappers
@@ -24,6 +27,14 @@ SMALL = (
 )  # fmt: skip
 BOTH = ("--config.data.categories=('tiles','wood')",)
 LIGHT = ("--config.detector.layers=('layer1',)", "--config.evaluation.gallery=1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """Programs for one of the eight devices take less time to compile, and less memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        yield
 
 
 def run(*argv):
@@ -94,7 +105,13 @@ OTHER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("argv", OTHER.values(), ids=OTHER)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        pytest.param(argv, id=name, marks=[pytest.mark.slow] * (name != "a map wrapper"))
+        for name, argv in OTHER.items()
+    ],
+)
 def test_whatever_is_fitted_is_kept(argv, tmp_path, monkeypatch):
     monkeypatch.setitem(wrappers.KINDS, "away", away.KIND)
     run(

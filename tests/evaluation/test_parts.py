@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from dsad.assembly import evaluate
 from dsad.cli import main
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.evaluation import localize as module
@@ -71,6 +72,14 @@ def test_measured_categories_are_not_measured_again(tmp_path):
     same(read_results(tmp_path), whole)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """Programs for one of the eight devices take less time to compile, and less memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        yield
+
+
 ARGV = (
     "--config=knn:smoke", "--config.data.categories=('tiles','wood')",
     "--config.detector.layers=('layer1',)", "--config.evaluation.gallery=1",
@@ -110,6 +119,7 @@ def test_the_command_goes_on_by_itself(tmp_path, monkeypatch, capsys):
     assert "in use" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_failure_before_anything_was_measured_blocks_no_retry(tmp_path, monkeypatch):
     argv = ["evaluate", *ARGV, f"--workdir={tmp_path / 'a'}"]
     with monkeypatch.context() as patch:

@@ -123,7 +123,7 @@ def test_a_second_run_needs_no_network_and_gives_the_same_bits(tmp_path, seen):
         same(again, plain)
         assert not stamp.differences(again.stamp, plain.stamp)
         assert texts[-1][:2] == (18, 18)
-    assert (7, 18, "disc: training features (cached features)") in texts
+    assert (7, 18, "disc: train features (cached features)") in texts
     same(first, plain)
     assert "feature_cache" not in str(plain.stamp)
 
@@ -213,6 +213,7 @@ def test_whatever_changes_a_value_changes_the_fingerprint():
             params=jnp.float32(params), extra=jnp.float32(extra),
             function=Objective(factor).features, mean=(mean,) * 3, std=(1.0,) * 3, arch="a",
             image_size=None, description=f"{params}",
+            directory=f"runs/{params}",
         )  # fmt: skip
         backbone = Patches(encoder=backbone, size=8, stride=wrapped) if wrapped else backbone
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])

@@ -215,7 +215,7 @@ class Least(Distance):
 
     @property
     def traits(self):
-        return dataclasses.replace(Distance.traits, least_images=self.least)
+        return dataclasses.replace(super().traits, least_images=self.least)
 
 
 def test_maps_of_one_name_are_refused_before_an_image_is_read(tmp_path):

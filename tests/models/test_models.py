@@ -185,7 +185,8 @@ def test_initialisation_is_the_published_one():
 
 
 def test_imagenet_weights_load_and_layer4_is_refused():
-    from dsad.core.types import FeatureBatch, silent
+    from dsad.core.detection import FeatureBatch
+    from dsad.core.types import silent
     from dsad.detectors import knn
 
     path = real_data("weights", "resnet18_in1k_folded_l1l3_fp16.npz")
