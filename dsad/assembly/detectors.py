@@ -94,7 +94,7 @@ class Trainer:
         if not complete:
             raise StoppedError(
                 f"stopped at step {int(state.step)} of {total} of the detector of {data.title}, "
-                f"seed {data.seed}; go on with --resume, which trains only this one and the next."
+                f"seed {data.seed}; the same command again trains only this one and the next."
             )
         extra = {name: part for name, part in state.extra.items() if name != _BACKBONE}
         return {"params": state.params, "extra": extra}
