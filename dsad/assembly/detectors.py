@@ -25,6 +25,7 @@ from dsad.detectors._features import select
 from dsad.evaluation import stamp
 from dsad.evaluation.fitting import TrainingData
 from dsad.evaluation.hosts import Hosts
+from dsad.models.weights.names import nest
 from dsad.terminal.console import training_note
 from dsad.train.loop import Loop, train
 from dsad.train.optim import lengths_in_state
@@ -201,7 +202,7 @@ def _read(file: epath.Path) -> Tree | None:
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
         whole = False
     if whole:
-        return _nested(arrays)
+        return {"params": {}, "extra": {}, **nest(arrays)}
     warnings.warn(f"{file} is damaged; trained again.", RuntimeWarning, stacklevel=2)
     return None
 
@@ -213,15 +214,3 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         digest.update(f"{name} {x.shape} {x.dtype} ".encode())
         digest.update(x.reshape(-1).view(np.uint8).data)
     return np.frombuffer(digest.digest(), np.uint8)
-
-
-def _nested(arrays: Mapping[str, Any]) -> Tree:
-    """Arrays by path as nested dicts."""
-    made: dict[str, Any] = {"params": {}, "extra": {}}
-    for path, value in arrays.items():
-        *folders, name = path.split("/")
-        place = made
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = value
-    return made

@@ -37,8 +37,7 @@ class EvaluateConfig(core_config.Settings, place="config"):
     applies it to every patch of an image. ``data.name`` "run" takes the data of that run. ``shots``
     training images of each category are used (0: all); ``seeds`` draw them and the detector's
     random choices, several give mean and standard deviation; ``support`` says what becomes of them.
-    ``one_for_all`` fits a single detector
-    on the training images of all categories.
+    ``one_for_all`` fits a single detector on the training images of all categories.
     """
 
     backbone: str = "resnet18"
