@@ -1,5 +1,6 @@
 """When a run is asked to stop: SIGTERM, Ctrl-C, a preemption notice."""
 
+import os
 import signal
 import threading
 from typing import Any
@@ -30,7 +31,8 @@ class StopSignal:
 
     With several processes JAX itself catches SIGTERM, which is also how clouds announce a
     preemption, and finds the next step that all processes can stop at. Its handler must not be
-    replaced there.
+    replaced there; a Ctrl-C is passed on to it, as an exception in one process would leave the
+    others waiting.
     """
 
     def __init__(self) -> None:
@@ -44,15 +46,17 @@ class StopSignal:
         return self.requested
 
     def __enter__(self) -> "StopSignal":
-        alone = distributed.count() == 1
-        if alone and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = (signal.SIGINT, signal.SIGTERM)[: 2 if distributed.count() == 1 else 1]
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
                 self._old[number] = signal.signal(number, self._request)
         return self
 
     def _request(self, number: int, frame: Any) -> None:
         del frame
         self.requested = True
+        if signal.SIGTERM not in self._old:
+            os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(number, self._old[number])  # a second signal acts at once
 
     def __exit__(self, *exc: object) -> None:

@@ -1,6 +1,7 @@
 """A command as several processes of this machine: equal results, shared errors, clean stops."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -223,19 +224,33 @@ def test_processes_stop_together_on_sigterm_and_end_when_one_is_killed(tmp_path,
     saved = weights(tmp_path / "run")[1]
     assert saved >= newest
 
+    process = launched(*argv)  # Ctrl-C reaches one of them, and stops both as SIGTERM does
+    wait_for_checkpoint(tmp_path / "run", process, saved)
+    signal_second(tmp_path / "run", signal.SIGINT)
+    code, out = finished(process)
+    assert code == 0, out
+    assert "stopped and saved" in out
+    assert "Traceback" not in out
+    assert "Event loop" not in out
+    saved = weights(tmp_path / "run")[1]
+
     process = launched(*argv)
     wait_for_checkpoint(tmp_path / "run", process, saved)
-    pids = subprocess.run(
-        ["pgrep", "-f", f"process-id=1.*|{tmp_path}/run.*process-id=1"],
-        capture_output=True, text=True,
-    ).stdout.split()  # fmt: skip
-    assert pids
-    for pid in pids:
-        subprocess.run(["kill", "-9", pid])
+    signal_second(tmp_path / "run", signal.SIGKILL)
     code, out = finished(process)
     assert code != 0
     assert f"[0] resumed at step {saved}" in out
     assert weights(tmp_path / "run")[1] > saved
+
+
+def signal_second(workdir, number):
+    """Send a signal to the second of two processes of a run."""
+    pids = subprocess.run(
+        ["pgrep", "-f", f"workdir={workdir} .*process-id=1"], capture_output=True, text=True
+    ).stdout.split()
+    assert pids
+    for pid in map(int, pids):
+        os.kill(pid, number)
 
 
 def wait_for_checkpoint(workdir, process, after):
