@@ -14,12 +14,22 @@ import numpy as np
 import pytest
 
 from dsad.core import types as seams
+from dsad.core.errors import ConfigError
 from dsad.core.mesh import place_batch
 from dsad.core.tree import flatten
 from dsad.core.types import Objective, PerSample
 from dsad.objectives.encoder import EncoderObjective
-from tests.contracts.objectives.common import SIDE, batch, cases, perturbed, training
-from tests.train.equality import assert_equal, mesh_of, stepped
+from tests.contracts.objectives.common import SIDE, batch, cases, perturbed
+from tests.train.equality import (
+    MIN_SIZE,
+    assert_equal,
+    mesh_of,
+    one_step,
+    parts,
+    recorded,
+    stepped,
+    training,
+)
 
 #: What an objective may offer besides.
 OFFERS = (
@@ -101,6 +111,21 @@ class TestObjective:
         tolerance = cases()[name].case.gradient
         assert_equal(stepped(name, 1), stepped(name, 8, 2), gradient=tolerance)
 
+    def test_the_comparison_is_of_split_parameters(self, name):
+        _, abstract, _ = parts(name, mesh_of(8, 8))
+        large = [x for x in jax.tree.leaves(abstract.params) if x.size >= MIN_SIZE]
+        split = [x for x in large if not x.sharding.is_fully_replicated]
+        assert sum(x.size for x in split) >= 0.9 * sum(x.size for x in large)
+
+    def test_accumulation_is_exact_or_refused(self, name):
+        mesh = mesh_of(2)
+        if recorded(name)[0].traits.couples_batch:
+            with pytest.raises(ConfigError, match=r"config\.accumulate=4"):
+                parts(name, mesh, accumulate=4)
+        else:
+            found = one_step(name, mesh, accumulate=4)
+            assert_equal(stepped(name, 1), found, loss=1e-6, gradient=1e-6)
+
     def test_same_key_same_draws_on_any_devices(self, name):
         one, eight = views_on(name), views_on(name, devices=8)
         for path, values in one.items():
@@ -150,3 +175,10 @@ class TestObjective:
         for key, value in maps.items():
             assert value.ndim == 4
             np.testing.assert_allclose(value[:1], beside[key][:1], atol=1e-4)
+
+
+def test_the_comparison_is_of_real_choices():
+    """Every image has a pair, in both directions and at both stages, and by far not all."""
+    for pairs in stepped("ds2", 1).choices.values():
+        assert (pairs.sum(axis=(2, 3)) >= 1).all()
+        assert pairs.mean() < 0.1

@@ -1,7 +1,8 @@
 """One step of an objective on any mesh: its loss, gradients and hard choices, for comparison."""
 
+import dataclasses
 import functools
-import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch, replicated
-from dsad.core.tree import flatten, path_name
+from dsad.core.tree import flatten
 from dsad.train.state import TrainState, abstract_state
 from dsad.train.step import make_step, placed_key
 from tests.contracts.objectives import common
@@ -34,39 +35,28 @@ class Found(NamedTuple):
 
 
 def keep_gradients():
-    """An optimiser that leaves the parameters alone and keeps the gradient as its state."""
-    return optax.GradientTransformation(
-        lambda params: {"kept": jax.tree.map(jnp.zeros_like, params)},
-        lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), {"kept": grads}),
-    )
+    """Adam at the ``rate`` of its state, 0 unless changed, which holds the last gradient, too."""
+    adam = optax.scale_by_adam()
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return {"kept": zeros, "rate": jnp.float32(0), "adam": adam.init(params)}
+
+    def update(grads, state, params=None):
+        updates, moments = adam.update(grads, state["adam"], params)
+        updates = jax.tree.map(lambda u: -state["rate"] * u, updates)
+        return updates, {"kept": grads, "rate": state["rate"], "adam": moments}
+
+    return optax.GradientTransformation(init, update)
 
 
 @functools.cache
 def recorded(name):
     """The objective, and parameters and extra as host arrays."""
-    objective = common.build(name, recorded=True)
-    return objective, *drawn(objective)
+    return common.build(name, recorded=True), *common.perturbed(name)[1:]
 
 
-def drawn(objective):
-    """Random values of the sizes that initial ones have, which no compiler is needed for."""
-    g = np.random.default_rng(7)
-
-    def draw(keys, leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):  # counters, places in a queue
-            return np.zeros(leaf.shape, leaf.dtype)
-        noise, path = np.asarray(g.standard_normal(leaf.shape), leaf.dtype), path_name(keys)
-        if path.endswith(("scale", "var")):
-            return 1 + np.abs(noise) / 10
-        if not path.endswith("kernel"):
-            return noise / 10
-        fan_in = math.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[max(leaf.ndim - 2, 0)]
-        return noise / math.sqrt(fan_in)
-
-    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
-    return jax.tree.map_with_path(draw, shapes)
-
-
+@functools.cache
 def parts(name, mesh, min_size=MIN_SIZE, accumulate=1, rules=()):
     """Step and abstract state of an objective on a mesh."""
     objective, params, extra = recorded(name)
@@ -81,13 +71,28 @@ def parts(name, mesh, min_size=MIN_SIZE, accumulate=1, rules=()):
     return step, abstract, values
 
 
+def placed(values, abstract):
+    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), values, abstract)
+
+
+def training(name):
+    """A state to train from, which the step may consume, and the step, key and mesh."""
+    mesh = mesh_of(1)
+    step, abstract, values = parts(name, mesh)
+    opt_state = {**values.opt_state, "rate": np.float32(1e-3)}
+    values = dataclasses.replace(values, step=np.int32(0), opt_state=opt_state)
+    return placed(values, abstract), step, placed_key(jax.random.key(0), mesh), mesh
+
+
 def one_step(name, mesh, min_size=MIN_SIZE, accumulate=1, rows=slice(None)):
     """Run it from the same state and batch; ``rows`` of the batch are this process's."""
     step, abstract, values = parts(name, mesh, min_size, accumulate)
-    state = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), values, abstract)
     inputs = place_batch(jax.tree.map(lambda x: x[rows], batch(name)), mesh)
-    arguments = (state, inputs, None, placed_key(jax.random.key(5), mesh))
-    state, scalars = step.lower(*arguments).compile(QUICK)(*arguments)
+    arguments = (placed(values, abstract), inputs, None, placed_key(jax.random.key(5), mesh))
+    if os.environ.get("DSAD_TEST_OPTIMISED"):
+        step = step.lower(*arguments).compile(QUICK)
+    with jax.set_mesh(mesh):  # as all who call the step: one program
+        state, scalars = step(*arguments)
     out = {"grads": state.opt_state["kept"], "extra": state.extra, "scalars": scalars}
     # Every process needs a whole copy to bring it to its host.
     out = jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(out))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import math
 import pkgutil
 import types
 from collections.abc import Callable, Mapping
@@ -11,22 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dsad.augment.views import ViewConfig
 from dsad.core import batch as batches
 from dsad.core import config as core_config
 from dsad.core.batch import BatchSpec
-from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.recipe import OptimConfig
+from dsad.core.tree import path_name
 from dsad.core.types import PerSample, Record, RunInfo
 from dsad.data import facts as image_facts
 from dsad.data.companions import CompanionDraws
 from dsad.models.decoder import DecoderConfig
 from dsad.objectives import mae
-from dsad.train.optim import make_optimizer, make_schedule
-from dsad.train.state import abstract_state, initial_state
-from dsad.train.step import make_step, placed_key
 from tests.seams import objectives as seams
 
 BATCH, CANVAS, SIDE = 8, 40, 32
@@ -165,38 +161,24 @@ def batch(name, epoch=0):
 
 @functools.cache
 def perturbed(name):
-    """The objective with perturbed parameters: fresh ones hide gradients behind zero scales."""
-    objective, state = build(name), _fresh(name)
-    params, extra = jax.device_get((state.params, state.extra))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(9), len(leaves))
-    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return objective, jax.tree.unflatten(tree, noisy), extra
+    """The objective, and parameters and extra on the host that no gradient vanishes at."""
+    return build(name), *drawn(build(name))
 
 
-@functools.cache
-def _parts(name):
-    """Objective, optimiser, abstract state, step and mesh of a training run on one device."""
-    objective = build(name)
-    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    optim = OptimConfig(name="adamw", lr=1e-3, lr_batch=0, schedule="constant", warmup_epochs=0)
-    schedule = make_schedule(optim, batch_size=BATCH, steps_per_epoch=1, total_steps=30)
-    tx: optax.GradientTransformation = make_optimizer(optim, schedule)
-    abstract = abstract_state(objective, tx, mesh, 2**18)
-    step = make_step(objective, tx, lambda state: schedule(state.step), abstract, mesh=mesh)
-    return objective, tx, abstract, step, mesh
+def drawn(objective):
+    """Random values of the sizes that initial ones have, which no compiler is needed for."""
+    g = np.random.default_rng(7)
 
+    def draw(keys, leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):  # counters, places in a queue
+            return np.zeros(leaf.shape, leaf.dtype)
+        noise, path = np.asarray(g.standard_normal(leaf.shape), leaf.dtype), path_name(keys)
+        if path.endswith(("scale", "var")):
+            return 1 + np.abs(noise) / 10
+        if not path.endswith("kernel"):
+            return noise / 10
+        fan_in = math.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[max(leaf.ndim - 2, 0)]
+        return noise / math.sqrt(fan_in)
 
-@functools.cache
-def _fresh(name):
-    objective, tx, abstract, _, _ = _parts(name)
-    return initial_state(objective, tx, abstract, seed=0)
-
-
-_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-
-
-def training(name):
-    """A fresh state, which the step may consume, and the step, key and mesh that tests share."""
-    *_, step, mesh = _parts(name)
-    return _copied(_fresh(name)), step, placed_key(jax.random.key(0), mesh), mesh
+    shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
+    return jax.tree.map_with_path(draw, shapes)
