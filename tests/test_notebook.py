@@ -1,6 +1,7 @@
 """The notebook runs from top to bottom on reduced settings, and is stored without outputs."""
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 from tests.helpers import ROOT, alone
@@ -15,6 +16,7 @@ def test_outputs_are_stripped():
             assert cell.execution_count is None
 
 
+@pytest.mark.slow
 def test_quickstart_runs(tmp_path, monkeypatch):
     for name, value in alone().items():
         monkeypatch.setenv(name, value)

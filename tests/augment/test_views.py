@@ -141,7 +141,10 @@ def test_epoch_index_and_key_change_the_view():
         assert (other["box"] != base).any(axis=1).all()
 
 
-@pytest.mark.parametrize(("shape", "config"), [((4, 2), EVERYTHING), ((8, 1), GEOMETRY)])
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [pytest.param((4, 2), EVERYTHING, marks=pytest.mark.slow), ((8, 1), GEOMETRY)],
+)
 def test_any_mesh_gives_the_same_views(shape, config):
     batch = make_batch()
     expected = optimised(jitted(config), batch, KEY)

@@ -71,8 +71,8 @@ def test_every_config_has_a_small_size_and_says_what_else_there_is(name):
             loaded(name, "smok")
 
 
-#: In the default run; those of MAE and ISSTAD are in tests/cli/test_stages.py as well.
-QUICK = ("data", "ds2", "knn")
+#: In the default run; other pretraining is in tests/cli/test_stages.py and the demo.
+QUICK = ("data", "knn")
 #: What a config begins with, by a flag that names it.
 BEFORE = {
     "isstad": ("mae", "--config.init_from=runs/mae"),

@@ -23,7 +23,9 @@ def stepped(objective, name):
     return jax.device_get(optimised(jax.jit(run), params, extra, common.batch(name)))
 
 
-@pytest.mark.parametrize("name", ["queue", "ds2", "mae"])
+@pytest.mark.parametrize(
+    "name", ["queue", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ds2", "mae"))]
+)
 def test_weight_0_leaves_any_host_bitwise(name):
     host = common.build(name)
     assert isinstance(host, Embeds)

@@ -86,6 +86,7 @@ ARGV = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_by_itself(tmp_path, monkeypatch, capsys):
     argv = ["evaluate", *ARGV, f"--workdir={tmp_path / 'a'}"]
     assert main.main([*argv[:-1], f"--workdir={tmp_path / 'whole'}"]) == 0

@@ -269,6 +269,7 @@ def test_photos_are_recognised(real):
     assert np.argmax(scores, axis=1).tolist() == [1 + 698, 1 + 985]
 
 
+@pytest.mark.slow
 def test_tiny_images_are_recognised_far_above_chance(real):
     """400 Tiny-ImageNet images, 64 px enlarged to 128, among all 1,001 classes; chance is 0.1 %."""
     with np.load(real_data("natural", "tiny_imagenet_50per200.npz")) as archive:

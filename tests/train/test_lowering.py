@@ -122,6 +122,7 @@ def test_large_mae_collects_the_weights_of_one_block_at_a_time():
     assert state < 1.05 * 12 * count(run.abstract.params) / 8  # weights and two moments
 
 
+@pytest.mark.slow
 def test_tiny_mae_on_eight_shards_trains_as_on_one_device():
     optim = {
         "name": "adamw", "lr": 1e-3, "lr_batch": 0, "schedule": "constant", "warmup_epochs": 0.0,

@@ -57,7 +57,7 @@ def table(name, split, counts):
 @pytest.mark.parametrize(
     ("name", "split", "counts"),
     [
-        pytest.param("mae", True, (2, 8), id="mae-split"),
+        pytest.param("mae", True, (2, 8), id="mae-split", **SLOW),
         pytest.param("mae", False, (2, 8), id="mae"),
         *(pytest.param(*case, (2, 4, 8), **SLOW) for case in CASES),
     ],

@@ -13,14 +13,14 @@ from dsad.objectives.encoder import EncoderObjective
 from dsad.objectives.teacher import averaged, copied
 from dsad.ops.contrast import enqueue, info_nce, make_queue
 from dsad.ops.similarity import unit
-from tests.contracts.objectives.common import VIEW, Case
+from tests.contracts.objectives.common import CROP, Case
 
 
 class Config(Settings, place="objective"):
     width: int = field(16, at_least=1)
     size: int = field(32, at_least=1)
     momentum: float = field(0.99, within=(0, 1))
-    view: ViewConfig = VIEW
+    view: ViewConfig = CROP
 
 
 class Queue(EncoderObjective):
@@ -69,5 +69,4 @@ CASE = Case(
     warm_up=4,
     collectives=frozenset({"all-reduce", "all-gather"}),
     summed=2.0,
-    gradient=1e-3,
 )

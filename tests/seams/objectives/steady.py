@@ -8,13 +8,13 @@ from dsad.augment.views import ViewConfig, make_view
 from dsad.core import rng
 from dsad.core.config import Settings, field
 from dsad.objectives.teacher import interleaved
-from tests.contracts.objectives.common import VIEW, Case
+from tests.contracts.objectives.common import CROP, Case
 from tests.seams.objectives import queue
 
 
 class Config(Settings, place="objective"):
     weight: float = field(1.0, at_least=0)
-    view: ViewConfig = VIEW
+    view: ViewConfig = CROP
 
 
 class Steady:
@@ -58,5 +58,4 @@ CASE = Case(
     warm_up=4,
     collectives=queue.CASE.collectives,
     summed=4.0,
-    gradient=1e-3,
 )
