@@ -25,6 +25,7 @@ from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import Objective, PerSample, Record, RunInfo
 from dsad.data import base as data_base
 from dsad.data import facts as image_facts
+from dsad.evaluation.probe import HeldOut, ProbeConfig, hold_out
 from dsad.train.cache import Gather, abstract_store, fetch_with
 from dsad.train.checkpoint import CheckpointConfig
 from dsad.train.optim import make_optimizer, make_schedule
@@ -51,6 +52,7 @@ class PretrainConfig(Settings, place="config"):
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    probe: ProbeConfig = ProbeConfig()
 
 
 def default_config(objective: str) -> ml_collections.ConfigDict:
@@ -93,6 +95,11 @@ class DataFacts:
     def of(cls, records: Sequence[Record]) -> "DataFacts":
         """Those of the images that are trained on."""
         return cls(samples=len(records), classes=len({r.category for r in records}))
+
+
+def held_out(cfg: PretrainConfig, records: Sequence[Record]) -> HeldOut | None:
+    """Which of the images that a config names are kept from the training; None without a probe."""
+    return hold_out(records, cfg.probe, cfg.seed) if cfg.probe.every else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

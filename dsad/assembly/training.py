@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,15 +12,17 @@ from etils import epath
 from rich.console import Console
 
 from dsad.assembly import runs, workdir
-from dsad.assembly.pretrain import DataFacts, Run, assemble, parse, use_settings
+from dsad.assembly.pretrain import DataFacts, Run, assemble, held_out, parse, use_settings
 from dsad.core import distributed, hosts
 from dsad.core.batch import Batch
 from dsad.core.chips import chip_of
+from dsad.core.config import listed
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import place_batch, replicated
 from dsad.core.types import Dataset, EarlierWeights, PerSample, Progress, Record, Source
 from dsad.data import base as data_base
 from dsad.data.pipeline import Pipeline, make_pipeline
+from dsad.evaluation.probe import HeldOut, Probe, default_layers
 from dsad.terminal import console
 from dsad.train.cache import fetch_with, put_store, rows_here
 from dsad.train.checkpoint import Checkpointer
@@ -34,13 +36,16 @@ from dsad.train.writer import MetricWriter
 class Training:
     """A run with its images: batches, and what of them lives on the devices, or None.
 
-    ``earlier`` are the weights that it starts from, if they were asked for before the images.
+    ``earlier`` are the weights that it starts from, if they were asked for before the images;
+    ``probe`` measures its states on the images ``held`` out, if the config wants it.
     """
 
     run: Run
     pipeline: Pipeline
     store: Any
     earlier: EarlierWeights | None = None
+    held: HeldOut | None = None
+    probe: Callable[[TrainState], dict[str, float]] | None = None
 
     @functools.cached_property
     def pass_functions(self) -> tuple[Any, Any]:
@@ -73,10 +78,41 @@ def build(
     source = distributed.together(
         lambda: data_base.training_source(dataset or data_base.load(cfg.data), cfg.data.split)
     )
-    run = assemble(config, None, DataFacts.of(source.records))
-    _check_needs(run, source.records)
+    held = held_out(cfg, source.records)
+    trained = data_base.selected(source, held.training) if held else source
+    run = assemble(config, None, DataFacts.of(trained.records))
+    _check_needs(run, trained.records)
     earlier = distributed.together(lambda: runs.checked_weights(run)) if weights else None
-    return dataclasses.replace(read(run, source, progress), earlier=earlier)
+    probe = _probe(run, source, held) if held else None
+    training = read(run, trained, progress)
+    return dataclasses.replace(training, earlier=earlier, held=held, probe=probe)
+
+
+def _probe(run: Run, source: Source, held: HeldOut) -> Callable[[TrainState], dict[str, float]]:
+    """What measures the states of a run; ConfigError for maps and images that it cannot take."""
+    cfg, objective = run.config, run.objective
+    network = functools.partial(
+        runs.RunBackbone, function=objective.features, mean=objective.mean, std=objective.std,
+        arch=type(objective).__name__, image_size=None, description="", directory="",
+    )  # fmt: skip
+    side = cfg.probe.image_size or runs.image_size(objective) or cfg.data.canvas
+    image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+    params, extra = run.abstract.params, run.abstract.extra
+    try:
+        maps = jax.eval_shape(objective.features, params, extra, image)
+    except ConfigError as error:
+        raise ConfigError(f"config.probe.image_size: {error}") from error
+    layers = cfg.probe.layers or default_layers(maps)
+    missing = [name for name in layers if name not in maps]
+    if missing or not layers:
+        raise ConfigError(
+            f"config.probe.layers: expected some of the objective's feature maps, {listed(maps)}; "
+            f"found {listed(missing)}. Name others, or set config.probe.every=0."
+        )
+    probe = Probe(
+        source, held, cfg.probe, layers=layers, image_size=side, mesh=run.mesh, seed=cfg.seed
+    )
+    return lambda state: probe(network(params=state.params, extra=state.extra))
 
 
 def read(run: Run, source: Source, progress: Progress | None = None) -> Training:
@@ -110,6 +146,8 @@ def prepare(
     with console.progress("reading images", out) as tell:
         training = build(config, dataset, progress=tell, weights=not continued)
     _check_companions(training, out)
+    if training.held:
+        out.print(f"{training.held}, every {training.run.config.probe.every} steps")
     run, shapes = training.run, jax.tree.leaves(training.run.abstract.params)
     kind = {"train": "normal", "test": "test", "all": "normal and test"}[run.config.data.split]
     out.print(
@@ -170,7 +208,9 @@ def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) 
     batches: Any = training.pipeline.iterator()
     if position is not None:
         batches.set_state(position)
-    writer = MetricWriter(path, resume_step=int(state.step), quiet=not distributed.is_main())
+    # A start at step 0 measures that step again.
+    resume_step = int(state.step) or -1
+    writer = MetricWriter(path, resume_step=resume_step, quiet=not distributed.is_main())
     try:
         with console.progress("pretraining", out) as tell:
             loop = Loop(
@@ -179,7 +219,8 @@ def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) 
                 total_steps=run.info.total_steps, batch_size=run.config.batch_size,
                 log_every=run.config.log_every, writer=writer, checkpointer=checkpointer,
                 meta={"total_steps": run.info.total_steps},
-                on_log=console.training_note(tell), clock=clock, work=_work(run),
+                on_log=_told(tell, out), clock=clock, work=_work(run), probe=training.probe,
+                probe_every=run.config.probe.every,
             )  # fmt: skip
             state, complete = train(loop, state)
     finally:
@@ -187,6 +228,19 @@ def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) 
         writer.close()
         checkpointer.close()
     return complete
+
+
+def _told(tell: Progress, out: Console) -> Callable[[int, int, dict[str, float]], None]:
+    """A line for every probe, a note beside the bar for every line with a loss."""
+    note = console.training_note(tell)
+
+    def on_log(step: int, total: int, row: dict[str, float]) -> None:
+        if "probe_seconds" in row:
+            out.print(console.probe_line(step, row))
+        if "loss" in row:
+            note(step, total, row)
+
+    return on_log
 
 
 def _work(run: Run) -> Work:

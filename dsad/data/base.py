@@ -9,7 +9,7 @@ from dsad.core import config as core_config
 from dsad.core.batch import BatchSpec
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import CanvasSource, Dataset, Record, Sample, Source
+from dsad.core.types import CanvasSource, Dataset, KnownSource, Record, Sample, Source
 
 
 class SyntheticConfig(Settings, place="config.data.synthetic"):
@@ -193,6 +193,45 @@ def training_source(dataset: Dataset, split: str) -> Source:
     parts = [part for name in ("train", "test") if len(part := dataset.source(name))]
     held = bool(parts) and all(isinstance(part, CanvasSource) for part in parts)
     return (_JoinedCanvases if held else _Joined)(parts)
+
+
+class _Selected:
+    """The samples of a source with the numbers ``rows``, in their order."""
+
+    def __init__(self, source: Any, rows: Sequence[int]):
+        self.source, self.rows = source, rows
+        self.records: Sequence[Record] = [source.records[i] for i in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        return self.source[self.rows[index]]
+
+
+class _SelectedKnown(_Selected):
+    """Likewise of a ``KnownSource``."""
+
+    def identity(self, index: int) -> str:
+        return self.source.identity(self.rows[index])
+
+    def annotation(self, index: int, shape: tuple[int, int]) -> Any:
+        return self.source.annotation(self.rows[index], shape)
+
+
+class _SelectedCanvases(_Selected):
+    """Likewise of a ``CanvasSource``."""
+
+    def canvas_reader(self, spec: BatchSpec) -> Callable[[int, dict[str, Any]], None]:
+        reader = self.source.canvas_reader(spec)
+        return lambda index, row: reader(self.rows[index], row)
+
+
+def selected(source: Source, rows: Sequence[int]) -> Source:
+    """The samples with these numbers, in their order, as much of a source as they were in."""
+    if isinstance(source, CanvasSource):
+        return _SelectedCanvases(source, rows)
+    return (_SelectedKnown if isinstance(source, KnownSource) else _Selected)(source, rows)
 
 
 def load(config: DataConfig) -> IndexedDataset:

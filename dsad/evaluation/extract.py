@@ -50,6 +50,7 @@ class Extractor:
         self.tokens = tuple(tokens)
         self.layers = (*layers, *self.tokens)
         self.network: Any = None
+        self._like: Any = None  # of the network: one with equal structure has the same maps
         self._out = fetched(mesh) if then else batch_sharding(mesh)
         self._with_tree = jax.jit(self._forward, out_shardings=self._out)
 
@@ -58,6 +59,19 @@ class Extractor:
 
         Raises ConfigError, with all the maps that it has, for a layer that it does not have.
         """
+        like = jax.tree.structure(_untitled(backbone)) if _is_arrays(backbone) else None
+        if like is None or self._like is None or like != self._like:
+            self._check(backbone)
+        backbone = backbone.only(self.layers)
+        self.network, self._like = None, like
+        if like is not None:
+            self.network = network = placed(_untitled(backbone), self.mesh)
+            self._run: Callable[[jax.Array], Any] = functools.partial(self._with_tree, network)
+        else:
+            forward = functools.partial(self._forward, backbone)
+            self._run = jax.jit(forward, out_shardings=self._out)
+
+    def _check(self, backbone: Backbone) -> None:
         images = jax.ShapeDtypeStruct((1, *self.size, 3), jnp.float32)
         maps = jax.eval_shape(backbone, images)
         tokens = backbone.tokens if isinstance(backbone, HasTokens) else ()
@@ -73,14 +87,6 @@ class Extractor:
                 f"detector.layers: the backbone has no feature map {listed(missing)}; "
                 f"it has: {listed(maps)}."
             )
-        backbone = backbone.only(self.layers)
-        self.network = None
-        if _is_arrays(backbone):
-            self.network = network = placed(_untitled(backbone), self.mesh)
-            self._run: Callable[[jax.Array], Any] = functools.partial(self._with_tree, network)
-        else:
-            forward = functools.partial(self._forward, backbone)
-            self._run = jax.jit(forward, out_shardings=self._out)
 
     def __call__(self, images: np.ndarray) -> Any:
         """The maps {layer: (b, h, w, channels)}, or what ``then`` made of them, ready."""
@@ -132,15 +138,18 @@ class Extractor:
 def placed(backbone: Backbone, mesh: Mesh) -> Backbone:
     """The backbone with its arrays on every device; one that is no pytree of arrays as it is.
 
+    Arrays that lie on these devices already, whole or split, stay as they are.
+
     Raises ConfigError if the processes of the mesh have unlike weights.
     """
     if not _is_arrays(backbone):
         return backbone
+    leaves, structure = jax.tree.flatten(backbone)
+    devices = set(mesh.devices.flat)
+    if all(isinstance(x, jax.Array) and x.sharding.device_set == devices for x in leaves):
+        return backbone
     if not spans(mesh):
         return jax.device_put(backbone, replicated(mesh))
-    leaves, structure = jax.tree.flatten(backbone)
-    if all(isinstance(x, jax.Array) and not x.is_fully_addressable for x in leaves):
-        return backbone  # placed before
     leaves = [np.asarray(x) for x in leaves]
     if not Hosts.of(mesh).same(leaves):
         raise ConfigError(

@@ -10,7 +10,8 @@ from scipy import ndimage
 
 from dsad.core.config import Settings, as_dict, field
 from dsad.core.errors import ConfigError
-from dsad.core.types import Dataset, KnownSource, Record, Sample, Source
+from dsad.core.types import Dataset, Record, Sample, Source
+from dsad.data.base import selected
 
 #: Said in the stamp.
 RULE = "lowest SHA-256 of (seed, category, path), in path order"
@@ -37,32 +38,6 @@ class Support:
         """Of the lines "bank" or "held_out", tab, path."""
         lines = [f"bank\t{p}\n" for p in self.bank] + [f"held_out\t{p}\n" for p in self.held_out]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-class Subset:
-    """The samples of a source with the given paths, in their order."""
-
-    def __init__(self, source: Source, paths: Sequence[str]) -> None:
-        place = {r.path: i for i, r in enumerate(source.records)}
-        self._source: Any = source
-        self._at = [place[p] for p in paths]
-        self.records: Sequence[Record] = [source.records[i] for i in self._at]
-
-    def __len__(self) -> int:
-        return len(self._at)
-
-    def __getitem__(self, index: int, /) -> Sample:
-        return self._source[self._at[index]]
-
-
-class _KnownSubset(Subset):
-    """Likewise of a ``KnownSource``."""
-
-    def identity(self, index: int) -> str:
-        return self._source.identity(self._at[index])
-
-    def annotation(self, index: int, shape: tuple[int, int]) -> np.ndarray | None:
-        return self._source.annotation(self._at[index], shape)
 
 
 class SupportConfig(Settings, place="support"):
@@ -107,9 +82,10 @@ class _Rotated:
         return dataclasses.replace(sample, image=turned(sample.image, 1), mask=mask)
 
 
-def subset(source: Source, paths: Sequence[str]) -> Subset:
+def subset(source: Source, paths: Sequence[str]) -> Source:
     """The samples of a source with the given paths, in their order."""
-    return (_KnownSubset if isinstance(source, KnownSource) else Subset)(source, paths)
+    place = {r.path: i for i, r in enumerate(source.records)}
+    return selected(source, [place[p] for p in paths])
 
 
 def draw(paths: Sequence[str], shots: int, seed: int, category: str) -> tuple[str, ...]:
@@ -118,11 +94,13 @@ def draw(paths: Sequence[str], shots: int, seed: int, category: str) -> tuple[st
     A path's rank is the SHA-256 of the three, so the draw is the same on every machine, for any
     order of the files, and the one-shot set lies in the two-shot set of the same seed.
     """
+    ranked = sorted(paths, key=lambda path: rank(path, seed, category))
+    return tuple(sorted(ranked[:shots] if shots else paths))
 
-    def rank(path: str) -> str:
-        return hashlib.sha256(f"{seed}\t{category}\t{path}".encode()).hexdigest()
 
-    return tuple(sorted(sorted(paths, key=rank)[:shots] if shots else paths))
+def rank(name: str, seed: int, category: str) -> str:
+    """Where an image or a group of a category stands in the order of random draws."""
+    return hashlib.sha256(f"{seed}\t{category}\t{name}".encode()).hexdigest()
 
 
 def choose(

@@ -51,7 +51,7 @@ class Plan:
 def make(config: Any, options: Options, devices: list[Any], out: Console) -> Plan:
     """Plan one config on the devices; raises ConfigError for what cannot be built."""
     cfg, _, _ = parse(config)
-    samples, classes, source = _samples.count(cfg.data, options.spec, options.samples)
+    samples, classes, source = _samples.count(cfg, options.spec, options.samples)
     run = assemble(config, devices, DataFacts(samples=samples, classes=classes))
     model_flops = run.model_flops_per_image()
     about = options.target.name if options.target else devices[0].device_kind

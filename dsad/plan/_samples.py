@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from dsad.assembly.pretrain import DataFacts
+from dsad.assembly.pretrain import DataFacts, PretrainConfig, held_out
 from dsad.data import base as data_base
 from dsad.data import imagenet, mtd, mvtec
 
@@ -11,18 +11,23 @@ from dsad.data import imagenet, mtd, mvtec
 CONFIGS = {"mae_imagenet": "imagenet"}
 
 
-def count(data: data_base.DataConfig, spec: str, told: int) -> tuple[int | None, int, str]:
+def count(cfg: PretrainConfig, spec: str, told: int) -> tuple[int | None, int, str]:
     """Samples (None if unknown), categories, and where the numbers come from.
 
     ``spec`` is the value of ``--config``, ``told`` that of ``--samples``, 0 without it. A data set
     that is there is indexed, and its faults are errors; of the others the published size counts.
+    Images that the probe holds out are not among the samples.
     """
+    data = cfg.data
     known = published(data, pathlib.Path(spec.partition(":")[0]).stem)
     images, classes = known or (None, max(1, len(data.categories)))
     if data.name == "synthetic" or (data.root and os.path.isdir(os.path.expanduser(data.root))):
-        facts = DataFacts.of(data_base.training_source(data_base.load(data), data.split).records)
+        records = data_base.training_source(data_base.load(data), data.split).records
+        held = held_out(cfg, records)
+        facts = DataFacts.of([records[i] for i in held.training] if held else records)
         return told or facts.samples, facts.classes, "--samples" if told else "the data set"
     origin = "its published size" if images else ""
+    images = images - cfg.probe.images if images and cfg.probe.every else images
     return told or images, classes, "--samples" if told else origin
 
 

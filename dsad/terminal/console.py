@@ -111,6 +111,16 @@ def training_note(
     return on_log
 
 
+def probe_line(step: int, row: dict[str, float]) -> str:
+    """What a line of metrics says of the probe, and of the loss where it has one."""
+    names = {
+        "loss": "loss", "probe_aupro": "probe AUPRO", "probe_pixel_auroc": "pixel AUROC",
+        "probe_image_auroc": "image AUROC",
+    }  # fmt: skip
+    numbers = [f"{said} {row[name]:.3f}" for name, said in names.items() if name in row]
+    return f"step {step}: {', '.join(numbers)}"
+
+
 def _speed(row: dict[str, float]) -> str:
     """What the numbers of a line say of speed; the first line of a run has none."""
     if "images_per_s" not in row:

@@ -12,6 +12,7 @@ On every line, besides the objective's scalars (means over the line's steps; ``l
     peak_memory_mib         most memory in use on a device so far (of the process, on CPUs)
     goodput                 share of the wall time since the run was first started, with pauses and
                             repeated steps, in which updates were computed that still count
+    probe_seconds           what the measurement of the state took, on lines that have one
 
 Of several processes, memory is that of the fullest and the wait that of the slowest one, both as
 they were at the line before: to ask for them now would wait for the devices.
@@ -78,7 +79,7 @@ class Clock:
     def interval(self) -> tuple[float, float]:
         """End the interval and begin the next: its seconds, and those spent waiting for input.
 
-        Time in which a checkpoint held up the loop is not part of either.
+        Time in which a checkpoint or a probe held up the loop is not part of either.
         """
         seconds = time.perf_counter() - self.mark - self.stalled
         waited = self.waited
@@ -124,9 +125,16 @@ class Log:
         if len(self.pending) > ahead:
             jax.block_until_ready(self.pending[-1 - ahead][1])
 
-    def flush(self, keep: int) -> None:
+    def line(self, step: int, row: dict[str, float]) -> None:
+        """Write a line and tell it."""
+        if self.writer is not None:
+            self.writer.write(step, row)
+        self.on_log(step, self.total_steps, row)
+
+    def flush(self, keep: int, also: Callable[[], dict[str, float]] | None = None) -> None:
         """Fetch, check and write all but the last ``keep`` steps.
 
+        ``also`` is called when all of them were finite; the line of the last one holds the result.
         Raises NonFiniteError naming step and metrics, before anything of that step is saved.
         """
         ready = self.pending[: len(self.pending) - keep]
@@ -142,15 +150,16 @@ class Log:
                 )
             self.rows.append(scalars)
             self.steps_timed += 1
-            if step % self.every == 0 or step == self.total_steps:
-                self._write(step)
+            further = also() if also and step == ready[-1][0] else {}
+            if further or step % self.every == 0 or step == self.total_steps:
+                self._write(step, further)
 
     def finish(self, step: int) -> None:
         """The line of an interval that a stop cut short."""
         if self.rows:
-            self._write(step)
+            self._write(step, {})
 
-    def _write(self, step: int) -> None:
+    def _write(self, step: int, further: dict[str, float]) -> None:
         row = {k: float(np.mean([r[k] for r in self.rows])) for k in self.rows[0]}
         row["lr"] = self.rows[-1]["lr"]
         waited = 0.0
@@ -167,9 +176,7 @@ class Log:
         row["peak_memory_mib"] = memory
         row["goodput"] = self.clock.goodput()
         self.rows, self.steps_timed = [], 0
-        if self.writer is not None:
-            self.writer.write(step, row)
-        self.on_log(step, self.total_steps, row)
+        self.line(step, row | further)
 
     def _speed(self, seconds: float) -> dict[str, float]:
         speed = self.steps_timed * self.batch_size / seconds

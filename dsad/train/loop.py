@@ -1,6 +1,7 @@
 """The one training loop of every objective."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -52,6 +53,7 @@ class Loop:
       on_log: called with (step, total, scalars) after each logged line.
       clock: continued from the checkpoint's meta on a resumed run.
       work: what an image costs to compute, for the log.
+      probe: measures a state, for the lines of step 0, of every ``probe_every``-th and of the last.
       now: seconds, for checkpoints by time.
 
     """
@@ -71,6 +73,8 @@ class Loop:
     on_log: OnLog = lambda step, total, scalars: None
     clock: Clock = dataclasses.field(default_factory=Clock)
     work: Work = dataclasses.field(default_factory=Work)
+    probe: Callable[[TrainState], dict[str, float]] | None = None
+    probe_every: int = 0
     now: Callable[[], float] = time.monotonic
 
 
@@ -82,6 +86,8 @@ def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
     """
     first = step = saved = int(state.step)
     log = _log(loop)
+    if first == 0 and loop.probe:
+        log.line(0, _probed(loop, state))
     with StopSignal() as stop:
         while step < loop.total_steps and not stop.reached(step):
             inputs = _next(loop)
@@ -93,8 +99,11 @@ def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
                 log.start_clock()  # the first step also compiles
             log.throttle(_AHEAD)
             saving = step < loop.total_steps and _saves(loop, step)
-            if saving:
-                log.flush(keep=0)  # a checkpoint needs to know that its own step was finite
+            probing = loop.probe and (step % loop.probe_every == 0 or step == loop.total_steps)
+            if saving or probing:
+                log.flush(keep=1)  # a line due at the step before is timed by that step
+                # A checkpoint needs to know that its own step was finite, and so does a probe.
+                log.flush(keep=0, also=functools.partial(_probed, loop, state) if probing else None)
             elif step > first + 1 and step % loop.log_every == 1 % loop.log_every:
                 # The line of the step before, with this one in flight: fetching never drains the
                 # devices.
@@ -124,6 +133,16 @@ def _log(loop: Loop) -> Log:
         writer=loop.writer, settings=loop.settings, kept=kept, clock=loop.clock, work=loop.work,
         on_log=loop.on_log,
     )  # fmt: skip
+
+
+def _probed(loop: Loop, state: TrainState) -> dict[str, float]:
+    """What the probe says of a state; the step is done, and the next one waits."""
+    assert loop.probe is not None
+    start = time.perf_counter()
+    values = loop.probe(state)
+    seconds = time.perf_counter() - start
+    loop.clock.stalled += seconds
+    return {**values, "probe_seconds": seconds}
 
 
 def _next(loop: Loop) -> Any:

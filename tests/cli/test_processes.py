@@ -61,12 +61,15 @@ def assert_equal(one, two):
 @pytest.mark.slow
 @pytest.mark.multihost
 def test_two_processes_train_as_one_and_either_continues_the_other(tmp_path, images, monkeypatch):
-    """Four devices each time; the second half by the other kind."""
-    argv = (*SMOKE, f"--config.data.root={images}", "--config.checkpoint.every=3")
+    """Four devices each time; the second half by the other kind. Both probe, and agree."""
+    argv = (
+        *SMOKE, f"--config.data.root={images}", "--config.checkpoint.every=3",
+        "--config.probe.every=3", "--config.probe.images=3",
+    )  # fmt: skip
     code, out = finished(launched(*argv, "--config.steps=6", f"--workdir={tmp_path}/two"))
     assert code == 0, out
-    assert "[0] 21 normal images" in out
-    assert "[1] 21 normal images" not in out  # one of them talks
+    assert "[0] 18 normal images" in out
+    assert "[1] 18 normal images" not in out  # one of them talks
     assert json.loads((tmp_path / "two/complete.json").read_text()) == {"step": 6}
 
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
@@ -74,8 +77,11 @@ def test_two_processes_train_as_one_and_either_continues_the_other(tmp_path, ima
     assert one.returncode == 0, one.stderr
     assert_equal(weights(tmp_path / "one")[0], weights(tmp_path / "two")[0])
     rows = [read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "two")]
-    assert [r["step"] for r in rows[1]] == [1, 2, 3, 4, 5, 6]
-    np.testing.assert_allclose([r["loss"] for r in rows[1]], [r["loss"] for r in rows[0]], 1e-5)
+    assert [r["step"] for r in rows[1]] == [0, 1, 2, 3, 4, 5, 6]
+    for name, count in (("loss", 6), ("probe_aupro", 3), ("probe_image_auroc", 3)):
+        one, two = ([r[name] for r in each if name in r] for each in rows)
+        assert len(one) == count
+        np.testing.assert_allclose(two, one, 1e-5 if name == "loss" else 2e-3)
 
     # Take the last checkpoint away: the other kind makes the steps that are missing, equally.
     for name in ("one", "two"):

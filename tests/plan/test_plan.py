@@ -69,7 +69,7 @@ def test_the_step_is_that_of_the_run(spec, overrides):
         chosen.mesh.rules = (("decoder/.*/fc1/kernel", "-,-,fsdp"),)
     real = training.build(chosen)
     run, inputs = real.run, next(real.pipeline.iterator())
-    samples, classes, _ = _samples.count(run.config.data, spec, 0)
+    samples, classes, _ = _samples.count(run.config, spec, 0)
     planned = assemble(chosen, jax.devices(), DataFacts(samples=samples, classes=classes))
     assert (planned.info, planned.spec) == (run.info, run.spec)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), planned.inputs) == jax.tree.map(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from dsad.assembly.pretrain import DataFacts, assemble
+from dsad.assembly.pretrain import DataFacts, PretrainConfig, assemble
 from dsad.cli import main
 from dsad.core.chips import CHIPS, Chip
 from dsad.core.errors import ConfigError
@@ -89,7 +89,7 @@ def test_wrong_flags_are_refused(argv, capsys):
 
 def test_numbers_of_images():
     def of(spec, told=0, **data):
-        return _samples.count(DataConfig(**data), spec, told)
+        return _samples.count(PretrainConfig(data=DataConfig(**data)), spec, told)
 
     assert of("configs/mae_imagenet.py:large", name="folder")[0] == 1_281_167
     assert of("mae", name="imagenet")[0] == 1_281_167
@@ -106,11 +106,12 @@ def test_numbers_of_images():
     assert of("mae", name="imagenet")[1] == 1000
     assert of("ds2", name="mvtec", split="all")[0] is None  # what is published are the normal ones
     synthetic = DataConfig(name="synthetic")
-    found = _samples.count(synthetic, "mae", 0)
+    found = _samples.count(PretrainConfig(data=synthetic), "mae", 0)
     assert found[0] == found[1] * synthetic.synthetic.train
     assert found[2] == "the data set"
     tested = DataConfig(name="synthetic", split="test")
-    assert _samples.count(tested, "mae", 0)[0] == len(base.load(tested).source("test")) != found[0]
+    of_tested = _samples.count(PretrainConfig(data=tested), "mae", 0)[0]
+    assert of_tested == len(base.load(tested).source("test")) != found[0]
 
 
 def test_data_that_are_there_are_counted(tmp_path):
@@ -119,7 +120,8 @@ def test_data_that_are_there_are_counted(tmp_path):
     for i in range(3):
         (tmp_path / "any").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "any" / f"{i}.png")
-    found = _samples.count(DataConfig(name="folder", root=str(tmp_path)), "mae_imagenet", 0)
+    cfg = PretrainConfig(data=DataConfig(name="folder", root=str(tmp_path)))
+    found = _samples.count(cfg, "mae_imagenet", 0)
     assert found == (3, 1, "the data set")
 
 

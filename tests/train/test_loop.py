@@ -348,3 +348,34 @@ def test_runs_of_other_seeds_share_the_program_but_no_draw(mesh):
     views = jax.random.uniform(rng.named(base, "views"), (8,))
     drawn = jax.random.uniform(jax.random.fold_in(rng.named(base, "loss"), 0))
     assert found[1] == (pytest.approx(float(views.mean()), rel=1e-6), float(drawn))
+
+
+def test_a_probe_is_on_its_steps_line_and_no_part_of_their_time(tmp_path, monkeypatch):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    _, state, step = parts(Line(), mesh)
+
+    now, spent = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + spent[0])
+
+    def probe(state):
+        spent[0] += 1000.0
+        return {"probe_w": float(state.params["w"][0])}
+
+    run = loop(tmp_path, step, mesh, Batches(), probe=probe, probe_every=3, log_every=2)
+    train(run, state)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [0, 2, 3, 4, 6, 7]
+    probed = {r["step"]: r["probe_w"] for r in rows if "probe_w" in r}
+    assert probed == {n: pytest.approx(2.0 * 0.95**n, rel=1e-5) for n in (0, 3, 6, 7)}
+    assert all(r["probe_seconds"] >= 1000 for r in rows if "probe_w" in r)
+    assert max(r["step_ms"] for r in rows[2:]) < 1e5
+
+
+def test_a_state_that_is_not_finite_is_not_probed(tmp_path):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    _, state, step = parts(Line(nan_at=2), mesh)
+    seen = []
+    probe = {"probe": lambda state: seen.append(int(state.step)) or {}, "probe_every": 1}
+    with pytest.raises(NonFiniteError, match="step 3"):
+        train(loop(tmp_path, step, mesh, Batches(), **probe), state)
+    assert seen == [0, 1, 2]

@@ -35,6 +35,7 @@ _TRAINING = {
     "grad_norm": "Gradient norm",
     "feature_std": "Feature standard deviation",
     "effective_rank": "Effective rank",
+    "probe_aupro": "AUPRO of the probe",
     "images_per_s": "Images per second",
 }
 
