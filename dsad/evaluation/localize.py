@@ -307,6 +307,7 @@ class _Run:
         scored = score(
             reader, fitted, test, f"{category}/test", self.tick(category, "scores"),
             keep=keep, writer=writer, whole=whole,
+            picture=gallery.picture if config.gallery and seed == self.seeds[0] else None,
         )  # fmt: skip
         if config.false_alarm_rate > 0:
             held = self.sets[category][seed].held_out
@@ -356,11 +357,10 @@ class _Run:
         made.images[category] = numbers.of_images(test, scored, ranked=ranked)
         made.cases[category] = gallery.choose_cases(made.images[category], self.config.gallery)
         cases = made.cases[category]
-        maps = dict(zip(scored.own, scored.maps, strict=True))
-        made.gallery.update(gallery.pictures(category, test, maps, scale, cases, hosts))
+        made.gallery.update(gallery.pictures(category, test, scored, scale, cases))
         assert self.device is not None
         further, tops = panels.pictures(
-            self.device, self.detector, self.config, category, test, cases
+            self.device, self.detector, self.config, category, test, scored, cases
         )
         made.gallery.update(further)
         made.scales[category] = {**scale, **tops}
