@@ -67,12 +67,8 @@ def supports(
     dataset: Dataset,
     categories: Sequence[str],
     config: EvalConfig,
-    support_config: support.SupportConfig,
-    *,
-    shots: int,
-    seeds: Sequence[int],
-    pooled: bool = False,
-) -> dict[str, dict[int, support.Support]]:
+    sampling: support.Sampling,
+) -> support.Sets:
     """The images that the detector is fitted on, by category and seed; nothing is decoded.
 
     Refuses what is sure to fail: raises DataError for categories without images to fit on, for
@@ -91,11 +87,12 @@ def supports(
             "categories out of config.data.categories."
         )
     if split == "test":
-        return _test_images(dataset, categories, config, support_config, shots, seeds)
+        return _test_images(dataset, categories, config, sampling)
+    seeds = sampling.seeds
     holdout = config.holdout if config.false_alarm_rate > 0 else 0
-    sets = support.choose(dataset, categories, shots=shots, seeds=seeds, holdout=holdout)
-    images = {c: len(sets[c][seeds[0]].bank) * support_config.rotations for c in categories}
-    if pooled:
+    sets = support.choose(dataset, categories, shots=sampling.shots, seeds=seeds, holdout=holdout)
+    images = {c: len(sets[c][seeds[0]].bank) * sampling.support.rotations for c in categories}
+    if sampling.pooled:
         images = {"all categories": sum(images.values())}
     least = detector.traits.least_images
     if few := [f"{n} of {c}" for c, n in images.items() if n < least]:
@@ -104,22 +101,20 @@ def supports(
             f"{listed(few)}. Add images, raise shots, or choose another detector or other "
             "components of it."
         )
-    return sets
+    return support.Sets(sampling, sets)
 
 
 def _test_images(
     dataset: Dataset,
     categories: Sequence[str],
     config: EvalConfig,
-    support_config: support.SupportConfig,
-    shots: int,
-    seeds: Sequence[int],
-) -> dict[str, dict[int, support.Support]]:
+    sampling: support.Sampling,
+) -> support.Sets:
     """All test images, for every seed."""
     for key, value, alone in (
-        ("shots", shots, 0),
+        ("shots", sampling.shots, 0),
         ("evaluation.false_alarm_rate", config.false_alarm_rate, 0),
-        ("support.rotations", support_config.rotations, 1),
+        ("support.rotations", sampling.support.rotations, 1),
     ):
         if value != alone:
             raise ConfigError(
@@ -127,7 +122,8 @@ def _test_images(
                 f"image; expected {alone}, found {value:g}."
             )
     images = {c: tuple(r.path for r in dataset.source("test", c).records) for c in categories}
-    return {c: {seed: support.Support(bank=images[c]) for seed in seeds} for c in categories}
+    sets = {c: dict.fromkeys(sampling.seeds, support.Support(bank=images[c])) for c in categories}
+    return support.Sets(sampling, sets)
 
 
 def training_data(

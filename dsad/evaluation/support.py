@@ -83,6 +83,32 @@ class SupportConfig(Settings, place="support"):
 AS_DRAWN = SupportConfig()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Which training images are used, and for how many fits.
+
+    ``shots`` of each category (0: all) are drawn by every one of ``seeds``; ``support`` is what
+    becomes of them, and ``pooled`` fits one detector on those of all categories together.
+    """
+
+    shots: int = 0
+    seeds: tuple[int, ...] = (0,)
+    support: SupportConfig = AS_DRAWN
+    pooled: bool = False
+
+
+#: Every training image, once.
+ALL = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sets:
+    """The support sets of every category and seed, and the sampling that they come from."""
+
+    sampling: Sampling
+    by_category: Mapping[str, Mapping[int, Support]]
+
+
 class _Rotated:
     """Sample ``i * rotations + r`` is sample i, rotated for the r-th time."""
 
@@ -167,36 +193,29 @@ def choose(
     return made
 
 
-def describe(
-    chosen: Mapping[str, Mapping[int, Support]],
-    config: SupportConfig,
-    *,
-    shots: int,
-    seeds: Sequence[int],
-    split: str = "train",
-) -> dict[str, Any]:
+def describe(sets: Sets, split: str = "train") -> dict[str, Any]:
     """For the stamp: counts and one hash over all sets; the paths are in the results."""
-    digest = hashlib.sha256()
+    sampling, chosen, digest = sets.sampling, sets.by_category, hashlib.sha256()
     for category in sorted(chosen):
         for seed in sorted(chosen[category]):
             digest.update(f"{category}\t{seed}\t{chosen[category][seed].sha256}\n".encode())
     return {
-        "shots": shots or "all",
-        "rule": RULE if shots else WHOLE[split],
-        "seeds": list(seeds),
-        **as_dict(config),
+        "shots": sampling.shots or "all",
+        "rule": RULE if sampling.shots else WHOLE[split],
+        "seeds": list(sampling.seeds),
+        **as_dict(sampling.support),
         "sha256": digest.hexdigest(),
     }
 
 
-def listing(chosen: Mapping[str, Mapping[int, Support]], *, shots: int) -> dict[str, Any]:
+def listing(sets: Sets) -> dict[str, Any]:
     """For the results: per category and seed the hash, the count, and the paths if drawn."""
     made: dict[str, Any] = {}
-    for category, by_seed in chosen.items():
+    for category, by_seed in sets.by_category.items():
         made[category] = {}
         for seed, support in by_seed.items():
             row: dict[str, Any] = {"sha256": support.sha256, "images": len(support.bank)}
-            if shots:
+            if sets.sampling.shots:
                 row["paths"] = list(support.bank)
             if support.held_out:
                 row["held_out"] = list(support.held_out)

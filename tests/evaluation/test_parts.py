@@ -9,6 +9,7 @@ from dsad.cli import main
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.evaluation import localize as module
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
+from dsad.evaluation.support import Sampling
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
 CATEGORIES = ("disc", "ring", "to/p", "[/x]")
@@ -35,7 +36,7 @@ def run(folder, detector, strength=9, **config):
         Pooled(), detector, Planted(categories=CATEGORIES, strength=strength),
         EvalConfig(image_size=48, batch_size=4, workers=2, false_alarm_rate=0.3, **config),
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(3), folder=folder,
-        seeds=(0, 1), shots=6,
+        sampling=Sampling(seeds=(0, 1), shots=6),
     )  # fmt: skip
 
 
