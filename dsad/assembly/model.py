@@ -112,19 +112,23 @@ class _Images:
 class Writer:
     """Writes the models of an evaluation one by one; the index comes last, so all or none is there.
 
-    Raises WorkdirError if ``directory`` holds anything else, or a model that is not to be replaced.
+    Raises WorkdirError if ``directory`` holds anything else, or a model that is not to be replaced;
+    one that is stays until the first of the new ones is fitted.
     """
 
     def __init__(self, directory: str, *, overwrite: bool) -> None:
         self.directory = paths.directory(directory)
         self._index: dict[str, Any] = {"backbones": [], "categories": {}, "sha256": {}}
         self._last: Any = None
-        distributed.on_main(lambda: _cleared(self.directory, overwrite))
+        self._overwrite = overwrite
+        distributed.on_main(lambda: _clear(self.directory, overwrite, dry=True))
 
     def keep(
         self, title: str, categories: Sequence[str], network: Any, fitted: Fitted, results: Results
     ) -> None:
         """Add the model of some categories; every process calls, the first one writes."""
+        if not self._index["categories"]:
+            distributed.on_main(lambda: _clear(self.directory, self._overwrite))
         if network is not self._last:
             self._last, number = network, len(self._index["backbones"])
             inner = network
@@ -159,8 +163,11 @@ class Writer:
         return outline
 
 
-def _cleared(directory: epath.Path, overwrite: bool) -> None:
-    """Remove an older model that may be replaced, and what a stopped evaluation left."""
+def _clear(directory: epath.Path, overwrite: bool, *, dry: bool = False) -> None:
+    """Remove an older model that may be replaced, and what a stopped evaluation left.
+
+    ``dry``: only refuse what may not be removed.
+    """
     with paths.writing(directory, _ADVICE):
         there = list(directory.iterdir()) if directory.is_dir() else []
         names = {p.name for p in there}
@@ -174,7 +181,7 @@ def _cleared(directory: epath.Path, overwrite: bool) -> None:
                 f"--save-model={directory}: holds {foreign[0]}, which is no part of a model. "
                 "Choose another directory."
             )
-        for path in sorted(there, key=lambda p: p.name != INDEX):
+        for path in [] if dry else sorted(there, key=lambda p: p.name != INDEX):
             path.unlink()
 
 

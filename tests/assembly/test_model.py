@@ -14,6 +14,7 @@ from dsad.core.config import members
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import make_mesh
 from dsad.data import base
+from dsad.evaluation import localize
 from dsad.evaluation.localize import read_results
 from dsad.models import wrappers
 from tests.helpers import untrained_run
@@ -164,6 +165,26 @@ def test_faults_are_named(folder, tmp_path, capsys):
         capsys, *argv
     )
     assert not (tmp_path / "w").exists()
+
+
+def test_an_old_model_is_replaced_only_by_a_new_one(folder, tmp_path, capsys, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    files = {p.name: p.read_bytes() for p in model.iterdir()}
+    one = (*SMALL, *LIGHT, "--config.data.categories=('tiles',)")
+    both = (*one, f"--save-model={model}", "--overwrite")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "letter.txt").write_text("dear")
+    assert "no dsad run" in fails(capsys, *both, f"--workdir={tmp_path / 'letters'}")
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == files
+    with monkeypatch.context() as patch:
+        patch.setattr(localize, "score", lambda *given, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main.main(["evaluate", *both, f"--workdir={tmp_path / 'w'}"])
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == files
+    run(*both, f"--workdir={tmp_path / 'w'}")
+    assert Saved.read(model).titles() == ("tiles",)
+    assert not (model / "wood.safetensors").exists()
 
 
 def test_what_a_stopped_evaluation_left_blocks_nothing(folder, tmp_path):
