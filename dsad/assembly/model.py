@@ -123,18 +123,26 @@ class Writer:
         self._overwrite = overwrite
         distributed.on_main(lambda: _clear(self.directory, overwrite, dry=True))
 
+    def check(self, detector: Detector, backbone: Backbone | None, seeds: Sequence[int]) -> None:
+        """Refuse what cannot be saved, or must not be; raises ConfigError."""
+        if len(seeds) > 1:
+            raise ConfigError(
+                f"--save-model: expected a fit with a single seed, found config.seeds={seeds}."
+            )
+        if detector.traits.fits_on == "test":
+            raise ConfigError("--save-model: what is fitted on the test images is of no other use.")
+        if backbone is not None:
+            _recipe(backbone)
+
     def keep(
-        self, title: str, categories: Sequence[str], network: Any, fitted: Fitted, results: Results
+        self, title: str, categories: Sequence[str], backbone: Any, fitted: Fitted, results: Results
     ) -> None:
         """Add the model of some categories; every process calls, the first one writes."""
         if not self._index["categories"]:
             distributed.on_main(lambda: _clear(self.directory, self._overwrite))
-        if network is not self._last:
-            self._last, number = network, len(self._index["backbones"])
-            inner = network
-            while isinstance(inner, wrappers.Wrapped):
-                inner = inner.encoder
-            recipe, tree = _recipe(inner)
+        if backbone is not self._last:
+            self._last, number = backbone, len(self._index["backbones"])
+            recipe, tree = _recipe(backbone)
             file = f"backbone-{number}.safetensors"
             entry = {"file": file, **recipe, "tree": self._write(file, tree)}
             self._index["backbones"].append(entry)
@@ -186,7 +194,9 @@ def _clear(directory: epath.Path, overwrite: bool, *, dry: bool = False) -> None
 
 
 def _recipe(network: Any) -> tuple[dict[str, Any], Any]:
-    """How a network is built again around its arrays, and those."""
+    """How the network inside all wrappers is built again around its arrays, and those."""
+    while isinstance(network, wrappers.Wrapped):
+        network = network.encoder
     if isinstance(network, models.Backbone):
         about = {n: getattr(network, n) for n in _NETWORK}
         return {"kind": "network", "about": about}, (network.params, network.extra)
@@ -198,7 +208,7 @@ def _recipe(network: Any) -> tuple[dict[str, Any], Any]:
         return recipe, (network.params, network.extra)
     raise ConfigError(
         f"--save-model: a {type(network).__name__} cannot be saved; expected a network of "
-        "dsad.models or the encoder of a run."
+        "dsad.models or the encoder of a run. Leave it out, or evaluate with one of these."
     )
 
 

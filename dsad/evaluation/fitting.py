@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -16,11 +16,12 @@ from dsad.core.config import listed
 from dsad.core.detection import Detector, FeatureSource
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Dataset, Progress, Source, Tree
+from dsad.core.types import Backbone, Dataset, Progress, Source, Tree
 from dsad.evaluation import maps, stamp, support
 from dsad.evaluation.batches import batches
-from dsad.evaluation.compiled import Device
+from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
+from dsad.evaluation.results import Results
 
 _SAID = {"train": "training", "test": "test"}
 #: Below the folder of an evaluation: what was trained, until all of it is done.
@@ -55,6 +56,21 @@ class TrainingData:
 
 #: Runs a detector's objective; returns what its ``fit`` takes as ``trained``.
 Train = Callable[[Detector, TrainingData], Tree]
+
+
+class Keeper(Protocol):
+    """Takes what is fitted, such as ``assembly.model.Writer``."""
+
+    def check(self, detector: Detector, backbone: Backbone | None, seeds: Sequence[int]) -> None:
+        """Raises ConfigError for what cannot be kept, before it is fitted; None: not known yet."""
+        ...
+
+    def keep(
+        self, title: str, categories: Sequence[str], backbone: Backbone, fitted: Fitted,
+        results: Results,
+    ) -> None:  # fmt: skip
+        """Called with a category's name or "all categories", once they are measured."""
+        ...
 
 
 def split_of(detector: Detector) -> str:

@@ -51,7 +51,7 @@ def localize(
     sampling: Sampling | Sets = ALL,
     map_wrappers: Mapping[str, MapWrapper] | None = None,
     given: Callable[[str], Fitted] | None = None,
-    keep: Callable[[str, Sequence[str], Backbone, Fitted, Results], None] | None = None,
+    keep: fitting.Keeper | None = None,
     folder: str | epath.PathLike | None = None,
     backbone_of: Callable[[str], Backbone] | None = None,
 ) -> Results:
@@ -75,8 +75,7 @@ def localize(
       map_wrappers: by name, from the inside out: what changes the backbone's maps; each is adapted
         to every support set.
       given: what was fitted before, by category or "all categories"; nothing is fitted then.
-      keep: called with that name, its categories, the backbone, what was fitted and the results
-        once they are measured; needs a single seed.
+      keep: takes what is fitted, such as ``assembly.model.Writer(DIR)``.
       folder: where ``config.save_maps`` puts ``anomaly_maps`` (``anomaly_maps_seed<s>`` with
         several seeds), where ``train`` keeps what it trained, and where measured categories are
         kept: a stopped evaluation goes on with the next one, unless it has several processes or
@@ -85,7 +84,8 @@ def localize(
 
     Raises:
       ConfigError: an unknown category, a layer the backbone does not have, a detector that trains
-        without ``train``, and, as DataError, what ``fitting.supports`` refuses.
+        without ``train``, what ``keep`` cannot take, and, as DataError, what
+        ``fitting.supports`` refuses.
       MetricError: scores that are not finite.
       DsadError: a fault that several processes found, or found differently, with all messages.
 
@@ -146,12 +146,14 @@ def localize(
             run.tick(title, "measured before")(0)
         else:
             part = run.made = Results(stamp=copy.deepcopy(protocol))
+            if keep:
+                keep.check(detector, network, run.seeds)
             if backbone_of:
                 each = part.stamp["backbone"].setdefault("per_category", {})
                 each[group[0]] = stamp.describe_backbone(network)
             fitted = run.group(group, title)
             if keep:
-                keep(title, group, network, fitted, part)
+                keep.keep(title, group, network, fitted, part)
             if parts:
                 parts.write(title, part)
         merge(results, part)

@@ -7,16 +7,21 @@ import jax
 import numpy as np
 import pytest
 
+from dsad import models
 from dsad.assembly import evaluate
-from dsad.assembly.model import FORMAT, FittedModel, Saved
+from dsad.assembly.model import FORMAT, FittedModel, Saved, Writer
 from dsad.cli import main
 from dsad.core.config import members
+from dsad.core.detection import DetectorTraits
 from dsad.core.errors import ConfigError, WorkdirError
-from dsad.core.mesh import make_mesh
+from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
 from dsad.evaluation import localize
 from dsad.evaluation.localize import read_results
+from dsad.evaluation.support import Sampling
 from dsad.models import wrappers
+from tests.evaluation.test_localize import Distance, Pooled
+from tests.evaluation.test_undefined import Unread
 from tests.helpers import untrained_run
 from tests.seams.wrappers import away
 
@@ -165,6 +170,33 @@ def test_faults_are_named(folder, tmp_path, capsys):
         capsys, *argv
     )
     assert not (tmp_path / "w").exists()
+
+
+class OnTest(Distance):
+    traits = property(lambda self: DetectorTraits(fits_on="test"))
+
+
+def test_what_cannot_be_saved_is_refused_before_it_is_fitted(tmp_path):
+    def refused(message, backbone, detector, **sampling):
+        with pytest.raises(ConfigError, match=message):
+            localize.localize(
+                backbone, detector, Unread(categories=("disc", "ring")),
+                localize.EvalConfig(image_size=48), mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+                key=jax.random.key(0), sampling=Sampling(**sampling),
+                keep=Writer(str(tmp_path / "model"), overwrite=False),
+            )  # fmt: skip
+
+    network = models.backbone("resnet18")
+    on_layers = Distance(layers=("layer1",))
+    refused("a Pooled cannot be saved; expected a network", Pooled(), Distance())
+    refused(
+        "a Pooled cannot be saved",
+        wrappers.Patches(encoder=Pooled(), size=16, stride=4),
+        Distance(),
+    )
+    refused("single seed, found config.seeds", network, on_layers, seeds=(0, 1))
+    refused("fitted on the test images", network, OnTest(layers=("layer1",)))
+    assert not (tmp_path / "model").exists()
 
 
 def test_an_old_model_is_replaced_only_by_a_new_one(folder, tmp_path, capsys, monkeypatch):
