@@ -18,8 +18,10 @@ from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
 from dsad.evaluation import localize
 from dsad.evaluation.localize import read_results
+from dsad.evaluation.report import panels
 from dsad.evaluation.support import Sampling
 from dsad.models import wrappers
+from tests.assembly.test_runs import SMALL as TINY
 from tests.evaluation.test_localize import Distance, Pooled
 from tests.evaluation.test_undefined import Unread
 from tests.helpers import untrained_run
@@ -136,6 +138,19 @@ def test_the_encoder_of_a_run_needs_its_directory_no_more(tmp_path):
     same(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
 
 
+def test_panels_are_those_of_the_evaluation(tmp_path):
+    untrained_run(tmp_path / "run", "isstad", **TINY, side=32)
+    spec = f"--config.backbone=run:{tmp_path}/run@0"
+    run(
+        "--config=isstad_detector", spec, *SMALL, "--config.data.categories=('wood',)",
+        f"--workdir={tmp_path}/a", f"--save-model={tmp_path}/m",
+    )  # fmt: skip
+    run(f"--model={tmp_path}/m", f"--workdir={tmp_path}/b")
+    live = read_results(tmp_path / "a")
+    assert panels.names(live.gallery) == ["reconstruction", "error", "probability"]
+    same(live, read_results(tmp_path / "b"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in members("detectors") if n != "isstad"])
 def test_every_detector(name, tmp_path):
@@ -189,11 +204,8 @@ def test_what_cannot_be_saved_is_refused_before_it_is_fitted(tmp_path):
     network = models.backbone("resnet18")
     on_layers = Distance(layers=("layer1",))
     refused("a Pooled cannot be saved; expected a network", Pooled(), Distance())
-    refused(
-        "a Pooled cannot be saved",
-        wrappers.Patches(encoder=Pooled(), size=16, stride=4),
-        Distance(),
-    )
+    wrapped = wrappers.Patches(encoder=Pooled(), size=16, stride=4)
+    refused("a Pooled cannot be saved", wrapped, Distance())
     refused("single seed, found config.seeds", network, on_layers, seeds=(0, 1))
     refused("fitted on the test images", network, OnTest(layers=("layer1",)))
     assert not (tmp_path / "model").exists()
