@@ -153,6 +153,7 @@ class EarlierWeights(NamedTuple):
 class Trainable(Protocol):
     """What the training step takes; all methods are pure and jittable.
 
+    A class that names this one as its base need not say that nothing follows the parameters.
     ``extra`` holds everything that has no gradient: batch statistics, teacher, queue, frozen
     backbone. Its structure and dtypes never change.
     """
@@ -175,7 +176,7 @@ class Trainable(Protocol):
 
     def after_update(self, params: Tree, extra: Tree, step: jax.Array) -> Tree:
         """New extra from the stepped parameters; ``step`` counts completed updates."""
-        ...
+        return extra
 
 
 @runtime_checkable
