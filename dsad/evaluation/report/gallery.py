@@ -92,9 +92,9 @@ def pictures(
     """
     hosts, numbers = scored.hosts, sorted({n for section in cases.values() for n in section})
     maps = dict(zip(scored.own, scored.maps, strict=True))
-    masks = dict(zip(scored.own, scored.masks, strict=True))
     maps = hosts.to_main(_small_maps(maps, scale))
-    masks = hosts.to_main({n: _small_mask(masks[n]) for n in numbers if masks.get(n) is not None})
+    truth = zip(scored.own, scored.masks, strict=True)
+    masks = hosts.to_main({n: _small_mask(m) for n, m in truth if n in numbers and m is not None})
     images = hosts.to_main({n: scored.pictures[n] for n in numbers if n in scored.pictures})
     missing = [n for n in numbers if hosts.main and n not in images]
     images |= hosts.together(lambda: {n: picture(source[n].image) for n in missing})
