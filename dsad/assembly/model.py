@@ -46,7 +46,7 @@ _NETWORK = (
     "arch", "options", "layers", "mean", "std", "image_size", "interpolation", "crop", "left_out",
     "description",
 )  # fmt: skip
-_RUN = ("mean", "std", "arch", "image_size", "description", "layers")
+_RUN = ("mean", "std", "arch", "image_size", "description", "layers", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

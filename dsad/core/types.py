@@ -209,6 +209,7 @@ class Objective(Trainable, Protocol):
 class HasEncoder(Protocol):
     """An objective whose encoder can be used elsewhere: exported, or adopted by other methods.
 
+    Its ``features`` give the encoder's class token as well, where ``layers`` name it.
     ``stage_facts`` are what a later stage has to share with it, and no tensor's shape tells.
     """
 
