@@ -1,6 +1,7 @@
 """The seams: what a data set, an objective and a backbone promise; see ``core.detection`` too."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -67,6 +68,13 @@ class KnownSource(Protocol):
     def annotation(self, index: int, shape: tuple[int, int]) -> np.ndarray | None:
         """The mask of a sample whose image has ``shape`` (h, w)."""
         ...
+
+
+@runtime_checkable
+class HasFiles(Protocol):
+    """A source that tells which files of this machine a sample lies in, those of masks included."""
+
+    def files(self, index: int) -> list[pathlib.Path]: ...
 
 
 @runtime_checkable

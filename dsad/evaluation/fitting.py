@@ -154,12 +154,16 @@ def training_data(
     seed: int,
     key: jax.Array,
     folder: str | epath.PathLike | None,
+    version: str,
     progress: Progress,
 ) -> TrainingData:
-    """What one training may learn from; ``about`` is the stamp, ``folder`` the evaluation's."""
+    """What one training may learn from.
+
+    ``about`` is the stamp, ``folder`` the evaluation's, ``version`` that of the images' files.
+    """
     own = None
     if folder is not None and split_of(detector) == "train":
-        name = _identity(device, about, sources, title, key)
+        name = _identity(device, about, sources, version, title, key)
         own = paths.directory(folder) / TRAINED / name
     return TrainingData(
         features=features, images=lambda: _images(sources, config), backbone=device.network,
@@ -168,7 +172,12 @@ def training_data(
 
 
 def _identity(
-    device: Device, about: Mapping[str, Any], sources: Sequence[Source], title: str, key: jax.Array
+    device: Device,
+    about: Mapping[str, Any],
+    sources: Sequence[Source],
+    version: str,
+    title: str,
+    key: jax.Array,
 ) -> str:
     """Tells a training from all others: its images, network, settings and draws."""
     same = [
@@ -176,7 +185,7 @@ def _identity(
     ]
     images = [record.path for source in sources for record in source.records]
     network = device.identity(about["backbone"])
-    content = json.dumps([same, network, images, title, stamp.key_data(key)])
+    content = json.dumps([same, network, images, version, title, stamp.key_data(key)])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 

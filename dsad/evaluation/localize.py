@@ -140,7 +140,10 @@ def localize(
         elif backbone_of:
             run.device.use(network)
         title = "all categories" if pooled else group[0]
-        part = parts.read(title, protocol) if parts else None
+        if folder is not None:
+            sources = (dataset.source(split, c) for c in group for split in ("train", "test"))
+            run.version = run.device.hosts.from_main(support.version(sources))
+        part = parts.read(title, protocol, run.version) if parts else None
         if part:
             run.done += run.count(group)
             run.tick(title, "measured before")(0)
@@ -155,7 +158,7 @@ def localize(
             if keep:
                 keep.keep(title, group, network, fitted, part)
             if parts:
-                parts.write(title, part)
+                parts.write(title, part, run.version)
         merge(results, part)
     results.support.update(support.listing(sets))
     over_seeds.conclude(results, config.metric_names)
@@ -177,6 +180,7 @@ class _Run:
     folder: str | epath.PathLike | None
     progress: Progress
     device: Device | None = None
+    version: str = ""  # of the files of the categories at hand
     made: Results = dataclasses.field(default_factory=Results)
     done: int = 0
     total: int = 0
@@ -270,7 +274,7 @@ class _Run:
             data = fitting.training_data(
                 self.detector, reader.device, self.config, self.made.stamp, features,
                 [source for _, source in parts], title=title, seed=seed, key=key,
-                folder=self.folder, progress=self.fitting(title),
+                folder=self.folder, version=self.version, progress=self.fitting(title),
             )  # fmt: skip
             trained = self.train(self.detector, data)
         state = self.detector.fit(

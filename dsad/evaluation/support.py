@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from dsad.core.config import Settings, as_dict, field
 from dsad.core.errors import ConfigError
-from dsad.core.types import Dataset, KnownSource, Record, Sample, Source
+from dsad.core.types import Dataset, HasFiles, KnownSource, Record, Sample, Source
 
 #: Said in the stamp.
 RULE = "lowest SHA-256 of (seed, category, path), in path order"
@@ -191,6 +191,20 @@ def choose(
             "Lower shots, set evaluation.false_alarm_rate to 0, or leave these categories out."
         )
     return made
+
+
+def version(sources: Iterable[Source]) -> str:
+    """SHA-256 over size and time of the files of all samples, where the sources tell of files."""
+    digest = hashlib.sha256()
+    for source in sources:
+        if not isinstance(source, HasFiles):
+            continue
+        for i, record in enumerate(source.records):
+            for file in source.files(i):
+                about = file.stat() if file.exists() else None  # reading it will say so
+                times = (about.st_size, about.st_mtime_ns) if about else ()
+                digest.update(f"{record.path}\t{file.name}\t{times}\n".encode())
+    return digest.hexdigest()
 
 
 def describe(sets: Sets, split: str = "train") -> dict[str, Any]:
