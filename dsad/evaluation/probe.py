@@ -15,7 +15,7 @@ from dsad.data.base import selected
 from dsad.data.defective import WithDefects
 from dsad.detectors import knn
 from dsad.evaluation import numbers
-from dsad.evaluation.batches import HostBatch, batches
+from dsad.evaluation.batches import HostBatch, Picture, batches
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.reader import Features, Reader
@@ -143,7 +143,7 @@ class _Decoded(Reader):
         self.decoded = decoded
 
     def read(
-        self, source: Source, name: str, *, keep: bool
+        self, source: Source, name: str, *, keep: bool, picture: Picture | None = None
     ) -> Iterator[tuple[HostBatch, FeatureMaps]]:
         for host in self.decoded[name]:
             yield host, self.device.stored_features(host)

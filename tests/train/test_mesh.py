@@ -34,7 +34,8 @@ def test_loss_and_gradients_are_those_of_one_device(name, devices, fsdp):
 
 
 @pytest.mark.multihost
-@pytest.mark.parametrize("name", [n if n == "mae" else pytest.param(n, **SLOW) for n in cases()])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases())
 def test_two_processes_of_two_devices_are_one_of_four(name, tmp_path):
     port = free_port()
     environment = {**alone(), "JAX_NUM_CPU_DEVICES": "2"}

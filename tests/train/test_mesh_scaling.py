@@ -58,7 +58,7 @@ def table(name, split, counts):
     ("name", "split", "counts"),
     [
         pytest.param("mae", True, (2, 8), id="mae-split", **SLOW),
-        pytest.param("mae", False, (2, 8), id="mae"),
+        pytest.param("mae", False, (2, 8), id="mae", **SLOW),
         *(pytest.param(*case, (2, 4, 8), **SLOW) for case in CASES),
     ],
 )
