@@ -288,6 +288,7 @@ def ended(group: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_reboot_is_seen_and_hung_processes_can_be_killed(bench):
     (bench.folder / "plan").write_text("wait")
     bench.tpu("install")
@@ -308,6 +309,7 @@ def test_a_reboot_is_seen_and_hung_processes_can_be_killed(bench):
     settle(bench, "state=exited code=75", workers=1)
 
 
+@pytest.mark.slow
 def test_resume_recreates_a_preempted_slice_once_and_ends_when_complete(bench):
     (bench.folder / "plan").write_text("preempt complete")
     done = bench.tpu("resume", "--", "pretrain", *HARD)
@@ -336,6 +338,7 @@ def test_resume_continues_a_run_that_was_stopped(bench):
     assert (bench.folder / "state").read_text() == "ACTIVE"
 
 
+@pytest.mark.slow
 def test_resume_is_not_misled_by_another_run(bench):
     """What ended before, or goes on, with other arguments is not this run."""
     for argv in (["create"], ["wait"], ["install"], ["run", "--", "evaluate"]):
@@ -394,6 +397,7 @@ def test_resume_goes_on_after_a_storage_fault(bench):
     assert bench.tpus() == ["create", "install", "start", "start"]
 
 
+@pytest.mark.slow
 def test_resume_outlives_requests_that_fail(bench):
     """gcloud fails once in each place; the run is still completed and the slice given back."""
     (bench.folder / "plan").write_text("preempt complete")
@@ -406,6 +410,7 @@ def test_resume_outlives_requests_that_fail(bench):
     assert "failure 2 of" in done.stdout
 
 
+@pytest.mark.slow
 def test_resume_asks_again_for_what_it_deleted(bench):
     """The slice is gone and its successor was not granted at once."""
     for argv in (["create"], ["wait"]):
@@ -430,6 +435,7 @@ def test_resume_gives_up_where_nothing_can_be_created(bench):
     assert bench.tpus() == ["create"] * 3
 
 
+@pytest.mark.slow
 def test_resume_deletes_until_the_slice_is_gone(bench):
     (bench.folder / "fail").write_text("delete " * 2)
     done = bench.tpu("resume", "--", "pretrain")
@@ -439,6 +445,7 @@ def test_resume_deletes_until_the_slice_is_gone(bench):
     assert "cost" not in done.stdout
 
 
+@pytest.mark.slow
 def test_resume_says_that_a_slice_is_left(bench):
     (bench.folder / "fail").write_text("delete " * 20)
     done = bench.tpu("resume", "--", "pretrain")

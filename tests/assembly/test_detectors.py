@@ -169,6 +169,7 @@ def data_of(network, count=11, mesh=None, **changes):
     return fitting.TrainingData(**values | changes)
 
 
+@pytest.mark.slow
 def test_weights_lengths_and_seeds_are_arguments_of_one_program():
     trainer, found, recipe = Trainer(), [], linear.Config().recipe
     recipe = dataclasses.replace(recipe, epochs=2.0, steps=0, batch_size=4)

@@ -129,6 +129,7 @@ def test_whatever_is_fitted_is_kept(argv, tmp_path, monkeypatch):
     same(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_the_encoder_of_a_run_needs_its_directory_no_more(tmp_path):
     untrained_run(tmp_path / "run", "ds2")
     spec = f"--config.backbone=run:{tmp_path}/run@0"
@@ -211,6 +212,7 @@ def test_what_cannot_be_saved_is_refused_before_it_is_fitted(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_an_old_model_is_replaced_only_by_a_new_one(folder, tmp_path, capsys, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)

@@ -123,6 +123,7 @@ def test_frozen_features_masks_and_companions_in_every_cache(monkeypatch, config
     assert np.isfinite(scalars["loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_resumed_run_computes_the_same_features_again(monkeypatch, config, tmp_path, cache):
     """Restored extra, features and position: the second half is the same to the last bit."""

@@ -169,6 +169,7 @@ def test_company_and_place_in_the_batch_do_not_matter(config):
 
 
 @KINDS
+@pytest.mark.slow
 def test_one_device_equals_eight(config):
     """And no device asks another for anything."""
     given = inputs()

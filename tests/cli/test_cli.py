@@ -195,7 +195,14 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("file", ["stamp.json", "000.tiff", "gallery.npz", "results.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("stamp.json", "gallery.npz")),
+        "000.tiff",
+        "results.json",
+    ],
+)
 def test_evaluate_where_the_disk_fills_up_names_the_file(capsys, tmp_path, monkeypatch, file):
     """As it happens to maps, pictures and numbers; the feature store has a test of its own."""
     write = GPath.write_bytes

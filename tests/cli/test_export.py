@@ -163,6 +163,7 @@ def test_runs_are_exported_and_read_as_weights(tmp_path, monkeypatch, capsys):
         pretrained.read(f"run:{tmp_path}")
 
 
+@pytest.mark.slow
 def test_the_encoder_of_a_contrastive_run(tmp_path):
     run = untrained_run(tmp_path / "run", "ds2", hidden=8, out=4)
     own = runs.backbone(f"run:{run}@0", "", 0)

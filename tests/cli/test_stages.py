@@ -124,6 +124,7 @@ def test_scores_and_a_report_with_panels(stage2, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_stopped_second_stage_ends_as_an_undisturbed_one(stage1, stage2, monkeypatch, capsys):
     """SIGTERM while the third batch is fetched; resuming does not need stage 1, which is gone."""
     path = stage1.parent / "stopped"
@@ -162,6 +163,7 @@ def test_a_stopped_second_stage_ends_as_an_undisturbed_one(stage1, stage2, monke
     same(weights(path), weights(stage2))
 
 
+@pytest.mark.slow
 def test_published_names_are_as_good_as_the_run(stage1, stage2, published, capsys):
     path = stage1.parent / "from-file"
     run(*isstad(path, published))
@@ -195,6 +197,7 @@ def first_state(config, *argv):
     return jax.device_get(training.first_state(made, runs.checked_weights(made.run), out))
 
 
+@pytest.mark.slow
 def test_ds2_starts_from_torchvision_names(tmp_path, capsys):
     state = torch_names()
     np.savez(tmp_path / "w.npz", **state)

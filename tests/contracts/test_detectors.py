@@ -96,7 +96,10 @@ def test_order_padding_and_batch_size_change_nothing(case):
     close(one, jax.tree.map(lambda x: x[1:2], expected))
 
 
-@pytest.fixture(params=[1, 2, 8], ids=["1-device", "2-devices", "8-devices"])
+@pytest.fixture(
+    params=[1, pytest.param(2, marks=pytest.mark.slow), 8],
+    ids=["1-device", "2-devices", "8-devices"],
+)
 def devices(request):
     return jax.devices()[: request.param]
 

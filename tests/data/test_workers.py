@@ -219,8 +219,9 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/dev/shm").is_dir(), reason="needs Linux")
-@pytest.mark.parametrize("how", ["close", pytest.param("leave", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["close", "leave"])
 def test_shared_memory_goes_with_the_run(source, tmp_path, how):
     """No name is left in /dev/shm, and nobody has to clean up and complain about it."""
     script = tmp_path / "run.py"

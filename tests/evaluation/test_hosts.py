@@ -296,6 +296,7 @@ def check(tmp_path, *cases):
         assert_same_results(tmp_path / "one" / case, tmp_path / "two" / case)
 
 
+@pytest.mark.slow
 @pytest.mark.multihost
 def test_two_processes_give_the_results_of_one(tmp_path):
     """Sorted and counted, with thresholds; saved maps."""

@@ -96,6 +96,7 @@ def test_each_gradient_is_summed_once(name):
     assert size <= total < (1 + case.summed) * size
 
 
+@pytest.mark.slow
 def test_split_weights_are_gathered_for_the_forward_and_the_backward_pass():
     found, size = moved("mae", 8, True)
     gathered = sum(c.count * c.result_bytes for c in found if c.kind == "all-gather")
