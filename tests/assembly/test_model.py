@@ -233,6 +233,7 @@ def test_an_old_model_is_replaced_only_by_a_new_one(folder, tmp_path, capsys, mo
     assert not (model / "wood.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_what_a_stopped_evaluation_left_blocks_nothing(folder, tmp_path):
     model = tmp_path / "model"
     model.mkdir()

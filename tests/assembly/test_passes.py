@@ -172,8 +172,9 @@ np.testing.assert_allclose(seen["references/features/sum"], sums[index].sum(), r
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multihost
-@pytest.mark.parametrize("cache", [pytest.param("device", marks=pytest.mark.slow), "none"])
+@pytest.mark.parametrize("cache", ["device", "none"])
 def test_over_two_processes(cache):
     environment, address = {**alone(), "JAX_NUM_CPU_DEVICES": "2"}, f"localhost:{free_port()}"
     running = [

@@ -91,7 +91,7 @@ def parts(given, config):
     return masks, changed, change._replace(noise_key=None)
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_shape_counts_if_one_byte_in_it_changed(background):
     """The rule in whole bytes; half of the images are grey, some are symmetric (quirk 11)."""
     given = inputs(seed=1)

@@ -9,6 +9,7 @@ from dsad.bench import coreset
 from dsad.core.errors import ConfigError
 
 
+@pytest.mark.slow
 def test_compare_prints_every_route(capsys):
     assert coreset.main(["--rows=400", "--dim=16", "--percent=10", "--rounds=1"]) == 0
     text = capsys.readouterr().out

@@ -242,6 +242,7 @@ def test_output_to_a_full_disk_is_an_error_of_one_line(argv, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_evaluate_with_seeds_thresholds_and_maps(capsys, tmp_path):
     """Few-shot support sets on two categories, all in one command; then two runs compared."""
     argv = (

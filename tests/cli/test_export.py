@@ -122,6 +122,7 @@ def test_a_transformer_of_another_size_carries_its_arguments(tmp_path):
             np.testing.assert_array_equal(back(images())[name], values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["mobilenet_v2", "squeezenet1_1"])
 def test_small_networks_are_written_under_their_own_names(arch, tmp_path):
     found = backbone(arch, seed=3)

@@ -24,6 +24,7 @@ def root(tmp_path):
     return root
 
 
+@pytest.mark.slow
 def test_names_pass_through_the_commands(root, capsys):
     data = ("--config.data.name=mvtec", f"--config.data.root={root}")
     assert main.main(["check-data", *data]) == 0

@@ -51,7 +51,11 @@ def views_on(name, devices=1, epoch=0, key=5):
     return flatten(jax.device_get(views))
 
 
-@pytest.mark.parametrize("name", cases())
+#: "steady" is "queue" and a term; tests/contracts/test_regulariser.py is in the default run.
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if n == "steady" else n for n in cases()]
+
+
+@pytest.mark.parametrize("name", NAMES)
 class TestObjective:
     def test_satisfies_the_protocol(self, name):
         assert isinstance(perturbed(name)[0], Objective)

@@ -133,6 +133,7 @@ def test_masked_autoencoder_agrees_with_its_formula(spec):
     assert counted == pytest.approx(stated - pixels, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_ds2_costs_one_training_pass_and_one_of_the_teacher():
     objective, params, extra, batch = shapes("ds2:smoke")
     counted = training_flops_per_image(objective, params, extra, batch)

@@ -126,6 +126,7 @@ def test_parameter_count_is_the_published_one():
     assert count(params) == 3_538_984 - 3 * 17_056 + 1_281
 
 
+@pytest.mark.slow
 def test_random_weights_keep_the_signal():
     params, extra = jax.jit(mobilenet.mobilenet_v2().init)(jax.random.key(0))
     maps, _ = jax.jit(mobilenet.mobilenet_v2().apply)(params, extra, images(64, 64))

@@ -130,6 +130,7 @@ class TestPermutation:
         same = objective._decode(params, extra, h, order, (4, 4), keep)
         np.testing.assert_allclose(plain[0], same[0], atol=1e-6)
 
+    @pytest.mark.slow
     def test_shuffle_is_random_in_training_and_fixed_in_tests(self):
         objective, params, extra = made(permute="shuffle", permutations=2)
         views = views_of(objective)
@@ -294,6 +295,7 @@ def test_facts_follow_the_corruption():
     assert made(corruption=free)[0].traits.needs.facts == ("original_size",)
 
 
+@pytest.mark.slow
 def test_the_box_is_the_fact_that_the_corruption_asks_for():
     padded = made(corruption=CorruptionConfig(most_draw=50))[0]
     published = made(corruption=CorruptionConfig(most_draw=50, box="published"))[0]

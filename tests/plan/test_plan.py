@@ -128,6 +128,7 @@ SMALL = ("--config=mae:smoke", "--config.data.cache=none", "--config.steps=0",
          "--config.mesh.min_fsdp_size=2048")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_prints_memory_work_and_time(cache, capsys, monkeypatch, tmp_path):
     file = tmp_path / "plan.json"
     assert plan(*SMALL, "--config.mesh.fsdp=8", f"--json={file}", cache=cache) == 0
