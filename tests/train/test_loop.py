@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from dsad.core import rng
 from dsad.core.batch import BatchSpec
@@ -17,6 +18,7 @@ from dsad.core.errors import ConfigError, NonFiniteError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.metric_files import read_metrics
 from dsad.core.types import ObjectiveTraits
+from dsad.train import _orbax
 from dsad.train.cache import abstract_store, fetch_with, put_store, rows_here
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 from dsad.train.loop import Loop, train
@@ -222,7 +224,7 @@ def state(workdir):
     """The newest checkpoint: step, parameters, extra, and the optimiser's state."""
     checkpointer = checkpoints(workdir, read_only=True)
     step = checkpointer.latest()
-    shapes = checkpointer._shapes(step)
+    shapes = _orbax.shapes(epath.Path(workdir) / "checkpoints" / str(step) / "state")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = TrainState(
         **jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), shapes)
