@@ -1,6 +1,9 @@
 """A stopped evaluation goes on where it was, and what failed blocks no retry."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +15,7 @@ from dsad.data import base
 from dsad.evaluation import localize as module
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.support import Sampling
+from tests.backbones import Plain
 from tests.data import trees
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
@@ -106,6 +110,31 @@ def test_what_was_made_of_other_files_is_made_again(tmp_path):
     assert again() == ["disc"]
     assert again(Trained) == ["disc", "plate"]
     assert len({*before.values(), *folders}) == 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weighted(Plain):
+    weight: jax.Array
+
+    def maps(self, images):
+        return {n: m * self.weight for n, m in Pooled()(images).items()}
+
+
+def test_other_weights_of_the_same_name_are_measured_anew(tmp_path):
+    def again(**weights):
+        del FITTED[:]
+        localize(
+            None, Counting(), Planted(categories=("disc", "ring")),
+            EvalConfig(image_size=16, workers=1),
+            mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(3),
+            folder=tmp_path, backbone_of=lambda c: Weighted(weight=jnp.float32(weights[c])),
+        )  # fmt: skip
+        return list(FITTED)
+
+    assert again(disc=1, ring=2) == ["disc", "ring"]
+    assert again(disc=1, ring=3) == ["ring"]
+    assert again(disc=4, ring=3) == ["disc"]
 
 
 @pytest.fixture(autouse=True, scope="module")
