@@ -1,8 +1,8 @@
 """Fitted models on disk: what an evaluation measured, ready to score other images.
 
-DIR/model.json             format, config, stamp; thresholds, scales and digests by category
-DIR/backbone-0.safetensors the network, or one for each category
-DIR/CATEGORY.safetensors   what was fitted: banks of map wrappers and the detector's state
+DIR/model.json                   format, config, stamp; thresholds, scales and digests by category
+DIR/backbone-0.safetensors       the network, or one for each category
+DIR/fitted-CATEGORY.safetensors  banks of map wrappers and the detector's state
 """
 
 import dataclasses
@@ -146,7 +146,7 @@ class Writer:
             file = f"backbone-{number}.safetensors"
             entry = {"file": file, **recipe, "tree": self._write(file, tree)}
             self._index["backbones"].append(entry)
-        file = f"{urllib.parse.quote(title, safe=' ')}.safetensors"
+        file = f"fitted-{urllib.parse.quote(title, safe=' ')}.safetensors"
         self._index["categories"][title] = {
             "file": file,
             "categories": list(categories),

@@ -17,7 +17,8 @@ from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
 from dsad.evaluation import localize
-from dsad.evaluation.localize import read_results
+from dsad.evaluation.compiled import Fitted
+from dsad.evaluation.localize import Results, read_results
 from dsad.evaluation.report import panels
 from dsad.evaluation.support import Sampling
 from dsad.models import wrappers
@@ -103,6 +104,15 @@ def test_three_lines_of_python_score_images(folder):
         FittedModel.load(folder / "model")
 
 
+def test_a_category_may_be_called_like_a_file_of_the_network(tmp_path):
+    network, writer = models.backbone("resnet18"), Writer(str(tmp_path / "m"), overwrite=False)
+    writer.keep("backbone-0", ["backbone-0"], network, Fitted((), np.arange(3.0)), Results())
+    writer.finish({"backbone": "resnet18"}, Results())
+    saved = Saved.read(tmp_path / "m")
+    np.testing.assert_array_equal(saved.fitted("backbone-0").state, np.arange(3.0))
+    jax.tree.map(np.testing.assert_array_equal, saved.backbone("backbone-0").params, network.params)
+
+
 OTHER = {
     "patches and a pooled model": (
         "--config=gde", "--config.backbone=patches:16/4:resnet18", "--config.one_for_all=True",
@@ -173,7 +183,7 @@ def test_faults_are_named(folder, tmp_path, capsys):
     text = fails(capsys, *SMALL, *LIGHT, f"--workdir={tmp_path / 'w'}", f"--save-model={model}")
     assert "holds a model. Replace it with --overwrite" in text
     assert "no fitted model there" in fails(capsys, f"--model={tmp_path}", argv[1])
-    weights = model / "wood.safetensors"
+    weights = model / "fitted-wood.safetensors"
     content = bytearray(weights.read_bytes())
     content[-9] ^= 1
     weights.write_bytes(content)
@@ -230,18 +240,18 @@ def test_an_old_model_is_replaced_only_by_a_new_one(folder, tmp_path, capsys, mo
     assert {p.name: p.read_bytes() for p in model.iterdir()} == files
     run(*both, f"--workdir={tmp_path / 'w'}")
     assert Saved.read(model).titles() == ("tiles",)
-    assert not (model / "wood.safetensors").exists()
+    assert not (model / "fitted-wood.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_what_a_stopped_evaluation_left_blocks_nothing(folder, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
-    shutil.copy(folder / "model" / "wood.safetensors", model)
+    shutil.copy(folder / "model" / "fitted-wood.safetensors", model)
     one = "--config.data.categories=('tiles',)"
     run(*SMALL, *LIGHT, one, f"--workdir={tmp_path / 'w'}", f"--save-model={model}")
     assert sorted(p.name for p in model.iterdir()) == [
-        "backbone-0.safetensors", "model.json", "tiles.safetensors",
+        "backbone-0.safetensors", "model.json", "fitted-tiles.safetensors",
     ]  # fmt: skip
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "letter.txt").write_text("dear")
