@@ -290,10 +290,11 @@ class Saved:
             )
         config, detector = parse(self.index["config"])
         row, parts = rows[titles[0]], wrappers.unwrap(config.backbone)
+        alone = dataclasses.replace(config.evaluation, feature_cache="", gallery=0)
         return FittedModel(
             backbone=self.backbone(titles[0]), detector=detector,
             map_wrappers=dict(zip(parts.names, parts.maps, strict=True)),
-            evaluation=config.evaluation, fitted=self.fitted(titles[0]),
+            evaluation=alone, fitted=self.fitted(titles[0]),
             categories=tuple(row["categories"]), thresholds=row["thresholds"],
             scales=row["scales"], stamp=self.index["stamp"],
         )  # fmt: skip

@@ -104,6 +104,13 @@ def test_three_lines_of_python_score_images(folder):
         FittedModel.load(folder / "model")
 
 
+def test_scoring_leaves_no_feature_cache(folder, tmp_path):
+    saved = Saved.read(folder / "model")
+    saved.index["config"]["evaluation"]["feature_cache"] = str(tmp_path / "cache")
+    saved.model("wood").score([np.zeros((40, 30, 3), np.uint8)])
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_category_may_be_called_like_a_file_of_the_network(tmp_path):
     network, writer = models.backbone("resnet18"), Writer(str(tmp_path / "m"), overwrite=False)
     writer.keep("backbone-0", ["backbone-0"], network, Fitted((), np.arange(3.0)), Results())
