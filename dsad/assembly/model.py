@@ -38,8 +38,10 @@ from dsad.evaluation.stamp import plain
 from dsad.models import wrappers
 
 #: Of the files; another one cannot be read.
-FORMAT = 1
+FORMAT = 2
 INDEX = "model.json"
+#: In the index: the SHA-256 of everything else there.
+_DIGEST = "index_sha256"
 _ADVICE = "Choose another --save-model, or mend this one."
 #: What of a network's fields its arrays do not tell.
 _NETWORK = (
@@ -158,8 +160,9 @@ class Writer:
 
     def finish(self, config: Mapping[str, Any], results: Results) -> None:
         """Write the index: from now on there is a model."""
-        about = {"format": FORMAT, "config": config, "stamp": results.stamp, **self._index}
-        text = json.dumps(plain(about), indent=1, ensure_ascii=False)
+        about = plain({"format": FORMAT, "config": config, "stamp": results.stamp, **self._index})
+        about[_DIGEST] = _digest(about)
+        text = json.dumps(about, indent=1, ensure_ascii=False)
         paths.write_whole(self.directory / INDEX, text, _ADVICE)
 
     def _write(self, file: str, tree: Any) -> Any:
@@ -235,11 +238,14 @@ class Saved:
             ) from None
         except ValueError as error:
             raise WorkdirError(f"{folder / INDEX}: not readable as JSON: {error}.") from error
-        if index.get("format") != FORMAT:
+        form = index.get("format") if isinstance(index, dict) else None
+        if form != FORMAT:
             raise WorkdirError(
-                f"{folder}: a model of format {index.get('format')}, expected {FORMAT}. Fit it "
+                f"{folder}: a model of format {form}, expected {FORMAT}. Fit it "
                 "again with dsad evaluate --save-model=DIR, or use the dsad that wrote it."
             )
+        if index.pop(_DIGEST, None) != _digest(index):
+            raise _damaged(folder / INDEX)
         return cls(directory=folder, index=index)
 
     def config(self) -> dict[str, Any]:
@@ -306,10 +312,19 @@ class Saved:
         except OSError as error:
             raise WorkdirError(f"{path}: cannot be read ({paths.cause(error)}).") from error
         if hashlib.sha256(data).hexdigest() != self.index["sha256"][entry["file"]]:
-            raise WorkdirError(
-                f"{path}: damaged (its SHA-256 is wrong). Copy it again, or fit the model again."
-            )
+            raise _damaged(path)
         return rebuilt(entry["tree"], safetensors.numpy.load(data))
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 of JSON types, in whatever order they were written."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: epath.Path) -> WorkdirError:
+    return WorkdirError(
+        f"{path}: damaged (its SHA-256 is wrong). Copy it again, or fit the model again."
+    )
 
 
 def _tuples(value: Any) -> Any:

@@ -197,7 +197,15 @@ def test_faults_are_named(folder, tmp_path, capsys):
     with pytest.raises(WorkdirError, match=r"wood\.safetensors: damaged"):
         FittedModel.load(model, "wood")
     assert FittedModel.load(model, "tiles").categories == ("tiles",)
-    index = json.loads((model / "model.json").read_text())
+    text = (model / "model.json").read_text()
+    for other in ("[1]", '{"format": 1}'):
+        (model / "model.json").write_text(other)
+        assert "a model of format" in fails(capsys, *argv)
+    threshold = str(FittedModel.load(folder / "model", "wood").thresholds["wood"]["0"]["pixel"])
+    assert threshold in text
+    (model / "model.json").write_text(text.replace(threshold, "0.5"))
+    assert "model.json: damaged" in fails(capsys, *argv)
+    index = json.loads(text)
     (model / "model.json").write_text(json.dumps({**index, "format": FORMAT - 1}))
     assert f"a model of format {FORMAT - 1}, expected {FORMAT}. Fit it again" in fails(
         capsys, *argv
