@@ -253,6 +253,11 @@ class Saved:
         return _tuples(self.index["config"])
 
     @property
+    def sha256(self) -> str:
+        """Tells these models from all others, whatever they were fitted to."""
+        return _digest(self.index["sha256"])
+
+    @property
     def shares_backbone(self) -> bool:
         """Whether all models have one network."""
         return len(self.index["backbones"]) == 1

@@ -16,7 +16,7 @@ from dsad.core.detection import DetectorTraits
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
-from dsad.evaluation import localize
+from dsad.evaluation import localize, stamp
 from dsad.evaluation.compiled import Fitted
 from dsad.evaluation.localize import Results, read_results
 from dsad.evaluation.report import panels
@@ -79,7 +79,10 @@ def folder(tmp_path_factory):
 
 def test_a_saved_model_measures_the_same(folder, tmp_path):
     run(f"--model={folder / 'model'}", f"--workdir={tmp_path / 'again'}")
-    same(read_results(folder / "live"), read_results(tmp_path / "again"))
+    live, again = read_results(folder / "live"), read_results(tmp_path / "again")
+    same(live, again)
+    assert again.stamp["model_sha256"] == Saved.read(folder / "model").sha256
+    assert not stamp.differences(live.stamp, again.stamp)
     one = ("--config.data.categories=('wood',)", "--config.evaluation.batch_size=8")
     run(f"--model={folder / 'model'}", *one, f"--workdir={tmp_path / 'one'}")
     live, alone = read_results(folder / "live"), read_results(tmp_path / "one")
