@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsad.assembly import evaluate
+from dsad.assembly import evaluate, workdir
 from dsad.cli import main
 from dsad.core.detection import DetectorTraits
+from dsad.core.errors import WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
 from dsad.evaluation import localize as module
@@ -135,6 +136,18 @@ def test_other_weights_of_the_same_name_are_measured_anew(tmp_path):
     assert again(disc=1, ring=2) == ["disc", "ring"]
     assert again(disc=1, ring=3) == ["ring"]
     assert again(disc=4, ring=3) == ["disc"]
+
+
+def test_anomaly_maps_of_other_settings_are_not_replaced_unasked(tmp_path):
+    workdir.claim(str(tmp_path), "evaluate", {"k": 1})
+    workdir.claim(str(tmp_path), "evaluate", {"k": 2})
+    (tmp_path / "anomaly_maps").mkdir()
+    (tmp_path / "anomaly_maps" / "stamp.json").write_text("{}")
+    workdir.claim(str(tmp_path), "evaluate", {"k": 2})
+    with pytest.raises(WorkdirError, match=r"config.k: 2 → 1"):
+        workdir.claim(str(tmp_path), "evaluate", {"k": 1})
+    assert (tmp_path / "anomaly_maps" / "stamp.json").exists()
+    workdir.claim(str(tmp_path), "evaluate", {"k": 1}, overwrite=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
