@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,7 +147,7 @@ class Writer:
             file = f"backbone-{number}.safetensors"
             entry = {"file": file, **recipe, "tree": self._write(file, tree)}
             self._index["backbones"].append(entry)
-        file = f"fitted-{urllib.parse.quote(title, safe=' ')}.safetensors"
+        file = f"fitted-{paths.component(title)}.safetensors"
         self._index["categories"][title] = {
             "file": file,
             "categories": list(categories),

@@ -1,7 +1,6 @@
 """What a stopped evaluation had measured: one folder per category, until all of them are done."""
 
 import dataclasses
-import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,4 +48,4 @@ class Parts:
             self._folder.rmtree()
 
     def _of(self, title: str) -> epath.Path:
-        return self._folder / urllib.parse.quote(title, safe=" ")
+        return self._folder / paths.component(title)
