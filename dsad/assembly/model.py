@@ -113,12 +113,18 @@ class _Images:
 class Writer:
     """Writes the models of an evaluation one by one; the index comes last, so all or none is there.
 
-    Raises WorkdirError if ``directory`` holds anything else, or a model that is not to be replaced;
-    one that is stays until the first of the new ones is fitted.
+    Raises WorkdirError if ``directory`` is a file, holds anything else, or a model that is not to
+    be replaced (it stays until the first of the new ones is fitted); ConfigError if ``workdir``, of
+    the evaluation, would lie in it.
     """
 
-    def __init__(self, directory: str, *, overwrite: bool) -> None:
+    def __init__(self, directory: str, *, overwrite: bool, workdir: str = "") -> None:
         self.directory = paths.directory(directory)
+        if workdir and paths.directory(workdir).is_relative_to(self.directory):
+            raise ConfigError(
+                f"--save-model={directory}: expected a directory for models alone, found one that "
+                f"takes --workdir={workdir} as well. Choose another, such as {workdir}/model."
+            )
         self._index: dict[str, Any] = {"backbones": [], "categories": {}, "sha256": {}}
         self._last: Any = None
         self._overwrite = overwrite
@@ -179,7 +185,7 @@ def _clear(directory: epath.Path, overwrite: bool, *, dry: bool = False) -> None
     ``dry``: only refuse what may not be removed.
     """
     with paths.writing(directory, _ADVICE):
-        there = list(directory.iterdir()) if directory.is_dir() else []
+        there = list(directory.iterdir()) if directory.exists() else []
         names = {p.name for p in there}
         if INDEX in names and not overwrite:
             raise WorkdirError(

@@ -193,6 +193,14 @@ def test_faults_are_named(folder, tmp_path, capsys):
     text = fails(capsys, *SMALL, *LIGHT, f"--workdir={tmp_path / 'w'}", f"--save-model={model}")
     assert "holds a model. Replace it with --overwrite" in text
     assert "no fitted model there" in fails(capsys, f"--model={tmp_path}", argv[1])
+    for place in ("b", "b/w"):
+        both = (f"--save-model={tmp_path / 'b'}", f"--workdir={tmp_path / place}")
+        text = fails(capsys, *SMALL, *LIGHT, *both)
+        assert "expected a directory for models alone" in text
+        assert not (tmp_path / "b").exists()
+    (tmp_path / "file").write_text("")
+    text = fails(capsys, *SMALL, *LIGHT, argv[1], f"--save-model={tmp_path / 'file'}")
+    assert "cannot be written" in text
     weights = model / "fitted-wood.safetensors"
     content = bytearray(weights.read_bytes())
     content[-9] ^= 1
@@ -269,7 +277,7 @@ def test_what_a_stopped_evaluation_left_blocks_nothing(folder, tmp_path):
     one = "--config.data.categories=('tiles',)"
     run(*SMALL, *LIGHT, one, f"--workdir={tmp_path / 'w'}", f"--save-model={model}")
     assert sorted(p.name for p in model.iterdir()) == [
-        "backbone-0.safetensors", "model.json", "fitted-tiles.safetensors",
+        "backbone-0.safetensors", "fitted-tiles.safetensors", "model.json",
     ]  # fmt: skip
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "letter.txt").write_text("dear")
