@@ -143,9 +143,10 @@ def localize(
         if parts and (backbone_of or not identity):  # a name of weights does not tell them
             identity = run.device.identity(stamp.describe_backbone(network))
         title = "all categories" if pooled else group[0]
-        if folder is not None:
-            sources = (dataset.source(split, c) for c in group for split in ("train", "test"))
-            run.version = run.device.hosts.from_main(support.version(sources))
+        if parts or (folder is not None and detector.traits.trains_on):
+            sources = [dataset.source(split, c) for c in group for split in ("train", "test")]
+            hosts = run.device.hosts
+            run.version = hosts.from_main(support.version(sources if hosts.main else []))
         origin = f"{run.version} {identity}"
         part = parts.read(title, protocol, origin) if parts else None
         if part:

@@ -113,6 +113,24 @@ def test_what_was_made_of_other_files_is_made_again(tmp_path):
     assert len({*before.values(), *folders}) == 4
 
 
+def test_files_are_looked_at_only_where_something_is_kept(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(module.support, "version", lambda sources: looks.append(1) or "")
+
+    def looked(categories, **given):
+        del looks[:]
+        localize(
+            Pooled(), given.pop("detector", Distance()), Planted(categories=categories),
+            EvalConfig(image_size=16, workers=1), folder=tmp_path, train=lambda *given: None,
+            mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(3),
+        )  # fmt: skip
+        return len(looks)
+
+    assert looked(("disc",)) == 0
+    assert looked(("disc",), detector=Trained()) == 1
+    assert looked(("disc", "ring")) == 2
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weighted(Plain):
