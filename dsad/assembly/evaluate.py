@@ -238,7 +238,7 @@ def evaluate(
             name=name or cfg.backbone, sampling=parts.sets,
             given=saved.fitted if saved else None, keep=writer,
             folder=path, backbone_of=None if parts.backbone is not None else of_category,
-            train=Trainer(),
+            train=Trainer(), details={"model_sha256": saved.sha256} if saved else None,
         )  # fmt: skip
         if writer:
             distributed.together(

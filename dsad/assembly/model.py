@@ -1,15 +1,14 @@
 """Fitted models on disk: what an evaluation measured, ready to score other images.
 
-DIR/model.json             format, config, stamp; thresholds, scales and digests by category
-DIR/backbone-0.safetensors the network, or one for each category
-DIR/CATEGORY.safetensors   what was fitted: banks of map wrappers and the detector's state
+DIR/model.json                   format, config, stamp; thresholds, scales and digests by category
+DIR/backbone-0.safetensors       the network, or one for each category
+DIR/fitted-CATEGORY.safetensors  banks of map wrappers and the detector's state
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,8 +37,10 @@ from dsad.evaluation.stamp import plain
 from dsad.models import wrappers
 
 #: Of the files; another one cannot be read.
-FORMAT = 1
+FORMAT = 2
 INDEX = "model.json"
+#: In the index: the SHA-256 of everything else there.
+_DIGEST = "index_sha256"
 _ADVICE = "Choose another --save-model, or mend this one."
 #: What of a network's fields its arrays do not tell.
 _NETWORK = (
@@ -112,12 +113,18 @@ class _Images:
 class Writer:
     """Writes the models of an evaluation one by one; the index comes last, so all or none is there.
 
-    Raises WorkdirError if ``directory`` holds anything else, or a model that is not to be replaced;
-    one that is stays until the first of the new ones is fitted.
+    Raises WorkdirError if ``directory`` is a file, holds anything else, or a model that is not to
+    be replaced (it stays until the first of the new ones is fitted); ConfigError if ``workdir``, of
+    the evaluation, would lie in it.
     """
 
-    def __init__(self, directory: str, *, overwrite: bool) -> None:
+    def __init__(self, directory: str, *, overwrite: bool, workdir: str = "") -> None:
         self.directory = paths.directory(directory)
+        if workdir and paths.directory(workdir).is_relative_to(self.directory):
+            raise ConfigError(
+                f"--save-model={directory}: expected a directory for models alone, found one that "
+                f"takes --workdir={workdir} as well. Choose another, such as {workdir}/model."
+            )
         self._index: dict[str, Any] = {"backbones": [], "categories": {}, "sha256": {}}
         self._last: Any = None
         self._overwrite = overwrite
@@ -146,7 +153,7 @@ class Writer:
             file = f"backbone-{number}.safetensors"
             entry = {"file": file, **recipe, "tree": self._write(file, tree)}
             self._index["backbones"].append(entry)
-        file = f"{urllib.parse.quote(title, safe=' ')}.safetensors"
+        file = f"fitted-{paths.component(title)}.safetensors"
         self._index["categories"][title] = {
             "file": file,
             "categories": list(categories),
@@ -158,8 +165,9 @@ class Writer:
 
     def finish(self, config: Mapping[str, Any], results: Results) -> None:
         """Write the index: from now on there is a model."""
-        about = {"format": FORMAT, "config": config, "stamp": results.stamp, **self._index}
-        text = json.dumps(plain(about), indent=1, ensure_ascii=False)
+        about = plain({"format": FORMAT, "config": config, "stamp": results.stamp, **self._index})
+        about[_DIGEST] = _digest(about)
+        text = json.dumps(about, indent=1, ensure_ascii=False)
         paths.write_whole(self.directory / INDEX, text, _ADVICE)
 
     def _write(self, file: str, tree: Any) -> Any:
@@ -177,7 +185,7 @@ def _clear(directory: epath.Path, overwrite: bool, *, dry: bool = False) -> None
     ``dry``: only refuse what may not be removed.
     """
     with paths.writing(directory, _ADVICE):
-        there = list(directory.iterdir()) if directory.is_dir() else []
+        there = list(directory.iterdir()) if directory.exists() else []
         names = {p.name for p in there}
         if INDEX in names and not overwrite:
             raise WorkdirError(
@@ -235,16 +243,24 @@ class Saved:
             ) from None
         except ValueError as error:
             raise WorkdirError(f"{folder / INDEX}: not readable as JSON: {error}.") from error
-        if index.get("format") != FORMAT:
+        form = index.get("format") if isinstance(index, dict) else None
+        if form != FORMAT:
             raise WorkdirError(
-                f"{folder}: a model of format {index.get('format')}, expected {FORMAT}. Fit it "
+                f"{folder}: a model of format {form}, expected {FORMAT}. Fit it "
                 "again with dsad evaluate --save-model=DIR, or use the dsad that wrote it."
             )
+        if index.pop(_DIGEST, None) != _digest(index):
+            raise _damaged(folder / INDEX)
         return cls(directory=folder, index=index)
 
     def config(self) -> dict[str, Any]:
         """Nested keys and values of the evaluation that fitted them."""
         return _tuples(self.index["config"])
+
+    @property
+    def sha256(self) -> str:
+        """Tells these models from all others, whatever they were fitted to."""
+        return _digest(self.index["sha256"])
 
     @property
     def shares_backbone(self) -> bool:
@@ -290,10 +306,11 @@ class Saved:
             )
         config, detector = parse(self.index["config"])
         row, parts = rows[titles[0]], wrappers.unwrap(config.backbone)
+        alone = dataclasses.replace(config.evaluation, feature_cache="", gallery=0)
         return FittedModel(
             backbone=self.backbone(titles[0]), detector=detector,
             map_wrappers=dict(zip(parts.names, parts.maps, strict=True)),
-            evaluation=config.evaluation, fitted=self.fitted(titles[0]),
+            evaluation=alone, fitted=self.fitted(titles[0]),
             categories=tuple(row["categories"]), thresholds=row["thresholds"],
             scales=row["scales"], stamp=self.index["stamp"],
         )  # fmt: skip
@@ -305,10 +322,19 @@ class Saved:
         except OSError as error:
             raise WorkdirError(f"{path}: cannot be read ({paths.cause(error)}).") from error
         if hashlib.sha256(data).hexdigest() != self.index["sha256"][entry["file"]]:
-            raise WorkdirError(
-                f"{path}: damaged (its SHA-256 is wrong). Copy it again, or fit the model again."
-            )
+            raise _damaged(path)
         return rebuilt(entry["tree"], safetensors.numpy.load(data))
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 of JSON types, in whatever order they were written."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: epath.Path) -> WorkdirError:
+    return WorkdirError(
+        f"{path}: damaged (its SHA-256 is wrong). Copy it again, or fit the model again."
+    )
 
 
 def _tuples(value: Any) -> Any:

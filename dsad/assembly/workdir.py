@@ -10,8 +10,6 @@ from etils import epath
 from dsad.core import distributed, paths
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.types import RunInfo
-from dsad.evaluation.fitting import TRAINED
-from dsad.evaluation.parts import FOLDER as PARTS
 from dsad.evaluation.results import RESULTS
 
 CONFIG = "config.json"
@@ -49,7 +47,7 @@ def _claim(workdir: str, about: Mapping[str, Any], *, resume: bool, overwrite: b
 
     A directory in use needs ``resume`` (same command, and the same config but for what ``FREE``
     names) or ``overwrite`` (it must hold a dsad run, so that a mistyped path costs nothing). An
-    evaluation without results goes on by itself; one that measured nothing is replaced.
+    evaluation without results goes on by itself; one that kept nothing is replaced.
     Raises WorkdirError otherwise, also if the directory cannot be written.
     """
     if not workdir:
@@ -121,7 +119,8 @@ def _unfinished(path: epath.Path, about: Mapping[str, Any]) -> bool:
     text = json.dumps(about, indent=2) + "\n"
     lines = differences(there["config"], json.loads(text)["config"])
     lines = [line for line in lines if not _is_free(line.partition(":")[0])]
-    if lines and any((path / name).is_dir() for name in (PARTS, TRAINED)):
+    # Folders hold what was measured, trained or mapped so far, perhaps by one that is at work.
+    if lines and any(p.is_dir() for p in path.iterdir()):
         raise WorkdirError(
             f"{path}: holds an unfinished evaluation with other settings (there → now):\n  "
             + "\n  ".join(lines)

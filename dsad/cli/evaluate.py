@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     if values.save_model:
         if saved:
             raise ConfigError("--save-model: expected a fit, found --model.")
-        writer = Writer(values.save_model, overwrite=values.overwrite)
+        writer = Writer(values.save_model, overwrite=values.overwrite, workdir=values.workdir)
         writer.check(parts.detector, parts.backbone, parts.config.seeds)
     path = workdir.claim(values.workdir, "evaluate", config.to_dict(), overwrite=values.overwrite)
     results = evaluate.evaluate(parts, path, out, name=values.name, writer=writer)

@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import hashlib
 import importlib.util
 import os
 import re
 import shutil
+import urllib.parse
 import uuid
 from collections.abc import Iterator
 
@@ -15,6 +17,8 @@ from dsad.core.errors import ConfigError, DsadError, WorkdirError
 
 #: Ends the names of files that are not complete.
 TEMPORARY = ".writing"
+#: Of a name within a path: file systems take 255 bytes, of which temporary names need some.
+_LONGEST = 150
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: How the libraries that write checkpoints spell a full disk.
 _FULL_WORDS = re.compile(r"no space left|quota exceeded|file too large|resource_exhausted", re.I)
@@ -44,6 +48,14 @@ def directory(path: str | epath.PathLike) -> epath.Path:
     # Checkpoints are written past this library, so a listing it remembers would be a stale one.
     conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(text)
+
+
+def component(name: str) -> str:
+    """Any name as one component of a path, unlike that of any other name; long ones are cut."""
+    quoted = urllib.parse.quote(name, safe=" ")
+    if len(quoted) <= _LONGEST:
+        return quoted
+    return f"{quoted[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def write_whole(path: str | epath.PathLike, content: str | bytes, advice: str = "") -> epath.Path:

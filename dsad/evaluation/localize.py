@@ -128,6 +128,7 @@ def localize(
     results = Results()
     groups = [chosen] if pooled else [(c,) for c in chosen]
     parts = Parts(folder) if folder and len(groups) > 1 and not (keep or spans(mesh)) else None
+    identity = ""
     for group in groups:
         network = backbone_of(group[0]) if backbone_of else backbone
         assert network is not None, "expected a backbone, or backbone_of"
@@ -139,11 +140,15 @@ def localize(
             )  # fmt: skip
         elif backbone_of:
             run.device.use(network)
+        if parts and (backbone_of or not identity):  # a name of weights does not tell them
+            identity = run.device.identity(stamp.describe_backbone(network))
         title = "all categories" if pooled else group[0]
-        if folder is not None:
-            sources = (dataset.source(split, c) for c in group for split in ("train", "test"))
-            run.version = run.device.hosts.from_main(support.version(sources))
-        part = parts.read(title, protocol, run.version) if parts else None
+        if parts or (folder is not None and detector.traits.trains_on):
+            sources = [dataset.source(split, c) for c in group for split in ("train", "test")]
+            hosts = run.device.hosts
+            run.version = hosts.from_main(support.version(sources if hosts.main else []))
+        origin = f"{run.version} {identity}"
+        part = parts.read(title, protocol, origin) if parts else None
         if part:
             run.done += run.count(group)
             run.tick(title, "measured before")(0)
@@ -158,7 +163,7 @@ def localize(
             if keep:
                 keep.keep(title, group, network, fitted, part)
             if parts:
-                parts.write(title, part, run.version)
+                parts.write(title, part, origin)
         merge(results, part)
     results.support.update(support.listing(sets))
     over_seeds.conclude(results, config.metric_names)

@@ -1,7 +1,6 @@
 """What a stopped evaluation had measured: one folder per category, until all of them are done."""
 
 import dataclasses
-import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,8 @@ from dsad.evaluation import stamp
 from dsad.evaluation.results import Results, read_results, write_results
 
 FOLDER = "parts"
-#: In the stamp of a part: ``support.version`` of what it was measured on.
-_FILES = "files_sha256"
+#: In the stamp of a part: what its files and its network are.
+_ORIGIN = "origin"
 #: What may differ between two parts of one evaluation.
 _VARIES = ("date", "detector_state", "backbone.per_category")
 
@@ -25,22 +24,22 @@ class Parts:
     def __init__(self, workdir: str | epath.PathLike) -> None:
         self._folder = paths.directory(workdir) / FOLDER
 
-    def read(self, title: str, protocol: Mapping[str, Any], version: str) -> Results | None:
+    def read(self, title: str, protocol: Mapping[str, Any], origin: str) -> Results | None:
         """The results of a category, None unless they are whole and were measured alike.
 
-        ``protocol`` is the stamp of the evaluation, ``version`` that of the files: with other code,
-        data or settings a category is measured anew.
+        ``protocol`` is the stamp of the evaluation, ``origin`` tells apart files and
+        weights: with other code, data, weights or settings a category is measured anew.
         """
         try:
             part = read_results(self._of(title))
         except WorkdirError:
             return None
-        alike = part.stamp.pop(_FILES, None) == version
+        alike = part.stamp.pop(_ORIGIN, None) == origin
         return part if alike and not stamp.differences(part.stamp, protocol, _VARIES) else None
 
-    def write(self, title: str, results: Results, version: str) -> None:
+    def write(self, title: str, results: Results, origin: str) -> None:
         """Keep the results of a category."""
-        stamped = dataclasses.replace(results, stamp={**results.stamp, _FILES: version})
+        stamped = dataclasses.replace(results, stamp={**results.stamp, _ORIGIN: origin})
         write_results(stamped, self._of(title))
 
     def remove(self) -> None:
@@ -49,4 +48,4 @@ class Parts:
             self._folder.rmtree()
 
     def _of(self, title: str) -> epath.Path:
-        return self._folder / urllib.parse.quote(title, safe=" ")
+        return self._folder / paths.component(title)

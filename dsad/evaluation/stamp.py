@@ -18,7 +18,8 @@ from dsad.core.types import Backbone, Dataset, Record
 
 #: Fields that may differ between comparable numbers: what is compared, and when and by what.
 IGNORED = (
-    "backbone", "code", "date", "detector_state", "jax", "name", "seed",
+    "backbone", "code", "date", "detector_state", "jax", "model_sha256", "name",
+    "seed",
     # Settings of speed and memory that change no number beyond rounding or the printed bound.
     "detector.config.cache_gb", "detector.config.precision", "pixel_numbers",
 )  # fmt: skip

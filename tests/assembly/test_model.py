@@ -16,8 +16,9 @@ from dsad.core.detection import DetectorTraits
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
-from dsad.evaluation import localize
-from dsad.evaluation.localize import read_results
+from dsad.evaluation import localize, stamp
+from dsad.evaluation.compiled import Fitted
+from dsad.evaluation.localize import Results, read_results
 from dsad.evaluation.report import panels
 from dsad.evaluation.support import Sampling
 from dsad.models import wrappers
@@ -78,7 +79,10 @@ def folder(tmp_path_factory):
 
 def test_a_saved_model_measures_the_same(folder, tmp_path):
     run(f"--model={folder / 'model'}", f"--workdir={tmp_path / 'again'}")
-    same(read_results(folder / "live"), read_results(tmp_path / "again"))
+    live, again = read_results(folder / "live"), read_results(tmp_path / "again")
+    same(live, again)
+    assert again.stamp["model_sha256"] == Saved.read(folder / "model").sha256
+    assert not stamp.differences(live.stamp, again.stamp)
     one = ("--config.data.categories=('wood',)", "--config.evaluation.batch_size=8")
     run(f"--model={folder / 'model'}", *one, f"--workdir={tmp_path / 'one'}")
     live, alone = read_results(folder / "live"), read_results(tmp_path / "one")
@@ -101,6 +105,22 @@ def test_three_lines_of_python_score_images(folder):
     assert model.stamp["detector"]["name"] == "knn"
     with pytest.raises(ConfigError, match=r"expected a category, found ''.*tiles, wood"):
         FittedModel.load(folder / "model")
+
+
+def test_scoring_leaves_no_feature_cache(folder, tmp_path):
+    saved = Saved.read(folder / "model")
+    saved.index["config"]["evaluation"]["feature_cache"] = str(tmp_path / "cache")
+    saved.model("wood").score([np.zeros((40, 30, 3), np.uint8)])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_category_may_be_called_like_a_file_of_the_network(tmp_path):
+    network, writer = models.backbone("resnet18"), Writer(str(tmp_path / "m"), overwrite=False)
+    writer.keep("backbone-0", ["backbone-0"], network, Fitted((), np.arange(3.0)), Results())
+    writer.finish({"backbone": "resnet18"}, Results())
+    saved = Saved.read(tmp_path / "m")
+    np.testing.assert_array_equal(saved.fitted("backbone-0").state, np.arange(3.0))
+    jax.tree.map(np.testing.assert_array_equal, saved.backbone("backbone-0").params, network.params)
 
 
 OTHER = {
@@ -173,14 +193,30 @@ def test_faults_are_named(folder, tmp_path, capsys):
     text = fails(capsys, *SMALL, *LIGHT, f"--workdir={tmp_path / 'w'}", f"--save-model={model}")
     assert "holds a model. Replace it with --overwrite" in text
     assert "no fitted model there" in fails(capsys, f"--model={tmp_path}", argv[1])
-    weights = model / "wood.safetensors"
+    for place in ("b", "b/w"):
+        both = (f"--save-model={tmp_path / 'b'}", f"--workdir={tmp_path / place}")
+        text = fails(capsys, *SMALL, *LIGHT, *both)
+        assert "expected a directory for models alone" in text
+        assert not (tmp_path / "b").exists()
+    (tmp_path / "file").write_text("")
+    text = fails(capsys, *SMALL, *LIGHT, argv[1], f"--save-model={tmp_path / 'file'}")
+    assert "cannot be written" in text
+    weights = model / "fitted-wood.safetensors"
     content = bytearray(weights.read_bytes())
     content[-9] ^= 1
     weights.write_bytes(content)
     with pytest.raises(WorkdirError, match=r"wood\.safetensors: damaged"):
         FittedModel.load(model, "wood")
     assert FittedModel.load(model, "tiles").categories == ("tiles",)
-    index = json.loads((model / "model.json").read_text())
+    text = (model / "model.json").read_text()
+    for other in ("[1]", '{"format": 1}'):
+        (model / "model.json").write_text(other)
+        assert "a model of format" in fails(capsys, *argv)
+    threshold = str(FittedModel.load(folder / "model", "wood").thresholds["wood"]["0"]["pixel"])
+    assert threshold in text
+    (model / "model.json").write_text(text.replace(threshold, "0.5"))
+    assert "model.json: damaged" in fails(capsys, *argv)
+    index = json.loads(text)
     (model / "model.json").write_text(json.dumps({**index, "format": FORMAT - 1}))
     assert f"a model of format {FORMAT - 1}, expected {FORMAT}. Fit it again" in fails(
         capsys, *argv
@@ -230,18 +266,18 @@ def test_an_old_model_is_replaced_only_by_a_new_one(folder, tmp_path, capsys, mo
     assert {p.name: p.read_bytes() for p in model.iterdir()} == files
     run(*both, f"--workdir={tmp_path / 'w'}")
     assert Saved.read(model).titles() == ("tiles",)
-    assert not (model / "wood.safetensors").exists()
+    assert not (model / "fitted-wood.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_what_a_stopped_evaluation_left_blocks_nothing(folder, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
-    shutil.copy(folder / "model" / "wood.safetensors", model)
+    shutil.copy(folder / "model" / "fitted-wood.safetensors", model)
     one = "--config.data.categories=('tiles',)"
     run(*SMALL, *LIGHT, one, f"--workdir={tmp_path / 'w'}", f"--save-model={model}")
     assert sorted(p.name for p in model.iterdir()) == [
-        "backbone-0.safetensors", "model.json", "tiles.safetensors",
+        "backbone-0.safetensors", "fitted-tiles.safetensors", "model.json",
     ]  # fmt: skip
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "letter.txt").write_text("dear")

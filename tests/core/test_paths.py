@@ -77,3 +77,11 @@ def test_a_place_that_takes_nothing_is_named_with_the_advice(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkdirError, match=r"file/x: cannot be written: .*/file\)\. Do this"):
         paths.write_whole(tmp_path / "file" / "x", "", "Do this.")
+
+
+def test_any_name_is_one_component_of_a_path(tmp_path):
+    names = ["disc", "to/p", "to%2Fp", "[/x]", "日" * 80, "日" * 81]
+    for name in names:
+        paths.write_whole(tmp_path / f"fitted-{paths.component(name)}.safetensors", name)
+    assert sorted(p.read_text() for p in tmp_path.iterdir()) == sorted(names)
+    assert paths.component("disc") == "disc"

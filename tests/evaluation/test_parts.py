@@ -1,17 +1,22 @@
 """A stopped evaluation goes on where it was, and what failed blocks no retry."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsad.assembly import evaluate
+from dsad.assembly import evaluate, workdir
 from dsad.cli import main
 from dsad.core.detection import DetectorTraits
+from dsad.core.errors import WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
 from dsad.evaluation import localize as module
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.support import Sampling
+from tests.backbones import Plain
 from tests.data import trees
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
@@ -106,6 +111,61 @@ def test_what_was_made_of_other_files_is_made_again(tmp_path):
     assert again() == ["disc"]
     assert again(Trained) == ["disc", "plate"]
     assert len({*before.values(), *folders}) == 4
+
+
+def test_files_are_looked_at_only_where_something_is_kept(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(module.support, "version", lambda sources: looks.append(1) or "")
+
+    def looked(categories, **given):
+        del looks[:]
+        localize(
+            Pooled(), given.pop("detector", Distance()), Planted(categories=categories),
+            EvalConfig(image_size=16, workers=1), folder=tmp_path, train=lambda *given: None,
+            mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(3),
+        )  # fmt: skip
+        return len(looks)
+
+    assert looked(("disc",)) == 0
+    assert looked(("disc",), detector=Trained()) == 1
+    assert looked(("disc", "ring")) == 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weighted(Plain):
+    weight: jax.Array
+
+    def maps(self, images):
+        return {n: m * self.weight for n, m in Pooled()(images).items()}
+
+
+def test_other_weights_of_the_same_name_are_measured_anew(tmp_path):
+    def again(**weights):
+        del FITTED[:]
+        localize(
+            None, Counting(), Planted(categories=("disc", "ring")),
+            EvalConfig(image_size=16, workers=1),
+            mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(3),
+            folder=tmp_path, backbone_of=lambda c: Weighted(weight=jnp.float32(weights[c])),
+        )  # fmt: skip
+        return list(FITTED)
+
+    assert again(disc=1, ring=2) == ["disc", "ring"]
+    assert again(disc=1, ring=3) == ["ring"]
+    assert again(disc=4, ring=3) == ["disc"]
+
+
+def test_anomaly_maps_of_other_settings_are_not_replaced_unasked(tmp_path):
+    workdir.claim(str(tmp_path), "evaluate", {"k": 1})
+    workdir.claim(str(tmp_path), "evaluate", {"k": 2})
+    (tmp_path / "anomaly_maps").mkdir()
+    (tmp_path / "anomaly_maps" / "stamp.json").write_text("{}")
+    workdir.claim(str(tmp_path), "evaluate", {"k": 2})
+    with pytest.raises(WorkdirError, match=r"config.k: 2 → 1"):
+        workdir.claim(str(tmp_path), "evaluate", {"k": 1})
+    assert (tmp_path / "anomaly_maps" / "stamp.json").exists()
+    workdir.claim(str(tmp_path), "evaluate", {"k": 1}, overwrite=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
