@@ -196,8 +196,8 @@ def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) 
     checkpointer = Checkpointer(path, run.config.checkpoint, say=out.print)
     checkpointer.check(run.abstract, run.info.total_steps)
     position, clock = None, Clock()
-    if resume and (latest := distributed.on_main(checkpointer.latest)) is not None:
-        state, meta = checkpointer.restore(run.abstract, latest)
+    if resume and (kept := checkpointer.restore_newest(run.abstract)) is not None:
+        state, meta = kept
         position, clock = meta["data"], Clock(meta.get("clock"))
         out.print(f"resumed at step {int(state.step)} of {run.info.total_steps}")
     else:

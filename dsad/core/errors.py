@@ -25,6 +25,9 @@ class DataError(DsadError):
 class WorkdirError(DsadError):
     """A work directory that holds another run, or not the run that was asked for."""
 
+    #: Whether a checkpoint is damaged and there is an older one to go back to.
+    older_one = False
+
 
 class NonFiniteError(DsadError):
     """A loss or norm became NaN or infinite; the message names the step and the metric."""

@@ -36,7 +36,9 @@ def unread(
             if older
             else "There is no older one: start again with --overwrite."
         )
-        return WorkdirError(f"{path}: this checkpoint is damaged: {paths.cause(damage)}. {back}")
+        told = WorkdirError(f"{path}: this checkpoint is damaged: {paths.cause(damage)}. {back}")
+        told.older_one = bool(older)
+        return told
     why = next(filter(is_outside, chain), chain[-1])
     advice = f" {more_memory}" if is_device_memory(why) else ""
     return WorkdirError(
@@ -65,7 +67,7 @@ def is_damage(error: BaseException) -> bool:
         return "was not found in the checkpoint" in text
     # Neither the names of files nor the description of the arrays, which names their compression.
     told = re.sub('"[^"]*"', "", text.partition("[tensorstore_spec")[0])
-    undecoded = _REFUSED.match(told) and _DECODING.search(told) and "os_error_code" not in text
+    undecoded = _REFUSED.match(told) and _DECODING.search(told) and "os_toldcode" not in text
     return bool(_DAMAGE.match(told) or undecoded)
 
 

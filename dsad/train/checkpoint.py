@@ -269,6 +269,24 @@ class Checkpointer:
             more = "Use more devices, or spread the state over them with config.mesh.fsdp."
             raise self._unread(step, error, more) from error
 
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, Any] | None:
+        """Likewise, of the newest checkpoint that is not damaged; None where there is none at all.
+
+        A damaged one is put aside as ``damaged-STEP`` (in a bucket: removed), which is said. All
+        processes call it. Raises WorkdirError if no older one is left.
+        """
+        while (step := distributed.on_main(self.latest)) is not None:
+            try:
+                return self.restore(abstract, step)
+            except WorkdirError as error:
+                if not (error.older_one and error.shared):
+                    raise
+                reason = str(error).partition(" Older ones: ")[0]
+                self.say(f"{reason} Going on from the one before.")
+                path = self._path(step)
+                distributed.on_main(lambda p=path: _put_aside(p))
+        return None
+
     def weights(self, step: int | None = None) -> tuple[Any, Any, int]:
         """(params, extra, step) as host arrays, whatever devices wrote them.
 
@@ -302,12 +320,12 @@ class Checkpointer:
         except Exception as error:
             problem = self._unread(step, error)
             problem.__cause__ = error
-        told = [problem and str(problem)]
+        told = [problem and (str(problem), problem.older_one)]
         if not self.read_only:
             told = distributed.gather_objects(told[0])
-        if text := next(filter(None, told), None):
-            failure = WorkdirError(text)
-            failure.shared = True
+        if problems := list(filter(None, told)):
+            failure = WorkdirError(problems[0][0])
+            failure.shared, failure.older_one = True, all(older for _, older in problems)
             raise failure from problem
 
     def _path(self, step: int) -> epath.Path:
@@ -352,6 +370,16 @@ def _remove(path: epath.Path) -> None:
     gone = path.rename(path.with_name(f"deleted-{path.name}"))
     with contextlib.suppress(OSError):  # a reader has it open on a network disk: at the next start
         gone.rmtree()
+
+
+def _put_aside(path: epath.Path) -> None:
+    if paths.is_remote(path):
+        _remove(path)
+        return
+    place = path.with_name(f"damaged-{path.name}")
+    if place.exists():
+        place.rmtree()
+    path.rename(place)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -389,6 +389,32 @@ def test_going_back_from_a_damaged_one_as_the_message_says(tmp_path, opened):
     assert equal(again.restore(abstract(state(6)))[0], state(6))
 
 
+def test_a_resumed_run_goes_on_from_the_newest_that_is_whole(tmp_path, opened):
+    said, folder = [], tmp_path / "checkpoints"
+    save(opened(tmp_path, keep=3), 3, 6, 9)
+    for step in (6, 9):
+        largest = max(files(folder / str(step)), key=lambda p: p.stat().st_size)
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    again = opened(tmp_path, say=said.append)
+    found, meta = again.restore_newest(abstract(state(3)))
+    assert equal(found, state(3))
+    assert meta == {"data": {"at": 3}}
+    assert [text.partition(": this checkpoint is damaged")[0] for text in said] == [
+        str(folder / "9"), str(folder / "6"),
+    ]  # fmt: skip
+    assert sorted(p.name for p in folder.glob("damaged-*")) == ["damaged-6", "damaged-9"]
+    save(again, 6)
+    assert equal(opened(tmp_path).restore_newest(abstract(state(6)))[0], state(6))
+    for path in files(folder / "3"):
+        path.write_bytes(b"")
+    (folder / "6").rename(folder / "elsewhere")
+    with pytest.raises(WorkdirError, match="no older one: start again with --overwrite"):
+        opened(tmp_path).restore_newest(abstract(state(3)))
+    assert (folder / "3").is_dir()
+
+
 # --- other meshes
 
 SHAPES = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (8, 1), (4, 2), (1, 8)]
