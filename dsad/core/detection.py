@@ -46,8 +46,8 @@ class MapWrapper(Protocol):
         """The maps (b, h, w, ...) as a detector gets them; pure and jittable.
 
         ``index`` (b,) is the place of each image in the support set that the bank is of, as its
-        ``FeatureBatch`` said, and -1 for other images: what the bank has of an image itself must
-        not serve it.
+        ``FeatureBatch`` said, and -1 for other images: what the bank has of an image itself, in
+        whichever rotation, must not serve it.
         """
         ...
 

@@ -269,11 +269,22 @@ class _Run:
         spent = 0.0
         for place, (name, wrapper) in enumerate(self.map_wrappers.items()):
             told = _quiet if place else tick
-            source = Features(reader, parts, told, split=split, banks=banks)
+            source = Features(
+                reader,
+                parts,
+                told,
+                split=split,
+                banks=banks,
+                rotations=config.rotations,
+                by_image=True,
+            )
             bank = wrapper.adapt(source, mesh=reader.device.mesh, key=named(key, name))
             banks = (*banks, reader.device.place(bank))
             spent += source.seconds
-        features = Features(reader, parts, _quiet if banks else tick, split=split, banks=banks)
+        told = _quiet if banks else tick
+        features = Features(
+            reader, parts, told, split=split, banks=banks, rotations=config.rotations
+        )
         trained = None
         if self.train and self.detector.traits.trains_on:
             data = fitting.training_data(

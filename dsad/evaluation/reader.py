@@ -60,7 +60,8 @@ class Features:
     """A re-iterable ``FeatureSource`` over sources, category by category.
 
     Sample indices continue from one source to the next. ``banks`` are those of the map wrappers
-    that the features have passed. ``seconds`` are those spent in reading and the network.
+    that the features have passed. ``seconds`` are those spent in reading and the network. Of
+    ``rotations`` samples each are one image; with ``by_image`` its number is that of them all.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class Features:
         keep: bool = True,
         split: str = "train",
         banks: tuple[Tree, ...] = (),
+        rotations: int = 1,
+        by_image: bool = False,
     ) -> None:
         self.categories = tuple(category for category, _ in parts)
         self.seconds = 0.0
         self._passes = 0
         self._parts = (reader, parts, tick, keep, split)
-        self._banks = banks
+        self._banks, self._rotations, self._by_image = banks, rotations, by_image
 
     def __iter__(self) -> Iterator[FeatureBatch]:
         reader, parts, tick, keep, split = self._parts
@@ -89,7 +92,9 @@ class Features:
                 self.seconds += time.perf_counter() - start
                 tick(int(host.valid.sum()) if first else 0)
                 index = np.where(host.valid, host.index + offset, -1)
-                maps = reader.device.transform(self._banks, maps, index)
+                image = np.where(host.valid, index // self._rotations, -1)
+                maps = reader.device.transform(self._banks, maps, image)
+                index = image if self._by_image else index
                 yield FeatureBatch(maps, host.valid, category, index)
                 start = time.perf_counter()
             offset += len(source)

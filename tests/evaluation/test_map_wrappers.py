@@ -9,8 +9,9 @@ from dsad.assembly import evaluate, runs
 from dsad.core.detection import FeatureBatch, MapWrapper
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.evaluation import extract, fitting
+from dsad.evaluation import compiled, extract, fitting
 from dsad.evaluation.localize import EvalConfig, localize
+from dsad.evaluation.support import SupportConfig
 from dsad.models import wrappers
 from dsad.terminal import console, flags
 from tests.evaluation.test_localize import Distance, Planted, Pooled
@@ -76,6 +77,30 @@ def test_every_support_set_has_its_bank():
     assert together.std["mean"]["pixel_ap"] > 0
     assert together.stamp["map_wrappers"] == ["away"]
     assert run((), shots=2).mean != one_by_one[0].mean
+
+
+def test_the_rotations_of_an_image_are_that_image(monkeypatch):
+    asked, transform = [], compiled.Device.transform
+    owners, adapt = [], away.Away.adapt
+
+    def counted(self, banks, maps, index):
+        asked.extend(index.tolist())
+        return transform(self, banks, maps, index)
+
+    def kept(self, source, **how):
+        bank = adapt(self, source, **how)
+        owners.append(bank["owner"])
+        return bank
+
+    monkeypatch.setattr(compiled.Device, "transform", counted)
+    monkeypatch.setattr(away.Away, "adapt", kept)
+    run(shots=2, support=SupportConfig(rotations=3))
+    cells = len(owners[0]) // 6
+    np.testing.assert_array_equal(owners[0], np.repeat([0, 1], 3 * cells))
+    counts = {i: asked.count(i) for i in (0, 1)}
+    assert counts[0] == counts[1] > 0
+    assert counts[0] % 3 == 0
+    assert max(asked) == 1
 
 
 def test_devices_and_pooling_change_nothing():
