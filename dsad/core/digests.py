@@ -9,6 +9,8 @@ import json
 import os
 from typing import Any
 
+from etils import epath
+
 from dsad.core import paths
 from dsad.core.errors import WorkdirError
 
@@ -37,10 +39,14 @@ def of_files(folder: str | os.PathLike[str], names: list[str]) -> dict[str, str]
 def write(folder: str | os.PathLike[str]) -> None:
     """Write ``digests.json`` about every other file in the folder and below; raises OSError."""
     root = paths.directory(folder)
+    (root / NAME).write_text(json.dumps(of_files(root, _names(root)), indent=1))
+
+
+def _names(root: epath.Path) -> list[str]:
+    """Every other file in the folder and below."""
     top = os.fspath(root).rpartition("://")[2]  # how those below it are spelled
     below = (at / name for at, _, names in root.walk() for name in names)
-    names = sorted({os.path.relpath(path, top) for path in below} - {NAME})
-    (root / NAME).write_text(json.dumps(of_files(root, names), indent=1))
+    return sorted({os.path.relpath(path, top) for path in below} - {NAME})
 
 
 def check(
@@ -49,7 +55,8 @@ def check(
     """Compare the files whose names begin with ``below`` with ``digests.json``.
 
     Several readers may share the work, each with a ``part`` of its own, from 0, of ``parts``.
-    Raises DigestError naming a file that differs or is missing, OSError if one cannot be read.
+    Raises DigestError naming a file that differs, is missing or was not written with the others,
+    OSError if one cannot be read. What lies in the folder itself may have come later.
     """
     root = paths.directory(folder)
     try:
@@ -64,6 +71,10 @@ def check(
     if not isinstance(written, dict):
         raise DigestError(f"{root / NAME}: expected the SHA-256 of every file by name")
     names = sorted(name for name in written if name.startswith(below))[part::parts]
+    if further := [
+        n for n in _names(root) if "/" in n and n.startswith(below) and n not in written
+    ]:
+        raise DigestError(f"{root / further[0]}: {NAME} does not know this file")
     try:
         read = of_files(root, names)
     except FileNotFoundError as error:

@@ -269,6 +269,19 @@ def test_one_that_was_written_without_digests_is_refused(tmp_path, opened):
         opened(tmp_path, read_only=True).weights()
 
 
+@pytest.mark.parametrize("index", ["{}", "further"])
+def test_a_file_that_the_digests_do_not_know_is_damage(tmp_path, opened, index):
+    save(opened(tmp_path), 3, 6)
+    folder = tmp_path / "checkpoints" / "6"
+    if index == "further":
+        (folder / "state" / "d").mkdir(exist_ok=True)
+        (folder / "state" / "d" / "more").write_text("")
+    else:
+        (folder / digests.NAME).write_text(index)
+    with pytest.raises(WorkdirError, match=r"digests.json does not know this file.*at step 3"):
+        opened(tmp_path).restore(abstract(state(6)))
+
+
 def test_nobody_sees_one_whose_digests_are_being_written_and_nobody_waits(
     tmp_path, opened, monkeypatch
 ):
