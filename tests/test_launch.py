@@ -367,7 +367,7 @@ def test_resume_is_not_misled_by_another_run(bench):
         ("crash", "crash", 2, "failure 2, giving up"),
         # Two is not final where others ended in another way: it may follow from that.
         ("refuse", "crash", 2, "exit code 1 2; that is failure 2"),
-        ("refuse", "lost", 2, "exit code 2; that is failure 2"),
+        pytest.param("refuse", "lost", 2, "exit code 2; that is failure 2", marks=pytest.mark.slow),
     ],
 )
 def test_resume_gives_up(bench, plan, other, starts, told):
@@ -389,6 +389,7 @@ def test_resume_gives_up_on_requests_that_fail(bench):
     assert bench.tpus() == ["create", "delete", "create"]
 
 
+@pytest.mark.slow
 def test_resume_goes_on_after_a_storage_fault(bench):
     (bench.folder / "plan").write_text("flaky")
     done = bench.tpu("resume", "--", "pretrain", KEEP="1")
@@ -455,6 +456,7 @@ def test_resume_says_that_a_slice_is_left(bench):
     assert bench.tpus().count("delete") == 6
 
 
+@pytest.mark.slow
 def test_an_installation_without_its_files_is_not_continued(bench):
     """Where the copy failed, what an earlier one left must not be installed."""
     (bench.folder / "fail").write_text("scp")

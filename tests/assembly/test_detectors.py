@@ -144,6 +144,7 @@ def test_a_failure_blocks_no_retry(tmp_path, capsys, trainings):
     assert found["mean"] == evaluated(tmp_path, "y", "linear", *argv)[1]["mean"]
 
 
+@pytest.mark.slow
 def test_images_pass_through_the_frozen_backbone(tmp_path, trainings, compiled):
     argv = (*TRAINED, TWO, "--config.detector.on=images")
     code, found = evaluated(tmp_path, "images", "linear", *argv)
@@ -186,6 +187,7 @@ def test_weights_lengths_and_seeds_are_arguments_of_one_program():
     assert len({row.tobytes() for row in found}) == 4
 
 
+@pytest.mark.slow
 def test_images_and_their_features_train_alike():
     """The same detector on either: what the steps compute of the images are its features."""
     network, found = backbone("resnet18").only(("layer1",)), []

@@ -133,13 +133,8 @@ OTHER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        pytest.param(argv, id=name, marks=[pytest.mark.slow] * (name != "a map wrapper"))
-        for name, argv in OTHER.items()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", [pytest.param(argv, id=name) for name, argv in OTHER.items()])
 def test_whatever_is_fitted_is_kept(argv, tmp_path, monkeypatch):
     monkeypatch.setitem(wrappers.KINDS, "away", away.KIND)
     run(
@@ -159,6 +154,7 @@ def test_the_encoder_of_a_run_needs_its_directory_no_more(tmp_path):
     same(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_panels_are_those_of_the_evaluation(tmp_path):
     untrained_run(tmp_path / "run", "isstad", **TINY, side=32)
     spec = f"--config.backbone=run:{tmp_path}/run@0"

@@ -126,7 +126,7 @@ def test_a_rebuilt_run_knows_its_data(tmp_path, monkeypatch):
     assert all(info.classes == INFO.classes for info in known)  # which may shape features
 
 
-@pytest.mark.parametrize("name", ["mae", "isstad"])
+@pytest.mark.parametrize("name", ["mae", pytest.param("isstad", marks=pytest.mark.slow)])
 def test_a_transformer_gives_its_class_token(name, tmp_path):
     path = untrained_run(
         tmp_path / "a", name, **SMALL, **({"side": 32} if name == "isstad" else {})

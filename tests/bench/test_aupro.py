@@ -7,6 +7,7 @@ from dsad.cli import main
 from dsad.evaluation.metrics import streaming
 
 
+@pytest.mark.slow
 def test_all_routes_agree(capsys):
     found = aupro.compare(maps=4, size=64, rounds=1, peer_maps=4, limit=0.3)
     text = capsys.readouterr().out

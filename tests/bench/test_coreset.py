@@ -18,6 +18,7 @@ def test_compare_prints_every_route(capsys):
         assert part in text, text
 
 
+@pytest.mark.slow
 def test_one_bank_alone_states_memory_and_time_left(capsys):
     bank = coreset.clustered(400, 16)
     assert (bank.shape, bank.dtype) == ((400, 16), np.float32)

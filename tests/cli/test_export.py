@@ -97,6 +97,7 @@ def test_what_cannot_be_exported_says_why(resnet_file, tmp_path, capsys):
     assert "end after layer3" in text
 
 
+@pytest.mark.slow
 def test_a_transformer_of_another_size_carries_its_arguments(tmp_path):
     weights = Weights(
         tensors=published.with_sines(published.by_rule(published.mae(2, 24, 8, 4))),

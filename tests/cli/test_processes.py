@@ -96,6 +96,7 @@ def test_two_processes_train_as_one_and_either_continues_the_other(tmp_path, ima
     assert weights(tmp_path / "one")[1] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.multihost
 @pytest.mark.parametrize("cache", ["device", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_failure_of_one_process_ends_all_with_its_message(tmp_path, images, cache):

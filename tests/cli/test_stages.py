@@ -103,6 +103,7 @@ def test_the_second_stage_keeps_the_encoder_and_grows_the_decoder(stage1, stage2
     assert 0 < np.abs(new[:2] - old).max() < 0.01
 
 
+@pytest.mark.slow
 def test_scores_and_a_report_with_panels(stage2, capsys):
     out = stage2.parent / "scores"
     run(
@@ -223,6 +224,7 @@ def test_a_damaged_file_is_refused_before_step_0(published, tmp_path, capsys):
     assert re.search(r"blocks\.1\.norm1\.weight +\(48,\) +missing", text)
 
 
+@pytest.mark.slow
 def test_an_exported_encoder_gives_the_features_of_the_run(stage1, capsys):
     out = stage1.parent / "exported"
     run("export", f"--backbone=run:{stage1}", f"--out={out}")

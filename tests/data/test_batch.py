@@ -93,7 +93,10 @@ def expected(sources):
 
 
 @pytest.mark.parametrize("kind", ["files", "records", "canvases"])
-@pytest.mark.parametrize(("cache", "workers"), [("host", 0), ("none", 0), ("none", 2)])
+@pytest.mark.parametrize(
+    ("cache", "workers"),
+    [("host", 0), ("none", 0), pytest.param("none", 2, marks=pytest.mark.slow)],
+)
 def test_the_same_in_every_cache_and_from_every_source(sources, expected, kind, cache, workers):
     same(take(pipeline(sources[kind], cache, workers=workers)), expected)
     names = shapes(SPEC.whole, BATCH)

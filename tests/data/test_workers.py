@@ -58,6 +58,7 @@ def same(left, right):
                 np.testing.assert_array_equal(x[name], y[name])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_workers(source):
     """Saved without workers, resumed with two, saved again, resumed without."""
     whole = take(iterator(source), 9)

@@ -132,6 +132,7 @@ def test_maps_are_computed_once_for_all_wrappers_and_seeds(tmp_path, monkeypatch
     assert not computed
 
 
+@pytest.mark.slow
 def test_through_the_command_line_config(tmp_path, monkeypatch):
     drawn, supports = [], fitting.supports
     monkeypatch.setattr(fitting, "supports", lambda *x: drawn.append(supports(*x)) or drawn[-1])

@@ -130,8 +130,10 @@ def source():
     return load(config).source("train")
 
 
-def test_the_numbers_are_those_of_an_evaluation_and_nothing_is_compiled_twice(source, devices):
-    config, mesh = ProbeConfig(images=5, support=9), make_mesh(MeshConfig(), devices)
+@pytest.mark.parametrize("count", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_the_numbers_are_those_of_an_evaluation_and_nothing_is_compiled_twice(source, count):
+    config = ProbeConfig(images=5, support=9)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:count])
     held = hold_out(source.records, config, seed=0)
     probe = Probe(source, held, config, layers=("cells",), image_size=32, mesh=mesh, seed=0)
 

@@ -63,6 +63,7 @@ def test_same_picks_as_a_plain_run(data, mean):
         np.testing.assert_array_equal(found, plain(bank, SIZE, seed))
 
 
+@pytest.mark.slow
 def test_same_picks_on_any_number_of_devices():
     bank = clustered(0, ROWS)
     expected = plain(bank, SIZE)

@@ -57,7 +57,11 @@ def config(spec, *overrides):
 @pytest.mark.parametrize(
     ("spec", "overrides"),
     [
-        ("isstad:smoke", ("--config.mesh.fsdp=4", "--config.mesh.min_fsdp_size=2048")),
+        pytest.param(
+            "isstad:smoke",
+            ("--config.mesh.fsdp=4", "--config.mesh.min_fsdp_size=2048"),
+            marks=pytest.mark.slow,
+        ),
         ("mae:smoke", ("--config.data.cache=host", "--config.data.split=all")),
     ],
 )
@@ -200,6 +204,7 @@ def test_a_spoilt_result_is_made_again(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_ends_with_1(cache, capsys, monkeypatch):
     monkeypatch.setattr(_hardware, "limit", lambda devices: 1000)
     for need, code, words in ((900, 0, "fits: "), (1100, 1, "DOES NOT FIT")):

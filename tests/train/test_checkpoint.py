@@ -499,6 +499,7 @@ checkpointer.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multihost
 def test_a_reader_needs_no_other_process_and_damage_is_told_by_all(tmp_path, opened):
     """One of two reads, the other goes straight on; then both restore, and share the checks.

@@ -119,6 +119,7 @@ def test_what_makes_one_whole_is_written_last(store, opened):  # noqa: F811
     assert names[-2:] == ["digests.json", "commit_success.txt"]
 
 
+@pytest.mark.slow
 def test_a_damaged_one_in_a_bucket_is_named(store, opened):  # noqa: F811
     save(opened(RUN), 1, 2)
     for name in set(store.names("some/run/checkpoints/2/")) - {

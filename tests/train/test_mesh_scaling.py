@@ -87,6 +87,7 @@ def test_the_list_does_not_grow_and_bytes_follow_the_ring(name, split, counts):
         if case.collectives is not None
     ],
 )
+@pytest.mark.slow
 def test_each_gradient_is_summed_once(name):
     """All-reduces are the gradients, statistics and scalars: no samples, and none of them twice."""
     found, size = moved(name, 8, False)
