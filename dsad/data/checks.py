@@ -125,10 +125,6 @@ def _read_files(dataset: FileDataset, record: Record) -> _Read:
     image, mask, mode = None, None, ""
     try:
         image, mode = decode.read_image(dataset.root, record.path, dataset.config.lossy)
-        turned = decode.orientation(dataset.root, record.path)
-        if turned != 1:
-            text = f"EXIF orientation {turned} is not applied: pixels are used as stored."
-            faults.append(warning("K3", record.path, text))
     except FaultError as problem:
         faults.extend(problem.faults)
     normal = dataset.normal_masks.get(record.path)

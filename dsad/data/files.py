@@ -219,7 +219,7 @@ class EncodedSource(abc.ABC):
         Pixels that ``lossy`` allows are not the same as pixels that need no permission: what was
         kept of them must not be found by a config that refuses their file.
         """
-        digest = hashlib.sha256(repr(sorted(self._lossy)).encode())
+        digest = hashlib.sha256(f"upright {sorted(self._lossy)}".encode())
         digest.update(self.encoded(index))
         return digest.hexdigest()
 

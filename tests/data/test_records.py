@@ -313,7 +313,7 @@ def test_damaged_records_are_named(files, out):
     with pytest.raises(DataError, match=r"\[K8\] the records of train cannot be opened"):
         load(config)
     (out / records.ABOUT).write_text('{"format": 99}')
-    with pytest.raises(DataError, match="format 99; this dsad reads 2"):
+    with pytest.raises(DataError, match="format 99; this dsad reads 3"):
         load(config)
     (out / records.ABOUT).unlink()
     with pytest.raises(DataError, match=r"dsad_records.json is missing; expected a folder written"):
