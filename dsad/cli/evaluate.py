@@ -31,7 +31,7 @@ def table(results: Results, title: str = "") -> Table:
         made.add_row(category, images, *_cells(row, names, spread))
         for kind, numbers in results.kinds[category].items():
             cells = _cells(numbers, names)
-            made.add_row(f"  {kind}", str(numbers["images"]), *cells, style="dim")
+            made.add_row(f" {kind}", str(numbers["images"]), *cells, style="dim")
     made.add_section()
     cells = _cells(results.mean, names, std["mean"] if std else {})
     made.add_row("mean", "", *cells, style="bold")

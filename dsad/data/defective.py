@@ -16,6 +16,8 @@ from dsad.data._fields import Rng, grid
 KINDS = tuple(kinds(""))
 #: How their names begin in records: nobody shall take them for real ones.
 PROCEDURAL = "procedural "
+#: Said beside numbers that were measured against them.
+NOTE = "procedural, no real ones"
 #: A defect can be seen if it changes its pixels by so much of full scale on average: a piece of
 #: the background set into the background is none. Until one can, this many are drawn.
 VISIBLE, DRAWS = 0.04, 20
