@@ -35,7 +35,7 @@ def table(results: Results, title: str = "") -> Table:
     made.add_section()
     cells = _cells(results.mean, names, std["mean"] if std else {})
     made.add_row("mean", "", *cells, style="bold")
-    captions = [results.about_means] if results.about_means else []
+    captions = [text for text in (results.about_defects, results.about_means) if text]
     if std:
         captions.append(
             f"mean ± sample standard deviation over {len(results.seeds)} seeds "
@@ -56,7 +56,9 @@ def threshold_table(results: Results) -> Table:
     made = console.table(
         "category", "held out", *(label.lower() for _, label in thresholds.COLUMNS),
         title=f"Thresholds from normal training images, false-alarm rate {rate:g}",
-        title_justify="left", caption="means over seeds" if results.std else None,
+        title_justify="left",
+        caption="; ".join(filter(None, [results.about_defects, results.std and "means over seeds"]))
+        or None,
     )  # fmt: skip
     for category, by_seed in results.thresholds.items():
         row = thresholds.mean(list(by_seed.values()))

@@ -17,7 +17,8 @@ names alone are compared. Without ``masks`` there are numbers of images only.
 ``category``, ``kind``; paths are relative to its folder.
 
 Where no normal test images are named, the share ``holdout`` of the normal ones, at least one a
-category, is held out for the test by ``heldout.RULE``. Without abnormal images the test images
+category, is held out for the test by ``heldout.RULE``; groups that have an abnormal image come
+first, as no group is on both sides. Without abnormal images the test images
 are these, clean and with a procedural defect each, which their kinds and the protocol say.
 
 With ``root`` alone, ``<category>/**/<name>.<suffix>``, everything is normal and trained on, and
@@ -152,12 +153,14 @@ class _Labelled:
         mine = [r for r in self.normal if r.category == category]
         if self.tested is not None:
             return mine, [r for r in self.tested if r.category == category]
-        train, test = heldout.divided(mine, self.config.holdout, self.config.seed)
+        bad = [r for r in self.abnormal if r.category == category]
+        train, test = heldout.divided(mine, self.config.holdout, self.config.seed, bad)
         if test and not train:
-            held = len({r.group for r in test}) == 1 and test[0].group
-            text = f"{len(test)} normal images, all of group {held}" if held else "too few normals"
-            advice = "nothing is left to fit on. Name more images, fewer groups, or a test split."
-            self.faults.append(error("K13" if held else "K0", category, f"{text}: {advice}"))
+            groups = len({r.group for r in test if r.group})
+            text = f"all {len(test)} normal images are held out"
+            text += f" with their {groups} groups" if groups else ""
+            advice = "nothing is left to fit on. Name more images, or the test images by a split."
+            self.faults.append(error("K13" if groups else "K0", category, f"{text}: {advice}"))
         return train, test
 
     def dataset(self) -> files.FileDataset:
@@ -276,14 +279,14 @@ def _categories(
     """All categories there are, and the places with their categories."""
     normal = places["normal"]
     if not normal.pattern:
-        folder = pathlib.Path(normal.base)
-        loose, folders = next(walk(folder, []), ([], []))
+        start = os.path.relpath(normal.base, root)
+        loose, folders = next(walk(root, [], start), ([], []))
         if folders and not loose:
             normal = normal.within()
         elif folders:
             advice = "Or take them all as one category with a glob that ends in /**/*, or "
             advice += "name the loose ones with one that ends in /*."
-            faults += _mixed(folder, loose, folders, advice)
+            faults += _mixed(root, loose, folders, advice)
     if not normal.by_category:
         known = (name,)
     else:

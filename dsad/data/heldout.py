@@ -1,7 +1,7 @@
 """Which normal images are held out: drawn by hash, so on every machine alike, groups as a whole."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dsad.core.types import Record
 
@@ -27,14 +27,18 @@ def group(record: Record) -> tuple[str, str]:
 
 
 def divided(
-    records: Sequence[Record], share: float, seed: int
+    records: Sequence[Record], share: float, seed: int, tested: Iterable[Record] = ()
 ) -> tuple[list[Record], list[Record]]:
     """Records of one category as those that stay and those held out, at least one.
 
-    The last group may make these more than their share; nothing may stay then.
+    Held out first are those with a group of the ``tested``. They, and the last group, may make them
+    more than their share; nothing may stay then.
     """
     count = max(1, round(share * len(records)))
-    held = {group(r) for r in sorted(records, key=lambda r: order(r, seed))[:count]}
+    held = {group(r) for r in tested if r.group}
+    count -= sum(group(r) in held for r in records)
+    rest = sorted((r for r in records if group(r) not in held), key=lambda r: order(r, seed))
+    held |= {group(r) for r in rest[: max(0, count)]}
     sides: tuple[list[Record], list[Record]] = ([], [])
     for record in records:
         sides[group(record) in held].append(record)
