@@ -14,10 +14,7 @@ from tests.data import trees
 
 def flat(root, good=10, bad=2, **kwargs):
     """Images directly in pics/good and pics/bad below ``root``."""
-    for i in range(good):
-        trees.save(root / f"pics/good/{i}.png", trees.pixels(i))
-    for i in range(bad):
-        trees.save(root / f"pics/bad/{i}.png", trees.pixels(100 + i))
+    trees.good_and_bad(root / "pics", good, bad)
     places = {"normal": "pics/good", **({"abnormal": "pics/bad"} if bad else {})}
     return DataConfig(name="folder", root=str(root), **{**places, **kwargs})
 

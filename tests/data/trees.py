@@ -84,6 +84,13 @@ def labelled(root: pathlib.Path, **kwargs) -> DataConfig:
     return DataConfig(name="folder", root=str(root), **{**places, **kwargs})
 
 
+def good_and_bad(root: pathlib.Path, good: int = 10, bad: int = 2) -> None:
+    """Images directly in the folders good and bad."""
+    for folder, count in (("good", good), ("bad", bad)):
+        for i in range(count):
+            save(root / folder / f"{i}.png", pixels(i + 100 * (folder == "bad")))
+
+
 def jpeg(seed: int) -> bytes:
     """The content of a JPEG file of random pixels."""
     file = io.BytesIO()
