@@ -53,12 +53,11 @@ def _cells(row: Any, names: list[str], spread: Mapping[str, Any] | None = None) 
 def threshold_table(results: Results) -> Table:
     """Thresholds from held-out normals, and what they achieve on the test images."""
     rate = results.stamp["thresholds"]["false_alarm_rate"]
+    captions = [results.about_defects, "means over seeds" if results.std else ""]
     made = console.table(
         "category", "held out", *(label.lower() for _, label in thresholds.COLUMNS),
         title=f"Thresholds from normal training images, false-alarm rate {rate:g}",
-        title_justify="left",
-        caption="; ".join(filter(None, [results.about_defects, results.std and "means over seeds"]))
-        or None,
+        title_justify="left", caption="; ".join(filter(None, captions)) or None,
     )  # fmt: skip
     for category, by_seed in results.thresholds.items():
         row = thresholds.mean(list(by_seed.values()))

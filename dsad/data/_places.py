@@ -50,6 +50,32 @@ def _barred(folder: str) -> str:
     return ""
 
 
+def images_below(root: pathlib.Path, faults: list[Fault], start: str) -> list[str]:
+    """Paths of all images in the folder ``start`` and the folders below it."""
+    return [path for images, _ in walk(root, faults, start) for path in images]
+
+
+def empty_class(path: str) -> Fault:
+    text = "empty class: no image in the folder or below it; remove it or fill it."
+    return error("K0", path, text)
+
+
+def mixed(root: pathlib.Path, loose: list[str], folders: list[str], advice: str) -> list[Fault]:
+    """Faults of folders beside images: with images in them, they might be categories."""
+    faults: list[Fault] = []
+    for folder in sorted(folders):
+        if below := images_below(root, faults, folder):
+            text = (
+                f"{len(below)} images here and {len(loose)} directly in the folder above, such as "
+                f"{min(loose)}: expected either folders, one for each category, or a single folder "
+                f"of images. {advice}"
+            )
+            faults.append(error("K0", folder, text))
+        else:
+            faults.append(files.ignored(folder, "no image in the folder or below it"))
+    return faults
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
     """Images as ``config.data.<key>`` names them: those in ``base``, or there matching ``pattern``.
@@ -91,7 +117,7 @@ class Place:
         if self.pattern:
             paths = [prefix + name for name in self._matches(prefix, faults)]
         else:
-            paths = [p for images, _ in walk(top, faults, prefix) for p in images]
+            paths = images_below(top, faults, prefix)
         return {path.removeprefix(prefix): path for path in sorted(paths)}
 
     def _matches(self, prefix: str, faults: list[Fault]) -> Iterator[str]:

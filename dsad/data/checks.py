@@ -249,7 +249,7 @@ def check_dataset(
     jobs = [(split, i) for split, source in sources.items() for i in range(len(source))]
     seen = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        looks = pool.map(lambda job: _look(dataset, sources[job[0]], *job, canvas), jobs)
+        looks = pool.map(lambda job: _look(dataset, sources[job[0]], job[0], job[1], canvas), jobs)
         for done, item in enumerate(looks, start=1):
             seen.append(item)
             if progress is not None:

@@ -203,7 +203,9 @@ def test_masks_keep_their_rule(tmp_path, out):
 
 def test_canvases_of_what_has_no_files(out):
     config = DataConfig(synthetic=SyntheticConfig(size=24, train=2, good=1, bad=1))
-    with pytest.raises(ConfigError, match=r"synthetic has no files to copy. .* --canvas=SIDE"):
+    with pytest.raises(
+        ConfigError, match=r"images of synthetic are no files to copy. .* --canvas=SIDE"
+    ):
         records_builder.plan(load(config))
     made = load(prepared(config, out, side=16))
     assert len(made.source("train")) == 10
