@@ -2,6 +2,7 @@
 
 dsad check-data --config.data.name=mvtec --config.data.root=DIR
 dsad check-data --config.data.name=mtd:grouped --config.data.root=DIR
+dsad check-data --config.data.name=folder --config.data.normal=DIR --config.data.abnormal=DIR
 dsad check-data                                   (the procedural set, which has no faults)
 dsad check-data --config=configs/data.py:smoke    (a small one)
 """

@@ -3,6 +3,8 @@
     dsad evaluate --config=configs/patchcore.py --config.backbone=resnet18 \
         --config.weights=FILE.npz --config.data.name=mvtec --config.data.root=MVTEC \
         --workdir=runs/imagenet-patchcore
+    dsad evaluate --config=configs/patchcore.py --config.data.name=folder \
+        --config.data.normal=pics/good --config.data.abnormal=pics/bad --workdir=runs/pics
 
 Variants, after a colon and joined by commas:
     published  what the public code does differently from the paper: pooling to 1,024, zeros beyond

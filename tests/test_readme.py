@@ -90,6 +90,7 @@ def folder(tmp_path_factory):
     trees.mvtec(base / "data" / "mvtec")
     shutil.copytree(base / "data" / "mvtec" / "disc", base / "data" / "mvtec" / "bottle256")
     trees.mtd_grouped(base / "data" / "mtd")
+    trees.good_and_bad(base / "pics")
     (base / "data" / "weights").mkdir()
     np.savez(
         base / "data" / "weights" / "resnet18_in1k_folded_l1l3_fp16.npz",
@@ -109,8 +110,7 @@ def case(block: str):
     """The long blocks, all results and the benchmarks, are left to the slow run."""
     long = (
         "runs/ds2-mtd", "bottle-patchcore", "runs/mae-bottle", "config.shots", "dsad bench",
-        "dsad plan", "runs/pixpro",
-        "check-data --config.data.name=mvtec",
+        "dsad plan", "runs/pixpro", "runs/pics", "check-data --config.data.name=mvtec",
     )  # fmt: skip
     marks = [pytest.mark.slow] if any(part in block for part in long) else []
     return pytest.param(block, marks=marks, id=commands(block)[0][:60])

@@ -47,7 +47,8 @@ def _table(report: CheckReport) -> Table:
         else:
             table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
-        bad = f"{row.bad} ({row.without_mask} no mask)" if row.without_mask else row.bad
+        told = row.without_mask and "K1" not in report.skipped
+        bad = f"{row.bad} ({row.without_mask} no mask)" if told else row.bad
         area = "-" if row.area is None else f"{row.area:.3g}"
         cells = (row.category, row.train, row.good, bad, row.kinds, row.sizes, row.modes, area)
         table.add_row(*map(str, cells), f"{row.vanished}/{row.regions}")

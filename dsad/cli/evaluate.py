@@ -31,11 +31,11 @@ def table(results: Results, title: str = "") -> Table:
         made.add_row(category, images, *_cells(row, names, spread))
         for kind, numbers in results.kinds[category].items():
             cells = _cells(numbers, names)
-            made.add_row(f"  {kind}", str(numbers["images"]), *cells, style="dim")
+            made.add_row(f" {kind}", str(numbers["images"]), *cells, style="dim")
     made.add_section()
     cells = _cells(results.mean, names, std["mean"] if std else {})
     made.add_row("mean", "", *cells, style="bold")
-    captions = [results.about_means] if results.about_means else []
+    captions = [text for text in (results.about_defects, results.about_means) if text]
     if std:
         captions.append(
             f"mean ± sample standard deviation over {len(results.seeds)} seeds "
@@ -53,10 +53,11 @@ def _cells(row: Any, names: list[str], spread: Mapping[str, Any] | None = None) 
 def threshold_table(results: Results) -> Table:
     """Thresholds from held-out normals, and what they achieve on the test images."""
     rate = results.stamp["thresholds"]["false_alarm_rate"]
+    captions = [results.about_defects, "means over seeds" if results.std else ""]
     made = console.table(
         "category", "held out", *(label.lower() for _, label in thresholds.COLUMNS),
         title=f"Thresholds from normal training images, false-alarm rate {rate:g}",
-        title_justify="left", caption="means over seeds" if results.std else None,
+        title_justify="left", caption="; ".join(filter(None, captions)) or None,
     )  # fmt: skip
     for category, by_seed in results.thresholds.items():
         row = thresholds.mean(list(by_seed.values()))

@@ -38,10 +38,21 @@ class DataConfig(Settings, place="config.data"):
     counts that differ from the published tables into errors. With ``cache="none"``, ``workers``
     processes read and decode the images (0: threads of this process); ``prefetch`` batches are
     kept ready, by each of them. Neither changes what is read, nor its order.
+
+    Of ``folder``: ``normal`` and, if there are any, ``abnormal``, ``masks`` and ``test_normal`` are
+    folders or globs ("pics/**/ok_*.png"), relative to ``root`` or to the working directory; or
+    ``manifest`` is a list of images, CSV or JSON lines. Of the normal images the share ``holdout``,
+    at least one, is drawn by ``seed`` to be tested, unless test images are named.
     """
 
     name: str = "synthetic"
     root: str = ""
+    normal: str = ""
+    abnormal: str = ""
+    masks: str = ""
+    test_normal: str = ""
+    manifest: str = ""
+    holdout: float = field(0.2, above=0, below=1)
     categories: tuple[str, ...] = field((), distinct=True)
     canvas: int = field(256, at_least=1)
     cache: Literal["device", "host", "none"] = "device"
@@ -54,7 +65,13 @@ class DataConfig(Settings, place="config.data"):
     prefetch: int = field(2, at_least=1)
     synthetic: SyntheticConfig = SyntheticConfig()
 
+    @property
+    def place(self) -> str:
+        """Where the data are, for people."""
+        return self.root or self.manifest or self.normal
+
     def check(self) -> None:
+        _check_own(self)
         if self.workers and self.cache != "none":
             raise Refused(
                 "workers",
@@ -62,6 +79,21 @@ class DataConfig(Settings, place="config.data"):
                 self.workers,
                 'More processes would have nothing to read; or set config.data.cache="none".',
             )
+
+
+def _check_own(config: DataConfig) -> None:
+    """Refuse keys of own folders that do not go together."""
+    keys = ("normal", "abnormal", "masks", "test_normal", "manifest")
+    given = {key: value for key, value in vars(config).items() if key in keys and value}
+    if given and config.name.partition(":")[0] != "folder":
+        raise Refused("name", f"'folder' with config.data.{min(given)}", config.name)
+    if config.manifest and (len(given) > 1 or config.root):
+        other = next((key for key in given if key != "manifest"), "root")
+        advice = f"Leave config.data.{other} out: the list says it all, below its own folder."
+        raise Refused("manifest", "nothing beside a list of images", config.manifest, advice)
+    for key, needed in dict.fromkeys(keys[1:4], "normal").items() | {("masks", "abnormal")}:
+        if key in given and needed not in given:
+            raise Refused(key, f"config.data.{needed} beside it", given[key])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +184,7 @@ def chosen(config: DataConfig, known: tuple[str, ...]) -> tuple[str, ...]:
         raise ConfigError(
             f"config.data.categories: {core_config.listed(unknown)} not found."
             f"{core_config.suggestion(unknown[0], known)} "
-            f"{config.root or config.name} has: {core_config.listed(known)}."
+            f"{config.place or config.name} has: {core_config.listed(known)}."
         )
     return tuple(sorted(config.categories or known))
 
@@ -242,7 +274,7 @@ def load(config: DataConfig) -> IndexedDataset:
     """
     dataset = indexed(config)
     if errors := [f for f in dataset.faults if f.severity == "error"]:
-        raise FaultError(*errors, where=f"{dataset.name} in {config.root}")
+        raise FaultError(*errors, where=f"{dataset.name} in {config.place}")
     return dataset
 
 

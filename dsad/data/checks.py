@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 
-from dsad.core.types import Dataset, Progress, Record
+from dsad.core.types import Dataset, Progress, Record, Source
 from dsad.data import decode
 from dsad.data.base import DataConfig, Fault, FaultError, error, indexed, warning
 from dsad.data.canvases import nearest_pixels, size_on
-from dsad.data.files import EncodedSource, FileDataset
+from dsad.data.files import EncodedSource, FileDataset, split_groups
 
 #: What each check asks for.
 TITLES = {
@@ -125,10 +125,6 @@ def _read_files(dataset: FileDataset, record: Record) -> _Read:
     image, mask, mode = None, None, ""
     try:
         image, mode = decode.read_image(dataset.root, record.path, dataset.config.lossy)
-        turned = decode.orientation(dataset.root, record.path)
-        if turned != 1:
-            text = f"EXIF orientation {turned} is not applied: pixels are used as stored."
-            faults.append(warning("K3", record.path, text))
     except FaultError as problem:
         faults.extend(problem.faults)
     normal = dataset.normal_masks.get(record.path)
@@ -148,9 +144,8 @@ def _read_files(dataset: FileDataset, record: Record) -> _Read:
     return faults, image, mode, mask
 
 
-def _read_sample(dataset: Dataset, split: str, index: int) -> _Read:
+def _read_sample(source: Any, index: int) -> _Read:
     """What there is of a record that is no file of its own."""
-    source: Any = dataset.source(split)
     try:
         if not isinstance(source, EncodedSource):
             sample = source[index]
@@ -161,11 +156,13 @@ def _read_sample(dataset: Dataset, split: str, index: int) -> _Read:
         return list(problem.faults), None, "", None
 
 
-def _look(dataset: Dataset, split: str, index: int, record: Record, side: int) -> _Seen:
-    if isinstance(dataset, FileDataset):
+def _look(dataset: Dataset, source: Source, split: str, index: int, side: int) -> _Seen:
+    record = source.records[index]
+    # Defects that are drawn into files are no files.
+    if isinstance(dataset, FileDataset) and not (dataset.procedural and record.label):
         faults, image, mode, mask = _read_files(dataset, record)
     else:
-        faults, image, mode, mask = _read_sample(dataset, split, index)
+        faults, image, mode, mask = _read_sample(source, index)
     shown: dict[str, Any] = {}
     if image is not None:
         size = image.shape[:2]
@@ -197,19 +194,6 @@ def _shared_content(seen: Iterable[_Seen]) -> list[Fault]:
             text = f"same pixels as {twin.record.path} ({twin.split}, {twin.record.kind})."
             faults.append(warning("K14", path, text))
     return faults
-
-
-def _split_groups(seen: Iterable[_Seen]) -> list[Fault]:
-    """K13: groups with images in train and in test."""
-    sides: dict[str, dict[str, str]] = {}
-    for item in seen:
-        if group := item.record.group:
-            sides.setdefault(group, {}).setdefault(item.split, item.record.path)
-    return [
-        error("K13", side["test"], f"its group {group} is also in train, as {side['train']}.")
-        for group, side in sides.items()
-        if {"train", "test"} <= side.keys()
-    ]
 
 
 def _order_faults(dataset: Dataset) -> list[Fault]:
@@ -261,22 +245,19 @@ def check_dataset(
     dataset: Dataset, *, canvas: int, progress: Progress | None = None
 ) -> CheckReport:
     """Check every image and mask of a data set; ``canvas`` is the working size for K15."""
-    jobs = [
-        (split, i, record)
-        for split in ("train", "test")
-        for i, record in enumerate(dataset.source(split).records)
-    ]
+    sources = {split: dataset.source(split) for split in ("train", "test")}
+    jobs = [(split, i) for split, source in sources.items() for i in range(len(source))]
     seen = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        looks = pool.map(lambda job: _look(dataset, job[0], job[1], job[2], canvas), jobs)
+        looks = pool.map(lambda job: _look(dataset, sources[job[0]], job[0], job[1], canvas), jobs)
         for done, item in enumerate(looks, start=1):
             seen.append(item)
             if progress is not None:
                 progress(done, len(jobs), item.record.path)
     skipped = dataset.skipped if isinstance(dataset, FileDataset) else _SKIPPED
     faults = [*dataset.faults, *(fault for item in seen for fault in item.faults)]
-    faults += [] if "K13" in skipped else _split_groups(seen)
-    faults += _shared_content(seen) + _order_faults(dataset)
+    faults += [] if "K13" in skipped else split_groups({s: x.records for s, x in sources.items()})
+    faults = list(dict.fromkeys(faults + _shared_content(seen) + _order_faults(dataset)))
     rows = []
     for category in dataset.categories:
         mine = [s for s in seen if s.record.category == category]

@@ -3,8 +3,8 @@
 Accepted without a word, because nothing is lost: 8-bit RGB, 8-bit grey (repeated to three equal
 channels), 1-bit (0 and 255) and palettes of opaque colours (looked up). Everything else (alpha,
 16 bit, float, CMYK, ...) is a K3 fault unless ``lossy`` names its mode. 16-bit colour gets the
-mode name "RGB;16": Pillow itself would drop the low bytes silently. Pixels are used as stored,
-an EXIF orientation is not applied.
+mode name "RGB;16": Pillow itself would drop the low bytes silently. Images and masks are turned
+and mirrored as their EXIF orientation says: everything that is said of a size is said after that.
 """
 
 import dataclasses
@@ -64,6 +64,22 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
 
 
+#: Rows reversed, columns reversed, rows and columns exchanged: what turns an orientation upright.
+_UPRIGHT = {
+    2: (False, True, False), 3: (True, True, False), 4: (True, False, False),
+    5: (False, False, True), 6: (True, False, True), 7: (True, True, True), 8: (False, True, True),
+}  # fmt: skip
+
+
+def _turned(image: Image.Image, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """The converted pixels (h, w, ...) as the EXIF orientation of the file asks."""
+    pixels = convert(image)  # of a TIFF file Pillow turns them itself, and forgets the orientation
+    orientation = image.getexif().get(0x0112, 1)
+    rows, columns, exchanged = _UPRIGHT.get(orientation, (False, False, False))
+    pixels = pixels[:: -1 if rows else 1, :: -1 if columns else 1]
+    return np.ascontiguousarray(pixels.swapaxes(0, 1) if exchanged else pixels)
+
+
 def read_bytes(root: pathlib.Path, path: str) -> bytes:
     """The content of a file; FaultError (K8) names it when it cannot be read."""
     try:
@@ -109,7 +125,7 @@ def decoded_image(data: bytes, path: str, lossy: tuple[str, ...] = ()) -> tuple[
                 f'convert the file, or allow it with config.data.lossy=("{mode}",).'
             )
             raise FaultError(error("K3", path, text))
-        return _to_rgb(image)
+        return _turned(image, _to_rgb)
 
     return _opened(data, path, use), mode
 
@@ -122,14 +138,14 @@ def read_image(
 
 
 def decoded_mask(data: bytes, path: str, rule: MaskRule) -> np.ndarray:
-    """Mask (h, w) bool of a file's content at its size; FaultError (K3, K4, K8) names it."""
+    """Mask (h, w) bool of a file's content, at its size; FaultError (K3, K4, K8) names it."""
 
     def use(image: Image.Image) -> np.ndarray:
         mode = declared_mode(image, data)
         if mode not in _MASK_MODES:
             text = f"mask mode {mode}: expected 8-bit grey (L) or 1 bit; convert."
             raise FaultError(error("K3", path, text))
-        return np.array(image.convert("L"), np.uint8)
+        return _turned(image, lambda mask: np.array(mask.convert("L"), np.uint8))
 
     grey = _opened(data, path, use)
     if rule.values is not None:
@@ -154,10 +170,6 @@ def size_fault(path: str, mask: np.ndarray, shape: tuple[int, ...]) -> Fault | N
         "K2",
         path,
         f"mask of {mask.shape[1]}×{mask.shape[0]} pixels (width × height) for an image of "
-        f"{shape[1]}×{shape[0]}: they must agree; masks are never resized silently.",
+        f"{shape[1]}×{shape[0]}, turned as its EXIF orientation says: they must agree; masks are "
+        "never resized or turned silently.",
     )
-
-
-def orientation(root: pathlib.Path, path: str) -> int:
-    """The EXIF orientation of the file, 1 when it has none; FaultError (K8) names the file."""
-    return _opened(read_bytes(root, path), path, lambda image: int(image.getexif().get(0x0112, 1)))

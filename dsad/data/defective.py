@@ -1,8 +1,9 @@
 """Any images with procedural defects: those of the synthetic data set, drawn into photographs."""
 
 import dataclasses
+import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -13,6 +14,10 @@ from dsad.data._fields import Rng, grid
 
 #: The kinds of defects that any material can have.
 KINDS = tuple(kinds(""))
+#: How their names begin in records: nobody shall take them for real ones.
+PROCEDURAL = "procedural "
+#: Said beside numbers that were measured against them.
+NOTE = "procedural, no real ones"
 #: A defect can be seen if it changes its pixels by so much of full scale on average: a piece of
 #: the background set into the background is none. Until one can, this many are drawn.
 VISIBLE, DRAWS = 0.04, 20
@@ -66,20 +71,34 @@ def _drawn(image: np.ndarray, kind: str, rng: Rng) -> tuple[np.ndarray, np.ndarr
     return made, mask
 
 
+def doubled(records: Iterable[Record]) -> list[Record]:
+    """Every record of a normal image, and behind it that of the image with a procedural defect.
+
+    Its ``kind`` begins with ``PROCEDURAL``. Kinds take turns in a category.
+    """
+    pairs: list[Record] = []
+    turns: dict[str, int] = {}
+    for record in records:
+        turn = turns.setdefault(record.category, zlib.crc32(record.category.encode()))
+        turns[record.category] += 1
+        kind = KINDS[turn % len(KINDS)]
+        stem, suffix = os.path.splitext(record.path)
+        path = f"{stem} with {kind}{suffix}"
+        drawn = {"path": path, "label": 1, "kind": PROCEDURAL + kind, "masks": (f"mask of {path}",)}
+        pairs += [record, dataclasses.replace(record, **drawn)]
+    return pairs
+
+
 class WithDefects:
     """Every image of a source twice: as it is, and behind it with a defect drawn by ``seed``.
 
-    For normal images. A defect is a function of the seed and the image's path; kinds take turns.
+    For normal images; ``records`` are ``doubled``. A defect is a function of the seed and the
+    image's path.
     """
 
     def __init__(self, source: Source, seed: int):
         self.source, self.seed = source, seed
-        records: list[Record] = []
-        for i, record in enumerate(source.records):
-            kind = KINDS[(i + zlib.crc32(record.category.encode())) % len(KINDS)]
-            path = f"{record.path} with {kind}"
-            records += [record, dataclasses.replace(record, path=path, label=1, kind=kind)]
-        self.records: Sequence[Record] = records
+        self.records: Sequence[Record] = doubled(source.records)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -88,6 +107,8 @@ class WithDefects:
         sample, record = self.source[index // 2], self.records[index]
         if not record.label:
             return sample
-        rng = np.random.default_rng([self.seed, zlib.crc32(record.path.encode())])
-        image, mask = with_defect(sample.image, record.kind, rng)
+        kind = record.kind.removeprefix(PROCEDURAL)
+        name = f"{sample.record.path} with {kind}"
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        image, mask = with_defect(sample.image, kind, rng)
         return Sample(record=record, image=image, mask=mask)

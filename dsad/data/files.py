@@ -13,9 +13,18 @@ import numpy as np
 
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import Record, Sample
+from dsad.core.types import Record, Sample, Source
 from dsad.data import decode
-from dsad.data.base import DataConfig, Fault, FaultError, IndexedDataset, error, warning
+from dsad.data.base import (
+    DataConfig,
+    Fault,
+    FaultError,
+    IndexedDataset,
+    error,
+    selected,
+    warning,
+)  # fmt: skip
+from dsad.data.defective import WithDefects
 
 #: Suffixes, in lower case, of files that count as images.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
@@ -64,11 +73,7 @@ def images(
         if reason:
             faults.append(ignored(path, reason))
         elif stem in found:
-            text = (
-                f"the stem {stem!r} occurs twice in one folder, also as {found[stem]}: "
-                "masks are matched by stem; remove or rename one."
-            )
-            faults.append(error("K7", path, text))
+            faults.append(repeated(stem, path, found[stem]))
         else:
             found[stem] = path
     return dict(sorted(found.items()))
@@ -134,6 +139,47 @@ def missing_mask(path: str, expected: str, allowed: bool) -> Fault:
 def orphan_mask(path: str) -> Fault:
     """The K1 fault of a mask that belongs to no image."""
     return error("K1", path, "mask without image: no image has this stem; rename or remove it.")
+
+
+def paired(
+    images: Mapping[str, str], masks: Mapping[str, str], faults: list[Fault]
+) -> dict[str, str]:
+    """Mask paths by the stem of their image, for paths by stem; appends what has no partner.
+
+    A mask has the stem of its image, or that and "_mask".
+    """
+    mask_of: dict[str, str] = {}
+    for stem, path in masks.items():
+        plain = stem.removesuffix("_mask")
+        owner = plain if plain in images else stem
+        if owner not in images:
+            faults.append(orphan_mask(path))
+        elif owner in mask_of:
+            text = f"second mask of {images[owner]}, beside {mask_of[owner]}; remove one."
+            faults.append(error("K7", path, text))
+        else:
+            mask_of[owner] = path
+    return mask_of
+
+
+def repeated(stem: str, path: str, other: str) -> Fault:
+    """The K7 fault of two files of one stem."""
+    text = f"the stem {stem!r} occurs twice in one folder, also as {other}: "
+    return error("K7", path, f"{text}masks are matched by stem; remove or rename one.")
+
+
+def split_groups(splits: Mapping[str, Iterable[Record]]) -> list[Fault]:
+    """K13: groups of a category with images in train and in test."""
+    sides: dict[tuple[str, str], dict[str, str]] = {}
+    for split, records in splits.items():
+        for r in records:
+            if r.group:
+                sides.setdefault((r.category, r.group), {}).setdefault(split, r.path)
+    return [
+        error("K13", side["test"], f"its group {group} is also in train, as {side['train']}.")
+        for (_, group), side in sides.items()
+        if {"train", "test"} <= side.keys()
+    ]
 
 
 def split_hash(splits: Mapping[str, Iterable[Record]]) -> str:
@@ -219,7 +265,7 @@ class EncodedSource(abc.ABC):
         Pixels that ``lossy`` allows are not the same as pixels that need no permission: what was
         kept of them must not be found by a config that refuses their file.
         """
-        digest = hashlib.sha256(repr(sorted(self._lossy)).encode())
+        digest = hashlib.sha256(f"upright {sorted(self._lossy)}".encode())
         digest.update(self.encoded(index))
         return digest.hexdigest()
 
@@ -258,17 +304,24 @@ class FileDataset(IndexedDataset):
     """An index of files that satisfies the Dataset protocol.
 
     ``normal_masks`` maps normal images to mask files that exist for them (all zero, or K6).
-    ``skipped`` says for a check why it does not apply.
+    ``skipped`` says for a check why it does not apply. With ``procedural`` the test images are
+    normal, and each has a twin with a defect drawn by ``config.seed``.
     """
 
     root: pathlib.Path
     rule: decode.MaskRule
     normal_masks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    procedural: bool = False
 
-    def source(self, split: str, category: str | None = None) -> FileSource:
+    def source(self, split: str, category: str | None = None) -> Source:
         """Samples of "train" or "test", of one category or of all, sorted by path."""
-        return FileSource(self, select(self.splits, self.categories, split, category))
+        records = select(self.splits, self.categories, split, category)
+        if split == "train" or not self.procedural:
+            return FileSource(self, records)
+        both = WithDefects(FileSource(self, [r for r in records if not r.label]), self.config.seed)
+        rows = sorted(range(len(both)), key=lambda i: both.records[i].path)
+        return selected(both, rows)
 
 
 def by_path(records: Iterable[Record]) -> tuple[Record, ...]:

@@ -1,62 +1,48 @@
-"""Any folder of images, to pretrain on: everything counts as normal, nothing is held out.
+"""Own images: folders of good and bad ones, a list of images, or any images to pretrain on.
 
-``<category>/**/<name>.<suffix>``: folders directly in the root are the categories, at any depth
-below them lie images. A root that holds images itself is one category of its own name; one that
-holds both is refused, as nobody can tell what its categories are meant to be. Copies, hidden files
-and other suffixes are ignored with a warning. There is no test image: nothing is measured.
+``config.data.normal`` names the normal images: a folder, or a glob. In a folder either images lie,
+which are one category, or folders, which are the categories, with images at any depth below them;
+both is refused, as nobody can tell what is meant. The images of a glob are one category, unless a
+folder in it is written ``{category}`` ("pics/{category}/good", "pics/{category}/ok_*.png"). A
+single category has the name of the folder that holds ``normal``.
 
-The index opens no file and asks for no file's size: it can hold the 1.28 million images of
-ImageNet, with ``data.cache="none"``.
+``abnormal``, ``masks`` and ``test_normal`` have the same categories: as folders in theirs, or as
+``{category}``. Folders in an ``abnormal`` folder, below the category if there are several, are
+the kinds of defects; all other abnormal images are of kind "bad". A mask has the path of its image
+below ``masks``, with any suffix, and perhaps "_mask" after the name; if no mask lies in a folder,
+names alone are compared. Without ``masks`` there are numbers of images only.
+
+``manifest`` is a list instead, CSV with a first line of names or JSON lines: ``path`` and ``label``
+(normal or abnormal, good or bad, 0 or 1), and perhaps ``split`` (train, test), ``mask``, ``group``,
+``category``, ``kind``; paths are relative to its folder.
+
+Where no normal test images are named, the share ``holdout`` of the normal ones, at least one a
+category, is held out for the test by ``heldout.RULE``; groups that have an abnormal image come
+first, as no group is on both sides. Without abnormal images the test images
+are these, clean and with a procedural defect each, which their kinds and the protocol say.
+
+With ``root`` alone, ``<category>/**/<name>.<suffix>``, everything is normal and trained on, and
+nothing is measured. That index opens no file and asks for no file's size: it can hold the 1.28
+million images of ImageNet, with ``data.cache="none"``. Copies, hidden files and other suffixes are
+always ignored with a warning.
 """
 
-import os
 import pathlib
-from collections.abc import Iterator
 
-from dsad.data import files
+from dsad.core.errors import ConfigError
+from dsad.data import _labelled, files
+from dsad.data._labelled import MASKED
+from dsad.data._places import empty_class, images_below, mixed, walk
 from dsad.data.base import DataConfig, Fault, chosen, error, variant
 from dsad.data.decode import MaskRule
 
 
-def _walk(
-    root: pathlib.Path, faults: list[Fault], start: str = ""
-) -> Iterator[tuple[list[str], list[str]]]:
-    """Per folder from ``start`` down: its images and visible folders, as paths below the root.
-
-    Paths have forward slashes.
-    """
-
-    def unlisted(problem: OSError) -> None:
-        text = f"the folder cannot be listed: {problem.strerror}; make it readable."
-        where = pathlib.Path(problem.filename or root).relative_to(root).as_posix()
-        faults.append(error("K8", str(root) if where == "." else where, text))
-
-    for folder, folders, names in os.walk(root / start, onerror=unlisted, followlinks=True):
-        below = pathlib.Path(folder).relative_to(root).as_posix()
-        prefix = "" if below == "." else f"{below}/"
-        reasons = {name: _barred(os.path.join(folder, name)) for name in folders}
-        reasons |= {name: files.stray(name) for name in names}
-        faults += [files.ignored(prefix + n, reason) for n, reason in reasons.items() if reason]
-        folders[:] = [name for name in folders if not reasons[name]]  # what is entered next
-        yield [prefix + n for n in names if not reasons[n]], [prefix + n for n in folders]
-
-
-def _barred(folder: str) -> str:
-    """Why a folder is not entered, or ""."""
-    above, name = os.path.split(folder)
-    if name.startswith("."):
-        return "hidden"
-    if os.path.islink(folder):
-        # Links to other places are followed; one to a folder above would never end.
-        target = os.path.realpath(folder)
-        if os.path.commonpath((target, os.path.realpath(above))) == target:
-            return "a link to a folder that it lies in"
-    return ""
-
-
-def _images(root: pathlib.Path, faults: list[Fault], start: str) -> list[str]:
-    """Paths of all images in the folder ``start`` and the folders below it."""
-    return [path for images, _ in _walk(root, faults, start) for path in images]
+def scan(config: DataConfig) -> files.FileDataset:
+    """The index with its faults, none of them raised; Refused for a place that does not exist."""
+    variant(config)
+    if config.manifest:
+        return _labelled.of_list(config)
+    return _labelled.of_places(config) if config.normal else _unlabelled(config)
 
 
 def _root_name(root: pathlib.Path) -> str:
@@ -65,37 +51,29 @@ def _root_name(root: pathlib.Path) -> str:
 
 def _index(root: pathlib.Path, config: DataConfig, faults: list[Fault]) -> dict[str, list[str]]:
     """Image paths by category, of those that the config asks for."""
-    loose, folders = next(_walk(root, faults), ([], []))
+    loose, folders = next(walk(root, faults), ([], []))
     if not loose and not folders:
         suffixes = ", ".join(files.IMAGE_SUFFIXES)
         text = f"no image and no folder with images; expected files with {suffixes}."
         faults.append(error("K0", str(root), text))
         return {}
     if not loose:
-        found = {name: _images(root, faults, name) for name in chosen(config, tuple(folders))}
-        for name, paths in found.items():
-            if not paths:
-                text = "empty class: no image in the folder or below it; remove it or fill it."
-                faults.append(error("K0", name, text))
+        found = {name: images_below(root, faults, name) for name in chosen(config, tuple(folders))}
+        faults += [empty_class(name) for name, paths in found.items() if not paths]
         return found
     name = _root_name(root)
     chosen(config, (name,))
-    for folder in sorted(folders):
-        if below := _images(root, faults, folder):
-            text = (
-                f"{len(below)} images here and {len(loose)} directly in the root, such as "
-                f"{min(loose)}: expected either folders, one for each category, or a single folder "
-                "of images. Move the loose ones into a folder of their own."
-            )
-            faults.append(error("K0", folder, text))
-        else:
-            faults.append(files.ignored(folder, "no image in the folder or below it"))
+    faults += mixed(root, loose, folders, "Move the loose ones into a folder of their own.")
     return {name: loose}
 
 
-def scan(config: DataConfig) -> files.FileDataset:
-    """The index with its faults, none of them raised."""
-    variant(config)
+def _unlabelled(config: DataConfig) -> files.FileDataset:
+    if not config.root:
+        raise ConfigError(
+            "config.data.root: empty, and so is config.data.normal. Name your good images with "
+            "--config.data.normal=DIR and the bad ones, if any, with --config.data.abnormal=DIR; "
+            "or any images to pretrain on with --config.data.root=DIR."
+        )
     root = files.root_folder(config)
     faults = [] if root.is_dir() else [files.missing_root(root)]
     found = _index(root, config, faults) if root.is_dir() else {}
@@ -110,7 +88,7 @@ def scan(config: DataConfig) -> files.FileDataset:
             split="all images train, none is held out",
         ),
         skipped={
-            **dict.fromkeys(("K1", "K2", "K4", "K5", "K6", "K15"), "no image has a mask"),
+            **dict.fromkeys(MASKED, "no image has a mask"),
             "K7": "nothing is matched by stem",
             "K11": "every image counts as normal",
             "K12": "no published table",

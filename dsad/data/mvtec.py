@@ -103,17 +103,8 @@ class _Scan:
 
     def pair(self, name: str, kind: str, found: dict[str, str], masks: pathlib.Path) -> None:
         """Match masks to images by stem."""
-        mask_of: dict[str, str] = {}
-        for stem, path in files.images(self.root, masks, self.faults).items():
-            plain = stem.removesuffix("_mask")
-            owner = plain if plain in found else stem
-            if owner not in found:
-                self.faults.append(files.orphan_mask(path))
-            elif owner in mask_of:
-                text = f"second mask of {found[owner]}, beside {mask_of[owner]}; remove one."
-                self.faults.append(error("K7", path, text))
-            else:
-                mask_of[owner] = path
+        there = files.images(self.root, masks, self.faults)
+        mask_of = files.paired(found, there, self.faults)
         for stem, path in found.items():
             label = 0 if kind == "good" else 1
             mask = mask_of.get(stem)

@@ -30,7 +30,7 @@ from dsad.data.decode import MaskRule
 #: Beside the records: what they are.
 ABOUT = "dsad_records.json"
 #: Raised when what is stored changes.
-FORMAT = 2
+FORMAT = 3
 #: Where the builder of tensorflow-datasets puts its files.
 FOLDER = "dsad_records/1.0.0"
 

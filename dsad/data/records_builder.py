@@ -79,8 +79,8 @@ def plan(dataset: IndexedDataset, canvas: int = 0, progress: Progress | None = N
         source = dataset.source(split)
         if not canvas and not isinstance(source, EncodedSource):
             raise ConfigError(
-                f"config.data.name: {dataset.name} has no files to copy. Its canvases can be "
-                "stored: --canvas=SIDE."
+                f"config.data.name: the {split} images of {dataset.name} are no files to copy. "
+                "Canvases can be stored: --canvas=SIDE."
             )
         if len(source) == 0:
             continue
@@ -193,8 +193,8 @@ def _about(planned: Plan) -> dict[str, Any]:
         "name": dataset.name,
         "prepared_from": {
             "name": dataset.config.name,
-            "root": str(pathlib.Path(dataset.config.root).expanduser().absolute())
-            if dataset.config.root
+            "root": str(pathlib.Path(dataset.config.place).expanduser().absolute())
+            if dataset.config.place
             else "",
         },
         "categories": list(dataset.categories),

@@ -13,6 +13,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.types import Backbone, FeatureMaps, Record, Source, silent
 from dsad.data.base import selected
 from dsad.data.defective import WithDefects
+from dsad.data.heldout import group, order
 from dsad.detectors import knn
 from dsad.evaluation import numbers
 from dsad.evaluation.batches import HostBatch, Picture, batches
@@ -20,7 +21,6 @@ from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.reader import Features, Reader
 from dsad.evaluation.scored import score
-from dsad.evaluation.support import rank
 
 #: What is logged, and which number it is: the mean over the categories.
 NAMES = {
@@ -83,15 +83,14 @@ def hold_out(records: Sequence[Record], config: ProbeConfig, seed: int) -> HeldO
         if not record.label:
             normal.setdefault(record.category, []).append(i)
 
-    def order(i: int) -> tuple[str, ...]:  # groups one after the other
-        r = records[i]
-        return tuple(rank(name, seed, r.category) for name in (r.group or r.path, r.path))
+    def place(i: int) -> tuple[str, str]:
+        return order(records[i], seed)
 
     counts = shares(config.images, {c: len(rows) for c, rows in normal.items()})
-    queries = {c: sorted(normal[c], key=order)[:n] for c, n in counts.items() if n}
-    groups = {_group(records[i]) for rows in queries.values() for i in rows}
-    training = [i for i, record in enumerate(records) if _group(record) not in groups]
-    left = {c: [i for i in normal[c] if _group(records[i]) not in groups] for c in queries}
+    queries = {c: sorted(normal[c], key=place)[:n] for c, n in counts.items() if n}
+    groups = {group(records[i]) for rows in queries.values() for i in rows}
+    training = [i for i, record in enumerate(records) if group(record) not in groups]
+    left = {c: [i for i in normal[c] if group(records[i]) not in groups] for c in queries}
     few = [f"{len(normal[c]) - len(left[c])} of {len(normal[c])} {c}" for c in queries
            if 2 * len(left[c]) < len(normal[c])]  # fmt: skip
     if few or not normal:
@@ -101,17 +100,12 @@ def hold_out(records: Sequence[Record], config: ProbeConfig, seed: int) -> HeldO
             "it, name more images, or set config.probe.every=0."
         )
     counts = shares(config.support, {c: len(rows) for c, rows in left.items()})
-    support = {c: sorted(rows, key=order)[: max(1, counts[c])] for c, rows in left.items()}
+    support = {c: sorted(rows, key=place)[: max(1, counts[c])] for c, rows in left.items()}
     total = sum(map(len, normal.values()))
     return HeldOut(
         training=training, queries=queries, support=support, normals=total,
         held=total - sum(not records[i].label for i in training),
     )  # fmt: skip
-
-
-def _group(record: Record) -> tuple[str, str]:
-    """Images of one group are alike, and one of no group is like no other."""
-    return record.category, f"group {record.group}" if record.group else record.path
 
 
 def shares(total: int, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from etils import epath
 
 from dsad.core import paths
 from dsad.core.errors import WorkdirError
+from dsad.data.defective import NOTE
 from dsad.evaluation.stamp import plain
 
 #: The file of the numbers; written last, so that its evaluation is complete.
@@ -57,6 +58,12 @@ class Results:
     def metric_names(self) -> list[str]:
         """The keys of the numbers, in the order of the table."""
         return list(self.mean)
+
+    @property
+    def about_defects(self) -> str:
+        """That no real defect was there to be found, as a sentence; empty if there was."""
+        defects = self.stamp.get("dataset", {}).get("defects")
+        return f"defects: {defects}" if defects == NOTE else ""
 
     @property
     def about_means(self) -> str:

@@ -152,8 +152,9 @@ def make_stamp(
         "support": "all training images",
         "thresholds": "none",
         "preprocessing": config.preprocessing.describe(),
-        "colour": "8-bit values as stored, taken as sRGB: no profile, gamma or EXIF rotation "
-        "applied; grey repeated to three channels",
+        "colour": "8-bit values as stored, taken as sRGB: no profile or gamma applied; grey "
+        "repeated to three channels",
+        "orientation": "images and masks turned as their EXIF orientation says",
         "pixels": "original",
         "normals": "included",
         "regions": "connected components of the mask",

@@ -12,6 +12,7 @@ from dsad.core.config import Settings, as_dict, field
 from dsad.core.errors import ConfigError
 from dsad.core.types import Dataset, HasFiles, Record, Sample, Source
 from dsad.data.base import selected
+from dsad.data.heldout import rank
 
 #: Said in the stamp.
 RULE = "lowest SHA-256 of (seed, category, path), in path order"
@@ -122,11 +123,6 @@ def draw(paths: Sequence[str], shots: int, seed: int, category: str) -> tuple[st
     """
     ranked = sorted(paths, key=lambda path: rank(path, seed, category))
     return tuple(sorted(ranked[:shots] if shots else paths))
-
-
-def rank(name: str, seed: int, category: str) -> str:
-    """Where an image or a group of a category stands in the order of random draws."""
-    return hashlib.sha256(f"{seed}\t{category}\t{name}".encode()).hexdigest()
 
 
 def choose(

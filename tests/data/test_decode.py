@@ -8,11 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from dsad.core.errors import DataError
 from dsad.data import decode, files
-from dsad.data.decode import MaskRule, orientation, read_image, read_mask
+from dsad.data.decode import MaskRule, read_image, read_mask
 from tests.data import trees
 
 
@@ -108,9 +108,25 @@ def test_any_exception_of_a_decoder_names_the_file(tmp_path, monkeypatch, proble
 
     monkeypatch.setattr(Image.Image, "load", failing)
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", failing)
-    for read in (read_image, orientation):
-        with pytest.raises(DataError, match=r"a.png: \[K8\] cannot be decoded: \S"):
-            read(tmp_path, "a.png")
+    with pytest.raises(DataError, match=r"a.png: \[K8\] cannot be decoded: \S"):
+        read_image(tmp_path, "a.png")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
+@pytest.mark.parametrize("orientation", range(9))
+def test_images_are_turned_as_their_exif_says(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(kind, exif=exif)
+    (tmp_path / "a.png").write_bytes(data)
+    want = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(read_image(tmp_path, "a.png")[0], np.asarray(want))
+    assert want.size == ((16, 24) if orientation > 4 else (24, 16))
+    grey = encoded(kind, exif=exif, mode="L")
+    (tmp_path / "b.png").write_bytes(grey)
+    want = ImageOps.exif_transpose(Image.open(io.BytesIO(grey)))
+    mask = read_mask(tmp_path, "b.png", MaskRule(values=None))
+    np.testing.assert_array_equal(mask, np.asarray(want) > 127)
 
 
 def test_other_formats_are_refused_whatever_the_suffix(tmp_path):
@@ -179,7 +195,7 @@ def survived(folder, count, seed):
     lossy = ("RGBA", "LA", "PA", "I;16", "RGB;16", "CMYK", "YCbCr", "LAB", "I", "F")
     for data in mutants(count, seed):
         (folder / "a.png").write_bytes(data)
-        for read, given in ((read_image, (lossy,)), (orientation, ()), (read_mask, (MaskRule(),))):
+        for read, given in ((read_image, (lossy,)), (read_mask, (MaskRule(),))):
             try:
                 read(folder, "a.png", *given)
                 good += read is read_image

@@ -80,7 +80,7 @@ def test_every_image_as_it_is_and_with_a_defect():
     queries = WithDefects(source, seed=3)
     assert [r.label for r in queries.records] == [0, 1] * 6
     assert len({r.path for r in queries.records}) == len(queries) == 12
-    assert {r.kind for r in queries.records[1::2]} == set(KINDS)
+    assert {r.kind for r in queries.records[1::2]} == {f"procedural {k}" for k in KINDS}
     for i in range(6):
         clean, defective, again = (
             queries[2 * i],

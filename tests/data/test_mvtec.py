@@ -148,6 +148,27 @@ def test_mask_of_another_size(tmp_path):
     assert faults(check(config), "error") == [("K2", "plate/ground_truth/dent/001_mask.png")]
 
 
+def test_a_mask_lies_on_the_image_as_its_exif_turns_it(tmp_path):
+    config = trees.mvtec(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image, mask = (
+        tmp_path / f"plate/{x}.png" for x in ("test/dent/001", "ground_truth/dent/001_mask")
+    )
+    Image.fromarray(trees.pixels(7)).save(image, exif=exif)
+    with pytest.raises(
+        DataError, match=r"\[K2\] mask of 24×16 .* image of 16×24, turned as its EXIF"
+    ):
+        load(config).source("test", "plate")[1]
+    trees.save(mask, trees.mask().T)
+    sample = load(config).source("test", "plate")[1]
+    np.testing.assert_array_equal(sample.image, trees.pixels(7)[::-1].swapaxes(0, 1))
+    np.testing.assert_array_equal(sample.mask, trees.mask().T > 0)
+    report = check(config)
+    assert report.faults == ()
+    assert next(row.sizes for row in report.rows if row.category == "plate") == "16–24×16–24"
+
+
 def test_anomalous_image_without_mask(tmp_path):
     config = trees.mvtec(tmp_path)
     (tmp_path / "disc/ground_truth/dent/000_mask.png").unlink()

@@ -204,7 +204,9 @@ def test_masks_keep_their_rule(tmp_path, out):
 
 def test_canvases_of_what_has_no_files(out):
     config = DataConfig(synthetic=SyntheticConfig(size=24, train=2, good=1, bad=1))
-    with pytest.raises(ConfigError, match=r"synthetic has no files to copy. .* --canvas=SIDE"):
+    with pytest.raises(
+        ConfigError, match=r"images of synthetic are no files to copy. .* --canvas=SIDE"
+    ):
         records_builder.plan(load(config))
     made = load(prepared(config, out, side=16))
     assert len(made.source("train")) == 10
@@ -314,7 +316,7 @@ def test_damaged_records_are_named(files, out):
     with pytest.raises(DataError, match=r"\[K8\] the records of train cannot be opened"):
         load(config)
     (out / records.ABOUT).write_text('{"format": 99}')
-    with pytest.raises(DataError, match="format 99; this dsad reads 2"):
+    with pytest.raises(DataError, match="format 99; this dsad reads 3"):
         load(config)
     (out / records.ABOUT).unlink()
     with pytest.raises(DataError, match=r"dsad_records.json is missing; expected a folder written"):

@@ -67,6 +67,30 @@ def folder(root: pathlib.Path, **kwargs) -> DataConfig:
     return DataConfig(name="folder", root=str(root), **kwargs)
 
 
+def labelled(root: pathlib.Path, **kwargs) -> DataConfig:
+    """Write good and bad images of two categories, with masks, under awkward names; the config."""
+    for c, category in enumerate(("Teil ä", "part [2]")):
+        for i in range(5):
+            suffix = ("png", "JPG", "tiff", "bmp", "jpeg")[i]
+            save(root / "gut" / category / f"ok ({i}) ü.{suffix}", pixels(100 * c + i))
+        for kind in ("dent", "Riß #1"):
+            for i in range(2):
+                save(
+                    root / "bad" / category / kind / f"{i} !.png",
+                    pixels(1000 + 100 * c + 10 * len(kind) + i),
+                )
+                save(root / "masks" / category / kind / f"{i} !_mask.png", mask())
+    places = {"normal": "gut", "abnormal": "bad", "masks": "masks"}
+    return DataConfig(name="folder", root=str(root), **{**places, **kwargs})
+
+
+def good_and_bad(root: pathlib.Path, good: int = 10, bad: int = 2) -> None:
+    """Images directly in the folders good and bad."""
+    for folder, count in (("good", good), ("bad", bad)):
+        for i in range(count):
+            save(root / folder / f"{i}.png", pixels(i + 100 * (folder == "bad")))
+
+
 def jpeg(seed: int) -> bytes:
     """The content of a JPEG file of random pixels."""
     file = io.BytesIO()

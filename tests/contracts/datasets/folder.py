@@ -1,7 +1,5 @@
 from tests.data import trees
 
-HAS_TEST = False
-
 
 def small(name, root):
-    return trees.folder(root)
+    return trees.labelled(root)

@@ -1,0 +1,79 @@
+"""What an inspection engineer types: photographs with and without masks, and only good ones."""
+
+import json
+
+import pytest
+
+from tests.data import trees
+from tests.helpers import command
+
+PLACES = ("--config.data.name=folder", "--config.data.normal=pics/gut (neu)")
+BAD = "--config.data.abnormal=pics/schlecht [ß]"
+MASKS = "--config.data.masks=pics/Masken"
+SMALL = ("--config.evaluation.image_size=32", "--config.evaluation.batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Photographs of several suffixes and sizes under awkward names."""
+    base = tmp_path_factory.mktemp("own")
+    for i in range(5):
+        image = trees.pixels(i).repeat(2, axis=0) if i % 2 else trees.pixels(i)
+        suffix = ("png", "JPG", "tif", "bmp", "jpeg")[i]
+        trees.save(base / "pics" / "gut (neu)" / f"Prüfung {i} [ok].{suffix}", image)
+    for kind in ("Kratzer", "Loch 1"):
+        name = f"{kind}/Teil ä.png"
+        trees.save(base / "pics" / "schlecht [ß]" / name, trees.pixels(100 + len(kind)))
+        trees.save(base / "pics" / "Masken" / name, trees.mask())
+    return base
+
+
+def evaluated(folder, workdir, *flags):
+    done = command(
+        "evaluate", "--config=configs/knn.py", "--config.backbone=resnet18", *PLACES, *SMALL,
+        *flags, f"--workdir={workdir}", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((folder / workdir / "results.json").read_text())
+
+
+def test_without_masks_there_are_image_numbers_and_a_note(folder):
+    text, results = evaluated(folder, "bad", BAD)
+    assert results["mean"]["image_auroc"] is not None
+    assert results["mean"]["pixel_auroc"] is None
+    assert "pics: no pixel numbers: no anomalous test image has a mask" in text
+    assert "procedural" not in text
+    assert results["stamp"]["dataset"]["split"].startswith("1 of 5 normal images held out")
+    assert (
+        results["stamp"]["orientation"] == "images and masks turned as their EXIF orientation says"
+    )
+
+
+def test_masks_add_pixel_numbers(folder):
+    _, results = evaluated(folder, "masks", BAD, MASKS)
+    assert None not in results["mean"].values()
+    assert set(results["kinds"]["pics"]) == {"Kratzer", "Loch 1"}
+
+
+def test_good_images_alone_give_numbers_that_say_what_they_are(folder):
+    text, results = evaluated(folder, "good")
+    assert None not in results["mean"].values()
+    assert results["stamp"]["dataset"]["defects"] == "procedural, no real ones"
+    assert "defects: procedural, no real ones" in text
+    assert all(kind.startswith("procedural ") for kind in results["kinds"]["pics"])
+    done = command("report", "good", "--out=good.html", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "defects: procedural, no real ones.</b>" in (folder / "good.html").read_text()
+    done = command("report", "good", "bad", "--out=both.html", cwd=folder)
+    if (folder / "bad").exists():  # other tests may run elsewhere
+        assert done.returncode == 2
+        assert "dataset.defects: 'procedural, no real ones' against 'real'" in done.stderr
+
+
+def test_check_data_takes_the_same_flags(folder):
+    done = command("check-data", *PLACES, BAD, MASKS, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "folder: 0 errors, 0 warnings: usable." in done.stdout
+    done = command("check-data", *PLACES, "--config.data.abnormal=pics/schlecht", cwd=folder)
+    assert done.returncode == 2
+    assert "Did you mean 'schlecht [ß]'?" in done.stderr
