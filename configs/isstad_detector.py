@@ -51,6 +51,7 @@ def _published(config, dataset):
 
 def _smoke(config):
     smoke_evaluation(config)
+    config.weights = ""  # those of a run
     config.evaluation.image_size = 0
 
 

@@ -64,6 +64,7 @@ def smoke_training(config: Any) -> None:
 
 def smoke_evaluation(config: Any) -> None:
     """A few small synthetic images of one category, for a random network."""
+    config.weights = "random"
     config.data.name = "synthetic"
     config.data.categories = ("tiles",)
     config.data.synthetic.update(size=64, train=4, good=2, bad=1)

@@ -31,8 +31,9 @@ SAME = "run"
 class EvaluateConfig(core_config.Settings, place="config"):
     """Everything of an evaluation but its detector, whose keys belong to the method.
 
-    ``backbone`` is an architecture (with ``weights``, anything that
-    ``models.weights.pretrained.read`` takes, or random ones by ``seed``) or ``run:DIR[@STEP]``,
+    ``backbone`` is an architecture, with ``weights`` (anything that
+    ``models.weights.pretrained.read`` takes, "imagenet", or "random" by ``seed``), or
+    ``run:DIR[@STEP]``,
     where "{category}" in DIR names one run per category; ``patches:SIZE/STRIDE:`` before either
     applies it to every patch of an image. ``data.name`` "run" takes the data of that run. ``shots``
     training images of each category are used (0: all); ``seeds`` draw them and the detector's
@@ -138,6 +139,8 @@ def prepare(
     """
     cfg, detector = parse(config)
     _check_patches(cfg.backbone, detector)
+    if not saved:
+        runs.check_named(cfg.backbone, cfg.weights)
     dataset = dataset or datasets.loaded(data_config(cfg), out)
     if isinstance(dataset.source("train"), CanvasSource):
         raise ConfigError(

@@ -6,7 +6,7 @@
     WRAPPER:...        a wrapper around any of them, see ``models.wrappers``
     ARCH               an architecture, whose weights are named beside it
 
-Where only runs and weights can be meant (``init_from``), ``run:`` may be left out.
+``run:`` may be left out where a run is there, unless an architecture has that name.
 """
 
 import dataclasses
@@ -52,10 +52,10 @@ def innermost(spec: str) -> str:
     return wrappers.unwrap(spec).inner
 
 
-def is_run(spec: str, *, bare: bool = False) -> bool:
-    """Whether a spec names a run, also inside wrappers; ``bare``: a directory alone may."""
+def is_run(spec: str) -> bool:
+    """Whether a spec names a run, also inside wrappers."""
     inner = innermost(spec)
-    if inner.startswith(_SCHEME) or not bare or not inner:
+    if inner.startswith(_SCHEME) or not inner or inner in registry.archs():
         return inner.startswith(_SCHEME)
     local = "://" not in inner or inner.startswith("gs://")
     return local and workdir.has_checkpoint(place(inner).directory)
@@ -182,7 +182,7 @@ def earlier_weights(spec: str, objective: Objective) -> EarlierWeights:
         raise ConfigError(
             f"config.init_from={spec}: a wrapper has no weights; name what is inside."
         )
-    if is_run(spec, bare=True):
+    if is_run(spec):
         directory, step = place(spec)
         there = opened(directory)
         params, extra, step = there.weights(step)
@@ -265,8 +265,25 @@ class RunBackbone:
         return self.function(self.params, self.extra, images, self.layers)
 
 
+#: As weights: a network that nobody trained, by its seed.
+RANDOM = "random"
+
+
+def check_named(spec: str, weights: str) -> None:
+    """Refuse an architecture whose weights are left to chance, and a run with other weights."""
+    if is_run(spec):
+        if weights:
+            raise ConfigError("config.weights: a run brings its own weights; leave it empty.")
+    elif not weights:
+        registry.family_of(innermost(spec))  # an unknown name is the fault that it is
+        raise ConfigError(
+            f"config.weights: {innermost(spec)} needs some; expected a file, a directory, "
+            f"hf:owner/name, imagenet, or {RANDOM} for an untrained network (by config.seed)."
+        )
+
+
 def backbone(spec: str, weights: str, seed: int) -> Any:
-    """What a spec names, to compute feature maps; an architecture takes ``weights`` or ``seed``."""
+    """What a spec names, to compute feature maps; ``seed`` is that of ``RANDOM`` weights."""
     parts = wrappers.unwrap(spec)
     if parts.maps:
         raise ConfigError(
@@ -275,10 +292,9 @@ def backbone(spec: str, weights: str, seed: int) -> Any:
     if parts.images:
         network = backbone(parts.inner, weights, seed)
         return functools.reduce(lambda inner, wrap: wrap(inner), parts.images, network)
+    check_named(spec, weights)
     if not is_run(spec):
-        return models.backbone(spec, weights or None, seed=seed)
-    if weights:
-        raise ConfigError("config.weights: a run brings its own weights; leave it empty.")
+        return models.backbone(spec, None if weights == RANDOM else weights, seed=seed)
     run = opened(place(spec).directory)
     params, extra, step = run.weights(place(spec).step)
     params, extra = jax.tree.map(jnp.asarray, (params, extra))

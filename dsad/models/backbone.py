@@ -13,7 +13,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core.types import FeatureMaps
 from dsad.models import registry
-from dsad.models.weights import pretrained
+from dsad.models.weights import imagenet, pretrained
 
 
 @functools.partial(
@@ -92,9 +92,10 @@ def backbone(arch: str, weights: pretrained.Spec | None = None, *, seed: int = 0
       arch: a name of ``registry.archs()``: ``resnet18``, ``vit_base_patch16_224``, ...
       weights: None for random weights, anything that ``pretrained.read`` takes (a file, a
         directory, ``hf:owner/name``, a mapping of arrays under published names), or what it
-        returned. What the weights lack does not exist in the result, so asking for the maps of a
-        missing stage is refused. Pixel statistics, image size, interpolation and crop come from
-        the weights' config, else they are the architecture's published ones.
+        returned; "imagenet" is the repository of ``weights.imagenet``. What the weights lack does
+        not exist in the result, so asking for the maps of a missing stage is refused. Pixel
+        statistics, image size, interpolation and crop come from the weights' config, else they are
+        the architecture's published ones.
       seed: of the random weights.
 
     Raises:
@@ -111,9 +112,14 @@ def backbone(arch: str, weights: pretrained.Spec | None = None, *, seed: int = 0
             image_size=known.image_size, interpolation=known.interpolation,
             description=f"random, seed {seed}",
         )  # fmt: skip
-    state = pretrained.read(weights)
+    state = pretrained.read(imagenet.repository(arch) if weights == "imagenet" else weights)
     _check_said(arch, state)
-    loaded = family.load(arch, state)
+    try:
+        loaded = family.load(arch, state)
+    except ConfigError as error:
+        others = [other for other in registry.archs() if _fits(other, state)]
+        hint = f"\nThe tensors are those of {listed(others)}." if others else ""
+        raise ConfigError(f"{error}{hint}") from error
     params, extra = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
     return Backbone(
         params=params, extra=extra, arch=arch, options=tuple(sorted(loaded.options.items())),
@@ -122,6 +128,14 @@ def backbone(arch: str, weights: pretrained.Spec | None = None, *, seed: int = 0
         interpolation=state.interpolation or known.interpolation, crop=state.crop,
         left_out=_hashable(loaded.left_out), description=state.source,
     )  # fmt: skip
+
+
+def _fits(arch: str, state: pretrained.Weights) -> bool:
+    try:
+        registry.family_of(arch).load(arch, state)
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_said(arch: str, state: pretrained.Weights) -> None:

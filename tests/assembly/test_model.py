@@ -35,7 +35,10 @@ SMALL = (
     "--config.evaluation.image_size=32", "--config.evaluation.batch_size=4",
 )  # fmt: skip
 BOTH = ("--config.data.categories=('tiles','wood')",)
-LIGHT = ("--config.detector.layers=('layer1',)", "--config.evaluation.gallery=1")
+LIGHT = (
+    "--config.weights=random", "--config.detector.layers=('layer1',)",
+    "--config.evaluation.gallery=1",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -126,6 +129,7 @@ def test_a_category_may_be_called_like_a_file_of_the_network(tmp_path):
 OTHER = {
     "patches and a pooled model": (
         "--config=gde", "--config.backbone=patches:16/4:resnet18", "--config.one_for_all=True",
+        "--config.weights=random",
         "--config.detector.patch=16", "--config.detector.components=2",
     ),
     "a map wrapper": ("--config.backbone=away:resnet18", *LIGHT),
@@ -148,7 +152,7 @@ def test_whatever_is_fitted_is_kept(argv, tmp_path, monkeypatch):
 def test_the_encoder_of_a_run_needs_its_directory_no_more(tmp_path):
     untrained_run(tmp_path / "run", "ds2")
     spec = f"--config.backbone=run:{tmp_path}/run@0"
-    run(spec, *SMALL, *BOTH, *LIGHT, f"--workdir={tmp_path}/a", f"--save-model={tmp_path}/m")
+    run(spec, *SMALL, *BOTH, *LIGHT[1:], f"--workdir={tmp_path}/a", f"--save-model={tmp_path}/m")
     shutil.rmtree(tmp_path / "run")
     run(f"--model={tmp_path}/m", f"--workdir={tmp_path}/b")
     same(read_results(tmp_path / "a"), read_results(tmp_path / "b"))

@@ -75,11 +75,27 @@ def test_what_names_a_run(held):
     held |= {"runs/a", "gs://bucket/a"}
     for spec in ("run:nowhere", "patches:32/4:run:nowhere", "run:nowhere@3"):
         assert runs.is_run(spec)
-    for spec in ("runs/a", "runs/a@3", "gs://bucket/a"):
-        assert not runs.is_run(spec)
-        assert runs.is_run(spec, bare=True)
+    for spec in ("runs/a", "runs/a@3", "gs://bucket/a", "patches:32/4:runs/a"):
+        assert runs.is_run(spec)
+    held.add("resnet18")  # an architecture keeps its name
     for spec in ("resnet18", "runs/b", "w.npz", "hf:owner/name", ""):
-        assert not runs.is_run(spec, bare=True)
+        assert not runs.is_run(spec)
+
+
+def test_weights_are_chosen(held):
+    held.add("runs/a")
+    for spec, weights in (
+        ("runs/a", ""), ("run:gone", ""), ("resnet18", "random"), ("patches:32/8:resnet18", "x.npz")
+    ):  # fmt: skip
+        runs.check_named(spec, weights)
+    for spec, weights, message in (
+        ("resnet18", "", "resnet18 needs some; expected .*imagenet, or random"),
+        ("patches:32/8:resnet18", "", "resnet18 needs some"),
+        ("resnet81", "", "Did you mean 'resnet18'"),
+        ("runs/a", "random", "a run brings its own"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            runs.check_named(spec, weights)
 
 
 def test_one_run_for_each_category():
@@ -95,10 +111,10 @@ def test_only_a_directory_with_checkpoints_holds_a_run(tmp_path):
     path = untrained_run(tmp_path / "a", "mae")
     assert not workdir.has_checkpoint(str(path))
     (path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert not runs.is_run(str(path), bare=True)
+    assert not runs.is_run(str(path))
     (path / "checkpoints" / "4").mkdir()
-    assert runs.is_run(str(path), bare=True)
-    assert runs.is_run(f"{path}@2", bare=True)
+    assert runs.is_run(str(path))
+    assert runs.is_run(f"{path}@2")
 
 
 def test_a_report_finds_the_curves_behind_any_backbone(tmp_path):

@@ -181,8 +181,11 @@ def test_demo_writes_everything(tmp_path):
 
 
 def test_evaluate_needs_data(capsys, tmp_path):
-    text = fails(capsys, "evaluate", "--config.backbone=resnet18", f"--workdir={tmp_path / 'e'}")
-    assert "config.data.name" in text
+    argv = ("evaluate", "--config.backbone=resnet18", f"--workdir={tmp_path / 'e'}")
+    text = fails(capsys, *argv)
+    assert "config.weights: resnet18 needs some" in text
+    assert "imagenet, or random" in text
+    assert "config.data.name" in fails(capsys, *argv, "--config.weights=random")
     text = fails(capsys, "evaluate", f"--config.backbone=run:{tmp_path}", "--workdir=x")
     assert "no dsad run" in text
 
@@ -191,6 +194,7 @@ SMALL = (
     "--config.data.synthetic.size=32", "--config.data.synthetic.train=6",
     "--config.data.synthetic.good=2", "--config.data.synthetic.bad=1",
     "--config.evaluation.image_size=32", "--config.data.name=synthetic",
+    "--config.weights=random",
     "--config.detector.layers=('layer1',)", "--config.detector.sigma=1.0",
 )  # fmt: skip
 
@@ -275,14 +279,17 @@ def test_one_model_per_category_and_one_for_all(capsys, tmp_path):
         workdir.claim(str(runs / category), "pretrain", config.to_dict(), info=INFO)
     spec, two = f"--config.backbone=run:{runs}/{{category}}@0", "--config.data.categories={}"
     both, wood = two.format("('tiles','wood')"), two.format("('wood',)")
+    own = "--config.weights="  # a run has its own
     text = fails(capsys, "evaluate", spec, "--workdir=x")
     assert "no single run has the data" in text
-    text = fails(capsys, "evaluate", spec, *SMALL, both, "--config.one_for_all", "--workdir=x")
+    text = fails(capsys, "evaluate", spec, *SMALL, own, both, "--config.one_for_all", "--workdir=x")
     assert "one_for_all" in text
-    assert "speckle: no dsad run there" in fails(capsys, "evaluate", spec, *SMALL, "--workdir=x")
+    assert "speckle: no dsad run there" in fails(
+        capsys, "evaluate", spec, *SMALL, own, "--workdir=x"
+    )
 
     def evaluated(name, *argv):
-        assert main.main(["evaluate", *SMALL, *argv, f"--workdir={tmp_path / name}"]) == 0
+        assert main.main(["evaluate", *SMALL, own, *argv, f"--workdir={tmp_path / name}"]) == 0
         return json.loads((tmp_path / name / "results.json").read_text())
 
     each = evaluated("each", spec, both)

@@ -32,7 +32,8 @@ def test_names_pass_through_the_commands(root, capsys):
     (root / CATEGORY / "train" / "good" / "notes.txt").write_text("stray")
     runs = [root.parent.parent / "runs" / name for name in ("[/x]", "b")]
     for folder in runs:
-        argv = ["--config.backbone=resnet18", "--config.evaluation.image_size=32",
+        argv = ["--config.backbone=resnet18", "--config.weights=random",
+                "--config.evaluation.image_size=32",
                 "--config.evaluation.false_alarm_rate=0.3", "--config.evaluation.holdout=2",
                 f"--config.data.categories=('{CATEGORY}',)"]  # fmt: skip
         given = (*data, f"--workdir={folder}", "--name=[/x]")

@@ -79,7 +79,7 @@ def test_an_evaluation_of_records_is_that_of_the_files(tmp_path):
     for name, data in (("a", files), ("b", made)):
         run(
             "evaluate", *data, f"--workdir={name}", "--config.backbone=resnet18",
-            "--config.evaluation.image_size=32", cwd=tmp_path,
+            "--config.weights=random", "--config.evaluation.image_size=32", cwd=tmp_path,
         )  # fmt: skip
         found.append(json.loads((tmp_path / name / "results.json").read_text()))
     for results in found:

@@ -282,3 +282,8 @@ def test_batch_norm_keeps_the_views_apart():
     want = (together - running["mean"]) / np.sqrt(running["var"] + 1e-5)
     np.testing.assert_allclose(still, want * params["scale"] + params["bias"], atol=1e-4)
     np.testing.assert_array_equal(same["mean"], new["mean"])
+
+
+def test_weights_of_another_architecture_say_whose_they_are():
+    with pytest.raises(ConfigError, match="The tensors are those of resnet18"):
+        backbone("wide_resnet50_2", torch_names(stages=2))

@@ -13,8 +13,8 @@ import pytest
 import safetensors.numpy
 
 from dsad.core.errors import ConfigError
-from dsad.models import backbone
-from dsad.models.weights import pretrained
+from dsad.models import backbone, registry
+from dsad.models.weights import imagenet, pretrained
 from tests.models import published
 
 
@@ -342,6 +342,16 @@ def test_hub_files_are_chosen_in_order_with_their_config(hub):
     ]  # fmt: skip
     np.savez(hub.folder / "other.npz", **arrays())
     assert pretrained.read("hf:owner/name.v1@abc/other.npz")["b"].dtype == np.float32
+
+
+def test_imagenet_is_a_repository_by_architecture(hub):
+    with pytest.raises(ConfigError, match=r"hf:timm/resnet18\.tv_in1k: no such repository"):
+        backbone("resnet18", "imagenet")
+    with pytest.raises(ConfigError, match=r"none are agreed upon for mae_vit_tiny_patch16.*deit"):
+        backbone("mae_vit_tiny_patch16", "imagenet")
+    for arch in registry.archs():
+        if arch.startswith(("resnet", "wide_resnet", "deit")):
+            assert imagenet.repository(arch).startswith(f"hf:timm/{arch}.")
 
 
 def test_what_the_hub_lacks(hub):
