@@ -20,7 +20,7 @@ from dsad.data import base as data_base
 from dsad.evaluation import fitting
 from dsad.evaluation.localize import EvalConfig, Results, localize, write_results
 from dsad.evaluation.parts import Parts
-from dsad.evaluation.support import AS_DRAWN, SupportConfig
+from dsad.evaluation.support import AS_DRAWN, Sampling, Sets, SupportConfig
 from dsad.models import wrappers
 from dsad.terminal import console
 
@@ -50,6 +50,13 @@ class EvaluateConfig(core_config.Settings, place="config"):
     data: data_base.DataConfig = data_base.DataConfig(name=SAME)
     evaluation: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+
+    @property
+    def sampling(self) -> Sampling:
+        """The training images that are used."""
+        return Sampling(
+            shots=self.shots, seeds=self.seeds, support=self.support, pooled=self.one_for_all
+        )
 
 
 def default_config(detector: str) -> ml_collections.ConfigDict:
@@ -103,6 +110,7 @@ class Evaluation:
     backbone: Backbone | None
     detector: Detector
     dataset: Dataset
+    sets: Sets
     saved: Saved | None = None
 
     def stored(self) -> dict[str, Any]:
@@ -136,15 +144,12 @@ def prepare(
             f"config.data: {dataset.name} at {cfg.data.root} holds canvases for training, which "
             "are smaller than the images. Evaluate on the files that they were prepared from."
         )
-    fitting.supports(
-        detector, dataset, dataset.categories, cfg.evaluation, cfg.support, shots=cfg.shots,
-        seeds=cfg.seeds, pooled=cfg.one_for_all,
-    )  # fmt: skip
+    sets = fitting.supports(detector, dataset, dataset.categories, cfg.evaluation, cfg.sampling)
     if saved:
         _check_saved(saved, config, cfg, dataset)
         network = saved.backbone(saved.titles()[0]) if saved.shares_backbone else None
         return Evaluation(
-            config=cfg, backbone=network, detector=detector, dataset=dataset, saved=saved
+            config=cfg, backbone=network, detector=detector, dataset=dataset, sets=sets, saved=saved
         )
     if runs.per_category(cfg.backbone):
         if cfg.one_for_all:
@@ -164,7 +169,7 @@ def prepare(
             )
         sized = dataclasses.replace(cfg.evaluation, image_size=side)
         cfg = dataclasses.replace(cfg, evaluation=sized)
-    return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset)
+    return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset, sets=sets)
 
 
 def _check_saved(saved: Saved, config: Any, cfg: EvaluateConfig, dataset: Dataset) -> None:
@@ -230,9 +235,8 @@ def evaluate(
             parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
             map_wrappers=dict(zip(parts_of_spec.names, parts_of_spec.maps, strict=True)),
             mesh=make_mesh(cfg.mesh), key=runs.key_for(cfg.seed), progress=tell,
-            name=name or cfg.backbone, shots=cfg.shots, seeds=cfg.seeds,
-            support_config=cfg.support, pooled=cfg.one_for_all,
-            given=saved.fitted if saved else None, keep=writer.keep if writer else None,
+            name=name or cfg.backbone, sampling=parts.sets,
+            given=saved.fitted if saved else None, keep=writer,
             folder=path, backbone_of=None if parts.backbone is not None else of_category,
             train=Trainer(),
         )  # fmt: skip

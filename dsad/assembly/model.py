@@ -46,7 +46,7 @@ _NETWORK = (
     "arch", "options", "layers", "mean", "std", "image_size", "interpolation", "crop", "left_out",
     "description",
 )  # fmt: skip
-_RUN = ("mean", "std", "arch", "image_size", "description", "layers")
+_RUN = ("mean", "std", "arch", "image_size", "description", "layers", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,25 +112,37 @@ class _Images:
 class Writer:
     """Writes the models of an evaluation one by one; the index comes last, so all or none is there.
 
-    Raises WorkdirError if ``directory`` holds anything else, or a model that is not to be replaced.
+    Raises WorkdirError if ``directory`` holds anything else, or a model that is not to be replaced;
+    one that is stays until the first of the new ones is fitted.
     """
 
     def __init__(self, directory: str, *, overwrite: bool) -> None:
         self.directory = paths.directory(directory)
         self._index: dict[str, Any] = {"backbones": [], "categories": {}, "sha256": {}}
         self._last: Any = None
-        distributed.on_main(lambda: _cleared(self.directory, overwrite))
+        self._overwrite = overwrite
+        distributed.on_main(lambda: _clear(self.directory, overwrite, dry=True))
+
+    def check(self, detector: Detector, backbone: Backbone | None, seeds: Sequence[int]) -> None:
+        """Refuse what cannot be saved, or must not be; raises ConfigError."""
+        if len(seeds) > 1:
+            raise ConfigError(
+                f"--save-model: expected a fit with a single seed, found config.seeds={seeds}."
+            )
+        if detector.traits.fits_on == "test":
+            raise ConfigError("--save-model: what is fitted on the test images is of no other use.")
+        if backbone is not None:
+            _recipe(backbone)
 
     def keep(
-        self, title: str, categories: Sequence[str], network: Any, fitted: Fitted, results: Results
+        self, title: str, categories: Sequence[str], backbone: Any, fitted: Fitted, results: Results
     ) -> None:
         """Add the model of some categories; every process calls, the first one writes."""
-        if network is not self._last:
-            self._last, number = network, len(self._index["backbones"])
-            inner = network
-            while isinstance(inner, wrappers.Wrapped):
-                inner = inner.encoder
-            recipe, tree = _recipe(inner)
+        if not self._index["categories"]:
+            distributed.on_main(lambda: _clear(self.directory, self._overwrite))
+        if backbone is not self._last:
+            self._last, number = backbone, len(self._index["backbones"])
+            recipe, tree = _recipe(backbone)
             file = f"backbone-{number}.safetensors"
             entry = {"file": file, **recipe, "tree": self._write(file, tree)}
             self._index["backbones"].append(entry)
@@ -159,8 +171,11 @@ class Writer:
         return outline
 
 
-def _cleared(directory: epath.Path, overwrite: bool) -> None:
-    """Remove an older model that may be replaced, and what a stopped evaluation left."""
+def _clear(directory: epath.Path, overwrite: bool, *, dry: bool = False) -> None:
+    """Remove an older model that may be replaced, and what a stopped evaluation left.
+
+    ``dry``: only refuse what may not be removed.
+    """
     with paths.writing(directory, _ADVICE):
         there = list(directory.iterdir()) if directory.is_dir() else []
         names = {p.name for p in there}
@@ -174,12 +189,14 @@ def _cleared(directory: epath.Path, overwrite: bool) -> None:
                 f"--save-model={directory}: holds {foreign[0]}, which is no part of a model. "
                 "Choose another directory."
             )
-        for path in sorted(there, key=lambda p: p.name != INDEX):
+        for path in [] if dry else sorted(there, key=lambda p: p.name != INDEX):
             path.unlink()
 
 
 def _recipe(network: Any) -> tuple[dict[str, Any], Any]:
-    """How a network is built again around its arrays, and those."""
+    """How the network inside all wrappers is built again around its arrays, and those."""
+    while isinstance(network, wrappers.Wrapped):
+        network = network.encoder
     if isinstance(network, models.Backbone):
         about = {n: getattr(network, n) for n in _NETWORK}
         return {"kind": "network", "about": about}, (network.params, network.extra)
@@ -191,7 +208,7 @@ def _recipe(network: Any) -> tuple[dict[str, Any], Any]:
         return recipe, (network.params, network.extra)
     raise ConfigError(
         f"--save-model: a {type(network).__name__} cannot be saved; expected a network of "
-        "dsad.models or the encoder of a run."
+        "dsad.models or the encoder of a run. Leave it out, or evaluate with one of these."
     )
 
 

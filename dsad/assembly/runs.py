@@ -234,13 +234,15 @@ def _read(weights: pretrained.Weights, objective: Objective, spec: str) -> tuple
         "description",
         "directory",
         "layers",
+        "tokens",
     ],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunBackbone:
     """The encoder of a run as its objective's ``features``; a pytree.
 
-    ``layers``, unless None, are the only maps it computes.
+    ``layers``, unless None, are the only maps it computes. ``tokens`` are the vectors of whole
+    images that ``only`` can name as well.
     """
 
     params: Any
@@ -253,9 +255,10 @@ class RunBackbone:
     description: str
     directory: str
     layers: tuple[str, ...] | None = None
+    tokens: tuple[str, ...] = ()
 
     def only(self, layers: Sequence[str]) -> "RunBackbone":
-        """One that computes just these maps."""
+        """One that computes just these maps and tokens."""
         return dataclasses.replace(self, layers=tuple(layers))
 
     def __call__(self, images: jax.Array) -> FeatureMaps:
@@ -279,13 +282,15 @@ def backbone(spec: str, weights: str, seed: int) -> Any:
     run = opened(place(spec).directory)
     params, extra, step = run.weights(place(spec).step)
     params, extra = jax.tree.map(jnp.asarray, (params, extra))
-    objective, arch = run.objective, type(run.objective).__name__
+    objective, arch, tokens = run.objective, type(run.objective).__name__, ()
     if isinstance(objective, HasEncoder):
-        arch = objective.encoder_weights(params, extra).arch
+        network = objective.encoder_weights(params, extra)
+        arch = network.arch
+        tokens = registry.family_of(arch).tokens(arch, **network.options)
     return RunBackbone(
         params=params, extra=extra, function=run.features, mean=objective.mean, std=objective.std,
         arch=arch, image_size=image_size(objective), description=run.described(step),
-        directory=run.directory,
+        directory=run.directory, tokens=tokens,
     )  # fmt: skip
 
 

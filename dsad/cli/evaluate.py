@@ -87,12 +87,10 @@ def main(argv: list[str]) -> int:
     parts = distributed.together(lambda: evaluate.prepare(config, out, saved=saved))
     writer = None
     if values.save_model:
-        if saved or len(parts.config.seeds) > 1:
-            found = "--model" if saved else f"config.seeds={parts.config.seeds}"
-            raise ConfigError(f"--save-model: expected a fit with a single seed, found {found}.")
-        if parts.detector.traits.fits_on == "test":
-            raise ConfigError("--save-model: what is fitted on the test images is of no other use.")
+        if saved:
+            raise ConfigError("--save-model: expected a fit, found --model.")
         writer = Writer(values.save_model, overwrite=values.overwrite)
+        writer.check(parts.detector, parts.backbone, parts.config.seeds)
     path = workdir.claim(values.workdir, "evaluate", config.to_dict(), overwrite=values.overwrite)
     results = evaluate.evaluate(parts, path, out, name=values.name, writer=writer)
     out.print(table(results))

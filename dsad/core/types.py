@@ -1,6 +1,7 @@
 """The seams: what a data set, an objective and a backbone promise; see ``core.detection`` too."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -67,6 +68,13 @@ class KnownSource(Protocol):
     def annotation(self, index: int, shape: tuple[int, int]) -> np.ndarray | None:
         """The mask of a sample whose image has ``shape`` (h, w)."""
         ...
+
+
+@runtime_checkable
+class HasFiles(Protocol):
+    """A source that tells which files of this machine a sample lies in, those of masks included."""
+
+    def files(self, index: int) -> list[pathlib.Path]: ...
 
 
 @runtime_checkable
@@ -153,6 +161,7 @@ class EarlierWeights(NamedTuple):
 class Trainable(Protocol):
     """What the training step takes; all methods are pure and jittable.
 
+    A class that names this one as its base need not say that nothing follows the parameters.
     ``extra`` holds everything that has no gradient: batch statistics, teacher, queue, frozen
     backbone. Its structure and dtypes never change.
     """
@@ -175,7 +184,7 @@ class Trainable(Protocol):
 
     def after_update(self, params: Tree, extra: Tree, step: jax.Array) -> Tree:
         """New extra from the stepped parameters; ``step`` counts completed updates."""
-        ...
+        return extra
 
 
 @runtime_checkable
@@ -208,6 +217,7 @@ class Objective(Trainable, Protocol):
 class HasEncoder(Protocol):
     """An objective whose encoder can be used elsewhere: exported, or adopted by other methods.
 
+    Its ``features`` give the encoder's class token as well, where ``layers`` name it.
     ``stage_facts`` are what a later stage has to share with it, and no tensor's shape tells.
     """
 

@@ -241,13 +241,16 @@ class FileSource(EncodedSource):
 
     def size_of(self, index: int) -> int:
         """Bytes of a sample's files, asked from the file system."""
-        record = self.records[index]
-        paths = [record.path, *record.masks]
         try:
-            return sum((self._root / path).stat().st_size for path in paths)
+            return sum(file.stat().st_size for file in self.files(index))
         except OSError as problem:
             text = f"cannot be read: {problem.strerror}. Expected an image file; copy it again."
-            raise FaultError(error("K8", record.path, text)) from problem
+            raise FaultError(error("K8", self.records[index].path, text)) from problem
+
+    def files(self, index: int) -> list[pathlib.Path]:
+        """Those of image and masks."""
+        record = self.records[index]
+        return [self._root / path for path in (record.path, *record.masks)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

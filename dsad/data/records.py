@@ -103,6 +103,11 @@ class RecordSource(files.EncodedSource):
         """The contents of the mask files of a sample, as they were copied."""
         return list(self._example(index)["masks"])
 
+    def files(self, index: int) -> list[pathlib.Path]:
+        """The one that every preparation of the records writes."""
+        del index
+        return [self._stored.root / ABOUT] if self._stored else []
+
 
 class RecordCanvases:
     """Samples decoded before: what is left of them is their canvas of one side, and their facts."""

@@ -1,6 +1,5 @@
 """What detectors share: their fit, and how features are chosen, joined, checked and kept."""
 
-import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +36,11 @@ class DetectorConfig(Settings, place="detector"):
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureDetector(abc.ABC, Generic[C]):
-    """A detector with a config that names its layers; its traits are what the config says."""
+class FeatureDetector(Generic[C]):
+    """A detector with a config that names its layers; its traits are what the config says.
+
+    One that trains says so in them, and needs no ``_fit``.
+    """
 
     config: C
 
@@ -66,19 +68,22 @@ class FeatureDetector(abc.ABC, Generic[C]):
     ) -> Tree:
         """State from the features of normal images; each class says what is in it.
 
-        Raises ConfigError for trained parameters, which it has no use for, and DataError for too
+        Of a detector that trains it is what its steps left: parameters and extra. Raises
+        ConfigError for trained parameters where there is no use for them, and DataError for too
         few or broken features.
         """
+        if trained is not None and self.traits.trains_on:
+            return jax.tree.map(jnp.asarray, {**trained["params"], **trained["extra"]})
         if trained is not None:
             raise ConfigError(
                 f"detector {self._name} has nothing to train, but trained parameters came."
             )
         return self._fit(source, mesh, key, progress)
 
-    @abc.abstractmethod
     def _fit(
         self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
-    ) -> Tree: ...
+    ) -> Tree:
+        raise NotImplementedError
 
     @property
     def _name(self) -> str:

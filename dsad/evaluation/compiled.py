@@ -127,6 +127,11 @@ class Device:
         return stored.FeatureStore(self.folder, name, about)
 
     @property
+    def draws_panels(self) -> bool:
+        """Whether the detector shows more of an image than its map."""
+        return self._panels is not None
+
+    @property
     def network(self) -> Any:
         """The network that gives the detector's features, on the mesh, if it is arrays."""
         return self._features.network

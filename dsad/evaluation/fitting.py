@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -16,11 +16,12 @@ from dsad.core.config import listed
 from dsad.core.detection import Detector, FeatureSource
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Dataset, Progress, Source, Tree
+from dsad.core.types import Backbone, Dataset, Progress, Source, Tree
 from dsad.evaluation import maps, stamp, support
 from dsad.evaluation.batches import batches
-from dsad.evaluation.compiled import Device
+from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
+from dsad.evaluation.results import Results
 
 _SAID = {"train": "training", "test": "test"}
 #: Below the folder of an evaluation: what was trained, until all of it is done.
@@ -57,6 +58,21 @@ class TrainingData:
 Train = Callable[[Detector, TrainingData], Tree]
 
 
+class Keeper(Protocol):
+    """Takes what is fitted, such as ``assembly.model.Writer``."""
+
+    def check(self, detector: Detector, backbone: Backbone | None, seeds: Sequence[int]) -> None:
+        """Raises ConfigError for what cannot be kept, before it is fitted; None: not known yet."""
+        ...
+
+    def keep(
+        self, title: str, categories: Sequence[str], backbone: Backbone, fitted: Fitted,
+        results: Results,
+    ) -> None:  # fmt: skip
+        """Called with a category's name or "all categories", once they are measured."""
+        ...
+
+
 def split_of(detector: Detector) -> str:
     """The split whose images it is fitted on."""
     return "test" if detector.traits.fits_on == "test" else "train"
@@ -67,12 +83,8 @@ def supports(
     dataset: Dataset,
     categories: Sequence[str],
     config: EvalConfig,
-    support_config: support.SupportConfig,
-    *,
-    shots: int,
-    seeds: Sequence[int],
-    pooled: bool = False,
-) -> dict[str, dict[int, support.Support]]:
+    sampling: support.Sampling,
+) -> support.Sets:
     """The images that the detector is fitted on, by category and seed; nothing is decoded.
 
     Refuses what is sure to fail: raises DataError for categories without images to fit on, for
@@ -91,11 +103,12 @@ def supports(
             "categories out of config.data.categories."
         )
     if split == "test":
-        return _test_images(dataset, categories, config, support_config, shots, seeds)
+        return _test_images(dataset, categories, config, sampling)
+    seeds = sampling.seeds
     holdout = config.holdout if config.false_alarm_rate > 0 else 0
-    sets = support.choose(dataset, categories, shots=shots, seeds=seeds, holdout=holdout)
-    images = {c: len(sets[c][seeds[0]].bank) * support_config.rotations for c in categories}
-    if pooled:
+    sets = support.choose(dataset, categories, shots=sampling.shots, seeds=seeds, holdout=holdout)
+    images = {c: len(sets[c][seeds[0]].bank) * sampling.support.rotations for c in categories}
+    if sampling.pooled:
         images = {"all categories": sum(images.values())}
     least = detector.traits.least_images
     if few := [f"{n} of {c}" for c, n in images.items() if n < least]:
@@ -104,22 +117,20 @@ def supports(
             f"{listed(few)}. Add images, raise shots, or choose another detector or other "
             "components of it."
         )
-    return sets
+    return support.Sets(sampling, sets)
 
 
 def _test_images(
     dataset: Dataset,
     categories: Sequence[str],
     config: EvalConfig,
-    support_config: support.SupportConfig,
-    shots: int,
-    seeds: Sequence[int],
-) -> dict[str, dict[int, support.Support]]:
+    sampling: support.Sampling,
+) -> support.Sets:
     """All test images, for every seed."""
     for key, value, alone in (
-        ("shots", shots, 0),
+        ("shots", sampling.shots, 0),
         ("evaluation.false_alarm_rate", config.false_alarm_rate, 0),
-        ("support.rotations", support_config.rotations, 1),
+        ("support.rotations", sampling.support.rotations, 1),
     ):
         if value != alone:
             raise ConfigError(
@@ -127,7 +138,8 @@ def _test_images(
                 f"image; expected {alone}, found {value:g}."
             )
     images = {c: tuple(r.path for r in dataset.source("test", c).records) for c in categories}
-    return {c: {seed: support.Support(bank=images[c]) for seed in seeds} for c in categories}
+    sets = {c: dict.fromkeys(sampling.seeds, support.Support(bank=images[c])) for c in categories}
+    return support.Sets(sampling, sets)
 
 
 def training_data(
@@ -142,12 +154,16 @@ def training_data(
     seed: int,
     key: jax.Array,
     folder: str | epath.PathLike | None,
+    version: str,
     progress: Progress,
 ) -> TrainingData:
-    """What one training may learn from; ``about`` is the stamp, ``folder`` the evaluation's."""
+    """What one training may learn from.
+
+    ``about`` is the stamp, ``folder`` the evaluation's, ``version`` that of the images' files.
+    """
     own = None
     if folder is not None and split_of(detector) == "train":
-        name = _identity(device, about, sources, title, key)
+        name = _identity(device, about, sources, version, title, key)
         own = paths.directory(folder) / TRAINED / name
     return TrainingData(
         features=features, images=lambda: _images(sources, config), backbone=device.network,
@@ -156,7 +172,12 @@ def training_data(
 
 
 def _identity(
-    device: Device, about: Mapping[str, Any], sources: Sequence[Source], title: str, key: jax.Array
+    device: Device,
+    about: Mapping[str, Any],
+    sources: Sequence[Source],
+    version: str,
+    title: str,
+    key: jax.Array,
 ) -> str:
     """Tells a training from all others: its images, network, settings and draws."""
     same = [
@@ -164,7 +185,7 @@ def _identity(
     ]
     images = [record.path for source in sources for record in source.records]
     network = device.identity(about["backbone"])
-    content = json.dumps([same, network, images, title, stamp.key_data(key)])
+    content = json.dumps([same, network, images, version, title, stamp.key_data(key)])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 

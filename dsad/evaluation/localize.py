@@ -27,7 +27,7 @@ from dsad.evaluation.reader import Features, Reader
 from dsad.evaluation.report import gallery, panels
 from dsad.evaluation.results import Results, merge, read_results, write_results
 from dsad.evaluation.scored import Scored, score
-from dsad.evaluation.support import AS_DRAWN, SupportConfig
+from dsad.evaluation.support import ALL, Sampling, Sets
 
 #: The images of a category that a run reads.
 _PARTS = ("train", "held out", "test")
@@ -48,13 +48,10 @@ def localize(
     categories: Sequence[str] | None = None,
     details: Mapping[str, Any] | None = None,
     train: fitting.Train | None = None,
-    shots: int = 0,
-    seeds: Sequence[int] = (0,),
-    support_config: SupportConfig = AS_DRAWN,
+    sampling: Sampling | Sets = ALL,
     map_wrappers: Mapping[str, MapWrapper] | None = None,
     given: Callable[[str], Fitted] | None = None,
-    keep: Callable[[str, Sequence[str], Backbone, Fitted, Results], None] | None = None,
-    pooled: bool = False,
+    keep: fitting.Keeper | None = None,
     folder: str | epath.PathLike | None = None,
     backbone_of: Callable[[str], Backbone] | None = None,
 ) -> Results:
@@ -73,15 +70,12 @@ def localize(
       details: fields for the stamp, see ``stamp.make_stamp``.
       train: for detectors that train, such as ``assembly.detectors.Trainer()``: its result goes
         to their ``fit``.
-      shots: size of the support set, the training images of a category that are used; 0: all.
-      seeds: draw the support sets and vary the detector's key; several give mean and deviation.
-      support_config: what becomes of the support sets.
+      sampling: the training images that are used, or the sets that ``fitting.supports`` gave for
+        these categories; its seeds vary the detector's key, several give mean and deviation.
       map_wrappers: by name, from the inside out: what changes the backbone's maps; each is adapted
         to every support set.
       given: what was fitted before, by category or "all categories"; nothing is fitted then.
-      keep: called with that name, its categories, the backbone, what was fitted and the results
-        once they are measured; needs a single seed.
-      pooled: one detector for all categories, fitted on all their training images together.
+      keep: takes what is fitted, such as ``assembly.model.Writer(DIR)``.
       folder: where ``config.save_maps`` puts ``anomaly_maps`` (``anomaly_maps_seed<s>`` with
         several seeds), where ``train`` keeps what it trained, and where measured categories are
         kept: a stopped evaluation goes on with the next one, unless it has several processes or
@@ -90,7 +84,8 @@ def localize(
 
     Raises:
       ConfigError: an unknown category, a layer the backbone does not have, a detector that trains
-        without ``train``, and, as DataError, what ``fitting.supports`` refuses.
+        without ``train``, what ``keep`` cannot take, and, as DataError, what
+        ``fitting.supports`` refuses.
       MetricError: scores that are not finite.
       DsadError: a fault that several processes found, or found differently, with all messages.
 
@@ -109,33 +104,25 @@ def localize(
         raise ConfigError(
             "evaluation.image_size: expected the side of the network's input, found 0."
         )
-    if pooled and backbone_of:
-        raise ConfigError("one model for all categories needs one backbone, found one for each.")
     if config.save_maps != "none" and folder is None:
         raise ConfigError("evaluation.save_maps: a folder is needed to save anomaly maps in.")
-    sets = fitting.supports(
-        detector,
-        dataset,
-        chosen,
-        config,
-        support_config,
-        shots=shots,
-        seeds=seeds,
-        pooled=pooled,
-    )
+    drawn = isinstance(sampling, Sets)
+    sets = sampling if drawn else fitting.supports(detector, dataset, chosen, config, sampling)
+    pooled = sets.sampling.pooled
+    if pooled and backbone_of:
+        raise ConfigError("one model for all categories needs one backbone, found one for each.")
     if detector.traits.trains_on and train is None:
         raise ConfigError("localize: this detector trains; expected train=, found None.")
-    split = fitting.split_of(detector)
     protocol = {
         "model": "one for all categories" if pooled else "one per category",
-        "support": support.describe(sets, support_config, shots=shots, seeds=seeds, split=split),
+        "support": support.describe(sets, fitting.split_of(detector)),
         "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout),
         "detector_state": {},
         "map_wrappers": list(map_wrappers or ()),
     }
     run = _Run(
-        dataset, detector, config, key, train, sets, support_config, dict(map_wrappers or {}),
-        given, tuple(seeds), folder, progress,
+        dataset, detector, config, key, train, sets, dict(map_wrappers or {}), given, folder,
+        progress,
     )  # fmt: skip
     run.total = run.count(chosen)
     results = Results()
@@ -153,22 +140,27 @@ def localize(
         elif backbone_of:
             run.device.use(network)
         title = "all categories" if pooled else group[0]
-        part = parts.read(title, protocol) if parts else None
+        if folder is not None:
+            sources = (dataset.source(split, c) for c in group for split in ("train", "test"))
+            run.version = run.device.hosts.from_main(support.version(sources))
+        part = parts.read(title, protocol, run.version) if parts else None
         if part:
             run.done += run.count(group)
             run.tick(title, "measured before")(0)
         else:
             part = run.made = Results(stamp=copy.deepcopy(protocol))
+            if keep:
+                keep.check(detector, network, run.seeds)
             if backbone_of:
                 each = part.stamp["backbone"].setdefault("per_category", {})
                 each[group[0]] = stamp.describe_backbone(network)
             fitted = run.group(group, title)
             if keep:
-                keep(title, group, network, fitted, part)
+                keep.keep(title, group, network, fitted, part)
             if parts:
-                parts.write(title, part)
+                parts.write(title, part, run.version)
         merge(results, part)
-    results.support.update(support.listing(sets, shots=shots))
+    results.support.update(support.listing(sets))
     over_seeds.conclude(results, config.metric_names)
     return results
 
@@ -182,24 +174,28 @@ class _Run:
     config: EvalConfig
     key: jax.Array
     train: fitting.Train | None
-    sets: Mapping[str, Mapping[int, support.Support]]
-    support_config: SupportConfig
+    sets: Sets
     map_wrappers: Mapping[str, MapWrapper]
     given: Callable[[str], Fitted] | None
-    seeds: tuple[int, ...]
     folder: str | epath.PathLike | None
     progress: Progress
     device: Device | None = None
+    version: str = ""  # of the files of the categories at hand
     made: Results = dataclasses.field(default_factory=Results)
     done: int = 0
     total: int = 0
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return self.sets.sampling.seeds
 
     def count(self, categories: Sequence[str]) -> int:
         """The images to read: every seed's support set and the test images."""
         total = 0
         for c in categories:
-            for own in self.sets[c].values():
-                total += 0 if self.given else len(own.bank) * self.support_config.rotations
+            for own in self.sets.by_category[c].values():
+                rotations = self.sets.sampling.support.rotations
+                total += 0 if self.given else len(own.bank) * rotations
                 total += len(own.held_out) + len(self.dataset.source("test", c))
         return total
 
@@ -257,8 +253,9 @@ class _Run:
             return reader.device.place(self.given(title)), {"features": 0.0, "fit": 0.0}
         split = fitting.split_of(self.detector)
         sources = {c: self.dataset.source(split, c) for c in group}
-        chosen = {c: support.subset(x, self.sets[c][seed].bank) for c, x in sources.items()}
-        parts = [(c, self.support_config.applied(x)) for c, x in chosen.items()]
+        sets, config = self.sets.by_category, self.sets.sampling.support
+        chosen = {c: support.subset(x, sets[c][seed].bank) for c, x in sources.items()}
+        parts = [(c, config.applied(x)) for c, x in chosen.items()]
         tick = self.tick(title, f"{split} features")
         start, done = time.perf_counter(), self.done
         # Seed 0 keeps the key that a category has without seeds.
@@ -277,7 +274,7 @@ class _Run:
             data = fitting.training_data(
                 self.detector, reader.device, self.config, self.made.stamp, features,
                 [source for _, source in parts], title=title, seed=seed, key=key,
-                folder=self.folder, progress=self.fitting(title),
+                folder=self.folder, version=self.version, progress=self.fitting(title),
             )  # fmt: skip
             trained = self.train(self.detector, data)
         state = self.detector.fit(
@@ -307,9 +304,10 @@ class _Run:
         scored = score(
             reader, fitted, test, f"{category}/test", self.tick(category, "scores"),
             keep=keep, writer=writer, whole=whole,
+            picture=gallery.picture if config.gallery and seed == self.seeds[0] else None,
         )  # fmt: skip
         if config.false_alarm_rate > 0:
-            held = self.sets[category][seed].held_out
+            held = self.sets.by_category[category][seed].held_out
             source = support.subset(self.dataset.source("train", category), held)
             tick = self.tick(category, "held-out training images")
             normal = score(reader, fitted, source, f"{category}/held out", tick, keep=False)
@@ -356,11 +354,10 @@ class _Run:
         made.images[category] = numbers.of_images(test, scored, ranked=ranked)
         made.cases[category] = gallery.choose_cases(made.images[category], self.config.gallery)
         cases = made.cases[category]
-        maps = dict(zip(scored.own, scored.maps, strict=True))
-        made.gallery.update(gallery.pictures(category, test, maps, scale, cases, hosts))
+        made.gallery.update(gallery.pictures(category, test, scored, scale, cases))
         assert self.device is not None
         further, tops = panels.pictures(
-            self.device, self.detector, self.config, category, test, cases
+            self.device, self.detector, self.config, category, test, scored, cases
         )
         made.gallery.update(further)
         made.scales[category] = {**scale, **tops}

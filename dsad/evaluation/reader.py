@@ -7,7 +7,7 @@ import numpy as np
 
 from dsad.core.detection import FeatureBatch
 from dsad.core.types import FeatureMaps, Source, Tree
-from dsad.evaluation.batches import HostBatch, batches
+from dsad.evaluation.batches import HostBatch, Picture, batches
 from dsad.evaluation.compiled import Device
 from dsad.evaluation.config import EvalConfig
 
@@ -27,16 +27,17 @@ class Reader:
         self._kept: dict[tuple[str, tuple[str, ...]], list[tuple[HostBatch, FeatureMaps]]] = {}
 
     def read(
-        self, source: Source, name: str, *, keep: bool
+        self, source: Source, name: str, *, keep: bool, picture: Picture | None = None
     ) -> Iterator[tuple[HostBatch, FeatureMaps]]:
-        """One pass; kept batches come without their images."""
+        """One pass; kept batches come without their images and pictures."""
         key = (name, tuple(r.path for r in source.records))
         if key in self._kept:
             yield from self._kept[key]
             return
         made, size = [], 0
         device = self.device
-        for host in batches(source, self.config, device.mesh, device.batch, device.store):
+        passes = (source, self.config, device.mesh, device.batch, device.store)
+        for host in batches(*passes, picture=picture):
             maps = device.stored_features(host)
             device.note(name, [source.records[i].path for i in host.index[host.own]], host)
             if keep:
@@ -44,7 +45,8 @@ class Reader:
                 masks = sum(m.nbytes for m in host.masks if m is not None)
                 size += int(device.hosts.total(np.int64(masks)))  # all decide alike
                 if keep := self.kept_bytes + size <= self.limit:
-                    made.append((host._replace(images=host.images[:0], found=[]), maps))
+                    slim = host._replace(images=host.images[:0], found=[], pictures=[])
+                    made.append((slim, maps))
                 else:
                     made.clear()
                     self.recomputed.add(name)

@@ -1,12 +1,12 @@
 """The scored images of one source: anomaly maps on original pixels, image scores, labels."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from dsad.core.types import Source
-from dsad.evaluation.batches import HostBatch
+from dsad.evaluation.batches import HostBatch, Picture
 from dsad.evaluation.compiled import Fitted
 from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.maps import MapWriter
@@ -19,6 +19,8 @@ class Scored:
 
     With several processes (``hosts``) scores, labels and kinds are those of all images everywhere,
     but a process has the maps and masks of the images with the numbers ``own`` only, ascending.
+    ``pictures`` and ``inputs``, by number, are of the images that it decoded for a report: small
+    ones, no larger than their maps, and for panels the network's input and (h, w) of the original.
     """
 
     maps: list[np.ndarray]  # (h, w) f32
@@ -28,6 +30,10 @@ class Scored:
     kinds: list[str]
     hosts: Hosts = ALONE
     own: Sequence[int] = ()  # all, for one process
+    pictures: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[int, tuple[np.ndarray, tuple[int, int]]] = dataclasses.field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         if not self.hosts.several:
@@ -76,19 +82,26 @@ def score(
     keep: bool,
     writer: MapWriter | None = None,
     whole: bool = False,
+    picture: Picture | None = None,
 ) -> Scored:
     """Score the images of a source and bring their maps back to original pixels.
 
     ``keep`` lets the reader hold the features for the next seed; ``writer`` saves every map as
     soon as it is made. With several processes process 0 saves them all, and ``whole`` leaves all
-    maps and masks to it: for what cannot be added up.
+    maps and masks to it: for what cannot be added up. ``picture`` shrinks what is decoded.
     """
     device, hosts = reader.device, reader.device.hosts
     maps: dict[int, np.ndarray] = {}
     masks: dict[int, np.ndarray | None] = {}
     scores: dict[int, float] = {}
-    for host, features in reader.read(source, name, keep=keep):
+    pictures, inputs = {}, {}
+    for host, features in reader.read(source, name, keep=keep, picture=picture):
         numbers = host.index[host.own].tolist()
+        drawn = [i for i, small in enumerate(host.pictures) if small is not None]
+        pictures.update({numbers[i]: host.pictures[i] for i in drawn})
+        if drawn and device.draws_panels:
+            rows = host.images[host.own]
+            inputs.update({numbers[i]: (rows[i], host.shapes[i]) for i in drawn})
         found, image = device.score(fitted, features, host)
         made = hosts.together(lambda f=found, h=host, n=numbers: _originals(f, h, n, reader))
         truth = dict(zip(numbers, host.masks, strict=True))
@@ -113,6 +126,8 @@ def score(
         [r.kind for r in source.records],
         hosts,
         own,
+        pictures,
+        inputs,
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from dsad.core.config import Settings, as_dict, field
 from dsad.core.errors import ConfigError
-from dsad.core.types import Dataset, Record, Sample, Source
+from dsad.core.types import Dataset, HasFiles, Record, Sample, Source
 from dsad.data.base import selected
 
 #: Said in the stamp.
@@ -56,6 +56,32 @@ class SupportConfig(Settings, place="support"):
 
 #: Nothing is changed.
 AS_DRAWN = SupportConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Which training images are used, and for how many fits.
+
+    ``shots`` of each category (0: all) are drawn by every one of ``seeds``; ``support`` is what
+    becomes of them, and ``pooled`` fits one detector on those of all categories together.
+    """
+
+    shots: int = 0
+    seeds: tuple[int, ...] = (0,)
+    support: SupportConfig = AS_DRAWN
+    pooled: bool = False
+
+
+#: Every training image, once.
+ALL = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sets:
+    """The support sets of every category and seed, and the sampling that they come from."""
+
+    sampling: Sampling
+    by_category: Mapping[str, Mapping[int, Support]]
 
 
 class _Rotated:
@@ -145,36 +171,43 @@ def choose(
     return made
 
 
-def describe(
-    chosen: Mapping[str, Mapping[int, Support]],
-    config: SupportConfig,
-    *,
-    shots: int,
-    seeds: Sequence[int],
-    split: str = "train",
-) -> dict[str, Any]:
-    """For the stamp: counts and one hash over all sets; the paths are in the results."""
+def version(sources: Iterable[Source]) -> str:
+    """SHA-256 over size and time of the files of all samples, where the sources tell of files."""
     digest = hashlib.sha256()
+    for source in sources:
+        if not isinstance(source, HasFiles):
+            continue
+        for i, record in enumerate(source.records):
+            for file in source.files(i):
+                about = file.stat() if file.exists() else None  # reading it will say so
+                times = (about.st_size, about.st_mtime_ns) if about else ()
+                digest.update(f"{record.path}\t{file.name}\t{times}\n".encode())
+    return digest.hexdigest()
+
+
+def describe(sets: Sets, split: str = "train") -> dict[str, Any]:
+    """For the stamp: counts and one hash over all sets; the paths are in the results."""
+    sampling, chosen, digest = sets.sampling, sets.by_category, hashlib.sha256()
     for category in sorted(chosen):
         for seed in sorted(chosen[category]):
             digest.update(f"{category}\t{seed}\t{chosen[category][seed].sha256}\n".encode())
     return {
-        "shots": shots or "all",
-        "rule": RULE if shots else WHOLE[split],
-        "seeds": list(seeds),
-        **as_dict(config),
+        "shots": sampling.shots or "all",
+        "rule": RULE if sampling.shots else WHOLE[split],
+        "seeds": list(sampling.seeds),
+        **as_dict(sampling.support),
         "sha256": digest.hexdigest(),
     }
 
 
-def listing(chosen: Mapping[str, Mapping[int, Support]], *, shots: int) -> dict[str, Any]:
+def listing(sets: Sets) -> dict[str, Any]:
     """For the results: per category and seed the hash, the count, and the paths if drawn."""
     made: dict[str, Any] = {}
-    for category, by_seed in chosen.items():
+    for category, by_seed in sets.by_category.items():
         made[category] = {}
         for seed, support in by_seed.items():
             row: dict[str, Any] = {"sha256": support.sha256, "images": len(support.bank)}
-            if shots:
+            if sets.sampling.shots:
                 row["paths"] = list(support.bank)
             if support.held_out:
                 row["held_out"] = list(support.held_out)

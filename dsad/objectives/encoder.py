@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 from dsad.core import tree
 from dsad.core.errors import ConfigError
-from dsad.core.types import EarlierWeights, FeatureMaps, ObjectiveTraits, Passes
+from dsad.core.types import EarlierWeights, FeatureMaps, ObjectiveTraits, Passes, Trainable
 from dsad.models import registry
 from dsad.models.family import Encoder, Preprocessing
 
 
-class EncoderObjective:
+class EncoderObjective(Trainable):
     """An objective around ``encoder``, a network of the architecture ``arch``.
 
     Weights lie at ``params["encoder"]``, what has no gradient at ``extra["encoder"]``, unless
@@ -109,11 +109,6 @@ class EncoderObjective:
     def prepare(self, params: Any, extra: Any, passes: Passes) -> Any:
         """No look at the data is needed."""
         del params, passes
-        return extra
-
-    def after_update(self, params: Any, extra: Any, step: jax.Array) -> Any:
-        """Nothing follows the parameters."""
-        del params, step
         return extra
 
 

@@ -7,15 +7,23 @@ import jax
 import numpy as np
 import pytest
 
+from dsad import models
 from dsad.assembly import evaluate
-from dsad.assembly.model import FORMAT, FittedModel, Saved
+from dsad.assembly.model import FORMAT, FittedModel, Saved, Writer
 from dsad.cli import main
 from dsad.core.config import members
+from dsad.core.detection import DetectorTraits
 from dsad.core.errors import ConfigError, WorkdirError
-from dsad.core.mesh import make_mesh
+from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
+from dsad.evaluation import localize
 from dsad.evaluation.localize import read_results
+from dsad.evaluation.report import panels
+from dsad.evaluation.support import Sampling
 from dsad.models import wrappers
+from tests.assembly.test_runs import SMALL as TINY
+from tests.evaluation.test_localize import Distance, Pooled
+from tests.evaluation.test_undefined import Unread
 from tests.helpers import untrained_run
 from tests.seams.wrappers import away
 
@@ -130,6 +138,19 @@ def test_the_encoder_of_a_run_needs_its_directory_no_more(tmp_path):
     same(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
 
 
+def test_panels_are_those_of_the_evaluation(tmp_path):
+    untrained_run(tmp_path / "run", "isstad", **TINY, side=32)
+    spec = f"--config.backbone=run:{tmp_path}/run@0"
+    run(
+        "--config=isstad_detector", spec, *SMALL, "--config.data.categories=('wood',)",
+        f"--workdir={tmp_path}/a", f"--save-model={tmp_path}/m",
+    )  # fmt: skip
+    run(f"--model={tmp_path}/m", f"--workdir={tmp_path}/b")
+    live = read_results(tmp_path / "a")
+    assert panels.names(live.gallery) == ["reconstruction", "error", "probability"]
+    same(live, read_results(tmp_path / "b"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in members("detectors") if n != "isstad"])
 def test_every_detector(name, tmp_path):
@@ -164,6 +185,50 @@ def test_faults_are_named(folder, tmp_path, capsys):
         capsys, *argv
     )
     assert not (tmp_path / "w").exists()
+
+
+class OnTest(Distance):
+    traits = property(lambda self: DetectorTraits(fits_on="test"))
+
+
+def test_what_cannot_be_saved_is_refused_before_it_is_fitted(tmp_path):
+    def refused(message, backbone, detector, **sampling):
+        with pytest.raises(ConfigError, match=message):
+            localize.localize(
+                backbone, detector, Unread(categories=("disc", "ring")),
+                localize.EvalConfig(image_size=48), mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+                key=jax.random.key(0), sampling=Sampling(**sampling),
+                keep=Writer(str(tmp_path / "model"), overwrite=False),
+            )  # fmt: skip
+
+    network = models.backbone("resnet18")
+    on_layers = Distance(layers=("layer1",))
+    refused("a Pooled cannot be saved; expected a network", Pooled(), Distance())
+    wrapped = wrappers.Patches(encoder=Pooled(), size=16, stride=4)
+    refused("a Pooled cannot be saved", wrapped, Distance())
+    refused("single seed, found config.seeds", network, on_layers, seeds=(0, 1))
+    refused("fitted on the test images", network, OnTest(layers=("layer1",)))
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_old_model_is_replaced_only_by_a_new_one(folder, tmp_path, capsys, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    files = {p.name: p.read_bytes() for p in model.iterdir()}
+    one = (*SMALL, *LIGHT, "--config.data.categories=('tiles',)")
+    both = (*one, f"--save-model={model}", "--overwrite")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "letter.txt").write_text("dear")
+    assert "no dsad run" in fails(capsys, *both, f"--workdir={tmp_path / 'letters'}")
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == files
+    with monkeypatch.context() as patch:
+        patch.setattr(localize, "score", lambda *given, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main.main(["evaluate", *both, f"--workdir={tmp_path / 'w'}"])
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == files
+    run(*both, f"--workdir={tmp_path / 'w'}")
+    assert Saved.read(model).titles() == ("tiles",)
+    assert not (model / "wood.safetensors").exists()
 
 
 def test_what_a_stopped_evaluation_left_blocks_nothing(folder, tmp_path):

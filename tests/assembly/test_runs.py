@@ -126,6 +126,22 @@ def test_a_rebuilt_run_knows_its_data(tmp_path, monkeypatch):
     assert all(info.classes == INFO.classes for info in known)  # which may shape features
 
 
+@pytest.mark.parametrize("name", ["mae", "isstad"])
+def test_a_transformer_gives_its_class_token(name, tmp_path):
+    path = untrained_run(
+        tmp_path / "a", name, **SMALL, **({"side": 32} if name == "isstad" else {})
+    )
+    network, exported = runs.backbone(f"run:{path}@0", "", 0), runs.encoder(f"run:{path}@0", "")
+    pixels = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    names = ("block1", "cls")
+    given, expected = network.only(names)(pixels), exported.only(names)(pixels)
+    assert (network.tokens, given.keys()) == (("cls",), set(names))
+    for layer in names:
+        np.testing.assert_array_equal(given[layer], expected[layer])
+    assert not np.allclose(*given["cls"], rtol=1e-3)  # of each image, not of the network
+    assert runs.backbone(f"run:{untrained_run(tmp_path / 'b', 'ds2')}@0", "", 0).tokens == ()
+
+
 def test_what_is_no_run_of_today_is_refused(tmp_path):
     with pytest.raises(WorkdirError, match="no dsad run there"):
         runs.opened(str(tmp_path))

@@ -52,6 +52,7 @@ def test_bytes_are_those_of_the_files(files, out):
         for i, record in enumerate(source.records):
             assert source.encoded(i) == (root / record.path).read_bytes()
             assert source.identity(i) == data.source(split).identity(i)
+            assert [f.parent for f in source.files(i) if f.is_file()] == [out]
             if record.masks:
                 files = [(root / path).read_bytes() for path in record.masks]
                 assert source.encoded_masks(i) == files

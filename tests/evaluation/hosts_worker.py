@@ -18,6 +18,7 @@ from dsad.core.errors import DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Record, Sample
 from dsad.evaluation.localize import EvalConfig, localize, write_results
+from dsad.evaluation.support import Sampling
 from tests.backbones import Plain, static
 
 
@@ -126,7 +127,7 @@ def evaluated(case, folder, broken="", devices=None):
     options = dict(EXTRA.get(case, {}))
     if "feature_cache" in options:
         options["feature_cache"] = str(folder.parent / "features")
-    several = {k: options.pop(k) for k in ("seeds", "pooled", "shots") if k in options}
+    sampling = Sampling(**{k: options.pop(k) for k in ("seeds", "pooled", "shots") if k in options})
     module = resolve("detectors", name.partition("-")[0])
     detector = module.build(module.Config(**{"sigma": 1.0, **DETECTORS[name]}))
     config = EvalConfig(
@@ -137,7 +138,7 @@ def evaluated(case, folder, broken="", devices=None):
     found = localize(
         Backbone(jnp.asarray(weights, jnp.float32)), detector, Images(broken), config,
         mesh=make_mesh(MeshConfig(), devices), key=jax.random.key(1),
-        folder=folder, **several,
+        folder=folder, sampling=sampling,
     )  # fmt: skip
     if distributed.is_main():
         write_results(found, folder)

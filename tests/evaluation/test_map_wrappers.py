@@ -9,12 +9,13 @@ from dsad.assembly import evaluate, runs
 from dsad.core.detection import FeatureBatch, MapWrapper
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.evaluation import extract
+from dsad.evaluation import extract, fitting
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.models import wrappers
 from dsad.terminal import console, flags
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 from tests.evaluation.test_stored import CELLS
+from tests.evaluation.test_support import sampled
 from tests.seams.wrappers import away
 
 
@@ -28,7 +29,8 @@ def run(names=("away",), devices=1, dataset=None, backbone=None, **given):
     config = EvalConfig(image_size=48, batch_size=4, workers=2, **given.pop("config", {}))
     return localize(
         backbone or Pooled(), Distance(), dataset or Planted(strength=3), config, mesh=mesh,
-        key=jax.random.key(3), map_wrappers={n: away.Away() for n in names}, **given,
+        key=jax.random.key(3), map_wrappers={n: away.Away() for n in names},
+        sampling=sampled(given), **given,
     )  # fmt: skip
 
 
@@ -105,13 +107,16 @@ def test_maps_are_computed_once_for_all_wrappers_and_seeds(tmp_path, monkeypatch
     assert not computed
 
 
-def test_through_the_command_line_config(tmp_path):
+def test_through_the_command_line_config(tmp_path, monkeypatch):
+    drawn, supports = [], fitting.supports
+    monkeypatch.setattr(fitting, "supports", lambda *x: drawn.append(supports(*x)) or drawn[-1])
     config, _, _ = flags.Command("evaluate", "", config="configs/knn.py:smoke").parse(
         ["--config.backbone=away:patches:32/8:resnet18", "--config.shots=2"]
     )
     parts = evaluate.prepare(config, console.console())
     results = evaluate.evaluate(parts, tmp_path, console.console())
     assert results.stamp["map_wrappers"] == ["away"]
+    assert len(drawn) == 1  # the checks are made once, and their sets handed over
     assert results.stamp["backbone"]["arch"] == "patches:32/8:resnet18"
 
 

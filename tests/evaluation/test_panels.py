@@ -16,10 +16,10 @@ from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.detectors import isstad
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.preprocessing import Preprocessing
-from dsad.evaluation.report import panels
+from dsad.evaluation.report import gallery, panels
 from dsad.evaluation.report.page import write_report
 from tests.backbones import Plain, static
-from tests.evaluation.test_localize import Distance, Planted, Pooled
+from tests.evaluation.test_localize import Distance, Planted, PlantedSource, Pooled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,28 @@ def test_panels_are_the_maps_of_the_cases_at_original_aspect(folder):
             levels = np.round(np.clip(values, 0, 1) * 255).astype(np.uint8)
             expected = PIL.Image.fromarray(levels).resize((40, 60), PIL.Image.Resampling.BILINEAR)
             np.testing.assert_allclose(np.int32(array), np.int32(expected), atol=1)
+
+
+@pytest.mark.parametrize("shown", [True, False], ids=["panels", "no panels"])
+def test_a_pictured_image_is_decoded_once(shown, detector, monkeypatch, folder):
+    decoded, get = [], PlantedSource.__getitem__
+
+    def counting(self, index):
+        decoded.append(self.records[index].path)
+        return get(self, index)
+
+    monkeypatch.setattr(gallery, "PICTURE_SIDE", 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(PlantedSource, "__getitem__", counting)
+        results = run(*((Maps(), detector) if shown else (Pooled(), Distance())))
+    tests = [p for p in decoded if "/test/" in p]
+    assert sorted(tests) == sorted(r.path for r in DATA.source("test").records)
+    source = DATA.source("test", "disc")
+    for n in {n for numbers in results.cases["disc"].values() for n in numbers}:
+        picture = PIL.Image.fromarray(source[n].image).resize((21, 32), PIL.Image.LANCZOS)
+        np.testing.assert_array_equal(results.gallery[f"image/disc/{n}"], picture)
+        mask = PIL.Image.fromarray(np.uint8(255 * source[n].mask)).resize((21, 32), PIL.Image.BOX)
+        np.testing.assert_array_equal(results.gallery[f"mask/disc/{n}"], np.asarray(mask) >= 64)
 
 
 def test_devices_change_nothing(folder, detector):

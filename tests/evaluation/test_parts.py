@@ -6,9 +6,13 @@ import pytest
 
 from dsad.assembly import evaluate
 from dsad.cli import main
+from dsad.core.detection import DetectorTraits
 from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.data import base
 from dsad.evaluation import localize as module
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
+from dsad.evaluation.support import Sampling
+from tests.data import trees
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
 CATEGORIES = ("disc", "ring", "to/p", "[/x]")
@@ -35,7 +39,7 @@ def run(folder, detector, strength=9, **config):
         Pooled(), detector, Planted(categories=CATEGORIES, strength=strength),
         EvalConfig(image_size=48, batch_size=4, workers=2, false_alarm_rate=0.3, **config),
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(3), folder=folder,
-        seeds=(0, 1), shots=6,
+        sampling=Sampling(seeds=(0, 1), shots=6),
     )  # fmt: skip
 
 
@@ -70,6 +74,38 @@ def test_measured_categories_are_not_measured_again(tmp_path):
     assert len(FITTED) == 8
     write_results(again, tmp_path)
     same(read_results(tmp_path), whole)
+
+
+class Trained(Counting):
+    traits = property(lambda self: DetectorTraits(trains_on="features"))
+
+
+def test_what_was_made_of_other_files_is_made_again(tmp_path):
+    data = base.load(trees.mvtec(tmp_path / "data"))
+    folders = []
+
+    def again(kind=Counting):
+        del FITTED[:], folders[:]
+        localize(
+            Pooled(), kind(), data, EvalConfig(image_size=16, workers=1),
+            mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(3),
+            folder=tmp_path / kind.__name__,
+            train=lambda _, given: folders.append(given.folder),
+        )  # fmt: skip
+        return list(FITTED)
+
+    assert again() == ["disc", "plate"]
+    assert again() == []
+    assert again(Trained) == ["disc", "plate"]
+    before = dict(zip(FITTED, folders, strict=True))
+    for name in ("test/good/000.png", "train/good/000.png"):
+        trees.save(tmp_path / "data" / "plate" / name, trees.pixels(99))  # pixels of another seed
+        assert again() == ["plate"]
+    mask = next((tmp_path / "data" / "disc" / "ground_truth").glob("*/*.png"))
+    trees.save(mask, np.rot90(trees.mask(), 2))
+    assert again() == ["disc"]
+    assert again(Trained) == ["disc", "plate"]
+    assert len({*before.values(), *folders}) == 4
 
 
 @pytest.fixture(autouse=True, scope="module")

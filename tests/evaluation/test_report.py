@@ -18,6 +18,7 @@ from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.evaluation.localize import EvalConfig, localize, write_results
 from dsad.evaluation.report import comparison, figures, page
 from dsad.evaluation.report.page import write_report
+from dsad.evaluation.support import Sampling
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
 
@@ -178,7 +179,7 @@ def test_seeds_and_thresholds_are_on_the_page(tmp_path):
         Pooled(), Distance(), Planted(strength=9),
         EvalConfig(image_size=48, workers=1, false_alarm_rate=0.2, holdout=2),
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(0),
-        shots=5, seeds=(0, 4),
+        sampling=Sampling(shots=5, seeds=(0, 4)),
     )  # fmt: skip
     write_results(found, tmp_path / "few")
     text = write_report(tmp_path / "r.html", [("few", tmp_path / "few")]).read_text()

@@ -27,6 +27,7 @@ from dsad.models.wrappers import Patches
 from tests.backbones import Plain, static
 from tests.data import trees
 from tests.evaluation.test_localize import Distance, Planted, Pooled
+from tests.evaluation.test_support import sampled
 
 
 @jax.tree_util.register_dataclass
@@ -65,16 +66,15 @@ def seen(monkeypatch):
 
 
 def run(
-    folder, dataset=None, *, backbone=CELLS, detector=None, devices=1, progress=silent, seeds=(0,),
-    shots=0, pooled=False, **config,
+    folder, dataset=None, *, backbone=CELLS, detector=None, devices=1, progress=silent, **config,
 ):  # fmt: skip
-    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    mesh, sampling = make_mesh(MeshConfig(), jax.devices()[:devices]), sampled(config)
     settings = {"image_size": 16, "batch_size": 4, "workers": 2, "gallery": 3}
     cache = {"feature_cache": str(folder) if folder else ""}
     return localize(
         backbone, detector or Distance(sigma=0.0), dataset or Planted(),
         EvalConfig(**{**settings, **cache, **config}), mesh=mesh, key=jax.random.key(3),
-        progress=progress, seeds=seeds, shots=shots, pooled=pooled,
+        progress=progress, sampling=sampling,
     )  # fmt: skip
 
 

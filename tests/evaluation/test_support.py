@@ -14,6 +14,7 @@ from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.evaluation import extract, stamp, support
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.preprocessing import Preprocessing
+from dsad.evaluation.support import Sampling
 from tests.backbones import Plain
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 
@@ -32,6 +33,12 @@ class Shuffled(Planted):
         return found
 
 
+def sampled(given):
+    """The sampling that some of the keywords ask for, without them."""
+    names = [n for n in Sampling.__dataclass_fields__ if n in given]
+    return Sampling(**{n: given.pop(n) for n in names})
+
+
 def run(dataset=None, detector=None, devices=1, mesh=None, **given):
     names = EvalConfig.__dataclass_fields__
     config = {n: given.pop(n) for n in list(given) if n in names}
@@ -40,7 +47,7 @@ def run(dataset=None, detector=None, devices=1, mesh=None, **given):
         given.pop("backbone", None) or Pooled(), detector or Distance(),
         dataset or Planted(strength=9), EvalConfig(**settings),
         mesh=mesh or make_mesh(MeshConfig(), jax.devices()[:devices]),
-        key=jax.random.key(3), **given,
+        key=jax.random.key(3), sampling=sampled(given), **given,
     )  # fmt: skip
 
 
@@ -323,6 +330,6 @@ def test_rotations_enlarge_the_bank_alone():
             seen.append(sum(int(batch.valid.sum()) for batch in source))
             return super().fit(source, **given)
 
-    results = run(detector=Counting(), shots=3, support_config=config, false_alarm_rate=0.5)
+    results = run(detector=Counting(), shots=3, support=config, false_alarm_rate=0.5)
     assert seen == [8]  # two of the three images, four times each; one is held out
     assert results.stamp["support"]["rotations"] == 4

@@ -8,6 +8,7 @@ import PIL.Image
 
 from dsad.core.types import Source
 from dsad.evaluation.hosts import ALONE, Hosts
+from dsad.evaluation.scored import Scored
 
 #: Longest side in pixels of the stored pictures and masks.
 PICTURE_SIDE = 320
@@ -78,21 +79,28 @@ def choose_cases(images: Sequence[Mapping[str, Any]], count: int) -> dict[str, l
 def pictures(
     category: str,
     source: Source,
-    maps: Mapping[int, np.ndarray],
+    scored: Scored,
     scale: Mapping[str, float],
     cases: Mapping[str, Sequence[int]],
-    hosts: Hosts = ALONE,
 ) -> dict[str, np.ndarray]:
     """Arrays by name for ``gallery.npz``.
 
     ``image/<category>/<number>`` (h, w, 3) uint8 and ``mask/...`` (h, w) bool for the cases, at
     most 320 px; ``map/<category>/<number>`` (h, w) float16 for every test image, at most 160 px,
-    in the units of ``to_units``. ``maps`` are those of this process by the number of their image;
-    process 0 gets the pictures of all, the others none.
+    in the units of ``to_units``. Cases are decoded only where scoring decoded nothing. Process 0
+    gets the pictures of all, the others none.
     """
-    small = hosts.to_main(_small_maps(maps, scale))
-    made = {f"map/{category}/{number}": small[number] for number in sorted(small)}
-    return {**made, **hosts.together(lambda: _cases(category, source, cases) if hosts.main else {})}
+    hosts, numbers = scored.hosts, sorted({n for section in cases.values() for n in section})
+    maps = dict(zip(scored.own, scored.maps, strict=True))
+    maps = hosts.to_main(_small_maps(maps, scale))
+    truth = zip(scored.own, scored.masks, strict=True)
+    masks = hosts.to_main({n: _small_mask(m) for n, m in truth if n in numbers and m is not None})
+    images = hosts.to_main({n: scored.pictures[n] for n in numbers if n in scored.pictures})
+    missing = [n for n in numbers if hosts.main and n not in images]
+    images |= hosts.together(lambda: {n: picture(source[n].image) for n in missing})
+    made = {f"map/{category}/{n}": maps[n] for n in sorted(maps)}
+    made |= {f"image/{category}/{n}": images[n] for n in sorted(images)}
+    return {**made, **{f"mask/{category}/{n}": masks[n] for n in sorted(masks)}}
 
 
 def _small_maps(
@@ -108,23 +116,17 @@ def _small_maps(
     return made
 
 
-def _cases(
-    category: str, source: Source, cases: Mapping[str, Sequence[int]]
-) -> dict[str, np.ndarray]:
-    made: dict[str, np.ndarray] = {}
-    for number in sorted({n for numbers in cases.values() for n in numbers}):
-        sample = source[number]
-        picture = PIL.Image.fromarray(sample.image)
-        size = fit(sample.image.shape, PICTURE_SIDE)
-        made[f"image/{category}/{number}"] = np.asarray(
-            picture.resize(size, PIL.Image.Resampling.LANCZOS)
-        )
-        if sample.mask is not None:
-            mask = PIL.Image.fromarray(sample.mask.astype(np.uint8) * 255)
-            # A quarter of a small pixel is enough, or small defects would vanish from the picture.
-            small = np.asarray(mask.resize(size, PIL.Image.Resampling.BOX))
-            made[f"mask/{category}/{number}"] = small >= min(64, int(small.max()) or 64)
-    return made
+def picture(image: np.ndarray) -> np.ndarray:
+    """An image (h, w, 3) uint8 shrunk to ``PICTURE_SIDE`` at most."""
+    size = fit(image.shape, PICTURE_SIDE)
+    return np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.LANCZOS))
+
+
+def _small_mask(mask: np.ndarray) -> np.ndarray:
+    whole = PIL.Image.fromarray(mask.astype(np.uint8) * 255)
+    small = np.asarray(whole.resize(fit(mask.shape, PICTURE_SIDE), PIL.Image.Resampling.BOX))
+    # A quarter of a small pixel is enough, or small defects would vanish from the picture.
+    return small >= min(64, int(small.max()) or 64)
 
 
 def fit(shape: Sequence[int], side: int) -> tuple[int, int]:

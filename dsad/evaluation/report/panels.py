@@ -12,6 +12,7 @@ from dsad.evaluation.batches import batches
 from dsad.evaluation.compiled import Device
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.report import gallery
+from dsad.evaluation.scored import Scored
 from dsad.evaluation.support import subset
 
 #: Keys of the scales, before the name of a panel: a value of the detector's, or of the cases.
@@ -24,9 +25,12 @@ def pictures(
     config: EvalConfig,
     category: str,
     source: Source,
+    scored: Scored,
     cases: Mapping[str, Sequence[int]],
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Panels of the cases, by another run of the network over just these, for ``gallery.npz``.
+
+    They are decoded only where scoring decoded nothing, or another process did.
 
     Returns arrays ``panel/<name>/<category>/<number>`` in the aspect of the original image, at
     most 320 px: (h, w, 3) uint8 pixels, or (h, w) uint8 values where 255 is the top of the panel's
@@ -38,7 +42,9 @@ def pictures(
     found: dict[str, list[np.ndarray]] = {}
     shapes: dict[int, tuple[int, int]] = {}  # of this process's images
     shown = subset(source, [source.records[n].path for n in numbers])
-    for host in batches(shown, config, device.mesh, device.batch, device.panel_store):
+    inputs = {source.records[n].path: seen for n, seen in scored.inputs.items()}
+    passes = (shown, config, device.mesh, device.batch, device.panel_store)
+    for host in batches(*passes, inputs=inputs):
         for name, values in device.panels(host).items():
             found.setdefault(name, []).extend(values[: int(host.valid.sum())])
         shapes.update(zip(host.index[host.own].tolist(), host.shapes, strict=True))

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsad.core import rng
-from dsad.core.config import Settings, field
-from dsad.core.detection import DetectorTraits, Scores
+from dsad.core.config import field
+from dsad.core.detection import Scores
 from dsad.core.recipe import OptimConfig, Recipe
-from dsad.core.types import ObjectiveTraits
-from dsad.detectors._features import joined
+from dsad.core.types import ObjectiveTraits, Trainable
+from dsad.detectors._features import DetectorConfig, FeatureDetector, joined
 from tests.contracts.detectors import common
 
 
-class Config(Settings, place="detector"):
+class Config(DetectorConfig, place="detector"):
     layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)
     on: Literal["features", "images"] = "features"
     recipe: Recipe = Recipe(steps=40, batch_size=8, optim=OptimConfig(lr=0.1))
@@ -26,7 +26,7 @@ def logits_of(state, cells):
     return jnp.square(cells - state["centre"][None, None, None]) @ state["kernel"] + state["bias"]
 
 
-class Head:
+class Head(Trainable):
     traits = ObjectiveTraits(couples_batch=True)
 
     def __init__(self, cfg, specs, backbone):
@@ -54,22 +54,13 @@ class Head:
         real, noised = (logits_of(params | extra, x) for x in (cells, cells + 3 * views["noise"]))
         return jnp.mean(jax.nn.softplus(real) + jax.nn.softplus(-noised)), (extra, {})
 
-    def after_update(self, params, extra, step):
-        return extra
 
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    config: Config
-    layers = property(lambda self: self.config.layers)
-    traits = property(lambda self: DetectorTraits(trains_on=self.config.on, sigma=1.0))
+class Linear(FeatureDetector[Config]):
+    traits = property(lambda x: dataclasses.replace(super().traits, trains_on=x.config.on))
     recipe = property(lambda self: self.config.recipe)
 
     def objective(self, specs, backbone):
         return Head(self.config, specs, backbone)
-
-    def fit(self, source, *, mesh, key, progress, trained=None):
-        return jax.tree.map(jnp.asarray, trained["params"] | trained["extra"])
 
     def score(self, state, features, *, mesh=None):
         maps = logits_of(state, joined(features, self.layers))
