@@ -236,7 +236,7 @@ def evaluate(
             map_wrappers=dict(zip(parts_of_spec.names, parts_of_spec.maps, strict=True)),
             mesh=make_mesh(cfg.mesh), key=runs.key_for(cfg.seed), progress=tell,
             name=name or cfg.backbone, sampling=parts.sets,
-            given=saved.fitted if saved else None, keep=writer,
+            given=saved, keep=writer,
             folder=path, backbone_of=None if parts.backbone is not None else of_category,
             train=Trainer(),
         )  # fmt: skip

@@ -277,6 +277,12 @@ class Saved:
         tree = self._arrays(self.index["categories"][title])
         return Fitted(tuple(tree["banks"]), tree["state"])
 
+    def threshold(self, category: str) -> dict[str, Any]:
+        """What set the thresholds of a category; of its fit's test images nothing."""
+        rows = self.index["categories"].values()
+        by_seed = next(row["thresholds"][category] for row in rows if category in row["categories"])
+        return dict(next(iter(by_seed.values())))
+
     def model(self, category: str = "") -> FittedModel:
         """The model of a category."""
         from dsad.assembly.evaluate import parse

@@ -65,6 +65,15 @@ def threshold_table(results: Results) -> Table:
     return made
 
 
+def decisions(results: Results) -> list[str]:
+    """What is found and falsely flagged at the thresholds: a line per category and seed."""
+    lines = []
+    for category, by_seed in results.thresholds.items():
+        for seed, row in by_seed.items():
+            lines.append(f"{category}{f', seed {seed}' if results.std else ''}: {row['decision']}")
+    return lines
+
+
 def main(argv: list[str]) -> int:
     """The command."""
     models = [a.partition("=")[2] for a in argv if re.match("--?model=", a)]
@@ -102,6 +111,8 @@ def main(argv: list[str]) -> int:
         out.print(f"pixel numbers by counting, each within {max(counted):.1e} of the exact one")
     if results.thresholds:
         out.print(threshold_table(results))
+        for line in decisions(results):
+            out.print(line)
     if writer:
         out.print(f"fitted models: {writer.directory}")
     out.print(f"written: {path}/results.json; pictures: dsad report {path}")
