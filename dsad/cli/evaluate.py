@@ -7,7 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from dsad.assembly import evaluate, model_config, workdir
-from dsad.assembly.model import Saved, Writer
+from dsad.assembly.model import Saved
+from dsad.assembly.saving import Writer
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.evaluation import thresholds

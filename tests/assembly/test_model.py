@@ -9,7 +9,8 @@ import pytest
 
 from dsad import models
 from dsad.assembly import evaluate
-from dsad.assembly.model import FORMAT, FittedModel, Saved, Writer
+from dsad.assembly.model import FittedModel, Saved
+from dsad.assembly.saving import FORMAT, Writer
 from dsad.cli import main
 from dsad.core.config import members
 from dsad.core.detection import DetectorTraits
@@ -93,9 +94,9 @@ def test_three_lines_of_python_score_images(folder):
     source = base.load(base.DataConfig(**{
         **config, "synthetic": base.DataConfig().synthetic.__class__(**config["synthetic"]),
     })).source("test", "wood")  # fmt: skip
-    scored = model.score([source[i].image for i in range(len(source))])
-    np.testing.assert_array_equal(scored.scores, [row["score"] for row in live.images["wood"]])
-    assert scored.maps[0].shape == source[0].image.shape[:2]
+    scores, maps = model.score([source[i].image for i in range(len(source))])
+    np.testing.assert_array_equal(scores, [row["score"] for row in live.images["wood"]])
+    assert maps[0].shape == source[0].image.shape[:2]
     assert model.thresholds == {"wood": live.thresholds["wood"]}
     assert model.scales == {"wood": live.scales["wood"]}
     assert model.stamp["detector"]["name"] == "knn"
