@@ -119,7 +119,7 @@ def predict(
 
     Raises StoppedError where Ctrl-C ends it, WorkdirError where nothing can be written.
     """
-    summary = Summary(total=len(images))
+    summary, done = Summary(total=len(images)), 0
     try:
         with _tables(folder) as (rows, lines):
             writer = csv.DictWriter(rows, COLUMNS)
@@ -129,10 +129,9 @@ def predict(
                 writer.writerow(row)
                 line = {k: v for k, v in row.items() if k in _OF_IMAGE and v not in ("", None)}
                 lines.write(json.dumps({**line, **regions}, ensure_ascii=False) + "\n")
-                done = len(summary.scores) + len(summary.faults)
+                done += 1
                 progress(done, len(images), f"{summary.flagged} flagged")
     except KeyboardInterrupt:
-        done = len(summary.scores) + len(summary.faults)
         raise StoppedError(
             f"stopped after {done} of {len(images)} images; their rows are in "
             f"{folder / CSV}{_PARTIAL}. The same command begins anew."
@@ -153,14 +152,16 @@ _OF_IMAGE = ("path", "score", "percentile", "flagged", "overlay", "error")
 @contextlib.contextmanager
 def _tables(folder: epath.Path) -> Iterator[tuple[TextIO, TextIO]]:
     """The two files, under their names once they are whole."""
-    with paths.writing(folder, _ADVICE), contextlib.ExitStack() as stack:
-        options: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-        partial = {name: folder / f"{name}{_PARTIAL}" for name in (CSV, JSON_LINES)}
-        rows, lines = (stack.enter_context(open(p, "w", **options)) for p in partial.values())
-        yield rows, lines
-        stack.close()
+    options: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    partial = {name: folder / f"{name}{_PARTIAL}" for name in (CSV, JSON_LINES)}
+    try:
+        with contextlib.ExitStack() as stack:
+            rows, lines = (stack.enter_context(open(p, "w", **options)) for p in partial.values())
+            yield rows, lines
         for name, path in reversed(partial.items()):
             path.replace(folder / name)
+    except OSError as error:
+        raise paths.failure(folder, error, _ADVICE) from error
 
 
 def _rows(

@@ -1,5 +1,7 @@
 """``dsad fit``: good pictures to a model that ``dsad predict`` and ``dsad evaluate`` take."""
 
+import shlex
+
 from dsad.assembly import evaluate
 from dsad.assembly.fit import FALSE_ALARM_RATE, fit
 from dsad.assembly.saving import Writer
@@ -27,16 +29,17 @@ def main(argv: list[str]) -> int:
     writer = Writer(values.out, overwrite=values.overwrite)
     parts = evaluate.prepare(config, out)
     with console.progress("fitting", out) as tell:
-        tell(0, 1, "compiling")
         results = fit(parts, writer, tell)
     for category, by_seed in parts.sets.by_category.items():
         (support,) = by_seed.values()
-        out.print(f"{category}: fitted on {len(support.bank)} good pictures")
+        held = f"; a second fit without {len(support.held_out)} set the threshold"
+        out.print(
+            f"{category}: fitted on {len(support.bank)} good pictures"
+            f"{held if support.held_out else ''}"
+        )
         for row in results.thresholds.get(category, {}).values():
-            out.print(
-                f"{category}: threshold {row['image']:.4g}, false alarms at most "
-                f"{thresholds.at_rate(row)}; set by {row['held_out']} of them, which a second fit "
-                "had not seen"
-            )
-    out.print(f"written: {writer.directory}; use it: dsad predict {values.out} IMAGES --out=DIR")
+            at = thresholds.at_rate(row)
+            out.print(f"{category}: threshold {row['image']:.4g}, false alarms at most {at}")
+    out.print(f"written: {writer.directory}")
+    out.print(f"use it: dsad predict {shlex.quote(values.out)} IMAGES --out=DIR")
     return 0

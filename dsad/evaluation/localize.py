@@ -127,6 +127,7 @@ def localize(
         progress, measured,
     )  # fmt: skip
     run.total = run.count(chosen)
+    progress(0, run.total, "compiling")
     results = Results()
     groups = [chosen] if pooled else [(c,) for c in chosen]
     parts = Parts(folder) if folder and len(groups) > 1 and not (keep or spans(mesh)) else None
