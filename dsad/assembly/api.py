@@ -43,7 +43,7 @@ def fit(
       category: a name for what the pictures show.
       false_alarm_rate: the share of normal images that may be flagged; 0: no thresholds, which a
         single image cannot set.
-      settings: further keys as on the command line, such as {"detector.coreset": 0.01}.
+      settings: further keys as on the command line, such as {"detector.bank_fraction": 0.01}.
       progress: called with images done, images in all, and what is going on.
 
     Raises ConfigError for a key, name or value that does not exist, DataError for images that

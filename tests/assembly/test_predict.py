@@ -399,7 +399,7 @@ def test_predictions_on_real_images_are_those_of_the_evaluation(name, root, size
         "evaluate", "--config=patchcore", f"--config.weights={weights}",
         f"--config.data.name={name}",
         f"--config.data.root={data}", f"--config.evaluation.image_size={size}",
-        "--config.detector.coreset=0.01", "--config.evaluation.false_alarm_rate=0.05",
+        "--config.detector.bank_fraction=0.01", "--config.evaluation.false_alarm_rate=0.05",
         f"--workdir={tmp_path}/live", f"--save-model={tmp_path}/model",
     )  # fmt: skip
     assert main.main([*argv]) == 0
