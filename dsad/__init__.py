@@ -1,7 +1,25 @@
 """dsad: dense pretraining and localization for industrial anomaly detection, in JAX.
 
-The package imports nothing heavy by itself; import the part you need, for example
-``from dsad.models import backbone``.
+    model = dsad.fit("photos/good", backbone="resnet18", weights="resnet18.npz")
+    model.save("models/mine")
+    prediction = dsad.load("models/mine").predict("photos/new.jpg")
+
+``fit``, ``load``, ``pretrain`` and ``evaluate`` are those of ``dsad.assembly.api``, imported when
+they are first asked for: the package imports nothing heavy by itself.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsad.assembly.api import evaluate, fit, load, pretrain
+
 __version__ = "0.1.0"
+__all__ = ["evaluate", "fit", "load", "pretrain"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dsad.assembly import api
+
+    return getattr(api, name)

@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -108,3 +110,15 @@ def test_the_rule_sees_a_hook(tmp_path):
     bad = tmp_path / "bad.py"
     bad.write_text("if hasattr(x, 'f'):\n    getattr(x, 'g', None)\n    getattr(x, name)\n")
     assert len(hooks(bad)) == 2
+
+
+def test_the_package_alone_is_light_and_names_what_it_offers():
+    code = (
+        "import sys, dsad\n"
+        "heavy = {'jax', 'numpy', 'flax', 'PIL', 'absl'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+        "assert not hasattr(dsad, 'nothing')\n"
+        "assert sorted(dsad.__all__) == ['evaluate', 'fit', 'load', 'pretrain']\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -7,20 +7,21 @@ import ml_collections
 from etils import epath
 from rich.console import Console
 
-from dsad.assembly import datasets, runs, workdir
+from dsad.assembly import datasets, pictures, runs, workdir
 from dsad.assembly.detectors import Trainer
-from dsad.assembly.model import Saved, Writer
+from dsad.assembly.model import Saved
+from dsad.assembly.saving import Writer
 from dsad.core import config as core_config
 from dsad.core import distributed
 from dsad.core.detection import Detector
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Backbone, CanvasSource, Dataset
+from dsad.core.types import Backbone, CanvasSource, Dataset, Progress
 from dsad.data import base as data_base
 from dsad.evaluation import fitting
 from dsad.evaluation.localize import EvalConfig, Results, localize, write_results
 from dsad.evaluation.parts import Parts
-from dsad.evaluation.support import AS_DRAWN, Sampling, Sets, SupportConfig
+from dsad.evaluation.support import AS_DRAWN, Sampling, Sets, SupportConfig, subset
 from dsad.models import wrappers
 from dsad.terminal import console
 
@@ -120,6 +121,14 @@ class Evaluation:
         config = dataclasses.replace(self.config, data=data_config(self.config))
         detector = {"name": name, **core_config.as_dict(self.detector.config)}
         return {**core_config.as_dict(config), "detector": detector}
+
+    def looks(self) -> dict[str, Any]:
+        """Of the normal images that the detectors are fitted on, by category."""
+        made = {}
+        for category, by_seed in self.sets.by_category.items():
+            source = self.dataset.source("train", category)
+            made[category] = pictures.looks(subset(source, next(iter(by_seed.values())).bank))
+        return made
 
 
 #: What may differ from the evaluation that fitted a model: the images, and how they are computed.
@@ -223,6 +232,30 @@ def evaluate(
     ``writer`` keeps what is fitted. Of several processes the first one writes, and has the gallery
     and the curves. A stopped evaluation goes on: with the next category, with what was trained.
     """
+    with distributed.failing_together(path), console.progress(name or "localizing", out) as tell:
+        results = localized(parts, tell, name=name, keep=writer, folder=path)
+        if writer:
+            distributed.together(lambda: write_model(writer, parts, results))
+        distributed.together(lambda: _written(results, path) if distributed.is_main() else None)
+    return results
+
+
+def write_model(writer: Writer, parts: Evaluation, results: Results) -> None:
+    """Complete the models of an evaluation; the first process does."""
+    if distributed.is_main():
+        writer.finish(parts.stored(), results, parts.looks())
+
+
+def localized(
+    parts: Evaluation,
+    progress: Progress,
+    *,
+    name: str = "",
+    keep: fitting.Keeper | None = None,
+    folder: epath.Path | None = None,
+    measured: bool = True,
+) -> Results:
+    """What ``localize`` makes of the parts; see there."""
     cfg, saved = parts.config, parts.saved
     parts_of_spec = wrappers.unwrap(cfg.backbone)
 
@@ -232,23 +265,14 @@ def evaluate(
         spec = runs.of_category(parts_of_spec.network, category)
         return runs.backbone(spec, cfg.weights, cfg.seed)
 
-    title = name or "localizing"
-    with distributed.failing_together(path), console.progress(title, out) as tell:
-        results = localize(
-            parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
-            map_wrappers=dict(zip(parts_of_spec.names, parts_of_spec.maps, strict=True)),
-            mesh=make_mesh(cfg.mesh), key=runs.key_for(cfg.seed), progress=tell,
-            name=name or cfg.backbone, sampling=parts.sets,
-            given=saved.fitted if saved else None, keep=writer,
-            folder=path, backbone_of=None if parts.backbone is not None else of_category,
-            train=Trainer(), details={"model_sha256": saved.sha256} if saved else None,
-        )  # fmt: skip
-        if writer:
-            distributed.together(
-                lambda: writer.finish(parts.stored(), results) if distributed.is_main() else None
-            )
-        distributed.together(lambda: _written(results, path) if distributed.is_main() else None)
-    return results
+    return localize(
+        parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
+        map_wrappers=dict(zip(parts_of_spec.names, parts_of_spec.maps, strict=True)),
+        mesh=make_mesh(cfg.mesh), key=runs.key_for(cfg.seed), progress=progress,
+        name=name or cfg.backbone, sampling=parts.sets, given=saved, keep=keep, folder=folder,
+        backbone_of=None if parts.backbone is not None else of_category, train=Trainer(),
+        details={"model_sha256": saved.sha256} if saved else None, measured=measured,
+    )  # fmt: skip
 
 
 def _written(results: Results, path: epath.Path) -> None:

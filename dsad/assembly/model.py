@@ -1,6 +1,7 @@
-"""Fitted models on disk: what an evaluation measured, ready to score other images.
+"""Fitted models: what an evaluation measured or ``dsad fit`` fitted, ready for other images.
 
-DIR/model.json                   format, config, stamp; thresholds, scales and digests by category
+DIR/model.json                   format, config, stamp, looks of the normal images; thresholds,
+                                 scales and digests by category
 DIR/backbone-0.safetensors       the network, or one for each category
 DIR/fitted-CATEGORY.safetensors  banks of map wrappers and the detector's state
 """
@@ -9,7 +10,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,45 +21,38 @@ import safetensors.numpy
 from etils import epath
 
 from dsad import models
-from dsad.assembly import runs, workdir
+from dsad.assembly import pictures, runs
 from dsad.assembly.pretrain import parse as parse_run
+from dsad.assembly.saving import DIGEST, FORMAT, INDEX, Writer, digest
 from dsad.core import config as core_config
-from dsad.core import distributed, hosts, paths
+from dsad.core import paths
 from dsad.core.detection import Detector, MapWrapper
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.tree import named_arrays, rebuilt
-from dsad.core.types import Backbone, Record, RunInfo, Sample
+from dsad.core.tree import rebuilt
+from dsad.core.types import Backbone, RunInfo, Source
+from dsad.evaluation.batches import HostBatch, Picture
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
+from dsad.evaluation.predictions import Decision, Prediction
 from dsad.evaluation.reader import Reader
 from dsad.evaluation.results import Results
-from dsad.evaluation.scored import Scored, score
-from dsad.evaluation.stamp import plain
+from dsad.evaluation.scored import stream
 from dsad.models import wrappers
-
-#: Of the files; another one cannot be read.
-FORMAT = 2
-INDEX = "model.json"
-#: In the index: the SHA-256 of everything else there.
-_DIGEST = "index_sha256"
-_ADVICE = "Choose another --save-model, or mend this one."
-#: What of a network's fields its arrays do not tell.
-_NETWORK = (
-    "arch", "options", "layers", "mean", "std", "image_size", "interpolation", "crop", "left_out",
-    "description",
-)  # fmt: skip
-_RUN = ("mean", "std", "arch", "image_size", "description", "layers", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FittedModel:
     """A network, a detector and what was fitted to normal images, for one or more categories.
 
-    ``thresholds`` and ``scales`` are by category, as in ``Results``; without held-out images there
-    are no thresholds.
+    ``title`` is a category or "all categories"; ``category`` is the one whose thresholds decide.
+    ``thresholds`` (``thresholds.measure`` by seed) and ``scales`` are by category, as in
+    ``Results``, and so is ``normals``, the looks of the normal images; without held-out images
+    there are no thresholds. ``config`` is that of the fit.
     """
 
+    title: str
+    category: str
     backbone: Backbone
     detector: Detector
     map_wrappers: Mapping[str, MapWrapper]
@@ -66,161 +61,90 @@ class FittedModel:
     categories: tuple[str, ...]
     thresholds: Mapping[str, Any]
     scales: Mapping[str, Any]
+    normals: Mapping[str, Any]
+    config: Mapping[str, Any]
     stamp: Mapping[str, Any]
 
     @classmethod
     def load(cls, directory: str | epath.PathLike, category: str = "") -> "FittedModel":
-        """One of the models that ``dsad evaluate --save-model`` wrote.
+        """One of the models in a directory.
 
         ``category`` may be left out where there is only one. Raises WorkdirError for what is not
         there or damaged, ConfigError for a category that is not in it.
         """
         return Saved.read(directory).model(category)
 
-    @functools.cached_property
-    def _device(self) -> Device:
-        mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
-        wrapped = tuple(self.map_wrappers.values())
-        return Device(self.backbone, self.detector, self.evaluation, mesh, wrapped)
+    def save(self, directory: str | epath.PathLike, *, overwrite: bool = False) -> None:
+        """Write the model into a directory; one that is there needs ``overwrite``.
 
-    def score(self, images: Sequence[np.ndarray]) -> Scored:
-        """Image scores (n,) and maps on the pixels of each image (h, w, 3) uint8."""
-        device = self._device
-        fitted = jax.tree.map(jnp.asarray, self.fitted)
+        Raises WorkdirError for a directory that holds anything else, or cannot be written.
+        """
+        writer = Writer(os.fspath(directory), overwrite=overwrite)
+        results = Results(
+            stamp=dict(self.stamp), thresholds=dict(self.thresholds), scales=dict(self.scales)
+        )
+        writer.keep(self.title, self.categories, self.backbone, self.fitted, results)
+        writer.finish(self.config, results, self.normals)
+
+    def decision(self, rate: float | None = None, threshold: float | None = None) -> Decision:
+        """The thresholds at the model's false-alarm rate, or at another, without fitting again.
+
+        Raises ConfigError as ``Decision.of`` does, and where no category of several is chosen.
+        """
+        if self.thresholds and self.category not in self.thresholds:
+            raise ConfigError(
+                "category: expected one, whose thresholds decide, of "
+                f"{core_config.listed(self.categories)}. Load the model with it."
+            )
+        by_seed = self.thresholds.get(self.category, {})
+        return Decision.of(next(iter(by_seed.values()), None), rate, threshold)
+
+    def predict(
+        self,
+        image: str | os.PathLike | np.ndarray,
+        *,
+        rate: float | None = None,
+        threshold: float | None = None,
+    ) -> Prediction:
+        """Score one image, the path of a file or (h, w, 3) uint8, and decide as ``decision`` says.
+
+        Raises DataError for what cannot be read.
+        """
+        decision = self.decision(rate, threshold)
+        source = pictures.source([image])
+        for _, maps, scores in self.stream(source, batch=1):
+            return decision.predict(float(scores[0]), maps[0])
+        raise AssertionError
+
+    def score(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Image scores (n,) f32 and maps on the pixels of each image (h, w, 3) uint8."""
+        scores, maps = [], []
+        batch = self.evaluation.batch_size
+        for _, made, image in self.stream(pictures.source(images), batch=batch):
+            scores.append(image)
+            maps += [made[i] for i in sorted(made)]
+        return np.concatenate(scores or [np.zeros(0, np.float32)]), maps
+
+    def stream(
+        self, source: Source, *, batch: int, picture: Picture | None = None
+    ) -> Iterator[tuple[HostBatch, dict[int, np.ndarray], np.ndarray]]:
+        """Batches of a source as ``scored.stream`` gives them; nothing is kept."""
+        if batch not in self._devices:
+            self._devices[batch] = self._device(batch)
+        device, fitted = self._devices[batch]
         reader = Reader(device, self.evaluation)
-        return score(reader, fitted, _Images(images), "images", lambda n: None, keep=False)
+        yield from stream(reader, fitted, source, "images", picture=picture)
 
+    @functools.cached_property
+    def _devices(self) -> dict[int, tuple[Device, Fitted]]:
+        return {}
 
-class _Images:
-    """Arrays as a source."""
-
-    def __init__(self, images: Sequence[np.ndarray]) -> None:
-        self._images = images
-        self.records: Sequence[Record] = [
-            Record(path=str(i), category="", label=0, kind="good") for i in range(len(images))
-        ]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int, /) -> Sample:
-        return Sample(record=self.records[index], image=self._images[index], mask=None)
-
-
-# --- writing
-
-
-class Writer:
-    """Writes the models of an evaluation one by one; the index comes last, so all or none is there.
-
-    Raises WorkdirError if ``directory`` is a file, holds anything else, or a model that is not to
-    be replaced (it stays until the first of the new ones is fitted); ConfigError if ``workdir``, of
-    the evaluation, would lie in it.
-    """
-
-    def __init__(self, directory: str, *, overwrite: bool, workdir: str = "") -> None:
-        self.directory = paths.directory(directory)
-        if workdir and paths.directory(workdir).is_relative_to(self.directory):
-            raise ConfigError(
-                f"--save-model={directory}: expected a directory for models alone, found one that "
-                f"takes --workdir={workdir} as well. Choose another, such as {workdir}/model."
-            )
-        self._index: dict[str, Any] = {"backbones": [], "categories": {}, "sha256": {}}
-        self._last: Any = None
-        self._overwrite = overwrite
-        distributed.on_main(lambda: _clear(self.directory, overwrite, dry=True))
-
-    def check(self, detector: Detector, backbone: Backbone | None, seeds: Sequence[int]) -> None:
-        """Refuse what cannot be saved, or must not be; raises ConfigError."""
-        if len(seeds) > 1:
-            raise ConfigError(
-                f"--save-model: expected a fit with a single seed, found config.seeds={seeds}."
-            )
-        if detector.traits.fits_on == "test":
-            raise ConfigError("--save-model: what is fitted on the test images is of no other use.")
-        if backbone is not None:
-            _recipe(backbone)
-
-    def keep(
-        self, title: str, categories: Sequence[str], backbone: Any, fitted: Fitted, results: Results
-    ) -> None:
-        """Add the model of some categories; every process calls, the first one writes."""
-        if not self._index["categories"]:
-            distributed.on_main(lambda: _clear(self.directory, self._overwrite))
-        if backbone is not self._last:
-            self._last, number = backbone, len(self._index["backbones"])
-            recipe, tree = _recipe(backbone)
-            file = f"backbone-{number}.safetensors"
-            entry = {"file": file, **recipe, "tree": self._write(file, tree)}
-            self._index["backbones"].append(entry)
-        file = f"fitted-{paths.component(title)}.safetensors"
-        self._index["categories"][title] = {
-            "file": file,
-            "categories": list(categories),
-            "backbone": len(self._index["backbones"]) - 1,
-            "tree": self._write(file, {"banks": fitted.banks, "state": fitted.state}),
-            "thresholds": {c: t for c, t in results.thresholds.items() if c in categories},
-            "scales": {c: s for c, s in results.scales.items() if c in categories},
-        }
-
-    def finish(self, config: Mapping[str, Any], results: Results) -> None:
-        """Write the index: from now on there is a model."""
-        about = plain({"format": FORMAT, "config": config, "stamp": results.stamp, **self._index})
-        about[_DIGEST] = _digest(about)
-        text = json.dumps(about, indent=1, ensure_ascii=False)
-        paths.write_whole(self.directory / INDEX, text, _ADVICE)
-
-    def _write(self, file: str, tree: Any) -> Any:
-        outline, arrays = named_arrays(jax.tree.map(lambda x: np.asarray(hosts.whole(x)), tree))
-        data = safetensors.numpy.save(arrays)
-        self._index["sha256"][file] = hashlib.sha256(data).hexdigest()
-        if distributed.is_main():
-            paths.write_whole(self.directory / file, data, _ADVICE)
-        return outline
-
-
-def _clear(directory: epath.Path, overwrite: bool, *, dry: bool = False) -> None:
-    """Remove an older model that may be replaced, and what a stopped evaluation left.
-
-    ``dry``: only refuse what may not be removed.
-    """
-    with paths.writing(directory, _ADVICE):
-        there = list(directory.iterdir()) if directory.exists() else []
-        names = {p.name for p in there}
-        if INDEX in names and not overwrite:
-            raise WorkdirError(
-                f"--save-model={directory}: holds a model. Replace it with --overwrite, or choose "
-                "another directory."
-            )
-        if foreign := sorted(n for n in names if not n.endswith(".safetensors") and n != INDEX):
-            raise WorkdirError(
-                f"--save-model={directory}: holds {foreign[0]}, which is no part of a model. "
-                "Choose another directory."
-            )
-        for path in [] if dry else sorted(there, key=lambda p: p.name != INDEX):
-            path.unlink()
-
-
-def _recipe(network: Any) -> tuple[dict[str, Any], Any]:
-    """How the network inside all wrappers is built again around its arrays, and those."""
-    while isinstance(network, wrappers.Wrapped):
-        network = network.encoder
-    if isinstance(network, models.Backbone):
-        about = {n: getattr(network, n) for n in _NETWORK}
-        return {"kind": "network", "about": about}, (network.params, network.extra)
-    if isinstance(network, runs.RunBackbone):
-        stored = workdir.read(network.directory)
-        about = {n: getattr(network, n) for n in _RUN}
-        recipe = {"kind": "run", "about": about, "directory": network.directory}
-        recipe |= {"config": stored["config"], "info": stored["info"]}
-        return recipe, (network.params, network.extra)
-    raise ConfigError(
-        f"--save-model: a {type(network).__name__} cannot be saved; expected a network of "
-        "dsad.models or the encoder of a run. Leave it out, or evaluate with one of these."
-    )
-
-
-# --- reading
+    def _device(self, batch: int) -> tuple[Device, Fitted]:
+        mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+        config = dataclasses.replace(self.evaluation, batch_size=batch, feature_cache="", gallery=0)
+        wrapped = tuple(self.map_wrappers.values())
+        device = Device(self.backbone, self.detector, config, mesh, wrapped)
+        return device, device.place(jax.tree.map(jnp.asarray, self.fitted))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,17 +163,19 @@ class Saved:
         except FileNotFoundError:
             raise WorkdirError(
                 f"{folder}: no fitted model there ({INDEX} is missing). Make one with "
-                "dsad evaluate --save-model=DIR."
+                "dsad fit --out=DIR or dsad evaluate --save-model=DIR."
             ) from None
-        except ValueError as error:
-            raise WorkdirError(f"{folder / INDEX}: not readable as JSON: {error}.") from error
+        except (OSError, ValueError) as error:
+            raise WorkdirError(
+                f"{folder / INDEX}: not readable as JSON: {error}. Copy it again, or fit again."
+            ) from error
         form = index.get("format") if isinstance(index, dict) else None
         if form != FORMAT:
             raise WorkdirError(
-                f"{folder}: a model of format {form}, expected {FORMAT}. Fit it "
-                "again with dsad evaluate --save-model=DIR, or use the dsad that wrote it."
+                f"{folder}: a model of format {form}, expected {FORMAT}. Fit it again with dsad "
+                "fit --out=DIR or dsad evaluate --save-model=DIR, or use the dsad that wrote it."
             )
-        if index.pop(_DIGEST, None) != _digest(index):
+        if index.pop(DIGEST, None) != digest(index):
             raise _damaged(folder / INDEX)
         return cls(directory=folder, index=index)
 
@@ -260,7 +186,7 @@ class Saved:
     @property
     def sha256(self) -> str:
         """Tells these models from all others, whatever they were fitted to."""
-        return _digest(self.index["sha256"])
+        return digest(self.index["sha256"])
 
     @property
     def shares_backbone(self) -> bool:
@@ -293,6 +219,12 @@ class Saved:
         tree = self._arrays(self.index["categories"][title])
         return Fitted(tuple(tree["banks"]), tree["state"])
 
+    def threshold(self, category: str) -> dict[str, Any]:
+        """What set the thresholds of a category; of its fit's test images nothing."""
+        rows = self.index["categories"].values()
+        by_seed = next(row["thresholds"][category] for row in rows if category in row["categories"])
+        return dict(next(iter(by_seed.values())))
+
     def model(self, category: str = "") -> FittedModel:
         """The model of a category."""
         from dsad.assembly.evaluate import parse
@@ -307,8 +239,12 @@ class Saved:
         config, detector = parse(self.index["config"])
         row, parts = rows[titles[0]], wrappers.unwrap(config.backbone)
         alone = dataclasses.replace(config.evaluation, feature_cache="", gallery=0)
+        chosen = category if category in row["categories"] else ""
+        if len(row["categories"]) == 1:
+            chosen = row["categories"][0]
         return FittedModel(
-            backbone=self.backbone(titles[0]), detector=detector,
+            title=titles[0], category=chosen, config=self.config(),
+            normals=self.index["normals"], backbone=self.backbone(titles[0]), detector=detector,
             map_wrappers=dict(zip(parts.names, parts.maps, strict=True)),
             evaluation=alone, fitted=self.fitted(titles[0]),
             categories=tuple(row["categories"]), thresholds=row["thresholds"],
@@ -324,11 +260,6 @@ class Saved:
         if hashlib.sha256(data).hexdigest() != self.index["sha256"][entry["file"]]:
             raise _damaged(path)
         return rebuilt(entry["tree"], safetensors.numpy.load(data))
-
-
-def _digest(value: Any) -> str:
-    """SHA-256 of JSON types, in whatever order they were written."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(path: epath.Path) -> WorkdirError:

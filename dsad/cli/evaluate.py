@@ -7,7 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from dsad.assembly import evaluate, model_config, workdir
-from dsad.assembly.model import Saved, Writer
+from dsad.assembly.model import Saved
+from dsad.assembly.saving import Writer
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.evaluation import thresholds
@@ -66,6 +67,15 @@ def threshold_table(results: Results) -> Table:
     return made
 
 
+def decisions(results: Results) -> list[str]:
+    """What is found and falsely flagged at the thresholds: a line per category and seed."""
+    lines = []
+    for category, by_seed in results.thresholds.items():
+        for seed, row in by_seed.items():
+            lines.append(f"{category}{f', seed {seed}' if results.std else ''}: {row['decision']}")
+    return lines
+
+
 def main(argv: list[str]) -> int:
     """The command."""
     models = [a.partition("=")[2] for a in argv if re.match("--?model=", a)]
@@ -103,6 +113,8 @@ def main(argv: list[str]) -> int:
         out.print(f"pixel numbers by counting, each within {max(counted):.1e} of the exact one")
     if results.thresholds:
         out.print(threshold_table(results))
+        for line in decisions(results):
+            out.print(line)
     if writer:
         out.print(f"fitted models: {writer.directory}")
     out.print(f"written: {path}/results.json; pictures: dsad report {path}")

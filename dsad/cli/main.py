@@ -15,6 +15,8 @@ COMMANDS = {
     "prepare": "write a data set as ArrayRecord files, to read it faster",
     "plan": "memory, speed and cost of a config on accelerators, before they are paid for",
     "pretrain": "train an encoder on normal images",
+    "fit": "fit a detector to good pictures: a model with thresholds",
+    "predict": "score pictures with a fitted model: decisions, regions, overlays",
     "evaluate": "measure how well a backbone localizes defects",
     "export": "write an encoder under published names, for timm and torchvision",
     "report": "write report.html from one or more evaluations",
@@ -49,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DsadError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
+    except KeyboardInterrupt:
+        print(f"dsad {argv[0]}: stopped", file=sys.stderr)
+        return 3
 
 
 def usage() -> str:

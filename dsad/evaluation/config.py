@@ -27,7 +27,8 @@ class EvalConfig(Settings, place="evaluation"):
     workers: int = field(4, at_least=1)
     #: Share of normal images (and of their pixels) that the thresholds may flag; 0: no thresholds.
     false_alarm_rate: float = field(0.0, at_least=0, below=1)
-    #: With a false-alarm rate, every so manieth training image is kept from the detector.
+    #: With a false-alarm rate: 1/holdout of the training images, or as many as the rate needs, at
+    #: most half, are scored by a second fit without them and set the thresholds.
     holdout: int = field(5, at_least=2)
     #: Save every anomaly map on original pixels: float32 TIFF, or 16-bit PNG with its scale.
     save_maps: Literal["none", "tiff", "png"] = "none"

@@ -17,7 +17,7 @@ from dsad.core.detection import Detector, FeatureSource
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, Dataset, Progress, Source, Tree
-from dsad.evaluation import maps, stamp, support
+from dsad.evaluation import maps, stamp, support, thresholds
 from dsad.evaluation.batches import batches
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
@@ -73,6 +73,18 @@ class Keeper(Protocol):
         ...
 
 
+class Given(Protocol):
+    """What was fitted before, such as ``assembly.model.Saved``."""
+
+    def fitted(self, title: str) -> Fitted:
+        """Of a category's name or "all categories"."""
+        ...
+
+    def threshold(self, category: str) -> dict[str, Any]:
+        """What ``thresholds.measure`` gave."""
+        ...
+
+
 def split_of(detector: Detector) -> str:
     """The split whose images it is fitted on."""
     return "test" if detector.traits.fits_on == "test" else "train"
@@ -105,17 +117,24 @@ def supports(
     if split == "test":
         return _test_images(dataset, categories, config, sampling)
     seeds = sampling.seeds
-    holdout = config.holdout if config.false_alarm_rate > 0 else 0
-    sets = support.choose(dataset, categories, shots=sampling.shots, seeds=seeds, holdout=holdout)
-    images = {c: len(sets[c][seeds[0]].bank) * sampling.support.rotations for c in categories}
+    rate = config.false_alarm_rate
+
+    def holdout(images: int) -> tuple[int, int]:
+        return thresholds.needed(rate), -(-images // config.holdout)
+
+    sets = support.choose(
+        dataset, categories, shots=sampling.shots, seeds=seeds, holdout=holdout if rate else None
+    )
+    fewest = {c: min(len(x.bank) - len(x.held_out) for x in sets[c].values()) for c in categories}
+    images = {c: n * sampling.support.rotations for c, n in fewest.items()}
     if sampling.pooled:
         images = {"all categories": sum(images.values())}
     least = detector.traits.least_images
     if few := [f"{n} of {c}" for c, n in images.items() if n < least]:
         raise DataError(
             f"{dataset.name}: this detector needs at least {least} normal images, found "
-            f"{listed(few)}. Add images, raise shots, or choose another detector or other "
-            "components of it."
+            f"{listed(few)}{' that are not held out' if rate else ''}. Add images, raise shots, or "
+            "choose another detector or other components of it."
         )
     return support.Sets(sampling, sets)
 

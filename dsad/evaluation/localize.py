@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,10 +51,11 @@ def localize(
     train: fitting.Train | None = None,
     sampling: Sampling | Sets = ALL,
     map_wrappers: Mapping[str, MapWrapper] | None = None,
-    given: Callable[[str], Fitted] | None = None,
+    given: fitting.Given | None = None,
     keep: fitting.Keeper | None = None,
     folder: str | epath.PathLike | None = None,
     backbone_of: Callable[[str], Backbone] | None = None,
+    measured: bool = True,
 ) -> Results:
     """Fit and score every category; all pixel numbers are on original-resolution masks.
 
@@ -74,13 +76,14 @@ def localize(
         these categories; its seeds vary the detector's key, several give mean and deviation.
       map_wrappers: by name, from the inside out: what changes the backbone's maps; each is adapted
         to every support set.
-      given: what was fitted before, by category or "all categories"; nothing is fitted then.
+      given: what was fitted before, with its thresholds; nothing is fitted then.
       keep: takes what is fitted, such as ``assembly.model.Writer(DIR)``.
       folder: where ``config.save_maps`` puts ``anomaly_maps`` (``anomaly_maps_seed<s>`` with
         several seeds), where ``train`` keeps what it trained, and where measured categories are
         kept: a stopped evaluation goes on with the next one, unless it has several processes or
         ``keep``.
       backbone_of: instead of ``backbone``, the backbone of each category, loaded when it is due.
+      measured: False only fits, and sets thresholds; no test image is needed.
 
     Raises:
       ConfigError: an unknown category, a layer the backbone does not have, a detector that trains
@@ -122,9 +125,10 @@ def localize(
     }
     run = _Run(
         dataset, detector, config, key, train, sets, dict(map_wrappers or {}), given, folder,
-        progress,
+        progress, measured,
     )  # fmt: skip
     run.total = run.count(chosen)
+    progress(0, run.total, "compiling")
     results = Results()
     groups = [chosen] if pooled else [(c,) for c in chosen]
     parts = Parts(folder) if folder and len(groups) > 1 and not (keep or spans(mesh)) else None
@@ -166,7 +170,8 @@ def localize(
                 parts.write(title, part, origin)
         merge(results, part)
     results.support.update(support.listing(sets))
-    over_seeds.conclude(results, config.metric_names)
+    if measured:
+        over_seeds.conclude(results, config.metric_names)
     return results
 
 
@@ -181,9 +186,10 @@ class _Run:
     train: fitting.Train | None
     sets: Sets
     map_wrappers: Mapping[str, MapWrapper]
-    given: Callable[[str], Fitted] | None
+    given: fitting.Given | None
     folder: str | epath.PathLike | None
     progress: Progress
+    measured: bool = True
     device: Device | None = None
     version: str = ""  # of the files of the categories at hand
     made: Results = dataclasses.field(default_factory=Results)
@@ -195,13 +201,15 @@ class _Run:
         return self.sets.sampling.seeds
 
     def count(self, categories: Sequence[str]) -> int:
-        """The images to read: every seed's support set and the test images."""
+        """The images to read: every seed's support set, twice for thresholds, and test images."""
         total = 0
         for c in categories:
-            for own in self.sets.by_category[c].values():
-                rotations = self.sets.sampling.support.rotations
-                total += 0 if self.given else len(own.bank) * rotations
-                total += len(own.held_out) + len(self.dataset.source("test", c))
+            for own in [] if self.given else self.sets.by_category[c].values():
+                rotations, held = self.sets.sampling.support.rotations, len(own.held_out)
+                fits = 2 * len(own.bank) - held if held else len(own.bank)
+                total += fits * rotations + held
+            if self.measured:
+                total += len(self.seeds) * len(self.dataset.source("test", c))
         return total
 
     def tick(self, category: str, what: str) -> Callable[[int], None]:
@@ -242,63 +250,80 @@ class _Run:
             fitted, seconds = self._fit(reader, group, title, seed)
             size = self.made.stamp["detector_state"].setdefault(title, {})
             size[str(seed)] = stamp.describe_state(fitted.state)
+            if self.config.false_alarm_rate > 0:
+                self._thresholds(reader, group, title, seed)
             if not several and fitting.split_of(self.detector) == "train":
                 reader = Reader(self.device, self.config)  # lets go of the training features
-            writer = self.writer(seed)
-            for category in group:
+            writer = self.writer(seed) if self.measured else None
+            for category in group if self.measured else ():
                 self._category(reader, fitted, category, seed, seconds, writer)
                 seconds = {"features": 0.0, "fit": 0.0}  # of a pooled fit: stand at the first
         assert fitted is not None
         return fitted
 
+    def _thresholds(self, reader: Reader, group: Sequence[str], title: str, seed: int) -> None:
+        """Those of a fit without the held-out images; a model that is given brings its own."""
+        split = None if self.given else self._fit(reader, group, title, seed, split=True)[0]
+        for category in group:
+            if self.given:
+                row = self.given.threshold(category)
+            else:
+                assert split is not None
+                held = self.sets.by_category[category][seed].held_out
+                source = support.subset(self.dataset.source("train", category), held)
+                tick = self.tick(category, "held-out training images")
+                normal = score(reader, split, source, f"{category}/held out", tick, keep=False)
+                groups = [record.group for record in source.records]
+                row = thresholds.measure(None, normal, self.config.false_alarm_rate, groups)
+                if not self.measured:
+                    scale = dict(zip(normal.own, normal.maps, strict=True))
+                    self.made.scales[category] = gallery.normal_scale(scale, normal.hosts)
+            self.made.thresholds.setdefault(category, {})[str(seed)] = row
+
     def _fit(
-        self, reader: Reader, group: Sequence[str], title: str, seed: int
+        self, reader: Reader, group: Sequence[str], title: str, seed: int, *, split: bool = False
     ) -> tuple[Fitted, dict[str, float]]:
+        """Fit the detector on all images of the support sets, or on those not held out."""
         if self.given:
-            return reader.device.place(self.given(title)), {"features": 0.0, "fit": 0.0}
-        split = fitting.split_of(self.detector)
-        sources = {c: self.dataset.source(split, c) for c in group}
+            return reader.device.place(self.given.fitted(title)), {"features": 0.0, "fit": 0.0}
+        which = fitting.split_of(self.detector)
+        sources = {c: self.dataset.source(which, c) for c in group}
         sets, config = self.sets.by_category, self.sets.sampling.support
+        out = {p for c in group for p in sets[c][seed].held_out} if split else set()
         chosen = {c: support.subset(x, sets[c][seed].bank) for c, x in sources.items()}
         parts = [(c, config.applied(x)) for c, x in chosen.items()]
-        tick = self.tick(title, f"{split} features")
+        tick = self.tick(title, f"{which} features" + (" of the split fit" if split else ""))
         start, done = time.perf_counter(), self.done
         # Seed 0 keeps the key that a category has without seeds.
         key = named(self.key, title if seed == 0 else f"{title}, seed {seed}")
+        read = functools.partial(
+            Features, reader, parts, split=which, left_out=out, rotations=config.rotations
+        )
         banks: tuple[Tree, ...] = ()
         spent = 0.0
         for place, (name, wrapper) in enumerate(self.map_wrappers.items()):
             told = _quiet if place else tick
-            source = Features(
-                reader,
-                parts,
-                told,
-                split=split,
-                banks=banks,
-                rotations=config.rotations,
-                by_image=True,
-            )
+            source = read(told, banks=banks, by_image=True)
             bank = wrapper.adapt(source, mesh=reader.device.mesh, key=named(key, name))
             banks = (*banks, reader.device.place(bank))
             spent += source.seconds
-        told = _quiet if banks else tick
-        features = Features(
-            reader, parts, told, split=split, banks=banks, rotations=config.rotations
-        )
+        features = read(_quiet if banks else tick, banks=banks)
         trained = None
         if self.train and self.detector.traits.trains_on:
+            paths_of = {c: [p for p in sets[c][seed].bank if p not in out] for c in group}
+            rest = [config.applied(support.subset(sources[c], p)) for c, p in paths_of.items()]
             data = fitting.training_data(
-                self.detector, reader.device, self.config, self.made.stamp, features,
-                [source for _, source in parts], title=title, seed=seed, key=key,
-                folder=self.folder, version=self.version, progress=self.fitting(title),
+                self.detector, reader.device, self.config, self.made.stamp, features, rest,
+                title=title, seed=seed, key=key, folder=self.folder, version=self.version,
+                progress=self.fitting(f"{title}, split fit" if split else title),
             )  # fmt: skip
             trained = self.train(self.detector, data)
         state = self.detector.fit(
-            features, mesh=reader.device.mesh, key=key, progress=self.fitting(title),
-            trained=trained,
+            features, mesh=reader.device.mesh, key=key,
+            progress=self.fitting(f"{title}, split fit" if split else title), trained=trained,
         )  # fmt: skip
         fitted = Fitted(banks, jax.block_until_ready(reader.device.place(state)))
-        self.done = done + sum(len(source) for _, source in parts)  # also where none was read
+        self.done = done + sum(features.images)  # also where none was read
         spent += features.seconds
         fit = time.perf_counter() - start - spent
         return fitted, {"features": spent, "fit": fit}
@@ -322,13 +347,8 @@ class _Run:
             keep=keep, writer=writer, whole=whole,
             picture=gallery.picture if config.gallery and seed == self.seeds[0] else None,
         )  # fmt: skip
-        if config.false_alarm_rate > 0:
-            held = self.sets.by_category[category][seed].held_out
-            source = support.subset(self.dataset.source("train", category), held)
-            tick = self.tick(category, "held-out training images")
-            normal = score(reader, fitted, source, f"{category}/held out", tick, keep=False)
-            found = thresholds.measure(scored, normal, config.false_alarm_rate)
-            self.made.thresholds.setdefault(category, {})[str(seed)] = found
+        if row := self.made.thresholds.get(category, {}).get(str(seed)):
+            row |= thresholds.achieved(scored, row)
         seconds = {**seconds, "score": time.perf_counter() - start}
         self.tick(category, "metrics")(0)
         start = time.perf_counter()

@@ -1,7 +1,7 @@
 """Passes over the features of a source; what fits into memory is computed once."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -60,8 +60,9 @@ class Features:
     """A re-iterable ``FeatureSource`` over sources, category by category.
 
     Sample indices continue from one source to the next. ``banks`` are those of the map wrappers
-    that the features have passed. ``seconds`` are those spent in reading and the network. Of
-    ``rotations`` samples each are one image; with ``by_image`` its number is that of them all.
+    that the features have passed. Images ``left_out``, by path, are padding, and have no index.
+    ``seconds`` are those spent in reading and the network. Of ``rotations`` samples each are one
+    image; with ``by_image`` its number is that of them all.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Features:
         keep: bool = True,
         split: str = "train",
         banks: tuple[Tree, ...] = (),
+        left_out: Collection[str] = (),
         rotations: int = 1,
         by_image: bool = False,
     ) -> None:
@@ -80,7 +82,10 @@ class Features:
         self.seconds = 0.0
         self._passes = 0
         self._parts = (reader, parts, tick, keep, split)
-        self._banks, self._rotations, self._by_image = banks, rotations, by_image
+        self._banks, self._left_out = banks, frozenset(left_out)
+        self._rotations, self._by_image = rotations, by_image
+        #: Those that are used, by part.
+        self.images = [sum(r.path not in self._left_out for r in x.records) for _, x in parts]
 
     def __iter__(self) -> Iterator[FeatureBatch]:
         reader, parts, tick, keep, split = self._parts
@@ -88,13 +93,15 @@ class Features:
         first = self._passes == 1  # progress counts images, not passes
         start, offset = time.perf_counter(), 0
         for category, source in parts:
+            used = np.asarray([r.path not in self._left_out for r in source.records], bool)
+            numbers = np.where(used, np.cumsum(used) - 1 + offset, -1)
             for host, maps in reader.read(source, f"{category}/{split}", keep=keep):
                 self.seconds += time.perf_counter() - start
-                tick(int(host.valid.sum()) if first else 0)
-                index = np.where(host.valid, host.index + offset, -1)
-                image = np.where(host.valid, index // self._rotations, -1)
+                index = np.where(host.valid, numbers[host.index], -1)
+                valid = index >= 0
+                tick(int(valid.sum()) if first else 0)
+                image = np.where(valid, index // self._rotations, -1)
                 maps = reader.device.transform(self._banks, maps, image)
-                index = image if self._by_image else index
-                yield FeatureBatch(maps, host.valid, category, index)
+                yield FeatureBatch(maps, valid, category, image if self._by_image else index)
                 start = time.perf_counter()
-            offset += len(source)
+            offset += int(used.sum())

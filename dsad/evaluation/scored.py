@@ -1,7 +1,7 @@
 """The scored images of one source: anomaly maps on original pixels, image scores, labels."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -90,20 +90,18 @@ def score(
     soon as it is made. With several processes process 0 saves them all, and ``whole`` leaves all
     maps and masks to it: for what cannot be added up. ``picture`` shrinks what is decoded.
     """
-    device, hosts = reader.device, reader.device.hosts
+    hosts = reader.device.hosts
     maps: dict[int, np.ndarray] = {}
     masks: dict[int, np.ndarray | None] = {}
     scores: dict[int, float] = {}
     pictures, inputs = {}, {}
-    for host, features in reader.read(source, name, keep=keep, picture=picture):
+    for host, made, image in stream(reader, fitted, source, name, keep=keep, picture=picture):
         numbers = host.index[host.own].tolist()
         drawn = [i for i, small in enumerate(host.pictures) if small is not None]
         pictures.update({numbers[i]: host.pictures[i] for i in drawn})
-        if drawn and device.draws_panels:
+        if drawn and reader.device.draws_panels:
             rows = host.images[host.own]
             inputs.update({numbers[i]: (rows[i], host.shapes[i]) for i in drawn})
-        found, image = device.score(fitted, features, host)
-        made = hosts.together(lambda f=found, h=host, n=numbers: _originals(f, h, n, reader))
         truth = dict(zip(numbers, host.masks, strict=True))
         scores.update(zip(numbers, image.tolist(), strict=True))
         if hosts.several and (whole or writer):
@@ -129,6 +127,27 @@ def score(
         pictures,
         inputs,
     )
+
+
+def stream(
+    reader: Reader,
+    fitted: Fitted,
+    source: Source,
+    name: str,
+    *,
+    keep: bool = False,
+    picture: Picture | None = None,
+) -> Iterator[tuple[HostBatch, dict[int, np.ndarray], np.ndarray]]:
+    """Batches with maps on original pixels, by number of the image, and scores of the own rows."""
+    device = reader.device
+    for host, features in reader.read(source, name, keep=keep, picture=picture):
+        numbers = host.index[host.own].tolist()
+        small, image = device.score(fitted, features, host)
+        yield (
+            host,
+            device.hosts.together(lambda s=small, h=host, n=numbers: _originals(s, h, n, reader)),
+            image,
+        )
 
 
 def _originals(

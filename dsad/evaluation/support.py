@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,9 @@ WHOLE = {
 class Support:
     """Training images of one category and seed, as paths in path order.
 
-    ``bank`` are for the detector, ``held_out`` for thresholds alone. Paths are the identity of the
-    images, so neither the order of files nor of records matters.
+    ``bank`` are for the detector; without those ``held_out`` of them it is fitted once more, to set
+    thresholds. Paths are the identity of the images, so neither the order of files nor of records
+    matters.
     """
 
     bank: tuple[str, ...]
@@ -131,11 +132,11 @@ def choose(
     *,
     shots: int,
     seeds: Sequence[int],
-    holdout: int = 0,
+    holdout: Callable[[int], tuple[int, int]] | None = None,
 ) -> dict[str, dict[int, Support]]:
     """The support set of every category and seed; raises ConfigError with all faults at once.
 
-    With ``holdout`` n, the first of every n images in path order is held out.
+    ``holdout`` says how many groups and how many images of so many to hold out, at least.
     """
     if shots < 0:
         raise ConfigError(f"shots: expected 0 (all training images) or more, found {shots}.")
@@ -144,19 +145,22 @@ def choose(
     made: dict[str, dict[int, Support]] = {}
     faults = []
     for category in categories:
-        paths = [r.path for r in dataset.source("train", category).records]
+        records = {r.path: r for r in dataset.source("train", category).records}
+        paths = list(records)
         if len(paths) < shots:
             faults.append(f"{category}: {len(paths)} training images, shots = {shots}")
             continue
         made[category] = {}
         for seed in seeds:
             drawn = draw(paths, shots, seed, category)
-            held = drawn[::holdout] if holdout else ()
-            bank = tuple(p for i, p in enumerate(drawn) if not holdout or i % holdout)
-            made[category][seed] = Support(bank=bank, held_out=held)
-        if holdout and not made[category][seeds[0]].bank:
+            held: tuple[str, ...] = ()
+            if holdout:
+                held = hold_out([records[p] for p in drawn], seed, *holdout(len(drawn)))
+            made[category][seed] = Support(bank=drawn, held_out=held)
+        if holdout and not all(x.held_out for x in made[category].values()):
+            what = "image" if len(paths) == 1 or shots == 1 else "group"
             faults.append(
-                f"{category}: a single training image cannot both fill the detector and set the "
+                f"{category}: a single training {what} cannot both fill the detector and set the "
                 "threshold (evaluation.false_alarm_rate > 0)"
             )
     if faults:
@@ -165,6 +169,25 @@ def choose(
             "Lower shots, set evaluation.false_alarm_rate to 0, or leave these categories out."
         )
     return made
+
+
+def hold_out(records: Sequence[Record], seed: int, groups: int, images: int) -> tuple[str, ...]:
+    """Paths, in their order, of at least so many whole groups and so many images; at most half.
+
+    An image of no group is one. Ranked by (seed, category, group), so that the order is random and
+    the same everywhere; a group that would take more than half of the images is passed over.
+    """
+    members: dict[str, list[str]] = {}
+    for r in records:
+        members.setdefault(f"group {r.group}" if r.group else r.path, []).append(r.path)
+    held: list[str] = []
+    taken, category = 0, records[0].category if records else ""
+    for name in sorted(members, key=lambda name: rank(name, seed, category)):
+        if taken >= groups and len(held) >= images:
+            break
+        if len(held) + len(members[name]) <= len(records) // 2:
+            held, taken = held + members[name], taken + 1
+    return tuple(sorted(held))
 
 
 def version(sources: Iterable[Source]) -> str:

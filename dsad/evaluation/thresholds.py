@@ -1,15 +1,19 @@
 """Thresholds from normal training images at a stated false-alarm rate, and what they achieve.
 
-The images that set the thresholds are held out from the detector, whose scores of its own
-training images would be too low. The image threshold is the split-conformal quantile: with n
-held-out scores, the ceil((n + 1)(1 - rate))-th smallest, so that a new normal image exchangeable
-with them exceeds it with probability at most ``rate`` (Vovk et al., "Algorithmic Learning in a
-Random World", 2005). No test image has a part in any threshold.
+What is measured, and what a saved model is, was fitted on all normal images. It cannot set
+thresholds: its scores of its own training images are too low. A second, split fit without the
+held-out images scores these. The image threshold is their split-conformal quantile: with n scores
+the ceil((n + 1)(1 - rate))-th smallest, so that a new normal image exchangeable with them exceeds
+it, in the split fit, with probability at most ``rate`` (Vovk et al., "Algorithmic Learning in a
+Random World", 2005). Images of one group are alike: then groups, K of them, are exchangeable, and
+every image of a group of size m has the weight 1 / m of K + 1 (Lee, Barber and Willett,
+"Distribution-free inference with hierarchical data", 2023). No test image has a part in any
+threshold.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +23,9 @@ from dsad.evaluation.metrics.streaming import LEADING
 from dsad.evaluation.scored import Scored
 
 #: Said in the stamp.
-IMAGE_RULE = "conformal quantile of held-out training images"
+IMAGE_RULE = "conformal quantile of held-out training images, weighted by group"
 PIXEL_RULE = "quantile of the pooled pixels of held-out training images, original pixels"
+FIT_RULE = "bounds belong to a second fit without the held-out images, numbers to that on all"
 #: Fields of a table of thresholds, with their headings.
 COLUMNS = (
     ("image", "Image threshold"),
@@ -35,16 +40,63 @@ COLUMNS = (
 VALUES = ("image", "pixel")
 
 
-def image_threshold(scores: Any, rate: float) -> tuple[float, float]:
+class Threshold(NamedTuple):
+    """``value`` is exceeded by a new normal image with a probability of at most ``bound``."""
+
+    value: float
+    bound: float
+
+
+def needed(rate: float) -> int:
+    """The held-out images or groups without which no threshold has a bound of at most ``rate``."""
+    return math.ceil(1 / rate - 1e-9) - 1
+
+
+def image_threshold(
+    scores: Sequence[float] | np.ndarray, rate: float, weights: Sequence[float] | None = None
+) -> Threshold:
     """Threshold and its bound on the false-alarm rate, from scores (n,) of held-out normals.
 
-    An image is flagged when its score is above the threshold. The bound is at most ``rate``
-    unless n is too small for it: then the threshold is the largest score and the bound 1/(n + 1).
+    An image is flagged when its score is above the threshold. ``weights`` (n,) are 1 / size of
+    each image's group, 1 without groups. The bound is at most ``rate`` unless there are too few
+    groups for it: then the threshold is the largest score and the bound 1 / (groups + 1).
     """
-    ordered = np.sort(np.asarray(scores, np.float64))
-    n = ordered.size
-    place = min(n, math.ceil((n + 1) * (1 - rate) - 1e-9))
-    return float(ordered[place - 1]), 1 - place / (n + 1)
+    values, reached, groups = _reached(scores, weights)
+    place = np.searchsorted(reached, (groups + 1) * (1 - rate) - 1e-9)
+    place = min(int(place), values.size - 1)
+    share = float(1 - reached[place] / (groups + 1))
+    if values.size != groups:  # which group comes next is chance, and so is the weight it adds
+        share = max(rate, 1 / (groups + 1))
+    return Threshold(float(values[place]), share)
+
+
+def exceeding(
+    scores: Sequence[float] | np.ndarray, value: float, weights: Sequence[float] | None = None
+) -> float:
+    """The share of normals above ``value``, where a further one would be, too."""
+    values, reached, groups = _reached(scores, weights)
+    below = np.searchsorted(values, value, side="right")
+    return float(1 - (reached[below - 1] if below else 0.0) / (groups + 1))
+
+
+def percentile(
+    scores: Sequence[float] | np.ndarray, value: float, weights: Sequence[float] | None = None
+) -> float:
+    """How many of 100 held-out normals, by weight, have a score below ``value``."""
+    values, reached, groups = _reached(scores, weights)
+    below = np.searchsorted(values, value, side="left")
+    return float(100 * (reached[below - 1] if below else 0.0) / groups)
+
+
+def _reached(
+    scores: Sequence[float] | np.ndarray, weights: Sequence[float] | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Ascending scores, the weight of those up to each, and that of all: the number of groups."""
+    values = np.asarray(scores, np.float64)
+    order = np.argsort(values, kind="stable")
+    each = np.ones(values.size) if weights is None else np.asarray(weights, np.float64)
+    reached = np.cumsum(each[order])
+    return values[order], reached, round(float(reached[-1]), 6)
 
 
 def pixel_threshold(maps: Sequence[np.ndarray], rate: float, hosts: Hosts = ALONE) -> float:
@@ -78,23 +130,55 @@ def _by_counting(maps: Sequence[np.ndarray], place: int, hosts: Hosts) -> float:
     return float(np.uint32(bits).view(np.float32))
 
 
-def measure(scored: Scored, held_out: Scored, rate: float) -> dict[str, Any]:
+def measure(
+    scored: Scored | None, held_out: Scored, rate: float, groups: Sequence[str] = ()
+) -> dict[str, Any]:
     """Both thresholds and, at them, rates on the test images.
 
     Args:
-      scored: the ``scored.Scored`` of the test images.
-      held_out: that of the held-out normal images.
+      scored: the ``scored.Scored`` of the test images, by the fit on all normal images; None where
+        nothing is measured.
+      held_out: that of the held-out normal images, by the split fit.
       rate: the stated false-alarm rate.
+      groups: of each held-out image, "" for one that is like no other.
 
-    Returns ``image_false_alarms`` (share of normal test images), ``image_recall`` (of anomalous
-    ones), ``recall_by_kind``, ``pixel_false_alarms`` (share of the pixels of normal test images)
-    and ``pixel_recall`` (of annotated defect pixels), beside the thresholds, ``image_bound`` and
-    ``held_out``, the number of images that set them. A share of nothing is None.
+    Returns what ``achieved`` does, beside ``rate``, the thresholds ``image`` and ``pixel``,
+    ``image_bound``, ``held_out``, the number of images that set them, and for thresholds at
+    another rate, by held-out image, ``scores``, ``maxima`` of the maps, and ``weights``.
 
     """
-    image, bound = image_threshold(held_out.scores, rate)
-    pixel = pixel_threshold(held_out.maps, rate, held_out.hosts)
-    flagged, anomalous = scored.scores > image, scored.labels == 1
+    highest = dict(zip(held_out.own, (float(m.max()) for m in held_out.maps), strict=True))
+    weights = group_weights(groups or [""] * len(held_out.scores))
+    image = image_threshold(held_out.scores, rate, weights)
+    row = {
+        "rate": rate,
+        "held_out": len(held_out.scores),
+        "image": image.value,
+        "image_bound": image.bound,
+        "pixel": pixel_threshold(held_out.maps, rate, held_out.hosts),
+        "scores": held_out.scores.tolist(),
+        "maxima": held_out.hosts.listed(highest),
+        "weights": weights,
+    }
+    return row if scored is None else row | achieved(scored, row)
+
+
+def group_weights(groups: Sequence[str]) -> list[float]:
+    """1 / size of the group of each image, 1 for those of no group."""
+    sizes = {g: groups.count(g) for g in set(groups)}
+    return [1 / sizes[g] if g else 1.0 for g in groups]
+
+
+def achieved(scored: Scored, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the thresholds of a row of ``measure`` do on test images.
+
+    Returns ``image_false_alarms`` (share of normal test images), ``image_recall`` (of anomalous
+    ones), ``recall_by_kind``, ``pixel_false_alarms`` (share of the pixels of normal test images),
+    ``pixel_recall`` (of annotated defect pixels) and the line ``decision``. A share of nothing is
+    None.
+    """
+    pixel = row["pixel"]
+    flagged, anomalous = scored.scores > row["image"], scored.labels == 1
     kinds = np.asarray(scored.kinds)
     normal_above = normal_pixels = defect_above = defect_pixels = 0
     for scores, mask, label in zip(scored.maps, scored.masks, scored.own_labels, strict=True):
@@ -107,19 +191,33 @@ def measure(scored: Scored, held_out: Scored, rate: float) -> dict[str, Any]:
     own = np.asarray([normal_above, normal_pixels, defect_above, defect_pixels], np.int64)
     normal_above, normal_pixels, defect_above, defect_pixels = scored.hosts.total(own).tolist()
     return {
-        "held_out": len(held_out.scores),
-        "image": image,
-        "image_bound": bound,
         "image_false_alarms": _share(flagged[~anomalous].sum(), (~anomalous).sum()),
         "image_recall": _share(flagged[anomalous].sum(), anomalous.sum()),
         "recall_by_kind": {
             str(k): float(flagged[anomalous & (kinds == k)].mean())
             for k in sorted(set(kinds[anomalous]))
         },
-        "pixel": pixel,
         "pixel_false_alarms": _share(normal_above, normal_pixels),
         "pixel_recall": _share(defect_above, defect_pixels),
+        "decision": f"{flagged[anomalous].sum()} of {anomalous.sum()} defects found, "
+        f"{flagged[~anomalous].sum()} of {(~anomalous).sum()} false alarms at {at_rate(row)}",
     }
+
+
+def at_rate(row: Mapping[str, Any]) -> str:
+    """The stated rate of a row, or what is attainable with its held-out images."""
+    if row["image_bound"] <= row["rate"] + 1e-9:
+        return percent(row["rate"])
+    groups = round(sum(row["weights"]))
+    return (
+        f"{percent(row['image_bound'])} ({percent(row['rate'])} needs {needed(row['rate'])} "
+        f"held-out images or groups, there are {groups})"
+    )
+
+
+def percent(share: float) -> str:
+    """A share as text: 5 %, 0.5 %."""
+    return f"{100 * share:.3g} %"
 
 
 def _share(part: Any, whole: Any) -> float | None:
@@ -140,5 +238,7 @@ def describe(rate: float, holdout: int) -> Any:
         "false_alarm_rate": rate,
         "image": IMAGE_RULE,
         "pixel": PIXEL_RULE,
-        "held_out": f"the first of every {holdout} training images in path order, unseen by fit",
+        "fit": FIT_RULE,
+        "held_out": f"{needed(rate)} training images or groups, 1/{holdout} of the images if that "
+        "is more, half of them at most, whole groups drawn from (seed, category, group)",
     }

@@ -65,6 +65,27 @@ def share(name: str, text: str, noun: str) -> float:
     return value
 
 
+def update(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:
+    """Set keys by dotted names; raises ConfigError for one that does not exist or a wrong type."""
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        node, where = config, "config"
+        for part in (*groups, name):
+            if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+                have = node.keys() if isinstance(node, ml_collections.ConfigDict) else ()
+                raise ConfigError(
+                    f"{where}.{part}: unknown key.{suggestion(part, have)} "
+                    f"{where} has: {listed(have)}."
+                )
+            node, where, holder = node[part], f"{where}.{part}", node
+        try:
+            holder[name] = value
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{where}: expected {type(node).__name__}, found {value!r}."
+            ) from error
+
+
 class Command:
     """Flags of one command. ``parse`` returns (config, flag values, positional arguments).
 

@@ -25,8 +25,8 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 SMALL = (
     "--config.data.name=synthetic", "--config.data.synthetic.size=32",
     "--config.data.synthetic.good=2", "--config.data.synthetic.bad=1",
-    "--config.evaluation.image_size=32",
-    "--config.evaluation.batch_size=8",
+    "--config.evaluation.image_size=32", "--config.evaluation.batch_size=8",
+    "--config.weights=random",
 )  # fmt: skip
 ONE, TWO = (f"--config.data.categories=({names})" for names in ("'tiles',", "'wood','tiles'"))
 TRAINED = (

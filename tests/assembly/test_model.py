@@ -9,7 +9,8 @@ import pytest
 
 from dsad import models
 from dsad.assembly import evaluate
-from dsad.assembly.model import FORMAT, FittedModel, Saved, Writer
+from dsad.assembly.model import FittedModel, Saved
+from dsad.assembly.saving import FORMAT, Writer
 from dsad.cli import main
 from dsad.core.config import members
 from dsad.core.detection import DetectorTraits
@@ -100,9 +101,9 @@ def test_three_lines_of_python_score_images(folder):
     source = base.load(base.DataConfig(**{
         **config, "synthetic": base.DataConfig().synthetic.__class__(**config["synthetic"]),
     })).source("test", "wood")  # fmt: skip
-    scored = model.score([source[i].image for i in range(len(source))])
-    np.testing.assert_array_equal(scored.scores, [row["score"] for row in live.images["wood"]])
-    assert scored.maps[0].shape == source[0].image.shape[:2]
+    scores, maps = model.score([source[i].image for i in range(len(source))])
+    np.testing.assert_array_equal(scores, [row["score"] for row in live.images["wood"]])
+    assert maps[0].shape == source[0].image.shape[:2]
     assert model.thresholds == {"wood": live.thresholds["wood"]}
     assert model.scales == {"wood": live.scales["wood"]}
     assert model.stamp["detector"]["name"] == "knn"
@@ -120,7 +121,7 @@ def test_scoring_leaves_no_feature_cache(folder, tmp_path):
 def test_a_category_may_be_called_like_a_file_of_the_network(tmp_path):
     network, writer = models.backbone("resnet18"), Writer(str(tmp_path / "m"), overwrite=False)
     writer.keep("backbone-0", ["backbone-0"], network, Fitted((), np.arange(3.0)), Results())
-    writer.finish({"backbone": "resnet18"}, Results())
+    writer.finish({"backbone": "resnet18"}, Results(), {})
     saved = Saved.read(tmp_path / "m")
     np.testing.assert_array_equal(saved.fitted("backbone-0").state, np.arange(3.0))
     jax.tree.map(np.testing.assert_array_equal, saved.backbone("backbone-0").params, network.params)

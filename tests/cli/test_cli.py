@@ -258,8 +258,12 @@ def test_evaluate_with_seeds_thresholds_and_maps(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "mean ± sample standard deviation over 2 seeds (0, 5)" in text
     assert "Thresholds from normal training images, false-alarm rate 0.2" in text
+    assert re.search(
+        r"wood, seed 5: \d+ of \d+ defects found, \d+ of \d+ false alarms at 50 % \(", text
+    )
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert [len(results["support"]["wood"][s]["paths"]) for s in ("0", "5")] == [2, 2]
+    assert [len(results["support"]["wood"][s]["paths"]) for s in ("0", "5")] == [3, 3]
+    assert results["thresholds"]["wood"]["5"]["held_out"] == 1
     assert (tmp_path / "a/anomaly_maps_seed5/wood/test/good/001.tiff").is_file()
     assert main.main([*argv, "--config.seeds=(0,6)", f"--workdir={tmp_path / 'b'}"]) == 0
     capsys.readouterr()

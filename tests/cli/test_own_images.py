@@ -10,7 +10,10 @@ from tests.helpers import command
 PLACES = ("--config.data.name=folder", "--config.data.normal=pics/gut (neu)")
 BAD = "--config.data.abnormal=pics/schlecht [ß]"
 MASKS = "--config.data.masks=pics/Masken"
-SMALL = ("--config.evaluation.image_size=32", "--config.evaluation.batch_size=4")
+SMALL = (
+    "--config.weights=random",
+    "--config.evaluation.image_size=32", "--config.evaluation.batch_size=4",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

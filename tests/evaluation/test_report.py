@@ -188,7 +188,7 @@ def test_seeds_and_thresholds_are_on_the_page(tmp_path):
     assert [v for _, v in cells] == [f"{mean[m]:.3f} ± {std[m]:.3f}" for m in mean]
     assert "over\n  2 seeds (0, 4)" in text
     assert "support sets of\n  5 images per category; mean ±" in text
-    assert "7 training images,\n  2 of them for the detector and\n  3 held out" in text
+    assert "7 training images,\n  5 of them for the detector,\n  2 held out of a second fit" in text
     assert "Thresholds from normal training images" in text
     rows = list(found.thresholds["disc"].values())
     rate = np.mean([r["image_false_alarms"] for r in rows])

@@ -139,7 +139,7 @@ def test_seeds_and_held_out_images_share_the_store(tmp_path, seen):
     assert again.thresholds == plain.thresholds
     found = again.categories["disc"]["features_from_cache"]
     assert found["test"] == 11
-    assert found["train"] <= 2 * 1 + 2  # bank of one of three, per seed
+    assert 3 <= found["train"] <= 6  # three per seed, the split fit included
     assert found["held out"] > 0
 
 

@@ -11,6 +11,7 @@ import pytest
 from dsad.core.detection import Scores
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.types import Record
 from dsad.evaluation import extract, stamp, support
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.preprocessing import Preprocessing
@@ -71,14 +72,42 @@ def test_draws_are_uniform():
     assert hits.std() == pytest.approx(8, rel=0.5)
 
 
-def test_held_out_images_are_every_nth_and_not_in_the_bank():
-    chosen = support.choose(Planted(), ["disc"], shots=0, seeds=(0,), holdout=3)["disc"][0]
+def test_held_out_images_are_drawn_from_the_bank():
+    given = {"shots": 0, "seeds": (0, 1), "holdout": lambda n: (2, 0)}
+    chosen, other = support.choose(Planted(), ["disc"], **given)["disc"].values()
     paths = [f"disc/train/good/{i:03d}.png" for i in range(7)]
-    assert chosen.held_out == (paths[0], paths[3], paths[6])
-    assert chosen.bank == tuple(p for p in paths if p not in chosen.held_out)
+    ranked = sorted(paths, key=lambda p: hashlib.sha256(f"0\tdisc\t{p}".encode()).hexdigest())
+    assert chosen.held_out == tuple(sorted(ranked[:2])) != other.held_out
+    assert chosen.bank == tuple(paths)
     whole = support.choose(Planted(), ["disc"], shots=0, seeds=(0,))["disc"][0]
     assert (whole.bank, whole.held_out) == (tuple(paths), ())
     assert whole.sha256 != chosen.sha256
+
+
+def grouped(*sizes):
+    """Records of groups of these sizes; 0 is an image of no group."""
+    groups = [(f"g{i}" if n else "", j) for i, n in enumerate(sizes) for j in range(n or 1)]
+    return [
+        Record(path=f"{i:03d}", category="c", label=0, kind="good", group=g)
+        for i, (g, _) in enumerate(groups)
+    ]
+
+
+def test_groups_are_held_out_whole_and_at_most_half():
+    records = grouped(3, 1, 4, 0, 2, 0, 2, 3)
+    for seed in range(30):
+        for groups, images in ((1, 0), (3, 0), (0, 5), (99, 99)):
+            held = support.hold_out(records, seed, groups, images)
+            named = {r.group or r.path for r in records if r.path in held}
+            assert sorted(held) == [r.path for r in records if (r.group or r.path) in named]
+            assert len(held) <= len(records) // 2
+            enough = len(named) >= groups and len(held) >= images
+            assert enough or groups == 99
+            assert held == tuple(sorted(support.hold_out(records[::-1], seed, groups, images)))
+    assert support.hold_out(grouped(5), 0, 1, 1) == ()
+    assert len(support.hold_out(grouped(*[0] * 40), 0, 19, 8)) == 19
+    assert len(support.hold_out(grouped(*[0] * 40), 0, 3, 8)) == 8
+    assert len(support.hold_out(grouped(*[0] * 20), 0, 19, 4)) == 10
 
 
 def test_sets_that_cannot_be_drawn_are_named_together():
@@ -331,5 +360,5 @@ def test_rotations_enlarge_the_bank_alone():
             return super().fit(source, **given)
 
     results = run(detector=Counting(), shots=3, support=config, false_alarm_rate=0.5)
-    assert seen == [8]  # two of the three images, four times each; one is held out
+    assert seen == [12, 8]  # three images, four times each; then without the one held out
     assert results.stamp["support"]["rotations"] == 4

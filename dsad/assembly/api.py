@@ -1,0 +1,143 @@
+"""What ``import dsad`` offers: fit, load, pretrain, evaluate."""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from rich.console import Console
+
+from dsad.assembly import evaluate as evaluation
+from dsad.assembly import pictures, training, workdir
+from dsad.assembly.fit import FALSE_ALARM_RATE, fitted_model
+from dsad.assembly.model import FittedModel
+from dsad.core.types import Progress, silent
+from dsad.evaluation.results import Results
+from dsad.terminal import flags
+
+#: An image: the path of a file, or pixels (h, w, 3) uint8 RGB.
+Image = str | os.PathLike | np.ndarray
+
+
+def fit(
+    images_or_root: str | os.PathLike | Sequence[Image],
+    *,
+    backbone: str,
+    weights: str,
+    detector: str = "patchcore",
+    category: str = "images",
+    false_alarm_rate: float = FALSE_ALARM_RATE,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> FittedModel:
+    """Fit a detector to normal images, and set its thresholds by a second fit without some of them.
+
+    Args:
+      images_or_root: a folder of good pictures (those in folders below it, too), a pattern, or a
+        sequence of paths and arrays (h, w, 3) uint8.
+      backbone: an architecture such as "resnet18", or "run:DIR" of a pretraining run.
+      weights: of an architecture, anything that ``dsad evaluate --config.weights`` takes.
+      detector: a module of ``dsad.detectors``.
+      category: a name for what the pictures show.
+      false_alarm_rate: the share of normal images that may be flagged; 0: no thresholds, which a
+        single image cannot set.
+      settings: further keys as on the command line, such as {"detector.bank_fraction": 0.01}.
+      progress: called with images done, images in all, and what is going on.
+
+    Raises ConfigError for a key, name or value that does not exist, DataError for images that
+    cannot be read or are too few.
+
+    """
+    config = evaluation.default_config(detector)
+    given = {
+        "backbone": backbone, "weights": weights, "data.name": "folder",
+        "evaluation.false_alarm_rate": false_alarm_rate,
+    }  # fmt: skip
+    if isinstance(images_or_root, (str, os.PathLike)):
+        given["data.root"] = os.fspath(images_or_root)
+        images: Sequence[Any] = pictures.matching([os.fspath(images_or_root)])
+    else:
+        images = list(images_or_root)
+    flags.update(config, {**given, **(settings or {})})
+    cfg, _ = evaluation.parse(config)
+    dataset = pictures.dataset(images, category, cfg.data)
+    return fitted_model(evaluation.prepare(config, _quiet(), dataset), progress)
+
+
+def load(directory: str | os.PathLike, category: str = "") -> FittedModel:
+    """A model that ``FittedModel.save``, ``dsad fit`` or ``dsad evaluate --save-model`` wrote.
+
+    ``category`` may be left out where there is only one. Raises WorkdirError for what is not there,
+    damaged or of another format, ConfigError for a category that is not in it.
+    """
+    return FittedModel.load(directory, category)
+
+
+def pretrain(
+    config: str | Mapping[str, Any],
+    place: str | os.PathLike,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """Train an encoder on normal images; returns its backbone, "run:DIR".
+
+    Args:
+      config: a file with variants, such as "configs/ds2.py:small", or its nested keys.
+      place: directory of the run: config, checkpoints, metrics.
+      resume: continue the run in it.
+      overwrite: replace the run in it.
+
+    Raises ConfigError, DataError and WorkdirError as ``dsad pretrain`` ends with them.
+
+    """
+    chosen, out = _config(config), Console()
+    place = os.fspath(place)
+    continued = resume and workdir.has_checkpoint(place)
+    prepared = training.prepare(chosen, out, continued=continued)
+    path = workdir.claim(
+        place, "pretrain", chosen.to_dict(), info=prepared.run.info, resume=resume,
+        overwrite=overwrite,
+    )  # fmt: skip
+    training.pretrain(prepared, path, out, resume=resume)
+    return f"run:{path}"
+
+
+def evaluate(
+    config: str | Mapping[str, Any],
+    place: str | os.PathLike = "",
+    *,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Results:
+    """Measure how well a backbone localizes defects; all numbers are in ``Results``.
+
+    Args:
+      config: a file with variants, such as "configs/patchcore.py", or its nested keys.
+      place: directory for results and pictures; empty: nothing is written.
+      overwrite: replace the evaluation in it.
+      progress: called with images done, images in all, and what is going on; without a directory.
+
+    Raises ConfigError, DataError and WorkdirError as ``dsad evaluate`` ends with them.
+
+    """
+    chosen = _config(config)
+    parts = evaluation.prepare(chosen, _quiet())
+    if not place:
+        return evaluation.localized(parts, progress)
+    path = workdir.claim(
+        os.fspath(place), "evaluate", chosen.to_dict(), overwrite=overwrite
+    )  # fmt: skip
+    return evaluation.evaluate(parts, path, _quiet())
+
+
+def _config(config: str | Mapping[str, Any]) -> ml_collections.ConfigDict:
+    if isinstance(config, str):
+        return flags.Command("config", "", config=config).parse([])[0]
+    return ml_collections.ConfigDict(config).lock()
+
+
+def _quiet() -> Console:
+    return Console(file=io.StringIO())

@@ -1,0 +1,236 @@
+"""Predictions of a fitted model for any number of images, written as they come.
+
+DIR/about.json         model, thresholds and how the run ended; DIR is one of ``dsad predict``
+DIR/predictions.csv    a row per image, with its highest region
+DIR/predictions.jsonl  an object per image, with all regions
+DIR/overlays/PATH.png  the picture under its map, with the contour at the threshold
+DIR/maps/PATH.tiff     the map, float32 on the pixels of the image, where asked for
+
+The two files end in ``.partial`` until all images are in them.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+import PIL.Image
+from etils import epath
+
+from dsad.assembly import pictures
+from dsad.assembly.model import FittedModel
+from dsad.core import paths
+from dsad.core.errors import ConfigError, StoppedError, WorkdirError
+from dsad.core.types import Progress
+from dsad.evaluation.maps import MapWriter
+from dsad.evaluation.predictions import Decision, Prediction, overlay
+from dsad.evaluation.report import gallery
+from dsad.evaluation.stamp import plain
+
+ABOUT = "about.json"
+CSV, JSON_LINES = "predictions.csv", "predictions.jsonl"
+_PARTIAL = ".partial"
+_ADVICE = "Choose another --out, or mend this one."
+#: Images at once, whatever their size; of their pictures the longest side that is kept.
+BATCH, PICTURE_SIDE = 8, 1600
+COLUMNS = (
+    "path", "score", "percentile", "flagged", "peak", "peak_x", "peak_y", "regions", "left", "top",
+    "right", "bottom", "area", "overlay", "error",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Summary:
+    """What came of a run, as its images pass by."""
+
+    total: int
+    scores: list[float] = dataclasses.field(default_factory=list)
+    flagged: int = 0
+    faults: dict[str, str] = dataclasses.field(default_factory=dict)
+    levels: list[float] = dataclasses.field(default_factory=list)
+    shapes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+    def warnings(self, model: FittedModel, decision: Decision) -> list[str]:
+        """How the images lie far outside the normal ones, in sentences."""
+        lines = []
+        if normals := model.normals.get(model.category):
+            lines = pictures.drift(normals, self.levels, self.shapes)
+        # Of a few images all may be defects.
+        low = float(np.quantile(self.scores, 0.1)) if len(self.scores) >= 8 else -np.inf
+        if decision.row and low > decision.largest:
+            lines.append(
+                f"score: nine of ten images have {low:.4g} or more, above all {decision.normals} "
+                f"held-out normal images, the highest {decision.largest:.4g}"
+            )
+        return lines
+
+
+def claim(out: str, *, overwrite: bool) -> epath.Path:
+    """Take a directory for predictions; one that was stopped is begun anew.
+
+    Raises ConfigError for no name, WorkdirError for a directory that holds predictions, without
+    ``overwrite``, or anything else, or that cannot be written.
+    """
+    if not out:
+        raise ConfigError("dsad predict: --out=DIR is missing; it takes the predictions.")
+    folder = paths.directory(out)
+    with paths.writing(folder, _ADVICE):
+        if folder.exists() and not folder.is_dir():
+            raise WorkdirError(f"--out={out}: expected a directory, found a file.")
+        there = list(folder.iterdir()) if folder.exists() else []
+        if any(not p.name.endswith(paths.TEMPORARY) for p in there):
+            if not _is_ours(folder):
+                raise WorkdirError(
+                    f"--out={out}: holds files but no predictions. Choose another directory."
+                )
+            if (folder / CSV).exists() and not overwrite:
+                raise WorkdirError(
+                    f"--out={out}: holds predictions. Replace them with --overwrite, or choose "
+                    "another directory."
+                )
+            folder.rmtree()
+        about = {"command": "predict", "complete": False}
+        paths.write_whole(folder / ABOUT, json.dumps(about), _ADVICE)
+    return folder
+
+
+def _is_ours(folder: epath.Path) -> bool:
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and about.get("command") == "predict"
+
+
+def predict(
+    model: FittedModel,
+    images: Sequence[str],
+    decision: Decision,
+    folder: epath.Path,
+    progress: Progress,
+    *,
+    maps: bool = False,
+) -> Summary:
+    """Score files and write what comes of it; goes on past what cannot be read.
+
+    Raises StoppedError where Ctrl-C ends it, WorkdirError where nothing can be written.
+    """
+    summary, done = Summary(total=len(images)), 0
+    try:
+        with _tables(folder) as (rows, lines):
+            writer = csv.DictWriter(rows, COLUMNS)
+            writer.writeheader()
+            progress(0, len(images), "compiling")
+            for row, regions in _rows(model, images, decision, folder, summary, maps):
+                writer.writerow(row)
+                line = {k: v for k, v in row.items() if k in _OF_IMAGE and v not in ("", None)}
+                lines.write(json.dumps({**line, **regions}, ensure_ascii=False) + "\n")
+                done += 1
+                progress(done, len(images), f"{summary.flagged} flagged")
+    except KeyboardInterrupt:
+        raise StoppedError(
+            f"stopped after {done} of {len(images)} images; their rows are in "
+            f"{folder / CSV}{_PARTIAL}. The same command begins anew."
+        ) from None
+    about = {
+        "command": "predict", "complete": True, "images": len(images), "flagged": summary.flagged,
+        "unreadable": len(summary.faults), "category": model.category, "decision": str(decision),
+        **{n: getattr(decision, n) for n in ("rate", "bound", "image", "region")},
+        "warnings": summary.warnings(model, decision), "stamp": model.stamp,
+    }  # fmt: skip
+    paths.write_whole(folder / ABOUT, json.dumps(plain(about), indent=1, ensure_ascii=False))
+    return summary
+
+
+_OF_IMAGE = ("path", "score", "percentile", "flagged", "overlay", "error")
+
+
+@contextlib.contextmanager
+def _tables(folder: epath.Path) -> Iterator[tuple[TextIO, TextIO]]:
+    """The two files, under their names once they are whole."""
+    options: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    partial = {name: folder / f"{name}{_PARTIAL}" for name in (CSV, JSON_LINES)}
+    try:
+        with contextlib.ExitStack() as stack:
+            rows, lines = (stack.enter_context(open(p, "w", **options)) for p in partial.values())
+            yield rows, lines
+        for name, path in reversed(partial.items()):
+            path.replace(folder / name)
+    except OSError as error:
+        raise paths.failure(folder, error, _ADVICE) from error
+
+
+def _rows(
+    model: FittedModel,
+    images: Sequence[str],
+    decision: Decision,
+    folder: epath.Path,
+    summary: Summary,
+    maps: bool,
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """A row of ``COLUMNS`` per image, and its peak and regions; overlays and maps are written."""
+    lossy = tuple(model.config["data"]["lossy"])
+    source = pictures.Tolerant(pictures.source(images, lossy=lossy))
+    names = pictures.names(images)
+    scale = model.scales.get(model.category, {})
+    tiffs = MapWriter(folder / "maps", "tiff") if maps else None
+    for host, found, scores in model.stream(source, batch=BATCH, picture=_shrunk):
+        numbers = host.index[host.own].tolist()
+        for number, shape, small, score in zip(
+            numbers, host.shapes, host.pictures, scores.tolist(), strict=True
+        ):
+            row = dict.fromkeys(COLUMNS, "") | {"path": images[number]}
+            fault = source.faults.pop(number, "")
+            if not fault and not np.isfinite(score):
+                fault = f"the score is {score}; expected a finite one"
+            if fault:
+                summary.faults[images[number]] = fault
+                yield row | {"error": fault}, {}
+                continue
+            prediction = decision.predict(score, found[number])
+            summary.scores.append(score)
+            summary.flagged += bool(prediction.flagged)
+            summary.shapes.append(shape)
+            assert small is not None
+            summary.levels.append(pictures.brightness(small))
+            drawn = overlay(small, found[number], scale, decision.region)
+            row["overlay"] = f"overlays/{names[number]}.png"
+            paths.write_whole(folder / row["overlay"], _png(drawn), _ADVICE)
+            if tiffs:
+                tiffs.write(f"{names[number]}.tiff", found[number])
+            yield _filled(row, prediction)
+
+
+def _filled(row: dict[str, Any], prediction: Prediction) -> tuple[dict[str, Any], dict[str, Any]]:
+    values = prediction.map
+    y, x = (int(i) for i in np.unravel_index(int(values.argmax()), values.shape))
+    peak = float(values[y, x])
+    row |= {"score": prediction.score, "peak": peak, "peak_x": x, "peak_y": y}
+    if prediction.flagged is not None:
+        row |= {"percentile": prediction.percentile, "flagged": prediction.flagged}
+        row["regions"] = len(prediction.regions)
+    if prediction.regions:
+        first = prediction.regions[0]
+        row |= dict(zip(("left", "top", "right", "bottom"), first.box, strict=True))
+        row["area"] = first.area
+    size = {"height": values.shape[0], "width": values.shape[1]}
+    regions = [dataclasses.asdict(r) for r in prediction.regions]
+    return row, {**size, "peak": {"value": peak, "at": [x, y]}, "regions": regions}
+
+
+def _shrunk(image: np.ndarray) -> np.ndarray:
+    """Of a picture what an overlay shows."""
+    size = gallery.fit(image.shape, PICTURE_SIDE)
+    if size == (image.shape[1], image.shape[0]):
+        return image
+    return np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BOX))
+
+
+def _png(image: np.ndarray) -> bytes:
+    packed = io.BytesIO()
+    PIL.Image.fromarray(image).save(packed, "PNG", compress_level=3)
+    return packed.getvalue()

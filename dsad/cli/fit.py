@@ -1,0 +1,45 @@
+"""``dsad fit``: good pictures to a model that ``dsad predict`` and ``dsad evaluate`` take."""
+
+import shlex
+
+from dsad.assembly import evaluate
+from dsad.assembly.fit import FALSE_ALARM_RATE, fit
+from dsad.assembly.saving import Writer
+from dsad.core.errors import ConfigError
+from dsad.evaluation import thresholds
+from dsad.terminal import console, flags
+
+_RATE = "--config.evaluation.false_alarm_rate"
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    command = flags.Command(
+        "fit", "fit a detector to good pictures, and set its thresholds.",
+        config="configs/patchcore.py",
+    )  # fmt: skip
+    command.string("out", "", "Directory that takes the model.")
+    command.switch("overwrite", "Replace the model in --out.")
+    config, values, _ = command.parse(argv)
+    if not values.out:
+        raise ConfigError("dsad fit: --out=DIR is missing; it takes the model.")
+    if not config.evaluation.false_alarm_rate and not any(a.startswith(_RATE) for a in argv):
+        config.evaluation.false_alarm_rate = FALSE_ALARM_RATE
+    out = console.console(80)
+    writer = Writer(values.out, overwrite=values.overwrite)
+    parts = evaluate.prepare(config, out)
+    with console.progress("fitting", out) as tell:
+        results = fit(parts, writer, tell)
+    for category, by_seed in parts.sets.by_category.items():
+        (support,) = by_seed.values()
+        held = f"; a second fit without {len(support.held_out)} set the threshold"
+        out.print(
+            f"{category}: fitted on {len(support.bank)} good pictures"
+            f"{held if support.held_out else ''}"
+        )
+        for row in results.thresholds.get(category, {}).values():
+            at = thresholds.at_rate(row)
+            out.print(f"{category}: threshold {row['image']:.4g}, false alarms at most {at}")
+    out.print(f"written: {writer.directory}")
+    out.print(f"use it: dsad predict {shlex.quote(values.out)} IMAGES --out=DIR")
+    return 0
