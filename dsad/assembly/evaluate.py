@@ -156,7 +156,10 @@ def prepare(
             f"config.data: {dataset.name} at {cfg.data.root} holds canvases for training, which "
             "are smaller than the images. Evaluate on the files that they were prepared from."
         )
-    sets = fitting.supports(detector, dataset, dataset.categories, cfg.evaluation, cfg.sampling)
+    sets = fitting.supports(
+        detector, dataset, dataset.categories, cfg.evaluation, cfg.sampling,
+        fitted=saved is not None,
+    )  # fmt: skip
     if saved:
         _check_saved(saved, config, cfg, dataset)
         network = saved.backbone(saved.titles()[0]) if saved.shares_backbone else None

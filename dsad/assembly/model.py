@@ -184,9 +184,14 @@ class Saved:
         return _tuples(self.index["config"])
 
     @property
+    def stamp(self) -> Mapping[str, Any]:
+        """Of the evaluation that fitted them."""
+        return self.index["stamp"]
+
+    @property
     def sha256(self) -> str:
-        """Tells these models from all others, whatever they were fitted to."""
-        return digest(self.index["sha256"])
+        """Tells these models from all others, whatever they were fitted to, with thresholds."""
+        return digest([self.index["sha256"], self.index["categories"]])
 
     @property
     def shares_backbone(self) -> bool:

@@ -37,7 +37,7 @@ _PARTIAL = ".partial"
 _ADVICE = "Choose another --out, or mend this one."
 #: Images at once, whatever their size; of their pictures the longest side that is kept.
 BATCH, PICTURE_SIDE = 8, 1600
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "path", "score", "percentile", "flagged", "peak", "peak_x", "peak_y", "regions", "left", "top",
     "right", "bottom", "area", "overlay", "error",
 )  # fmt: skip

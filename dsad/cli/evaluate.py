@@ -52,27 +52,35 @@ def _cells(row: Any, names: list[str], spread: Mapping[str, Any] | None = None) 
 
 
 def threshold_table(results: Results) -> Table:
-    """Thresholds from held-out normals, and what they achieve on the test images."""
+    """Thresholds from held-out normals, and what they achieve on the test images.
+
+    Images and pixels have a row each: the table fits 80 columns.
+    """
     rate = results.stamp["thresholds"]["false_alarm_rate"]
     captions = [results.about_defects, "means over seeds" if results.std else ""]
     made = console.table(
-        "category", "held out", *(label.lower() for _, label in thresholds.COLUMNS),
+        "category / pixels", "held out", "threshold", "bound", "false alarms", "defects found",
         title=f"Thresholds from normal training images, false-alarm rate {rate:g}",
         title_justify="left", caption="; ".join(filter(None, captions)) or None,
     )  # fmt: skip
     for category, by_seed in results.thresholds.items():
         row = thresholds.mean(list(by_seed.values()))
-        cells = [shown(row[n], ".4g") for n, _ in thresholds.COLUMNS]
+        about = {n: shown(row[n], ".4g") for n, _ in thresholds.COLUMNS}
+        cells = [about[f"image{n}"] for n in ("", "_bound", "_false_alarms", "_recall")]
         made.add_row(category, f"{row['held_out']:g}", *cells)
+        cells = [about["pixel"], "", about["pixel_false_alarms"], about["pixel_recall"]]
+        made.add_row(" pixels", "", *cells, style="dim")
     return made
 
 
 def decisions(results: Results) -> list[str]:
     """What is found and falsely flagged at the thresholds: a line per category and seed."""
     lines = []
+    about = f"; {results.about_defects}" if results.about_defects else ""
     for category, by_seed in results.thresholds.items():
         for seed, row in by_seed.items():
-            lines.append(f"{category}{f', seed {seed}' if results.std else ''}: {row['decision']}")
+            name = f"{category}, seed {seed}" if results.std else category
+            lines.append(f"{name}: {row['decision']}{about}")
     return lines
 
 
@@ -114,7 +122,7 @@ def main(argv: list[str]) -> int:
     if results.thresholds:
         out.print(threshold_table(results))
         for line in decisions(results):
-            out.print(line)
+            out.print(line, soft_wrap=True)
     if writer:
         out.print(f"fitted models: {writer.directory}")
     out.print(f"written: {path}/results.json; pictures: dsad report {path}")

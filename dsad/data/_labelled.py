@@ -270,7 +270,9 @@ def _incomplete(made: _Labelled) -> None:
     has = {k: {r.category for r in v or ()} for k, v in vars(made).items()
            if k in ("normal", "tested", "abnormal")}  # fmt: skip
     for category in made.categories:
-        if category not in has["normal"]:
+        if category in has["tested"] and category not in has["normal"]:
+            made.faults.append(warning("K0", category, "no training image: nothing can be fitted."))
+        elif category not in has["normal"]:
             made.faults.append(empty_class(category))
         if made.tested is not None and category not in has["tested"]:
             text = "no normal test image: there are no image numbers."

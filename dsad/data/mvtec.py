@@ -3,7 +3,7 @@
 ``<category>/train/good/*``, ``<category>/test/{good,<defect>}/*`` and
 ``<category>/ground_truth/<defect>/<stem>_mask.png`` (a mask named like its image is accepted too).
 The root holds categories, or is itself one category (it has train/ or test/). Masks hold 0 and
-255 only. A category without test/ can be pretrained on.
+255 only. A category without test/ can be pretrained on, one without train/ measure a fitted model.
 """
 
 import pathlib
@@ -55,11 +55,10 @@ class _Scan:
             if part not in _PARTS:
                 self.ignored(folder / part, "not a folder of the layout")
         self.training(name, folder / "train")
-        if not (folder / "test").is_dir():
-            path = self.relative(folder / "test")
-            self.faults.append(
-                warning("K0", path, "missing: nothing can be measured on the category.")
-            )
+        for part, what in {"train": "fitted on", "test": "measured on"}.items():
+            if not (folder / part).is_dir():
+                text = f"missing: nothing can be {what} the category."
+                self.faults.append(warning("K0", self.relative(folder / part), text))
         self.testing(name, folder)
 
     def nonempty(self, folder: pathlib.Path) -> dict[str, str]:
@@ -82,7 +81,8 @@ class _Scan:
         for kind in files.subfolders(folder):
             if kind != "good":
                 self.ignored(folder / kind, "training uses train/good only")
-        for path in self.nonempty(folder / "good").values():
+        found = self.nonempty(folder / "good") if folder.is_dir() else {}
+        for path in found.values():
             self.train.append(Record(path=path, category=name, label=0, kind="good"))
 
     def testing(self, name: str, folder: pathlib.Path) -> None:

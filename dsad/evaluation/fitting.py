@@ -76,6 +76,11 @@ class Keeper(Protocol):
 class Given(Protocol):
     """What was fitted before, such as ``assembly.model.Saved``."""
 
+    @property
+    def stamp(self) -> Mapping[str, Any]:
+        """Of the evaluation that fitted it."""
+        ...
+
     def fitted(self, title: str) -> Fitted:
         """Of a category's name or "all categories"."""
         ...
@@ -96,8 +101,12 @@ def supports(
     categories: Sequence[str],
     config: EvalConfig,
     sampling: support.Sampling,
+    *,
+    fitted: bool = False,
 ) -> support.Sets:
     """The images that the detector is fitted on, by category and seed; nothing is decoded.
+
+    With what was ``fitted`` before there are none, and no training image is needed.
 
     Refuses what is sure to fail: raises DataError for categories without images to fit on, for
     fewer than the detector needs, and for anomaly maps that cannot be saved beside each other;
@@ -109,6 +118,8 @@ def supports(
     if config.save_maps != "none":
         paths_of_maps = [r.path for c in categories for r in dataset.source("test", c).records]
         maps.check_paths(paths_of_maps, config.save_maps)
+    if fitted:
+        return support.Sets(sampling, {})
     if empty := [c for c in categories if not len(dataset.source(split, c))]:
         raise DataError(
             f"{dataset.name}: no {_SAID[split]} image in {listed(empty)}. Add some, or leave these "

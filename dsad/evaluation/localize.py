@@ -76,7 +76,7 @@ def localize(
         these categories; its seeds vary the detector's key, several give mean and deviation.
       map_wrappers: by name, from the inside out: what changes the backbone's maps; each is adapted
         to every support set.
-      given: what was fitted before, with its thresholds; nothing is fitted then.
+      given: what was fitted before, with its thresholds; then no training image is needed.
       keep: takes what is fitted, such as ``assembly.model.Writer(DIR)``.
       folder: where ``config.save_maps`` puts ``anomaly_maps`` (``anomaly_maps_seed<s>`` with
         several seeds), where ``train`` keeps what it trained, and where measured categories are
@@ -109,16 +109,18 @@ def localize(
         )
     if config.save_maps != "none" and folder is None:
         raise ConfigError("evaluation.save_maps: a folder is needed to save anomaly maps in.")
-    drawn = isinstance(sampling, Sets)
-    sets = sampling if drawn else fitting.supports(detector, dataset, chosen, config, sampling)
+    sets = sampling if isinstance(sampling, Sets) else fitting.supports(
+        detector, dataset, chosen, config, sampling, fitted=given is not None
+    )  # fmt: skip
     pooled = sets.sampling.pooled
     if pooled and backbone_of:
         raise ConfigError("one model for all categories needs one backbone, found one for each.")
     if detector.traits.trains_on and train is None:
         raise ConfigError("localize: this detector trains; expected train=, found None.")
+    drawn = given.stamp["support"] if given else support.describe(sets, fitting.split_of(detector))
     protocol = {
         "model": "one for all categories" if pooled else "one per category",
-        "support": support.describe(sets, fitting.split_of(detector)),
+        "support": drawn,
         "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout),
         "detector_state": {},
         "map_wrappers": list(map_wrappers or ()),
@@ -245,14 +247,13 @@ class _Run:
         assert self.device is not None
         fitted = None
         reader = Reader(self.device, self.config)
-        several = len(self.seeds) > 1
         for seed in self.seeds:
             fitted, seconds = self._fit(reader, group, title, seed)
             size = self.made.stamp["detector_state"].setdefault(title, {})
             size[str(seed)] = stamp.describe_state(fitted.state)
             if self.config.false_alarm_rate > 0:
                 self._thresholds(reader, group, title, seed)
-            if not several and fitting.split_of(self.detector) == "train":
+            if len(self.seeds) == 1 and fitting.split_of(self.detector) == "train":
                 reader = Reader(self.device, self.config)  # lets go of the training features
             writer = self.writer(seed) if self.measured else None
             for category in group if self.measured else ():
@@ -301,9 +302,8 @@ class _Run:
         )
         banks: tuple[Tree, ...] = ()
         spent = 0.0
-        for place, (name, wrapper) in enumerate(self.map_wrappers.items()):
-            told = _quiet if place else tick
-            source = read(told, banks=banks, by_image=True)
+        for name, wrapper in self.map_wrappers.items():
+            source = read(_quiet if banks else tick, banks=banks, by_image=True)
             bank = wrapper.adapt(source, mesh=reader.device.mesh, key=named(key, name))
             banks = (*banks, reader.device.place(bank))
             spent += source.seconds
@@ -325,8 +325,7 @@ class _Run:
         fitted = Fitted(banks, jax.block_until_ready(reader.device.place(state)))
         self.done = done + sum(features.images)  # also where none was read
         spent += features.seconds
-        fit = time.perf_counter() - start - spent
-        return fitted, {"features": spent, "fit": fit}
+        return fitted, {"features": spent, "fit": time.perf_counter() - start - spent}
 
     def _category(
         self,
@@ -341,10 +340,10 @@ class _Run:
         config, test = self.config, self.dataset.source("test", category)
         keep = len(self.seeds) > 1
         start = time.perf_counter()
-        whole = config.method == "exact"  # sorting takes all scores in one place
         scored = score(
             reader, fitted, test, f"{category}/test", self.tick(category, "scores"),
-            keep=keep, writer=writer, whole=whole,
+            keep=keep, writer=writer,
+            whole=config.method == "exact",  # sorting takes all scores in one place
             picture=gallery.picture if config.gallery and seed == self.seeds[0] else None,
         )  # fmt: skip
         if row := self.made.thresholds.get(category, {}).get(str(seed)):
@@ -388,8 +387,8 @@ class _Run:
         every = not (scored.labels == 0).any()  # without normal images the scale is that of all
         scale = gallery.normal_scale({i: m for i, m, label in labels if label == 0 or every}, hosts)
         made.images[category] = numbers.of_images(test, scored, ranked=ranked)
-        made.cases[category] = gallery.choose_cases(made.images[category], self.config.gallery)
-        cases = made.cases[category]
+        cases = gallery.choose_cases(made.images[category], self.config.gallery)
+        made.cases[category] = cases
         made.gallery.update(gallery.pictures(category, test, scored, scale, cases))
         assert self.device is not None
         further, tops = panels.pictures(

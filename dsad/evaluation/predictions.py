@@ -78,15 +78,15 @@ class Decision:
         if threshold is not None and not np.isfinite(threshold):
             raise Refused("threshold", "a finite score", threshold)
         scores, maxima, weights = row["scores"], row["maxima"], row["weights"]
-        rate = row["rate"] if rate is None else rate
-        image, bound = thresholds.image_threshold(scores, rate, weights)
+        share: float = row["rate"] if rate is None else rate
+        image, bound = thresholds.image_threshold(scores, share, weights)
         chosen = threshold is not None
         if threshold is not None:
             image, bound = threshold, thresholds.exceeding(scores, threshold, weights)
-            rate = bound
-        region = thresholds.image_threshold(maxima, rate, weights).value if rate < 1 else -np.inf
+            share = bound
+        region = thresholds.image_threshold(maxima, share, weights).value if share < 1 else -np.inf
         return cls(
-            row=row, rate=rate, image=image, region=float(region), bound=bound, chosen=chosen
+            row=row, rate=share, image=image, region=float(region), bound=bound, chosen=chosen
         )
 
     @property

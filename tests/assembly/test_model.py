@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from dsad import models
@@ -94,13 +95,37 @@ def test_a_saved_model_measures_the_same(folder, tmp_path):
         assert alone.categories["wood"][name] == live.categories["wood"][name]
 
 
+def data_of(model):
+    """The data that a model was fitted to."""
+    config = Saved.read(model).config()["data"]
+    synthetic = base.SyntheticConfig(**config["synthetic"])
+    return base.load(base.DataConfig(**{**config, "synthetic": synthetic}))
+
+
+def test_saved_thresholds_are_measured_without_a_training_image(folder, tmp_path):
+    source = data_of(folder / "model").source("test", "wood")
+    for i, record in enumerate(source.records):
+        path = tmp_path / "root" / record.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(source[i].image).save(path)
+    argv = (
+        "--config.data.name=mvtec", f"--config.data.root={tmp_path / 'root'}",
+        "--config.data.missing_masks=image_only", "--config.data.categories=('wood',)",
+    )  # fmt: skip
+    run(f"--model={folder / 'model'}", *argv, f"--workdir={tmp_path / 'w'}")
+    live, alone = read_results(folder / "live"), read_results(tmp_path / "w")
+    expected = {row["path"]: row["score"] for row in live.images["wood"]}
+    assert {row["path"]: row["score"] for row in alone.images["wood"]} == expected
+    row = {**live.thresholds["wood"]["0"], "pixel_recall": None}
+    assert alone.thresholds["wood"]["0"] == row
+    assert alone.stamp["support"] == live.stamp["support"]
+    assert alone.categories["wood"]["counts"]["train"] == 0
+
+
 def test_three_lines_of_python_score_images(folder):
     live = read_results(folder / "live")
     model = FittedModel.load(folder / "model", "wood")
-    config = Saved.read(folder / "model").config()["data"]
-    source = base.load(base.DataConfig(**{
-        **config, "synthetic": base.DataConfig().synthetic.__class__(**config["synthetic"]),
-    })).source("test", "wood")  # fmt: skip
+    source = data_of(folder / "model").source("test", "wood")
     scores, maps = model.score([source[i].image for i in range(len(source))])
     np.testing.assert_array_equal(scores, [row["score"] for row in live.images["wood"]])
     assert maps[0].shape == source[0].image.shape[:2]

@@ -95,8 +95,10 @@ def test_empty_class(tmp_path, folder):
 def test_missing_train_folder(tmp_path):
     config = trees.mvtec(tmp_path)
     shutil.rmtree(tmp_path / "disc/train")
-    with pytest.raises(DataError, match=r"disc/train/good: \[K0\] folder missing"):
-        load(config)
+    data = load(config)
+    assert "disc/train: [K0] missing: nothing can be fitted on the category" in str(data.faults[0])
+    assert (len(data.source("train", "disc")), len(data.source("test", "disc"))) != (0, 0)
+    assert len(data.source("train", "disc")) == 0
 
 
 def test_without_test_folder_pretraining_works(tmp_path):
