@@ -179,7 +179,7 @@ def _rows(
     scale = model.scales.get(model.category, {})
     tiffs = MapWriter(folder / "maps", "tiff") if maps else None
     for host, found, scores in model.stream(source, batch=BATCH, picture=_shrunk):
-        numbers = host.index[host.own].tolist()
+        numbers: list[int] = host.index[host.own].tolist()
         for number, shape, small, score in zip(
             numbers, host.shapes, host.pictures, scores.tolist(), strict=True
         ):

@@ -1,7 +1,7 @@
 """Regions of an anomaly map: what lies together above a threshold."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy import ndimage
@@ -23,8 +23,8 @@ class Region:
 
 def regions(scores: np.ndarray, threshold: float) -> tuple[Region, ...]:
     """Those of a map (h, w), the highest peak first."""
-    labels, count = ndimage.label(scores > threshold, np.ones((3, 3), bool))
-    places: Any = ndimage.find_objects(labels, count)
+    labels, count = cast("Any", ndimage.label(scores > threshold, np.ones((3, 3), bool)))
+    places = cast("list[Any]", ndimage.find_objects(labels, count))
     made = []
     for number, (rows, columns) in enumerate(places, 1):
         inside = labels[rows, columns] == number
