@@ -59,7 +59,7 @@ def threshold_table(results: Results) -> Table:
     rate = results.stamp["thresholds"]["false_alarm_rate"]
     captions = [results.about_defects, "means over seeds" if results.std else ""]
     made = console.table(
-        "category / pixels", "held out", "threshold", "bound", "false alarms", "defects found",
+        "category / pixels", "held\nout", "threshold", "bound", "false\nalarms", "defects\nfound",
         title=f"Thresholds from normal training images, false-alarm rate {rate:g}",
         title_justify="left", caption="; ".join(filter(None, captions)) or None,
     )  # fmt: skip
