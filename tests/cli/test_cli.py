@@ -198,7 +198,10 @@ SMALL = (
 @pytest.mark.parametrize(
     "file",
     [
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("stamp.json", "gallery.npz")),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("stamp.json", "gallery.npz", "000.tiff")
+        ),
         "000.tiff",
         "results.json",
     ],
