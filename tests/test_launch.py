@@ -234,6 +234,7 @@ def test_uncommitted_changes_are_not_installed(bench):
     assert bench.tpu("install", REVISION="HEAD").returncode == 0
 
 
+@pytest.mark.slow
 def test_arguments_reach_dsad_unchanged(bench):
     bench.tpu("install", SETUP="touch ~/data && touch ~/'more data'")
     for worker in ("worker-0", "worker-1"):
@@ -260,6 +261,7 @@ def settle(bench, text: str, workers: int = 2) -> str:
     raise AssertionError(f"no {text!r} in {done.stdout!r}")
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_connection_and_stops_when_asked(bench):
     (bench.folder / "plan").write_text("wait")
     bench.tpu("install")
@@ -323,6 +325,7 @@ def test_resume_recreates_a_preempted_slice_once_and_ends_when_complete(bench):
     assert (bench.folder / "state").read_text() == ""
 
 
+@pytest.mark.slow
 def test_resume_continues_a_run_that_was_stopped(bench):
     """A maintenance notice ends dsad, not the slice."""
     bench.tpu("create")
@@ -370,6 +373,7 @@ def test_resume_is_not_misled_by_another_run(bench):
         pytest.param("refuse", "lost", 2, "exit code 2; that is failure 2", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_resume_gives_up(bench, plan, other, starts, told):
     (bench.folder / "plan").write_text(plan)
     (bench.folder / "plan-1").write_text(other)

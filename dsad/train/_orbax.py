@@ -1,6 +1,7 @@
 """How checkpoints use orbax: without limits of time, quietly; its only importer."""
 
 import logging
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ def checkpointer(*, alone: bool, before_commit: Callable[[], None]) -> ocp.Async
     ``before_commit`` is called in the background of process 0 when all files are written, before
     the checkpoint can be seen.
     """
-    logging.getLogger("absl").addFilter(_is_news)
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).addFilter(_is_news)
     processes = _this_process() if alone else ocp.options.MultiprocessingOptions()
     background = ocp.options.AsyncOptions(
         timeout_secs=_NO_LIMIT,
@@ -78,6 +80,8 @@ def _this_process() -> ocp.options.MultiprocessingOptions:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Keep out tracebacks, four of a kind, of errors that are raised as well, and absent notes."""
-    if trace := record.exc_info and record.exc_info[2]:
-        return "orbax" not in trace.tb_frame.f_code.co_filename
+    if record.exc_info:
+        _, error, trace = record.exc_info
+        frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
+        return "OCDBT" not in str(error) and not any("orbax" in name for name in frames)
     return "orbax/checkpoint/_src/metadata" not in record.pathname

@@ -191,6 +191,7 @@ def test_the_numbers_are_those_of_the_weights_at_that_step(config, run):
             assert row[name] == pytest.approx(expected[key], abs=2e-5), (row["step"], name)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_probes_as_one_that_never_stopped(config, run, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(run.path, path)

@@ -202,9 +202,9 @@ SMALL = (
 @pytest.mark.parametrize(
     "file",
     [
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("stamp.json", "gallery.npz")),
-        "000.tiff",
         "results.json",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("stamp.json", "gallery.npz")),
+        pytest.param("000.tiff", marks=pytest.mark.slow),
     ],
 )
 def test_evaluate_where_the_disk_fills_up_names_the_file(capsys, tmp_path, monkeypatch, file):

@@ -38,6 +38,7 @@ def test_weight_0_leaves_any_host_bitwise(name):
     jax.tree.map(np.testing.assert_array_equal, alone, within)
 
 
+@pytest.mark.slow
 def test_a_weight_adds_its_term_and_leaves_the_host_s_views():
     host = common.build("queue")
     views, ((loss, (_, scalars)), grads) = stepped(host, "queue", bitwise=False)

@@ -172,6 +172,7 @@ def test_a_pass_has_every_sample_exactly_once(sources, cache, batch_size, proces
     _check_pass(parts, 12)
 
 
+@pytest.mark.slow
 def test_a_pass_by_worker_processes(sources):
     """More of them than batches, of which the last is filled up."""
     pipeline = make_pipeline(

@@ -164,6 +164,7 @@ def test_other_files_are_refused(tmp_path):
         pretrained.read(tmp_path / "w.h5")
 
 
+@pytest.mark.slow
 def test_a_backbone_is_a_pytree_and_random_weights_follow_the_seed():
     one, same, other = (backbone("resnet18", seed=s) for s in (0, 0, 1))
     call = jax.jit(lambda b, x: b(x)["layer1"])

@@ -318,6 +318,7 @@ def test_the_objective_is_the_sum_of_its_directions(name):
     assert jax.tree.structure(new) == jax.tree.structure(extra)
 
 
+@pytest.mark.slow
 def test_adopt_takes_the_encoder_and_copies_the_teacher_anew():
     objective = ds2.build(ds2.Config(**SMALL), RUN)
     params, extra = jax.jit(objective.init)(jax.random.key(0))

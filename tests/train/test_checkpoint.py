@@ -1,8 +1,10 @@
 """Checkpoints: which stay, when, what survives kills, damage and full disks, and other meshes."""
 
+import asyncio
 import contextlib
 import errno
 import functools
+import gc
 import os
 import pathlib
 import subprocess
@@ -649,6 +651,16 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_start(
     save(checkpointer, 3)  # what is there already needs no more room
     monkeypatch.setattr(paths, "free", lambda path: 2 * each)
     checkpointer.check(abstract(state(1)), 9)
+
+
+def test_what_was_raised_is_not_told_again_by_the_event_loop(tmp_path, opened, caplog):
+    opened(tmp_path)
+    loop = asyncio.new_event_loop()
+    for text in ("Error writing in OCDBT database: No space left", "of somebody else"):
+        loop.create_future().set_exception(ValueError(text))  # never retrieved
+    gc.collect()
+    loop.close()
+    assert [str(record.exc_info[1]) for record in caplog.records] == ["of somebody else"]
 
 
 @pytest.mark.slow

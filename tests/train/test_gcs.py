@@ -230,6 +230,7 @@ def assert_equal(one, two, at=""):
         assert one == two, at
 
 
+@pytest.mark.slow
 def test_an_evaluation_in_a_bucket_is_that_on_a_disk(store, tmp_path, monkeypatch):
     """Numbers, pictures, curves and maps; the backbone's run, its curves and the page too."""
     monkeypatch.chdir(tmp_path)  # where nothing called "gs:" may appear
