@@ -13,6 +13,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core.types import FeatureMaps
 from dsad.models import registry
+from dsad.models.family import OtherArchitecture
 from dsad.models.weights import imagenet, pretrained
 
 
@@ -116,6 +117,8 @@ def backbone(arch: str, weights: pretrained.Spec | None = None, *, seed: int = 0
     _check_said(arch, state)
     try:
         loaded = family.load(arch, state)
+    except OtherArchitecture:
+        raise
     except ConfigError as error:
         others = [other for other in registry.archs() if _fits(other, state)]
         hint = f"\nThe tensors are those of {listed(others)}." if others else ""

@@ -14,6 +14,10 @@ from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core.types import FeatureMaps
 
 
+class OtherArchitecture(ConfigError):
+    """Weights that say which architecture they want, whatever their shapes fit."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """How the images of published weights were prepared.

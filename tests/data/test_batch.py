@@ -227,6 +227,7 @@ def test_canvases_are_not_evaluated(config, tmp_path):
     """They are smaller than the images, so the numbers would not be comparable."""
     records_builder.write(records_builder.plan(load(config), SIDE), str(tmp_path / "out"))
     evaluation = evaluate.default_config("knn")
+    evaluation.weights = "random"
     evaluation.data.update(name="records", root=str(tmp_path / "out"), missing_masks="image_only")
     with pytest.raises(ConfigError, match="holds canvases for training"):
         evaluate.prepare(evaluation, Console())

@@ -13,7 +13,7 @@ from dsad.terminal import flags
 
 @pytest.fixture(scope="module")
 def patches():
-    return runs.backbone("patches:32/8:resnet18", "", 3)
+    return runs.backbone("patches:32/8:resnet18", "random", 3)
 
 
 def test_cells_are_the_encodings_of_their_patches(patches):
@@ -53,7 +53,7 @@ def test_patches_must_end_at_the_border(patches):
 
 
 def test_loading_by_name():
-    found = runs.backbone("patches:16/4:resnet18", "", 5)
+    found = runs.backbone("patches:16/4:resnet18", "random", 5)
     assert isinstance(found, wrappers.Patches)
     assert (found.size, found.stride, found.description) == (16, 4, "random, seed 5")
     assert runs.innermost("patches:16/4:run:runs/a") == "run:runs/a"

@@ -15,7 +15,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureMaps
 from dsad.models import positions, vit
 from dsad.models.decoder import Decoder, DecoderConfig
-from dsad.models.family import Family, Loaded, Preprocessing
+from dsad.models.family import Family, Loaded, OtherArchitecture, Preprocessing
 from dsad.models.weights import _names_vit, names
 from dsad.models.weights._names_vit import Style
 
@@ -168,7 +168,7 @@ def _check_activation(arch: str, state: Mapping[str, Any]) -> None:
     quick, own = getattr(state, "quick_gelu", None), vit.arch(arch).activation == "quick_gelu"
     if "clip" in arch and quick is not None and quick != own:
         other = arch.replace("_quickgelu", "") if own else _quick(arch)
-        raise ConfigError(
+        raise OtherArchitecture(
             f"weights {getattr(state, 'source', '')}: by their config they were trained with "
             f"{'QuickGELU' if quick else 'GELU'}, which {arch} does not have. Use {other}."
         )
