@@ -347,6 +347,7 @@ SMALL = (
     "--config.data.synthetic.train=5", "--config.data.synthetic.good=3",
     "--config.data.synthetic.bad=1", "--config.data.synthetic.size=64",
     "--config.evaluation.image_size=64", "--config.evaluation.batch_size=8",
+    "--config.weights=random",
 )  # fmt: skip
 
 
@@ -392,7 +393,7 @@ def test_the_command_tells_of_a_broken_file_in_both_processes(tmp_path):
         [sys.executable, "-m", "dsad.launch_local", "-n", "2", "--devices", "2", "--", "evaluate",
          "--config.data.name=mvtec", f"--config.data.root={tmp_path}/data",
          "--config.evaluation.image_size=32", "--config.evaluation.batch_size=4",
-         f"--workdir={tmp_path}/out"],
+         "--config.weights=random", f"--workdir={tmp_path}/out"],
         env=alone(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr

@@ -135,7 +135,12 @@ def test_maps_are_computed_once_for_all_wrappers_and_seeds(tmp_path, monkeypatch
 @pytest.mark.slow
 def test_through_the_command_line_config(tmp_path, monkeypatch):
     drawn, supports = [], fitting.supports
-    monkeypatch.setattr(fitting, "supports", lambda *x: drawn.append(supports(*x)) or drawn[-1])
+
+    def counted(*arguments, **options):
+        drawn.append(supports(*arguments, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(fitting, "supports", counted)
     config, _, _ = flags.Command("evaluate", "", config="configs/knn.py:smoke").parse(
         ["--config.backbone=away:patches:32/8:resnet18", "--config.shots=2"]
     )
