@@ -21,7 +21,7 @@ from dsad.evaluation.report.comparison import Run
 from dsad.evaluation.results import read_results
 
 #: Largest page in bytes; the gallery shrinks until it fits.
-LIMIT = 8_000_000
+LIMIT = 16_000_000
 #: Rows per section and longest side of a picture in pixels, tried in this order.
 _SIZES = ((9, gallery.PICTURE_SIDE), (9, 640), (9, 320), (3, 320), (3, 208), (2, 192), (1, 160),
           (1, 112), (0, 1))  # fmt: skip
