@@ -147,7 +147,8 @@ def test_the_report_shows_them_with_their_scales(folder, tmp_path):
     # The reconstruction of the first case, the best: its image, to what JPEG keeps.
     uris = re.findall(r'src="data:image/jpeg;base64,([^"]*)"', articles(text)[0])
     pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(u))) for u in uris]
-    assert {p.size for p in pictures} == {(213, 320)}
+    assert [p.size for p in pictures] == [(40, 60), *[(171, 256)] * 6]
+    pictures[0] = pictures[0].resize((171, 256))
     image, reconstruction = (np.asarray(p, np.float64) for p in (pictures[0], pictures[-3]))
     assert abs(image - reconstruction).mean() < 6
 

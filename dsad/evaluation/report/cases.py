@@ -13,7 +13,7 @@ from dsad.evaluation.report.comparison import Run
 #: Pictures per section of what one of two runs does better.
 GAINS = 3
 #: Longest side of heat maps, and what smaller pictures are enlarged to.
-HEAT_SIDE = 320
+HEAT_SIDE = 256
 _ROW = {  # of a good or a defective image: what it is called when it is flagged or not
     (0, False): "passed", (0, True): "false alarm", (1, False): "missed", (1, True): "found",
 }  # fmt: skip
@@ -24,24 +24,29 @@ def sections(
 ) -> dict[str, list[dict[str, Any]]]:
     """Headings with their cases, at most ``rows`` each, no image twice: ``wrong`` and ``others``.
 
-    First what each run missed and flagged falsely, or what comes next to that where it set no
-    threshold. Then, of two runs, what either does better by ``metric`` within the image, among the
-    images that a run kept a picture of; then other images that the first run chose.
+    First what each run missed and flagged falsely; where the first set no threshold, its lowest
+    scores of defective images and its highest of good ones. Then, of two runs, what either does
+    better by ``metric`` within the image, among the images that a run kept a picture of; then other
+    images that the first run chose.
     """
     by_run = [images for run in runs if (images := _Images.of(run, category)).entries]
-    plan = [(("wrong", *line)) for images in by_run for line in _wrong(images, len(by_run) > 1)]
+    plan = [("wrong", *line) for i, images in enumerate(by_run)
+            if i == 0 or images.threshold is not None
+            for line in _wrong(images, len(by_run) > 1)]  # fmt: skip
     if len(by_run) == len(runs) == 2:
-        plan += [("others", *line) for line in _gains(by_run, metric)]
+        plan += [("others", *line, 0) for line in _gains(by_run, metric)]
     if by_run:
-        plan += [("others", *line) for line in _others(by_run[0])]
+        plan += [("others", *line, 0) for line in _others(by_run[0])]
     parts: dict[str, list[dict[str, Any]]] = {"wrong": [], "others": []}
     seen: set[str] = set()
-    for part, title, paths in plan:
+    for part, title, paths, count in plan:
         fresh = [p for p in paths if p not in seen][:rows]
         seen.update(fresh)
+        cut = f", {len(fresh)} shown" if 0 < len(fresh) < count else ""
         if fresh or part == "wrong":
             cases = [_case(by_run, path, side, len(runs) > 1) for path in fresh]
-            parts[part].append({"title": title, "cases": cases, "above": bool(paths) and not fresh})
+            above = bool(paths) and not fresh and rows > 0
+            parts[part].append({"title": f"{title}{cut}", "cases": cases, "above": above})
     return parts
 
 
@@ -89,8 +94,8 @@ class _Images:
         return {"run": self.run, "verdict": self.verdict(path), **self.entries[path]}
 
 
-def _wrong(images: _Images, several: bool) -> Iterator[tuple[str, list[str]]]:
-    """Missed defects and false alarms, with their numbers."""
+def _wrong(images: _Images, several: bool) -> Iterator[tuple[str, list[str], int]]:
+    """Heading, shown images and number of missed defects and of false alarms."""
     verdicts = [images.verdict(path) for path in images.entries]
     name = images.run.name
     words = (
@@ -103,13 +108,12 @@ def _wrong(images: _Images, several: bool) -> Iterator[tuple[str, list[str]]]:
         if images.threshold is None:
             if paths:
                 whose = f", {name}" if several else ""
-                yield f"{kind.capitalize()} images with the {end} scores{whose}", paths
+                yield f"{kind.capitalize()} images with the {end} scores{whose}", paths, 0
             continue
         count = verdicts.count(section.replace("_", " ").removesuffix("s"))
         what = section.replace("_", " ").capitalize() + (by if several else "")
         order = f", the {end} score first" if count > 1 else ""
-        cut = f", {len(paths)} shown" if len(paths) < count else ""
-        yield f"{what}: {count or 'none'} of {total} {kind} images{order}{cut}", paths
+        yield f"{what}: {count or 'none'} of {total} {kind} images{order}", paths, count
 
 
 def _others(images: _Images) -> Iterator[tuple[str, list[str]]]:
@@ -160,7 +164,7 @@ def _case(by_run: Sequence[_Images], path: str, side: int, several: bool) -> dic
             heat = figures.outline(heat, around, figures.ANNOTATED)
             heats.append((heated, figures.data_uri(heat)))
             facts.append(images.fact(path))
-    plain = stored.tobytes() if image is pixels else image
+    plain = image if max(size) < longest else stored.tobytes()
     pictures = [("Image", figures.data_uri(plain)), *overlays]
     if defect or several:  # in a comparison the columns stay the same from row to row
         label = "Annotated defect" if defect else "No annotated defect"

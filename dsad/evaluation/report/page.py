@@ -22,7 +22,8 @@ from dsad.evaluation.results import read_results
 
 #: Largest page in bytes; the gallery shrinks until it fits.
 LIMIT = 16_000_000
-#: Rows per section and longest side of a picture in pixels, tried in this order.
+#: Rows per section and longest side of a picture in pixels, tried in this order. With several
+#: categories there are fewer rows.
 _SIZES = ((9, gallery.PICTURE_SIDE), (9, 640), (9, 320), (3, 320), (3, 208), (2, 192), (1, 160),
           (1, 112), (0, 1))  # fmt: skip
 _LABELS = {
@@ -128,11 +129,11 @@ def _render(
         "categories": [_category(runs, c) for c in names],
         "top": figures.TOP,
     }
-    page = ""
+    page, most = "", 9 if len(names) == 1 else 3 if len(names) < 5 else 2
     for rows, side in _SIZES:
         if side > cases.HEAT_SIDE and _large(runs, side) > LIMIT:
             continue
-        pictures = {c: cases.sections(runs, c, rows, side) for c in names}
+        pictures = {c: cases.sections(runs, c, min(rows, most), side) for c in names}
         page = template("report").render(**about, pictures=pictures)
         if len(page.encode()) < LIMIT:
             break
