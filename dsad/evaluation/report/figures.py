@@ -188,7 +188,9 @@ def score_chart(runs: Sequence[Scores], *, name: str) -> str:
                 axes.plot([at, at], [height - 0.45, top + 0.45], color=_INK, linewidth=1,
                           linestyle=(0, (4, 2)))  # fmt: skip
                 if not several:
-                    axes.annotate(f"threshold {run.threshold:.4g}", (at, top + 0.5), ha="center")
+                    low, high = axes.get_xlim()
+                    side = ("left", "center", "right")[int(2.99 * (at - low) / (high - low))]
+                    axes.annotate(f"threshold {run.threshold:.4g}", (at, top + 0.5), ha=side)
         axes.set_yticks([t[0] for t in ticks], [t[1] for t in ticks])
         axes.grid(visible=False, axis="y")
         axes.set_ylim(ticks[-1][0] - 0.5, 0.5)
