@@ -147,8 +147,8 @@ def _case(by_run: Sequence[_Images], path: str, side: int, several: bool) -> dic
     size = _size(pixels, min(side, max(longest, HEAT_SIDE)))
     image = _resized(pixels, size, PIL.Image.Resampling.LANCZOS)
     mask = next((x for f in by_run if (x := f.array("mask", path)) is not None), None)
-    annotated = image
-    if defect := mask is not None and bool(mask.any()):
+    annotated, defect = image, mask is not None and bool(mask.any())
+    if mask is not None:
         mask = _resized(mask, size, PIL.Image.Resampling.NEAREST)
         annotated = figures.outline(image, mask, figures.ANNOTATED)
     small = _size(image, min(side, HEAT_SIDE))

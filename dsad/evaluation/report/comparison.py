@@ -29,7 +29,7 @@ class Run:
         region, scale = Decision.of(self.row(category)).region, self.results.scales.get(category)
         if region is None or not scale:
             return None
-        return float(gallery.to_units(np.float64(region), scale))
+        return float(gallery.to_units(np.asarray(region), scale))
 
 
 def categories(runs: Sequence[Run]) -> list[str]:
