@@ -35,8 +35,8 @@ ABOUT = "about.json"
 CSV, JSON_LINES = "predictions.csv", "predictions.jsonl"
 _PARTIAL = ".partial"
 _ADVICE = "Choose another --out, or mend this one."
-#: Images at once, whatever their size; of their pictures the longest side that is kept.
-BATCH, PICTURE_SIDE = 8, 1600
+#: Images at once, whatever their size.
+BATCH = 8
 COLUMNS: tuple[str, ...] = (
     "path", "score", "percentile", "flagged", "peak", "peak_x", "peak_y", "regions", "left", "top",
     "right", "bottom", "area", "overlay", "error",
@@ -104,6 +104,25 @@ def _is_ours(folder: epath.Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(about, dict) and about.get("command") == "predict"
+
+
+def read(directory: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """``about.json`` and the rows of ``predictions.jsonl``; None for any other directory.
+
+    Raises WorkdirError for predictions that were stopped or cannot be read.
+    """
+    folder = paths.directory(directory)
+    if not _is_ours(folder):
+        return None
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        lines = (folder / JSON_LINES).read_text().splitlines() if about["complete"] else []
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError, KeyError) as error:
+        raise WorkdirError(f"{folder / JSON_LINES}: cannot be read ({error}).") from error
+    if not about["complete"]:
+        raise WorkdirError(f"{folder}: predictions that were stopped. Run `dsad predict` again.")
+    return about, rows
 
 
 def predict(
@@ -178,7 +197,7 @@ def _rows(
     names = pictures.names(images)
     scale = model.scales.get(model.category, {})
     tiffs = MapWriter(folder / "maps", "tiff") if maps else None
-    for host, found, scores in model.stream(source, batch=BATCH, picture=_shrunk):
+    for host, found, scores in model.stream(source, batch=BATCH, picture=gallery.shrunk):
         numbers: list[int] = host.index[host.own].tolist()
         for number, shape, small, score in zip(
             numbers, host.shapes, host.pictures, scores.tolist(), strict=True
@@ -220,14 +239,6 @@ def _filled(row: dict[str, Any], prediction: Prediction) -> tuple[dict[str, Any]
     size = {"height": values.shape[0], "width": values.shape[1]}
     regions = [dataclasses.asdict(r) for r in prediction.regions]
     return row, {**size, "peak": {"value": peak, "at": [x, y]}, "regions": regions}
-
-
-def _shrunk(image: np.ndarray) -> np.ndarray:
-    """Of a picture what an overlay shows."""
-    size = gallery.fit(image.shape, PICTURE_SIDE)
-    if size == (image.shape[1], image.shape[0]):
-        return image
-    return np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BOX))
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -1,6 +1,7 @@
 """``dsad evaluate``: a backbone, a detector and a data set to numbers and pictures."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,5 +126,5 @@ def main(argv: list[str]) -> int:
             out.print(line, soft_wrap=True)
     if writer:
         out.print(f"fitted models: {writer.directory}")
-    out.print(f"written: {path}/results.json; pictures: dsad report {path}")
+    out.print(f"written: {path}/results.json; pictures: dsad report {shlex.quote(str(path))}")
     return 0

@@ -1,5 +1,7 @@
 """``dsad predict``: pictures to scores, decisions, regions and overlays, with a fitted model."""
 
+import shlex
+
 from dsad.assembly import pictures
 from dsad.assembly.model import FittedModel
 from dsad.assembly.predict import CSV, claim, predict
@@ -43,6 +45,7 @@ def main(argv: list[str]) -> int:
     missing = f", {len(summary.faults)} not read" if summary.faults else ""
     out.print(f"{summary.total} images{flagged}{missing}; {decision}")
     out.print(f"written: {folder / CSV}")
+    out.print(f"pictures: dsad report {shlex.quote(values.out)}")
     return 1 if summary.faults else 0
 
 

@@ -1,19 +1,24 @@
-"""``dsad report``: one self-contained page from one or more evaluations."""
+"""``dsad report``: one self-contained page from one or more evaluations, or from predictions."""
 
 import os
+import runpy
+import shlex
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dsad.assembly import runs, workdir
+from dsad.assembly import predict, runs, workdir
+from dsad.assembly.fit import FALSE_ALARM_RATE
 from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.evaluation.report.page import write_report
+from dsad.evaluation.report.predicted import write_predictions
 from dsad.terminal import flags
 
 
 def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
-        "report", "DIR [DIR ...]: write report.html from evaluations, side by side.",
+        "report", "DIR [DIR ...]: write report.html of evaluations, side by side, or predictions.",
         positional=True,
     )  # fmt: skip
     command.string("out", "", "File to write; default report.html in the first directory.")
@@ -22,14 +27,21 @@ def main(argv: list[str]) -> int:
     command.switch("allow_different", "Show runs together although their protocols differ.")
     _, values, rest = command.parse(argv)
     if not rest:
-        raise ConfigError("dsad report: name at least one directory written by dsad evaluate.")
-    training = values.training or _training(rest)
+        raise ConfigError("dsad report: name a directory written by dsad evaluate or predict.")
     out = values.out or os.path.join(rest[0], "report.html")
     kwargs: dict[str, Any] = {"title": values.title} if values.title else {}
-    write_report(
-        out, [(_name(d, rest), d) for d in rest], training_dir=training or None,
-        allow_different=values.allow_different, **kwargs,
-    )  # fmt: skip
+    predictions = [read for d in rest if (read := predict.read(d))]
+    if predictions and len(rest) > 1:
+        raise ConfigError("dsad report: expected evaluations, or one directory of predictions.")
+    if predictions:
+        write_predictions(out, paths.directory(rest[0]), *predictions[0], **kwargs)
+    else:
+        write_report(
+            out, [(_name(d, rest), d) for d in rest],
+            training_dir=values.training or _training(rest) or None,
+            allow_different=values.allow_different,
+            commands={_name(d, rest): _with_thresholds(d) for d in rest}, **kwargs,
+        )  # fmt: skip
     print(f"written: {out}")
     return 0
 
@@ -49,3 +61,28 @@ def _training(directories: list[str]) -> str:
             if (paths.directory(path) / "metrics.jsonl").is_file():
                 return path
     return ""
+
+
+def _with_thresholds(directory: str) -> str:
+    """The command that evaluates again as a run was evaluated, and sets thresholds."""
+    config = workdir.read(directory)["config"]
+    name = config.get("detector", {}).get("name")
+    if not name:
+        return ""
+    file = f"configs/{'isstad_detector' if name == 'isstad' else name}.py"
+    usual = dict(_flat(runpy.run_path(flags.locate(file))["get_config"]().to_dict()))
+    keys = dict(_flat(config)) | {"evaluation.false_alarm_rate": FALSE_ALARM_RATE}
+    changed = [f"--config.{k}={v}" for k, v in keys.items() if k in usual and v != usual[k]]
+    out = f"{directory.rstrip('/')}-decided"
+    return shlex.join(["dsad", "evaluate", f"--config={file}", *changed, f"--workdir={out}"])
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with their values; lists as text, as the command line takes them."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            # In double quotes, which need none around them in a shell's single ones.
+            words = isinstance(value, (list, tuple))
+            yield f"{prefix}{key}", str(tuple(value)).replace("'", '"') if words else value

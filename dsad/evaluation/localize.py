@@ -346,8 +346,9 @@ class _Run:
             whole=config.method == "exact",  # sorting takes all scores in one place
             picture=gallery.picture if config.gallery and seed == self.seeds[0] else None,
         )  # fmt: skip
-        if row := self.made.thresholds.get(category, {}).get(str(seed)):
-            row |= thresholds.achieved(scored, row)
+        at = self.made.thresholds.get(category, {}).get(str(seed))
+        if at:
+            at |= thresholds.achieved(scored, at)
         seconds = {**seconds, "score": time.perf_counter() - start}
         self.tick(category, "metrics")(0)
         start = time.perf_counter()
@@ -355,7 +356,10 @@ class _Run:
         kinds = numbers.by_kind(scored, config)
         first = seed == self.seeds[0]
         if first:
-            self._show(category, test, scored, curves, ranked=row["pixel_auroc"] is not None)
+            self._show(
+                category, test, scored, curves, ranked=row["pixel_auroc"] is not None,
+                threshold=at["image"] if at else None,
+            )  # fmt: skip
             counts = {"train": len(self.dataset.source("train", category)), **scored.counts()}
             self.made.categories[category] = {"counts": counts}
         seconds["metrics"] = time.perf_counter() - start
@@ -380,6 +384,7 @@ class _Run:
         curves: dict[str, np.ndarray],
         *,
         ranked: bool,
+        threshold: float | None,
     ) -> None:
         """Curves, image scores and pictures for the report, ``ranked`` by pixel numbers."""
         made, hosts = self.made, scored.hosts
@@ -387,7 +392,7 @@ class _Run:
         every = not (scored.labels == 0).any()  # without normal images the scale is that of all
         scale = gallery.normal_scale({i: m for i, m, label in labels if label == 0 or every}, hosts)
         made.images[category] = numbers.of_images(test, scored, ranked=ranked)
-        cases = gallery.choose_cases(made.images[category], self.config.gallery)
+        cases = gallery.choose_cases(made.images[category], self.config.gallery, threshold)
         made.cases[category] = cases
         made.gallery.update(gallery.pictures(category, test, scored, scale, cases))
         assert self.device is not None

@@ -28,8 +28,8 @@ class Results:
     them, and ``mean_over`` how many these are where it is not all of them;
     ``kinds[c][kind]`` the numbers of normal images and that kind, with ``images``; ``images[c]``
     one entry per test image in source order; ``scales[c]`` the median and the 99.9th percentile
-    of the map on normal images, and the scales of panels; ``cases[c]`` the image numbers shown as
-    best, median, worst and false_alarms. ``gallery`` and ``curves`` are arrays by name, see
+    of the map on normal images, and the scales of panels; ``cases[c]`` the image numbers shown,
+    by section of ``gallery.choose_cases``. ``gallery`` and ``curves`` are arrays by name, see
     ``gallery.pictures``, ``panels.pictures`` and ``numbers.measure``.
 
     With several seeds the numbers of ``categories``, ``kinds`` and ``mean`` are means over them;

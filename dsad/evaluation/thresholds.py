@@ -199,9 +199,16 @@ def achieved(scored: Scored, row: Mapping[str, Any]) -> dict[str, Any]:
         },
         "pixel_false_alarms": _share(normal_above, normal_pixels),
         "pixel_recall": _share(defect_above, defect_pixels),
-        "decision": f"{flagged[anomalous].sum()} of {anomalous.sum()} defects found, "
-        f"{flagged[~anomalous].sum()} of {(~anomalous).sum()} false alarms at {at_rate(row)}",
+        "decision": decision(flagged, anomalous, at_rate(row)),
     }
+
+
+def decision(flagged: np.ndarray, anomalous: np.ndarray, rate: str) -> str:
+    """What is found and falsely flagged among images (n,), in one line."""
+    return (
+        f"{flagged[anomalous].sum()} of {anomalous.sum()} defects found, "
+        f"{flagged[~anomalous].sum()} of {(~anomalous).sum()} false alarms at {rate}"
+    )
 
 
 def at_rate(row: Mapping[str, Any]) -> str:

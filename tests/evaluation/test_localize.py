@@ -363,15 +363,24 @@ def test_cases_are_ranked_and_distinct():
         own = value if label else None
         return {"path": f"{number:02d}", "label": label, "score": score, "pixel_auroc": own}
 
-    images = [image(i, i / 20) for i in range(20)]
-    images += [image(20 + i, None, label=0, score=float(i)) for i in range(6)]
+    images = [image(i, i / 20, score=10.0 + (7 * i) % 20) for i in range(20)]
+    images += [image(20 + i, None, label=0, score=8.0 + i) for i in range(6)]
     cases = gallery.choose_cases(images, 9)
+    assert cases["missed"] == [0, 3, 6]  # scores 10, 11, 12
+    assert cases["worst"] == [1, 2, 4]
+    assert cases["median"] in ([9, 10, 11], [10, 11, 12])
     assert cases["best"] == [19, 18, 17]
-    assert cases["worst"] == [0, 1, 2]
-    assert cases["median"] == [11, 10, 9] or cases["median"] == [10, 9, 8]
     assert cases["false_alarms"] == [25, 24, 23]
+    assert cases["normal"] == [22, 21, 20]
+    decided = gallery.choose_cases(images, 9, 12.0)
+    assert decided["missed"] == [0, 3, 6]  # what is at the threshold is not flagged
+    assert decided["false_alarms"] == [25]
+    assert decided["normal"] == [24, 23, 22]
+    many = gallery.choose_cases(images, 9, 26.0)  # those beyond nine are nowhere
+    assert many["missed"] == [0, 3, 6, 9, 12, 15, 18, 1, 4]
+    assert {n for s in ("worst", "median", "best") for n in many[s]} == {11, 14, 17}
     few = gallery.choose_cases(images[:4], 9)
-    shown = few["best"] + few["median"] + few["worst"]
+    shown = few["missed"] + few["best"] + few["median"] + few["worst"]
     assert sorted(shown) == [0, 1, 2, 3]
 
 

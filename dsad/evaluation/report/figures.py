@@ -1,6 +1,7 @@
 """Pictures of the report: charts as inline SVG that follow the page's theme, and heat maps."""
 
 import base64
+import dataclasses
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,17 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from scipy import ndimage
 
+from dsad.evaluation.report import gallery
+
 #: Line colours of the runs, legible on light and on dark ground.
 COLOURS = ("#2f7de1", "#e8743b", "#12a47a", "#a45ee5", "#d2497a", "#8a8f2a")
 #: The top of the heat scale, in units of ``gallery.to_units``.
 TOP = 2.0
-#: Colour of defect outlines: far from every colour of the heat scale.
-OUTLINE = (0, 229, 255)
+#: Colours of the contour at the threshold and of the line around an annotated defect: far from
+#: every colour of the heat scale.
+OUTLINE, ANNOTATED = (0, 229, 255), (70, 235, 60)
+#: Scores on the wrong side of their threshold.
+WRONG = "#e0314b"
 
 _INK, _GRID = "#010203", "#040506"  # replaced by the page's colours
 _STYLE: dict[str, Any] = {
@@ -50,18 +56,28 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def chart(draw: Callable[[Axes], None], title: str, *, name: str, left: float = 0.16) -> str:
+def chart(
+    draw: Callable[[Axes], None],
+    title: str,
+    *,
+    name: str,
+    size: tuple[float, float] = (3.1, 2.35),
+    place: tuple[float, float, float, float] = (0.16, 0.19, 0.81, 0.69),
+    titled: bool = True,
+) -> str:
     """Inline SVG of what ``draw(axes)`` draws; ``name`` makes ids unique within the page.
 
-    ``left`` is the share of the width in front of the axes.
+    ``place`` is that of the axes (left, bottom, width, height) in shares of ``size``; the title is
+    always read aloud.
     """
     style: Any = {**_STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(3.1, 2.35))
+        figure = Figure(figsize=size)
         figure.patch.set_alpha(0)
-        axes = figure.add_axes((left, 0.19, 0.97 - left, 0.69), facecolor="none")
+        axes = figure.add_axes(place, facecolor="none")
         draw(axes)
-        axes.set_title(title)
+        if titled:
+            axes.set_title(title)
         packed = io.StringIO()
         # savefig would draw everything a second time to measure it.
         FigureCanvasSVG(figure).print_svg(packed, metadata={"Date": None})
@@ -121,36 +137,93 @@ def curve_charts(
     ]
 
 
-def score_chart(runs: Sequence[Sequence[Mapping[str, Any]]], *, name: str) -> str:
-    """Image scores of normal and anomalous test images, one pair of rows per run.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Image scores (n,) of a run for its chart, by the name of their row.
 
-    Every run is divided by the median of its normal scores.
+    Those of the row ``filled`` have filled dots; those in ``wrong`` (n,) bool, by row, are red.
     """
 
+    rows: Mapping[str, np.ndarray]
+    filled: str
+    threshold: float | None
+    colour: str
+    wrong: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    unit: float = 1.0
+
+
+def scores_of(images: Sequence[Mapping[str, Any]], threshold: float | None, colour: str) -> Scores:
+    """Of test images, good and defective ones."""
+    rows = {
+        name: np.array([x["score"] for x in images if x["label"] == label])
+        for label, name in enumerate(("good", "defective"))
+    }
+    wrong = {}
+    if threshold is not None:
+        wrong = {"good": rows["good"] > threshold, "defective": rows["defective"] <= threshold}
+    middle = abs(float(np.median(rows["good"]))) if rows["good"].size else 0.0
+    return Scores(
+        rows=rows, filled="defective", threshold=threshold, colour=colour, wrong=wrong,
+        unit=middle or 1.0,
+    )  # fmt: skip
+
+
+def score_chart(runs: Sequence[Scores], *, name: str) -> str:
+    """Image scores of every run, a row each for good and defective images, and its threshold.
+
+    Several runs are each divided by their unit.
+    """
+    several, lines = len(runs) > 1, sum(len(run.rows) for run in runs)
+
     def draw(axes: Axes) -> None:
-        ticks = []
-        for i, images in enumerate(runs):
-            normal = np.array([x["score"] for x in images if x["label"] == 0])
-            middle = float(np.median(normal)) if normal.size else 0.0
-            unit = abs(middle) or 1.0
-            for label in (0, 1):
-                values = np.array([x["score"] for x in images if x["label"] == label]) / unit
-                height = -(2.4 * i + label)
-                ticks.append((height, ("normal", "anomalous")[label]))
-                # A fixed spread, so that the same results give the same file.
-                spread = (np.arange(values.size) * 0.618034 % 1 - 0.5) * 0.55
-                colour = COLOURS[i % len(COLOURS)]
-                face = colour if label else "none"
-                axes.scatter(
-                    values, height + spread, s=9, facecolor=face, edgecolor=colour,
-                    linewidth=0.7, alpha=0.75,
-                )  # fmt: skip
+        ticks: list[tuple[float, str]] = []
+        for i, run in enumerate(runs):
+            unit, top = (run.unit if several else 1.0), -0.4 * i - len(ticks)
+            for row, scores in run.rows.items():
+                height = -0.4 * i - len(ticks)
+                ticks.append((height, row))
+                _strip(axes, run, row, scores / unit, height)
+            if run.threshold is not None:
+                at = run.threshold / unit
+                axes.plot([at, at], [height - 0.45, top + 0.45], color=_INK, linewidth=1,
+                          linestyle=(0, (4, 2)))  # fmt: skip
+                if not several:
+                    low, high = axes.get_xlim()
+                    side = ("left", "center", "right")[int(2.99 * (at - low) / (high - low))]
+                    axes.annotate(f"threshold {run.threshold:.4g}", (at, top + 0.5), ha=side)
         axes.set_yticks([t[0] for t in ticks], [t[1] for t in ticks])
         axes.grid(visible=False, axis="y")
-        axes.set_ylim(ticks[-1][0] - 0.6, 0.6)
-        axes.set_xlabel("score ÷ median of normal images")
+        axes.set_ylim(ticks[-1][0] - 0.5, 0.5)
+        axes.set_xlabel("score ÷ median of good images" if several else "image score")
 
-    return chart(draw, "Image scores", name=f"{name}-scores", left=0.24)
+    height = 0.72 + 0.36 * lines + 0.14 * len(runs)
+    place = (0.16, 0.42 / height, 0.81, 1 - 0.68 / height)
+    return chart(draw, _told(runs), name=f"{name}-scores", size=(4.4, height), place=place,
+                 titled=False)  # fmt: skip
+
+
+def _strip(axes: Axes, run: Scores, row: str, values: np.ndarray, height: float) -> None:
+    """One row of dots."""
+    # A fixed spread, so that the same results give the same file.
+    spread = (np.arange(values.size) * 0.618034 % 1 - 0.5) * 0.6
+    wrong = run.wrong.get(row, np.zeros(values.size, bool))
+    for part, colour in ((~wrong, run.colour), (wrong, WRONG)):
+        face = colour if row == run.filled else "none"
+        axes.scatter(
+            values[part], (height + spread)[part], s=9, facecolor=face, edgecolor=colour,
+            linewidth=0.7, alpha=0.8,
+        )  # fmt: skip
+
+
+def _told(runs: Sequence[Scores]) -> str:
+    """What a chart of scores shows, in words."""
+    parts = []
+    for run in runs:
+        rows = [f"{s.size} {row} images from {s.min():.4g} to {s.max():.4g}"
+                for row, s in run.rows.items() if s.size]  # fmt: skip
+        at = "" if run.threshold is None else f", threshold {run.threshold:.4g}"
+        parts.append(", ".join(rows) + at)
+    return "Image scores: " + "; ".join(parts)
 
 
 def series_chart(x: np.ndarray, y: np.ndarray, title: str, *, name: str) -> str:
@@ -171,15 +244,19 @@ def series_chart(x: np.ndarray, y: np.ndarray, title: str, *, name: str) -> str:
 
 def heat(units: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Map in normal units (h, w) as colours uint8 of ``size`` (width, height)."""
-    return _colours(_level(units, size))
+    return _colours(np.clip(_resized(units, size) / TOP, 0, 1))
 
 
-def overlay(image: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """The heat colours over a picture (h, w, 3), more opaque where the map is higher."""
-    level = _level(units, (image.shape[1], image.shape[0]))
-    alpha = (0.85 * np.clip(level * 1.4, 0, 1))[..., None]
-    mixed = image * (1 - alpha) + _colours(level) * alpha
-    return np.round(mixed).astype(np.uint8)
+def overlay(image: np.ndarray, units: np.ndarray, level: float | None = None) -> np.ndarray:
+    """The heat colours over a picture (h, w, 3), more opaque where the map is higher.
+
+    With the contour around where the map is above ``level``, in its units.
+    """
+    wide = _resized(units, (image.shape[1], image.shape[0]))
+    heat = np.clip(wide / TOP, 0, 1)
+    alpha = (0.65 * np.clip(heat * 1.4, 0, 1))[..., None]
+    mixed = np.round(image * (1 - alpha) + _colours(heat) * alpha).astype(np.uint8)
+    return mixed if level is None else outline(mixed, wide > level)
 
 
 def scaled(levels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -188,10 +265,9 @@ def scaled(levels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return _colours(picture / 255) if picture.ndim == 2 else picture
 
 
-def _level(units: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _resized(units: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     picture = PIL.Image.fromarray(np.asarray(units, np.float32))
-    wide = np.asarray(picture.resize(size, PIL.Image.Resampling.BICUBIC))
-    return np.clip(wide / TOP, 0, 1)
+    return np.asarray(picture.resize(size, PIL.Image.Resampling.BICUBIC))
 
 
 def _colours(level: np.ndarray) -> np.ndarray:
@@ -206,20 +282,30 @@ def gradient() -> str:
     return f"linear-gradient(90deg, {', '.join(stops)})"
 
 
-def outline(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """A copy of a picture (h, w, 3) with a line two pixels wide just outside the mask (h, w)."""
+def outline(
+    image: np.ndarray, mask: np.ndarray | None, colour: tuple[int, int, int] = OUTLINE
+) -> np.ndarray:
+    """A copy of a picture (h, w, 3) with a line just outside the mask (h, w).
+
+    Where the picture cuts the mask off the line is on its edge. It is two pixels wide, or more on
+    a picture that is shown much smaller than it is.
+    """
     if mask is None or not mask.any():
         return image
-    around = np.ones((3, 3), bool)
-    outer = np.asarray(ndimage.binary_dilation(mask, around, iterations=3), bool)
-    inner = np.asarray(ndimage.binary_dilation(mask, around), bool)
+    width = max(2, round(max(mask.shape) / 250))
+    inner, outer = (_widened(mask, by) for by in (1, 1 + width))
+    edge = np.ones_like(mask)
+    edge[width:-width, width:-width] = False
     drawn = image.copy()
-    drawn[outer & ~inner] = OUTLINE
+    drawn[(outer & ~inner) | (mask & edge)] = colour
     return drawn
 
 
-def data_uri(image: np.ndarray, quality: int = 84) -> str:
-    """A picture (h, w, 3) uint8 as a JPEG data URI."""
-    packed = io.BytesIO()
-    PIL.Image.fromarray(image).save(packed, "JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(packed.getvalue()).decode()
+def _widened(mask: np.ndarray, by: int) -> np.ndarray:
+    return ndimage.maximum_filter(mask.astype(np.uint8), 2 * by + 1, mode="constant") > 0
+
+
+def data_uri(image: np.ndarray | bytes, quality: int = 84) -> str:
+    """A picture (h, w, 3) uint8, or the bytes of a JPEG, as a JPEG data URI."""
+    packed = image if isinstance(image, bytes) else gallery.jpeg(image, quality)
+    return "data:image/jpeg;base64," + base64.b64encode(packed).decode()

@@ -1,5 +1,6 @@
 """Which test images a report shows, their small pictures, and the colour scale of their maps."""
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,18 +11,13 @@ from dsad.core.types import Source
 from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.scored import Scored
 
-#: Longest side in pixels of the stored pictures and masks.
-PICTURE_SIDE = 320
+#: Longest side in pixels of the stored pictures and masks: what a click on a picture shows.
+PICTURE_SIDE = 1600
 #: Longest side of the stored maps: of ALL test images, so that runs show each other's cases.
 #: After a Gaussian of 4 px at 224 px nothing is lost at this size.
 MAP_SIDE = 160
-#: Sections of the gallery, with what they show.
-SECTIONS = {
-    "best": "Best: highest pixel AUROC within the image",
-    "median": "Median",
-    "worst": "Worst: lowest pixel AUROC within the image",
-    "false_alarms": "False alarms: normal images with the highest score",
-}
+#: Those of ``choose_cases`` that are decided wrongly at a threshold, and the others.
+WRONG, OTHERS = ("missed", "false_alarms"), ("worst", "median", "best", "normal")
 
 
 def normal_scale(
@@ -48,31 +44,44 @@ def to_units(scores: np.ndarray, scale: Mapping[str, float]) -> np.ndarray:
     return (scores - scale["median"]) / (spread if spread > 0 else 1.0)
 
 
-def choose_cases(images: Sequence[Mapping[str, Any]], count: int) -> dict[str, list[int]]:
-    """Image numbers per section.
+def choose_cases(
+    images: Sequence[Mapping[str, Any]], count: int, threshold: float | None = None
+) -> dict[str, list[int]]:
+    """Image numbers per section of the gallery, none twice.
 
-    Anomalous images are ranked by the pixel AUROC within the image (by their score where no mask
-    defines it for any), a third of ``count`` from each end and from the middle without
-    repetition; as many normal images with the highest scores are the false alarms.
+    ``missed`` are at most ``count`` defective images whose score is not above the threshold, the
+    lowest first, ``false_alarms`` good ones above it, the highest first; without a threshold a
+    third of ``count`` with such scores. Of the other defective images as many from each end and
+    from the middle, ranked by the pixel AUROC within the image (by the score where no mask defines
+    it for any), are ``worst``, ``median`` and ``best``; ``normal`` are other good ones.
     """
     each = -(-count // 3)
-    ranked = [i for i, x in enumerate(images) if x["pixel_auroc"] is not None]
-    by = "pixel_auroc"
-    if not ranked:
-        ranked, by = [i for i, x in enumerate(images) if x["label"] == 1], "score"
-    ranked.sort(key=lambda i: (-images[i][by], images[i]["path"]))
-    best = ranked[: min(each, -(-len(ranked) // 3))]
-    rest = ranked[len(best) :]
-    worst = rest[::-1][: min(each, -(-len(rest) // 2))]
-    rest = rest[: len(rest) - len(worst)]
-    middle = max(0, min(len(ranked) // 2 - len(best) - each // 2, len(rest) - each))
-    normals = [i for i, x in enumerate(images) if x["label"] == 0]
-    normals.sort(key=lambda i: (-images[i]["score"], images[i]["path"]))
+    shown = each if threshold is None else count
+    low = [i for i, x in enumerate(images) if x["label"] == 1]
+    low.sort(key=lambda i: (images[i]["score"], images[i]["path"]))
+    high = [i for i, x in enumerate(images) if x["label"] == 0]
+    high.sort(key=lambda i: (-images[i]["score"], images[i]["path"]))
+    missed, alarms = low[:each], high[:each]
+    if threshold is not None:
+        missed = [i for i in low if images[i]["score"] <= threshold]
+        alarms = [i for i in high if images[i]["score"] > threshold]
+    wrong = {*missed, *alarms}
+    rest = [i for i in low if i not in wrong]
+    by = "pixel_auroc" if any(images[i]["pixel_auroc"] is not None for i in rest) else "score"
+    rest = [i for i in rest if images[i][by] is not None]
+    rest.sort(key=lambda i: (images[i][by], images[i]["path"]))
+    worst = rest[: min(each, -(-len(rest) // 3))]
+    rest = rest[len(worst) :]
+    best = rest[::-1][: min(each, -(-len(rest) // 2))]
+    rest = rest[: len(rest) - len(best)]
+    middle = max(0, (len(rest) - each) // 2)
     return {
-        "best": best,
-        "median": rest[middle : middle + each],
+        "missed": missed[:shown],
+        "false_alarms": alarms[:shown],
         "worst": worst,
-        "false_alarms": normals[:each],
+        "median": rest[middle : middle + each],
+        "best": best,
+        "normal": [i for i in high if i not in wrong][:each],
     }
 
 
@@ -85,10 +94,10 @@ def pictures(
 ) -> dict[str, np.ndarray]:
     """Arrays by name for ``gallery.npz``.
 
-    ``image/<category>/<number>`` (h, w, 3) uint8 and ``mask/...`` (h, w) bool for the cases, at
-    most 320 px; ``map/<category>/<number>`` (h, w) float16 for every test image, at most 160 px,
-    in the units of ``to_units``. Cases are decoded only where scoring decoded nothing. Process 0
-    gets the pictures of all, the others none.
+    ``image/<category>/<number>``, the bytes of a JPEG (n,) uint8, and ``mask/...`` (h, w) bool for
+    the cases, at most 1600 px; ``map/<category>/<number>`` (h, w) float16 for every test image, at
+    most 160 px, in the units of ``to_units``. Cases are decoded only where scoring decoded nothing.
+    Process 0 gets the pictures of all, the others none.
     """
     hosts, numbers = scored.hosts, sorted({n for section in cases.values() for n in section})
     maps = dict(zip(scored.own, scored.maps, strict=True))
@@ -117,8 +126,27 @@ def _small_maps(
 
 
 def picture(image: np.ndarray) -> np.ndarray:
-    """An image (h, w, 3) uint8 shrunk to ``PICTURE_SIDE`` at most."""
-    size = fit(image.shape, PICTURE_SIDE)
+    """An image (h, w, 3) uint8, shrunk to ``PICTURE_SIDE`` at most, as the bytes (n,) of a JPEG."""
+    return np.frombuffer(jpeg(shrunk(image, PICTURE_SIDE), 90), np.uint8)
+
+
+def opened(stored: np.ndarray) -> np.ndarray:
+    """The pixels (h, w, 3) uint8 of a stored picture."""
+    return np.asarray(PIL.Image.open(io.BytesIO(stored.tobytes())))
+
+
+def jpeg(image: np.ndarray, quality: int) -> bytes:
+    """A picture (h, w, 3) uint8 as a file; colours at full resolution, for thin lines."""
+    packed = io.BytesIO()
+    PIL.Image.fromarray(image).save(packed, "JPEG", quality=quality, subsampling=0, optimize=True)
+    return packed.getvalue()
+
+
+def shrunk(image: np.ndarray, side: int = PICTURE_SIDE) -> np.ndarray:
+    """An image (h, w, 3) uint8 of ``side`` at most."""
+    size = fit(image.shape, side)
+    if size == (image.shape[1], image.shape[0]):
+        return image
     return np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.LANCZOS))
 
 

@@ -1,26 +1,31 @@
-"""One self-contained HTML page: tables, curves, heat maps, training curves, config and stamp."""
+"""One self-contained HTML page: decision, pictures, then tables, curves, training and stamp."""
 
+import io
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
+import PIL.Image
 from etils import epath
 
 from dsad.core import paths
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.metric_files import read_metrics
 from dsad.evaluation import stamp, thresholds
-from dsad.evaluation.report import comparison, figures, panels
+from dsad.evaluation.report import cases, comparison, decisions, figures, gallery, panels
 from dsad.evaluation.report.comparison import Run
 from dsad.evaluation.results import read_results
 
 #: Largest page in bytes; the gallery shrinks until it fits.
-LIMIT = 8_000_000
-#: Rows per section and longest side of a picture in pixels, tried in this order.
-_SIZES = ((9, 288), (3, 256), (3, 208), (2, 192), (1, 160), (1, 112), (0, 1))
+LIMIT = 16_000_000
+#: Rows per section and longest side of a picture in pixels, tried in this order. With several
+#: categories there are fewer rows.
+_SIZES = ((9, gallery.PICTURE_SIDE), (9, 640), (9, 320), (3, 320), (3, 208), (2, 192), (1, 160),
+          (1, 112), (0, 1))  # fmt: skip
 _LABELS = {
     "image_auroc": "Image AUROC",
     "image_ap": "Image AP",
@@ -47,6 +52,7 @@ def write_report(
     *,
     title: str = "Defect localization",
     allow_different: bool = False,
+    commands: Mapping[str, str] | None = None,
 ) -> epath.Path:
     """Write the page and return its path; nothing in it refers to another file or to a server.
 
@@ -60,6 +66,7 @@ def write_report(
       training_dir: folder with ``metrics.jsonl`` and ``config.json`` of a pretraining run.
       title: heading of the page.
       allow_different: show runs whose stamps differ in meaning, with a notice, instead of refusing.
+      commands: by run, what gives it thresholds, shown where it has none.
 
     Raises:
       ConfigError: no run, two runs of one name, or stamps that differ in meaning.
@@ -80,7 +87,7 @@ def write_report(
             "Evaluate the runs under one protocol, or ask for the comparison all the same with "
             "--allow-different."
         )
-    page = _render(runs, title, notices, _training(training_dir))
+    page = _render(runs, title, notices, _training(training_dir), commands or {})
     return paths.write_whole(out_path, page, "Give another --out=FILE.")
 
 
@@ -94,8 +101,47 @@ def _differing(runs: Sequence[Run]) -> list[str]:
 
 
 def _render(
-    runs: Sequence[Run], title: str, notices: Sequence[str], training: dict[str, Any]
+    runs: Sequence[Run],
+    title: str,
+    notices: Sequence[str],
+    training: dict[str, Any],
+    commands: Mapping[str, str],
 ) -> str:
+    metrics = list(dict.fromkeys(m for run in runs for m in run.results.metric_names))
+    names = comparison.categories(runs)
+    undecided = [run.name for run in runs if not run.results.thresholds]
+    about = {
+        "title": title,
+        "runs": runs,
+        "notices": notices,
+        "verdicts": decisions.verdicts(runs),
+        "undecided": undecided,
+        "commands": [command for name in undecided if (command := commands.get(name))],
+        "scores": decisions.charts(runs),
+        "training": training,
+        "stamps": [stamp.flat(run.results.stamp) for run in runs],
+        "metrics": [(m, metric_label(m)) for m in metrics],
+        "summary": comparison.summary(runs, metrics),
+        "kinds": comparison.kinds(runs, metrics),
+        "seeded": comparison.seeded(runs),
+        "thresholds": comparison.threshold_rows(runs),
+        "threshold_columns": [label for _, label in thresholds.COLUMNS],
+        "categories": [_category(runs, c) for c in names],
+        "top": figures.TOP,
+    }
+    page, most = "", 9 if len(names) == 1 else 3 if len(names) < 5 else 2
+    for rows, side in _SIZES:
+        if side > cases.HEAT_SIDE and _large(runs, side) > LIMIT:
+            continue
+        pictures = {c: cases.sections(runs, c, min(rows, most), side) for c in names}
+        page = template("report").render(**about, pictures=pictures)
+        if len(page.encode()) < LIMIT:
+            break
+    return page
+
+
+def template(name: str) -> jinja2.Template:
+    """A page of this folder, with what all have."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dsad.evaluation.report", "templates"),
         autoescape=True,
@@ -103,30 +149,19 @@ def _render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = environment.get_template("report.html.jinja")
-    metrics = list(dict.fromkeys(m for run in runs for m in run.results.metric_names))
-    charts = {c: _charts(runs, c) for c in comparison.categories(runs)}
-    page = ""
-    for rows, side in _SIZES:
-        page = template.render(
-            title=title,
-            runs=runs,
-            notices=notices,
-            training=training,
-            stamps=[stamp.flat(run.results.stamp) for run in runs],
-            metrics=[(m, metric_label(m)) for m in metrics],
-            summary=comparison.summary(runs, metrics),
-            kinds=comparison.kinds(runs, metrics),
-            seeded=comparison.seeded(runs),
-            thresholds=comparison.threshold_rows(runs),
-            threshold_columns=[label for _, label in thresholds.COLUMNS],
-            categories=[_category(runs, c, charts[c], rows, side) for c in charts],
-            gradient=figures.gradient(),
-            top=figures.TOP,
-        )
-        if len(page.encode()) < LIMIT:
-            break
-    return page
+    environment.globals.update(gradient=figures.gradient(), number=itertools.count(1).__next__)
+    return environment.get_template(f"{name}.html.jinja")
+
+
+def _large(runs: Sequence[Run], side: int) -> float:
+    """About the bytes of a page with all pictures of this side, without drawing them."""
+    total = 0.0
+    for run in runs:
+        for name, stored in run.results.gallery.items():
+            if name.startswith("image/"):
+                longest = max(PIL.Image.open(io.BytesIO(stored.tobytes())).size)
+                total += stored.size * min(1.0, side / longest) ** 2
+    return total * (2 + len(runs))  # the picture, its annotation, an overlay of each run
 
 
 def metric_label(name: str) -> str:
@@ -136,7 +171,7 @@ def metric_label(name: str) -> str:
     return _LABELS.get(name, name)
 
 
-def _charts(runs: Sequence[Run], category: str) -> list[str]:
+def _curves(runs: Sequence[Run], category: str) -> list[str]:
     prefix = f"{category}/"
     curves = [
         {
@@ -146,22 +181,12 @@ def _charts(runs: Sequence[Run], category: str) -> list[str]:
         }
         for run in runs
     ]
-    images = [run.results.images.get(category, []) for run in runs]
     limit = runs[0].results.stamp["fpr_limit"]
-    drawn = figures.curve_charts(curves, limit, name=category) if any(curves) else []
-    return [*drawn, *([figures.score_chart(images, name=category)] if any(images) else [])]
+    return figures.curve_charts(curves, limit, name=category) if any(curves) else []
 
 
-def _category(
-    runs: Sequence[Run], category: str, charts: Sequence[str], rows: int, side: int
-) -> dict[str, Any]:
+def _category(runs: Sequence[Run], category: str) -> dict[str, Any]:
     first = next(run.results for run in runs if category in run.results.categories)
-    scales = []
-    for run in runs:
-        if scale := run.results.scales.get(category):
-            spread = scale["p99_9"] - scale["median"]
-            ticks = [scale["median"] + units * spread for units in (0, 1, figures.TOP)]
-            scales.append({"run": run, "ticks": [f"{t:.4g}" for t in ticks]})
     row = first.categories[category]
     return {
         "name": category,
@@ -173,16 +198,24 @@ def _category(
         ],
         "support": next(iter(first.support.get(category, {}).values()), {}),
         "seconds": [(run, run.results.categories.get(category, {}).get("seconds")) for run in runs],
-        "charts": charts,
-        "scales": scales,
+        "charts": _curves(runs, category),
+        "scales": [_scale(run, category) for run in runs if category in run.results.scales],
         "panels": [
             {"run": run, "names": shown, "legend": panels.legend(tops)}
             for run in runs
             if (tops := run.results.scales.get(category, {}))
             and (shown := panels.names(run.results.gallery))
         ],
-        "sections": comparison.sections(runs, category, rows, side),
     }
+
+
+def _scale(run: Run, category: str) -> dict[str, Any]:
+    """Values of the heat scale at its ends and in its middle, and where on it the contour is."""
+    scale, level = run.results.scales[category], run.level(category)
+    spread = scale["p99_9"] - scale["median"]
+    ticks = [scale["median"] + units * spread for units in (0, 1, figures.TOP)]
+    at = None if level is None else 100 * min(max(level / figures.TOP, 0.0), 1.0)
+    return {"run": run, "ticks": [f"{t:.4g}" for t in ticks], "contour": at}
 
 
 def _training(folder: str | epath.PathLike | None) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from dsad.evaluation.report import gallery
 from dsad.evaluation.scored import Scored
 from dsad.evaluation.support import subset
 
+#: Longest side of the pictures in pixels.
+SIDE = 320
 #: Keys of the scales, before the name of a panel: a value of the detector's, or of the cases.
 FIXED, SHOWN = "panel_top/", "panel_p99_9/"
 
@@ -48,7 +50,7 @@ def pictures(
         for name, values in device.panels(host).items():
             found.setdefault(name, []).extend(values[: int(host.valid.sum())])
         shapes.update(zip(host.index[host.own].tolist(), host.shapes, strict=True))
-    sizes = [gallery.fit(shape, gallery.PICTURE_SIDE) for shape in device.hosts.listed(shapes)]
+    sizes = [gallery.fit(shape, SIDE) for shape in device.hosts.listed(shapes)]
     arrays: dict[str, np.ndarray] = {}
     tops: dict[str, float] = {}
     # Pixels first, then by name: programs return their results in no order of the detector's.
