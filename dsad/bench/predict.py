@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,9 +33,10 @@ _SIZE = 256  # of drawn images, as those of the reduced bottle
 
 
 class Measured(NamedTuple):
-    """Of one implementation: images/s of many, ms of one at p50 and p95, memory of a first call."""
+    """Images/s and CPU ms an image of many, ms of one at p50 and p95, memory of a first call."""
 
     rate: float
+    cpu: float
     median: float
     high: float
     growth: int
@@ -107,8 +109,9 @@ def measure(
     for name, timing in timed.items():
         each = [r for run in alone[name].rounds for r in run.result] if name in alone else [np.nan]
         median, high = np.quantile(each, [0.5, 0.95]).tolist()
+        busy = statistics.median(run.cpu for run in timing.rounds) / len(files) * 1e3
         rate = len(files) / timing.median
-        made[name] = Measured(rate, median, high, first[name].growth)
+        made[name] = Measured(rate, busy, median, high, first[name].growth)
     _print(out, model, files, made, place, batch, rounds)
     return made
 
@@ -147,17 +150,20 @@ def _print(
     out: Any, model: FittedModel, files: Sequence[str], made: dict[str, Measured],
     place: pathlib.Path, batch: int, rounds: int,
 ) -> None:  # fmt: skip
-    columns = ("", "images/s", "ms of one, p50", "p95", "memory MB", "× images/s", "× p50")
+    columns = ("", "images/s", "CPU ms each", "ms of one, p50", "p95", "memory MB", "× images/s",
+               "× CPU", "× p50")  # fmt: skip
     table = console.table(*columns, whole=True)
     base = made.get(TORCH)
     for name, row in made.items():
         known = not np.isnan(row.median)
         times = [f"{x:.1f}" if known else "" for x in (row.median, row.high)]
-        ratios = ["", ""]
-        if base:
-            ratios = [f"{row.rate / base.rate:.2f}",
-                      f"{base.median / row.median:.2f}" if known else ""]  # fmt: skip
-        table.add_row(name, f"{row.rate:.1f}", *times, f"{row.growth / 1e6:.0f}", *ratios)
+        ratios = (
+            [row.rate / base.rate, base.cpu / row.cpu, base.median / row.median] if base else []
+        )
+        table.add_row(
+            name, f"{row.rate:.1f}", f"{row.cpu:.0f}", *times, f"{row.growth / 1e6:.0f}",
+            *("" if np.isnan(x) else f"{x:.2f}" for x in ratios),
+        )  # fmt: skip
     out.print(table)
     size = sum(p.stat().st_size for p in (place / "model").iterdir())
     rows, depth = int(model.fitted.state["rows"]), model.fitted.state["bank"].shape[1]
