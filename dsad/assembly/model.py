@@ -26,7 +26,7 @@ from dsad.assembly.pretrain import parse as parse_run
 from dsad.assembly.saving import DIGEST, FORMAT, INDEX, Writer, digest
 from dsad.core import config as core_config
 from dsad.core import paths
-from dsad.core.detection import Detector, MapWrapper
+from dsad.core.detection import Detector, MapWrapper, Prepares
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.tree import rebuilt
@@ -144,7 +144,15 @@ class FittedModel:
         config = dataclasses.replace(self.evaluation, batch_size=batch, feature_cache="", gallery=0)
         wrapped = tuple(self.map_wrappers.values())
         device = Device(self.backbone, self.detector, config, mesh, wrapped)
-        return device, device.place(jax.tree.map(jnp.asarray, self.fitted))
+        return device, device.place(self._ready)
+
+    @functools.cached_property
+    def _ready(self) -> Fitted:
+        """What was fitted, on the device; what its scores need again and again is computed once."""
+        fitted = jax.tree.map(jnp.asarray, self.fitted)
+        if isinstance(self.detector, Prepares):
+            fitted = fitted._replace(state=self.detector.prepared(fitted.state))
+        return fitted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,15 @@ DIR/maps/PATH.tiff     the map, float32 on the pixels of the image, where asked 
 The two files end in ``.partial`` until all images are in them.
 """
 
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import PIL.Image
@@ -191,37 +193,80 @@ def _rows(
     summary: Summary,
     maps: bool,
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """A row of ``COLUMNS`` per image, and its peak and regions; overlays and maps are written."""
+    """A row of ``COLUMNS`` per image, and its peak and regions; overlays and maps are written.
+
+    Threads do so for a batch while the next one is scored.
+    """
     lossy = tuple(model.config["data"]["lossy"])
     source = pictures.Tolerant(pictures.source(images, lossy=lossy))
     names = pictures.names(images)
     scale = model.scales.get(model.category, {})
     tiffs = MapWriter(folder / "maps", "tiff") if maps else None
-    for host, found, scores in model.stream(source, batch=BATCH, picture=gallery.shrunk):
-        numbers: list[int] = host.index[host.own].tolist()
-        for number, shape, small, score in zip(
-            numbers, host.shapes, host.pictures, scores.tolist(), strict=True
-        ):
-            row = dict.fromkeys(COLUMNS, "") | {"path": images[number]}
-            fault = source.faults.pop(number, "")
-            if not fault and not np.isfinite(score):
-                fault = f"the score is {score}; expected a finite one"
-            if fault:
-                summary.faults[images[number]] = fault
-                yield row | {"error": fault}, {}
-                continue
-            prediction = decision.predict(score, found[number])
-            summary.scores.append(score)
-            summary.flagged += bool(prediction.flagged)
-            summary.shapes.append(shape)
-            assert small is not None
-            summary.levels.append(pictures.brightness(small))
-            drawn = overlay(small, found[number], scale, decision.region)
-            row["overlay"] = f"overlays/{names[number]}.png"
-            paths.write_whole(folder / row["overlay"], _png(drawn), _ADVICE)
-            if tiffs:
-                tiffs.write(f"{names[number]}.tiff", found[number])
-            yield _filled(row, prediction)
+    written = functools.partial(_written, decision, scale, folder, tiffs)
+    waiting: list[tuple[str, concurrent.futures.Future[_Image]]] = []
+    with concurrent.futures.ThreadPoolExecutor(model.evaluation.workers) as pool:
+        try:
+            for host, found, scores in model.stream(source, batch=BATCH, picture=gallery.shrunk):
+                numbers: list[int] = host.index[host.own].tolist()
+                jobs = []
+                for number, small, score in zip(
+                    numbers, host.pictures, scores.tolist(), strict=True
+                ):
+                    fault = source.faults.pop(number, "")
+                    job = pool.submit(written, names[number], fault, small, found[number], score)
+                    jobs.append((images[number], job))
+                yield from (_counted(path, job.result(), summary) for path, job in waiting)
+                waiting = jobs
+            yield from (_counted(path, job.result(), summary) for path, job in waiting)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Image(NamedTuple):
+    """An image with its files written, or the fault that it has; the brightness of its picture."""
+
+    fault: str
+    prediction: Prediction | None = None
+    overlay: str = ""
+    level: float = 0.0
+
+
+def _written(
+    decision: Decision,
+    scale: Mapping[str, float],
+    folder: epath.Path,
+    tiffs: MapWriter | None,
+    name: str,
+    fault: str,
+    small: np.ndarray,
+    values: np.ndarray,
+    score: float,
+) -> _Image:
+    if not fault and not np.isfinite(score):
+        fault = f"the score is {score}; expected a finite one"
+    if fault:
+        return _Image(fault)
+    place = f"overlays/{name}.png"
+    drawn = overlay(small, values, scale, decision.region)
+    paths.write_whole(folder / place, _png(drawn), _ADVICE)
+    if tiffs:
+        tiffs.write(f"{name}.tiff", values)
+    return _Image("", decision.predict(score, values), place, pictures.brightness(small))
+
+
+def _counted(path: str, image: _Image, summary: Summary) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row of an image, and its regions; ``summary`` hears of it."""
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"path": path}
+    prediction = image.prediction
+    if prediction is None:
+        summary.faults[path] = image.fault
+        return row | {"error": image.fault}, {}
+    summary.scores.append(prediction.score)
+    summary.flagged += bool(prediction.flagged)
+    height, width = prediction.map.shape
+    summary.shapes.append((height, width))
+    summary.levels.append(image.level)
+    return _filled(row | {"overlay": image.overlay}, prediction)
 
 
 def _filled(row: dict[str, Any], prediction: Prediction) -> tuple[dict[str, Any], dict[str, Any]]:

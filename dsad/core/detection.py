@@ -120,6 +120,15 @@ class Detector(Protocol):
 
 
 @runtime_checkable
+class Prepares(Protocol):
+    """A detector that scores many batches faster with a state that was prepared for it once."""
+
+    def prepared(self, state: Tree) -> Tree:
+        """A state for ``score`` on one device, with the same results."""
+        ...
+
+
+@runtime_checkable
 class TrainsOnData(Protocol):
     """A detector that trains by gradient, as ``traits.trains_on`` says; ``recipe`` says how."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -15,6 +16,16 @@ def platform() -> str:
     Unlike ``jax.default_backend()`` it can be told of hardware that is not there.
     """
     return _planned.get() or jax.default_backend()
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 matrices in units of their own (AMX)."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            return any("amx_bf16" in line.split() for line in file if line.startswith("flags"))
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

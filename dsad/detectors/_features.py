@@ -16,7 +16,7 @@ from dsad.core.config import Settings, field, listed
 from dsad.core.detection import DetectorTraits, FeatureSource
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
-from dsad.ops.neighbors import pad_bank
+from dsad.ops.neighbors import Precision, pad_bank, prepare
 from dsad.ops.resize import match_grid, neighbourhood_mean
 
 C = TypeVar("C", bound=Any)
@@ -203,6 +203,12 @@ def bank_state(bank: Any, mesh: Mesh | None) -> Tree:
         return {"bank": jnp.asarray(padded), "rows": jnp.asarray(count)}
     padded = np.pad(np.asarray(padded), ((0, -len(padded) % mesh.size), (0, 0)))
     return {"bank": hosts.split(padded, mesh), "rows": jnp.asarray(count)}
+
+
+def prepared_state(state: Tree, k: int, precision: Precision) -> Tree:
+    """The state with its bank as ``nearest`` takes it for many calls on one device."""
+    ready = prepare(state["bank"], k, valid=state["rows"], precision=precision)
+    return {**state, "prepared": ready}
 
 
 class Subset:

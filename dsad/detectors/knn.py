@@ -15,7 +15,14 @@ from dsad.core.config import Refused, field
 from dsad.core.detection import FeatureSource, Scores
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
-from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, bank_state, joined
+from dsad.detectors._features import (
+    DetectorConfig,
+    FeatureDetector,
+    Subset,
+    bank_state,
+    joined,
+    prepared_state,
+)
 from dsad.ops.neighbors import Precision, nearest
 
 
@@ -25,15 +32,16 @@ class Config(DetectorConfig):
     ``layers``: feature maps to concatenate, on the grid of the first. ``neighbourhood``: side of
     the square of cells averaged around each cell (odd). ``k``: the score is the mean distance to
     the k nearest rows. ``bank_rows``: 0 keeps every row, else at most that many, a uniformly
-    random subset. ``precision`` of the search: "exact", or "certified", which finds the same rows
-    faster where the hardware multiplies bfloat16 (``ops.neighbors.nearest``).
+    random subset. ``precision`` of the search: "exact", "certified", which finds the same rows
+    faster where the hardware multiplies bfloat16, or "auto" by the hardware
+    (``ops.neighbors.nearest``).
     """
 
     layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)
     neighbourhood: int = field(3, at_least=1, odd=True)
     k: int = field(1, at_least=1)
     bank_rows: int = field(0, at_least=0)
-    precision: Precision = "exact"
+    precision: Precision = "auto"
 
     def check(self) -> None:
         if 0 < self.bank_rows < self.k:
@@ -68,14 +76,18 @@ class Knn(FeatureDetector[Config]):
 
         ``mesh`` splits the search over the devices.
         """
-        embedded = self.embed(features)
+        embedded, bank = self.embed(features), state.get("prepared", state["bank"])
         queries = embedded.reshape(-1, embedded.shape[-1])
         distances, _ = nearest(
-            queries, state["bank"], self.config.k, mesh=mesh, valid=state["rows"],
+            queries, bank, self.config.k, mesh=mesh, valid=state["rows"],
             precision=self.config.precision,
         )  # fmt: skip
         maps = jnp.mean(distances, axis=1).reshape(embedded.shape[:3])
         return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
+
+    def prepared(self, state: Tree) -> Tree:
+        """The state with a bank that is searched at once."""
+        return prepared_state(state, self.config.k, self.config.precision)
 
     def _bank(self, source: FeatureSource, key: jax.Array) -> np.ndarray:
         most, key = self.config.bank_rows, rng.named(key, "knn bank")

@@ -23,6 +23,7 @@ from dsad.detectors._features import (
     FeatureDetector,
     bank_state,
     on_one_grid,
+    prepared_state,
     select,
 )
 from dsad.ops.coreset import budget_rows, greedy_coreset, kmeans_rows, random_rows
@@ -48,8 +49,8 @@ class Config(DetectorConfig):
     ``score``: "distance" (paper) or "squared" (published code). ``reweighted``: the image score,
     the largest of the map, is weighted by how unusual the nearest row is among its ``neighbours``
     (paper, eq. 7).
-    ``precision`` of the search: "exact", or "certified", which finds the same rows faster where the
-    hardware multiplies bfloat16 (``ops.neighbors.nearest``).
+    ``precision`` of the search: "exact", "certified", which finds the same rows faster where the
+    hardware multiplies bfloat16, or "auto" by the hardware (``ops.neighbors.nearest``).
     """
 
     layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)
@@ -67,7 +68,7 @@ class Config(DetectorConfig):
     score: Literal["distance", "squared"] = "distance"
     reweighted: bool = False
     neighbours: int = field(9, at_least=2)
-    precision: Precision = "exact"
+    precision: Precision = "auto"
 
     def check(self) -> None:
         if self.bank_rows and self.bank_bytes:
@@ -112,7 +113,7 @@ class PatchCore(FeatureDetector[Config]):
 
         ``mesh`` splits the search over the devices.
         """
-        embedded, bank = self.embed(features), state["bank"]
+        embedded, bank = self.embed(features), state.get("prepared", state["bank"])
         shape = embedded.shape[:3]
         queries = embedded.reshape(-1, embedded.shape[-1])
         distances, indices = nearest(
@@ -129,6 +130,10 @@ class PatchCore(FeatureDetector[Config]):
             row = jnp.take_along_axis(indices.reshape(shape[0], -1), worst, axis=1)[:, 0]
             image = image * _weight(cell, state, row, self.config.neighbours, mesh)
         return Scores(map=values.reshape(shape), image=image)
+
+    def prepared(self, state: Tree) -> Tree:
+        """The state with a bank that is searched at once."""
+        return prepared_state(state, 1, self.config.precision)
 
     def _gathered(self, source: FeatureSource) -> np.ndarray:
         """Every row (N, d), ascending by sample and cell, grown in place."""

@@ -26,6 +26,8 @@ from jax import lax
 
 #: Consecutive bank rows whose minimum is taken first.
 GROUP = 16
+#: Queries compared again at once: mostly few are, and a whole tile for them would be wasted.
+AGAIN = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,14 @@ class Shard(NamedTuple):
     shift: jax.Array
 
 
+class Prepared(NamedTuple):
+    """What of a search needs no query; bfloat16 ``chunks`` and ``norms`` where it is certified."""
+
+    shard: Shard
+    chunks: jax.Array | None
+    norms: "Norms | None"
+
+
 class Found(NamedTuple):
     """Squared distances (T, k), rows of the whole bank (T, k) and the certificate's bound (T,)."""
 
@@ -80,15 +90,28 @@ class Found(NamedTuple):
     bound: jax.Array
 
 
+def prepared(bank: jax.Array, valid: jax.Array, plan: Plan) -> Prepared:
+    """One device's part of the bank; ``valid`` rows of the whole one count."""
+    shard = _shard(bank, valid, plan)
+    if not plan.certified:
+        return Prepared(shard, None, None)
+    low, norms = _lowered(shard)
+    return Prepared(shard, low.chunks, norms)
+
+
 def search(
-    queries: jax.Array, bank: jax.Array, valid: jax.Array, counted: jax.Array, plan: Plan
+    queries: jax.Array,
+    bank: jax.Array | Prepared,
+    valid: jax.Array,
+    counted: jax.Array,
+    plan: Plan,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Distances (Q, k), rows (Q, k) and whether each query was certified (Q,), on one device.
 
     ``valid`` and ``counted``: rows of the whole bank, and queries of all devices, that count.
     """
     rows, depth = queries.shape
-    shard = _shard(bank, valid, plan)
+    shard, chunks, norms = bank if isinstance(bank, Prepared) else prepared(bank, valid, plan)
     padded = jnp.pad(queries, ((0, -rows % plan.tile), (0, 0)))
 
     def one_tile(tile: jax.Array) -> Found:
@@ -98,9 +121,8 @@ def search(
         blocks = lax.map(method, padded.reshape(-1, plan.tile, depth))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
 
-    if plan.certified:
-        low, norms = _lowered(shard)
-        bounded = functools.partial(_bounded, norms=norms)
+    if chunks is not None and norms is not None:
+        low, bounded = shard._replace(chunks=chunks), functools.partial(_bounded, norms=norms)
         found = every_tile(lambda tile: _block(tile, low, plan, bounded))
         # NaN anywhere fails the comparison, and is found again by the exact pass.
         certified = found.squares[:, -1] < found.bound
@@ -341,19 +363,17 @@ def _redone(
     one_tile: Callable[[jax.Array], Found],
     plan: Plan,
 ) -> Found:
-    """Exact results in place of those not ``done``, a tile at a time, as many as are needed."""
-    order = jnp.argsort(done)
+    """Exact results in place of those not ``done``, a few at a time, as many as are needed."""
+    order, size = jnp.argsort(done), min(AGAIN, plan.tile)
     missing = jnp.sum(~done)
     if plan.axes:
         missing = lax.pmax(missing, plan.axes)  # every device takes part in every block
 
     def redo(state: tuple[jax.Array, Found]) -> tuple[jax.Array, Found]:
         number, found = state
-        which = lax.dynamic_slice(order, (number * plan.tile,), (plan.tile,))
+        which = lax.dynamic_slice(order, (number * size,), (size,))
         return number + 1, jax.tree.map(
             lambda old, new: old.at[which].set(new), found, one_tile(queries[which])
         )
 
-    return lax.while_loop(
-        lambda state: state[0] * plan.tile < missing, redo, (jnp.int32(0), found)
-    )[1]
+    return lax.while_loop(lambda state: state[0] * size < missing, redo, (jnp.int32(0), found))[1]

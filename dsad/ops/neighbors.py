@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,18 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsad.core import hosts
+from dsad.core.config import listed
 from dsad.core.errors import ConfigError
+from dsad.core.platform import has_matrix_units
 from dsad.ops import _neighbors_search
-from dsad.ops._neighbors_search import GROUP, Plan
+from dsad.ops._neighbors_search import GROUP, Plan, Prepared
 
 #: Queries × bank rows compared at once on a device, at most.
 AREA = 448 * 32768
 #: Queries compared at once by default: what fits a CPU's caches, and what fills an accelerator.
 CPU_TILE, TILE = 448, 2048
 
-Precision = Literal["exact", "certified"]
+Precision = Literal["auto", "exact", "certified"]
 
 
 def nearest(
@@ -49,10 +51,14 @@ def nearest(
     different sizes share one compiled program (``pad_bank``). ``k`` is 1 to M and to ``valid``;
     where a traced ``valid`` is smaller, what is missing has distance inf and index -1.
 
+    A bank that ``prepare`` made spares every call what needs no query; with it, on one device,
+    ``valid`` and ``precision`` are those that it was prepared with, and ``k`` at most that.
+
     ``precision``: "exact" multiplies in float32. "certified" searches in bfloat16 first, at the
     speed of matrix units (and of CPUs with bfloat16 instructions), recomputes the candidates in
     float32, proves by a bound on the rounding which queries cannot have lost a neighbour, and
-    repeats the others exactly: the result is that of "exact". ``recall_target``, in (0, 1), asks
+    repeats the others exactly: the result is that of "exact". "auto" takes it on CPUs with units
+    for bfloat16 matrices (measured; not on others). ``recall_target``, in (0, 1), asks
     for the accelerator's approximate selection instead (``jax.lax.approx_min_k``; CPUs have none
     and select exactly): distances stay exact for the rows found, of which ``recall`` tells how
     many are the right ones.
@@ -71,6 +77,18 @@ def nearest(
         queries, bank, k, mesh, tile, valid, precision=precision, recall=recall_target
     )
     return distances, indices
+
+
+def prepare(bank: Any, k: int = 1, *, valid: Any = None, precision: Precision = "auto") -> Prepared:
+    """A bank (M, d) as ``nearest`` takes it for many calls on one device, for up to ``k`` rows.
+
+    It holds the bank, not a copy, and beside it one in float32 (one and a half if certified).
+    """
+    _check(bank[:0], bank, k, None, precision, None)
+    plan = _plan(max(CPU_TILE, TILE), k, None, None, precision, None)
+    bank = jnp.asarray(bank, jnp.float32)
+    ready = _prepared(bank, _counted(valid, len(bank), k), plan)
+    return ready._replace(shard=ready.shard._replace(bank=bank))
 
 
 def certified_share(
@@ -149,6 +167,9 @@ def _run(
     recall: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Distances, indices and certificates (Q,), after the checks."""
+    ready = bank if isinstance(bank, Prepared) else None
+    if ready:
+        bank, valid = ready.shard.bank, ready.shard.valid
     _check(queries, bank, k, tile, precision, recall)
     rows = jnp.shape(queries)[0]
     valid = _counted(valid, jnp.shape(bank)[0], k)
@@ -157,7 +178,7 @@ def _run(
         return jnp.zeros((0, k)), jnp.zeros((0, k), jnp.int32), jnp.ones(0, bool)
     if mesh is not None:
         queries, bank = _spread(queries, mesh), _spread(bank, mesh)
-    return _nearest(queries, bank, valid, rows, mesh, plan)
+    return _nearest(queries, ready or bank, valid, rows, mesh, plan)
 
 
 def _check(
@@ -175,9 +196,9 @@ def _check(
         )
     if tile is not None and tile < 1:
         raise ConfigError(f"nearest: expected tile >= 1, found {tile}.")
-    if precision not in ("exact", "certified"):
+    if precision not in get_args(Precision):
         raise ConfigError(
-            f"nearest: expected precision 'exact' or 'certified', found {precision!r}."
+            f"nearest: expected precision {listed(get_args(Precision))}, found {precision!r}."
         )
     if recall is not None and not 0 < recall < 1:
         raise ConfigError(
@@ -217,10 +238,14 @@ def _plan(
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     parts = mesh.size if mesh is not None else 1
     tile = tile or (CPU_TILE if platform == "cpu" else TILE)
-    own = math.ceil(rows / parts)
-    # A multiple of 8 rows: products of partial register blocks are slow and may round differently.
-    tile = max(min(tile, own + -own % 8), 1)
     chunk = max(AREA // (tile * parts), GROUP * 64)
+    # Tiles of equal size, so that none is mostly padding. A multiple of 8 rows: products of partial
+    # register blocks are slow and may round differently.
+    own = math.ceil(rows / parts)
+    even = math.ceil(own / max(math.ceil(own / tile), 1))
+    tile = max(min(tile, even + -even % 8), 1)
+    if precision == "auto":
+        precision = "certified" if platform == "cpu" and has_matrix_units() else "exact"
     axes = tuple(mesh.axis_names) if mesh is not None else ()
     return Plan(
         k=k, tile=tile, chunk=chunk, certified=precision == "certified", recall=recall,
@@ -242,14 +267,23 @@ def _spread(values: Any, mesh: Mesh) -> Any:
     return jax.device_put(values, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 
 
+_prepared = jax.jit(_neighbors_search.prepared, static_argnames="plan")
+
+
 @functools.partial(jax.jit, static_argnames=("rows", "mesh", "plan"))
 def _nearest(
-    queries: jax.Array, bank: jax.Array, valid: jax.Array, rows: int, mesh: Mesh | None, plan: Plan
+    queries: jax.Array,
+    bank: jax.Array | Prepared,
+    valid: jax.Array,
+    rows: int,
+    mesh: Mesh | None,
+    plan: Plan,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    queries, bank = jnp.asarray(queries, jnp.float32), jnp.asarray(bank, jnp.float32)
+    queries = jnp.asarray(queries, jnp.float32)
+    bank = bank if isinstance(bank, Prepared) else jnp.asarray(bank, jnp.float32)
     search = functools.partial(_neighbors_search.search, plan=plan)
     counted = jnp.int32(rows)
-    if mesh is None:
+    if mesh is None or isinstance(bank, Prepared):
         return search(queries, bank, valid, counted)
     queries, bank = (jnp.pad(x, ((0, -len(x) % plan.parts), (0, 0))) for x in (queries, bank))
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()

@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.platform import has_matrix_units
 from dsad.ops import _neighbors_search, neighbors
-from dsad.ops.neighbors import bucket, certified_share, nearest, pad_bank, recall
+from dsad.ops.neighbors import bucket, certified_share, nearest, pad_bank, prepare, recall
 
 from .test_neighbors import BANK, QUERIES, K, agree, brute, check, features
 
@@ -173,6 +174,26 @@ def test_certified_equals_exact(name):
     same(CERTIFIED(queries, bank, 700), queries, bank)
 
 
+@pytest.mark.parametrize("precision", ["exact", "certified", "auto"])
+def test_a_prepared_bank_gives_the_same(precision):
+    bank = BANK.copy()
+    bank[500:] = np.nan
+    ready = prepare(bank, K, valid=500, precision=precision)
+    assert (ready.chunks is not None) == (
+        precision == "certified" or (precision == "auto" and has_matrix_units())
+    )
+    same(nearest(QUERIES, ready, K), QUERIES, bank, 500)
+    found = jax.jit(lambda r: nearest(QUERIES[:9], r, 2))(ready)
+    agree(found, nearest(QUERIES[:9], bank, 2, valid=500))
+
+
+def test_queries_are_spread_evenly_over_tiles():
+    """784 cells of an image as two tiles of 392, not as 448 and padding."""
+    plan = neighbors._plan(784, 1, None, 448, "exact", None)
+    assert (plan.tile, plan.chunk) == (392, neighbors.AREA // 448)
+    assert neighbors._plan(6272, 1, None, 448, "exact", None).tile == 448
+
+
 def test_certified_and_not_in_one_call():
     """Half of the queries have a clear answer: only the others are repeated, all are right."""
     queries, bank = CASES["ties in one cluster"]
@@ -297,7 +318,9 @@ def test_bad_options():
             nearest(QUERIES, BANK, recall_target=value)
     with pytest.raises(ConfigError, match="leave one of them out"):
         nearest(QUERIES, BANK, recall_target=0.9, precision="certified")
-    with pytest.raises(ConfigError, match="'exact' or 'certified', found 'bf16'"):
+    with pytest.raises(
+        ConfigError, match="expected precision auto, certified, exact, found 'bf16'"
+    ):
         nearest(QUERIES, BANK, precision="bf16")
     for valid in (K - 1, 701):
         with pytest.raises(ConfigError, match=f"from k = {K} to 700.*found {valid}"):
