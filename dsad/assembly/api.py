@@ -116,7 +116,7 @@ def pretrain(
     )  # fmt: skip
     if not training.pretrain(prepared, path, out, resume=resume):
         raise StoppedError(f"{path}: stopped and saved. Go on with resume=True.")
-    return f"run:{path}"
+    return f"run:{place}"
 
 
 def evaluate(
