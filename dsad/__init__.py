@@ -4,17 +4,25 @@
     model.save("models/mine")
     prediction = dsad.load("models/mine").predict("photos/new.jpg")
 
-``fit``, ``load``, ``pretrain`` and ``evaluate`` are those of ``dsad.assembly.api``, imported when
-they are first asked for: the package imports nothing heavy by itself.
+All names are those of ``dsad.assembly.api``, imported when they are first asked for: the package
+imports nothing heavy by itself. Faults of input are a ``DsadError``, whose message says what to do.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsad.assembly.api import evaluate, fit, load, pretrain
+    from dsad.assembly.api import (
+        DsadError,
+        FittedModel,
+        Prediction,
+        evaluate,
+        fit,
+        load,
+        pretrain,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "fit", "load", "pretrain"]
+__all__ = ["DsadError", "FittedModel", "Prediction", "evaluate", "fit", "load", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:

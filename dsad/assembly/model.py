@@ -34,7 +34,7 @@ from dsad.core.types import Backbone, RunInfo, Source
 from dsad.evaluation.batches import HostBatch, Picture
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
-from dsad.evaluation.predictions import Decision, Prediction
+from dsad.evaluation.predictions import Decision, Prediction, overlay
 from dsad.evaluation.reader import Reader
 from dsad.evaluation.results import Results
 from dsad.evaluation.scored import stream
@@ -101,7 +101,7 @@ class FittedModel:
 
     def predict(
         self,
-        image: str | os.PathLike | np.ndarray,
+        image: str | os.PathLike[str] | np.ndarray,
         *,
         rate: float | None = None,
         threshold: float | None = None,
@@ -111,19 +111,37 @@ class FittedModel:
         Raises DataError for what cannot be read.
         """
         decision = self.decision(rate, threshold)
-        source = pictures.source([image])
-        for _, maps, scores in self.stream(source, batch=1):
+        for _, maps, scores in self.stream(self._source([image]), batch=1):
             return decision.predict(float(scores[0]), maps[0])
         raise AssertionError
 
-    def score(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Image scores (n,) f32 and maps on the pixels of each image (h, w, 3) uint8."""
+    def overlay(
+        self, image: str | os.PathLike[str] | np.ndarray, prediction: Prediction
+    ) -> np.ndarray:
+        """An image under its map, with the contour of its regions: (h, w, 3) uint8 RGB.
+
+        Colours are those of ``dsad predict``, by the scores of normal images.
+        """
+        scale = self.scales.get(self.category, {})
+        pixels = self._source([image])[0].image
+        return overlay(pixels, prediction.map, scale, prediction.region_threshold)
+
+    def score(
+        self, images: Sequence[str | os.PathLike[str] | np.ndarray]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Scores (n,) f32 of images as ``predict`` takes them, and maps (h, w) f32 on their pixels.
+
+        Batches are those of the fit: faster than one by one, and all maps are held.
+        """
         scores, maps = [], []
         batch = self.evaluation.batch_size
-        for _, made, image in self.stream(pictures.source(images), batch=batch):
+        for _, made, image in self.stream(self._source(images), batch=batch):
             scores.append(image)
             maps += [made[i] for i in sorted(made)]
         return np.concatenate(scores or [np.zeros(0, np.float32)]), maps
+
+    def _source(self, images: Sequence[Any]) -> Source:
+        return pictures.source(images, lossy=tuple(self.config["data"]["lossy"]))
 
     def stream(
         self, source: Source, *, batch: int, picture: Picture | None = None
@@ -168,7 +186,7 @@ class Saved:
         folder = paths.directory(directory)
         try:
             index = json.loads((folder / INDEX).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise WorkdirError(
                 f"{folder}: no fitted model there ({INDEX} is missing). Make one with "
                 "dsad fit --out=DIR or dsad evaluate --save-model=DIR."

@@ -24,8 +24,7 @@ class _Pictures(files.EncodedSource):
 
     def __init__(self, images: Sequence[Any], category: str, lossy: tuple[str, ...]) -> None:
         self._images = images
-        names = [f"{i:06d}" if isinstance(x, np.ndarray) else os.fspath(x)
-                 for i, x in enumerate(images)]  # fmt: skip
+        names = [_name(i, image) for i, image in enumerate(images)]
         records = [Record(path=n, category=category, label=0, kind="good") for n in names]
         super().__init__(records, lossy=lossy, rule=decode.MaskRule())
 
@@ -42,7 +41,8 @@ class _Pictures(files.EncodedSource):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise DataError(
                 f"image {index}: expected an array (h, w, 3) uint8, found {image.shape} "
-                f"{image.dtype}."
+                f"{image.dtype}. Give it as RGB from 0 to 255: repeat a grey channel three times, "
+                "leave alpha out, scale and round floats."
             )
         return image, "RGB"
 
@@ -50,6 +50,17 @@ class _Pictures(files.EncodedSource):
         """Of an array none."""
         image = self._images[index]
         return [] if isinstance(image, np.ndarray) else [pathlib.Path(image)]
+
+
+def _name(index: int, image: Any) -> str:
+    """The path of a file, the number of an array; raises DataError for anything else."""
+    if isinstance(image, np.ndarray):
+        return f"{index:06d}"
+    if isinstance(image, (str, os.PathLike)):
+        return os.fspath(image)
+    raise DataError(
+        f"image {index}: expected a path or an array (h, w, 3) uint8, found {type(image).__name__}."
+    )
 
 
 def source(

@@ -24,7 +24,9 @@ class Prediction:
       percentile: how many of 100 held-out normal images score lower; None for a model without
         thresholds, as are the next two.
       flagged: whether the score is above the threshold.
-      regions: where the map is above its threshold, the highest peak first; empty without one.
+      regions: where the map is above ``region_threshold``, the highest peak first.
+      region_threshold: at most the rate's share of normal images has a pixel above it; None for a
+        model without thresholds, which has no regions.
 
     """
 
@@ -33,6 +35,7 @@ class Prediction:
     percentile: float | None
     flagged: bool | None
     regions: tuple[Region, ...]
+    region_threshold: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,13 +117,17 @@ class Decision:
     def predict(self, score: float, scores: np.ndarray) -> Prediction:
         """For an image of this score with the map ``scores`` (h, w)."""
         if self.row is None or self.image is None or self.region is None:
-            return Prediction(score=score, map=scores, percentile=None, flagged=None, regions=())
+            return Prediction(
+                score=score, map=scores, percentile=None, flagged=None, regions=(),
+                region_threshold=None,
+            )  # fmt: skip
         return Prediction(
             score=score,
             map=scores,
             percentile=thresholds.percentile(self.row["scores"], score, self.row["weights"]),
             flagged=score > self.image,
             regions=regions(scores, self.region),
+            region_threshold=self.region,
         )
 
 

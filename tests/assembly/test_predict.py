@@ -3,7 +3,9 @@
 import csv
 import errno
 import json
+import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -12,12 +14,13 @@ import pytest
 import tifffile
 
 import dsad
-from dsad.assembly import evaluate, pictures, predict
+from dsad.assembly import evaluate, pictures, predict, training
 from dsad.assembly.model import FittedModel, Saved
 from dsad.assembly.saving import FORMAT, Writer
 from dsad.cli import main
-from dsad.core.errors import ConfigError, DataError, WorkdirError
+from dsad.core.errors import ConfigError, DataError, StoppedError, WorkdirError
 from dsad.core.mesh import make_mesh
+from dsad.core.types import RunInfo
 from dsad.data import base
 from dsad.evaluation import support, thresholds
 from dsad.evaluation.localize import read_results
@@ -359,10 +362,44 @@ def test_python_fits_saves_loads_and_predicts(folder, tmp_path):
         model.save(tmp_path / "m")
     loaded.save(tmp_path / "m", overwrite=True)
     assert dsad.load(tmp_path / "m").predict(image).score == one.score
-    with pytest.raises(DataError, match=r"expected an array \(h, w, 3\) uint8, found \(4, 4\)"):
-        model.predict(np.zeros((4, 4), np.uint8))
-    with pytest.raises(DataError, match="cannot be read"):
-        model.predict(tmp_path / "none.png")
+    refused = {
+        r"array \(h, w, 3\) uint8, found \(4, 4\) uint8.*grey channel": np.zeros((4, 4), np.uint8),
+        r"found \(4, 4, 4\) uint8.*leave alpha out": np.zeros((4, 4, 4), np.uint8),
+        r"found \(4, 4, 3\) float64.*round floats": np.zeros((4, 4, 3)),
+        r"found \(3, 4, 4\) uint8": np.zeros((3, 4, 4), np.uint8),
+        "expected a path or an array .*, found Image": PIL.Image.fromarray(arrays[0]),
+        "cannot be read": tmp_path / "none.png",
+    }
+    for match, bad in refused.items():
+        with pytest.raises(DataError, match=match):
+            model.predict(bad)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="expected good pictures, found none"):
+        dsad.fit([], **given, settings=SETTINGS)
+
+
+def test_an_overlay_is_that_of_the_command(folder, tmp_path):
+    model = dsad.load(folder / "model")
+    image = sorted((folder / "wood" / "test").glob("*/*.png"))[-1]
+    prediction = model.predict(image, rate=0.9)
+    assert prediction.regions
+    assert (prediction.map > prediction.region_threshold).any()
+    drawn = model.overlay(image, prediction)
+    assert run(folder / "model", image, "--rate=0.9", f"--out={tmp_path}/p") == 0
+    (written,) = (tmp_path / "p" / "overlays").glob("*.png")
+    np.testing.assert_array_equal(drawn, np.asarray(PIL.Image.open(written)))
+    assert (drawn != model.overlay(image, model.predict(image, rate=0.1))).any()
+
+
+def test_a_model_takes_what_its_fit_allowed(folder, tmp_path):
+    image = sorted((folder / "wood" / "train" / "good").iterdir())[0]
+    PIL.Image.open(image).convert("RGBA").save(tmp_path / "alpha.png")
+    given = {"backbone": "resnet18", "weights": "random", "detector": "knn"}
+    given["false_alarm_rate"] = 0
+    model = dsad.fit([image], **given, settings=SETTINGS | {"data.lossy": ("RGBA",)})
+    alpha, plain = model.predict(tmp_path / "alpha.png"), model.predict(image)
+    np.testing.assert_array_equal(alpha.map, plain.map)
+    with pytest.raises(DataError, match="RGBA"):
+        dsad.load(folder / "model").predict(tmp_path / "alpha.png")
 
 
 def test_one_picture_makes_a_model_that_decides_nothing(folder):
@@ -385,6 +422,27 @@ def test_python_evaluates(folder):
         **config, "evaluation": {**config["evaluation"], "save_maps": "none"},
     })  # fmt: skip
     assert results.mean == live.mean
+
+
+def test_of_a_config_for_both_each_takes_its_part(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.stepps: unknown key.*'steps'"):
+        dsad.pretrain("demo:smoke", tmp_path / "p", settings={"stepps": 1})
+    with pytest.raises(WorkdirError, match="none"):
+        dsad.evaluate("demo:smoke", settings={"backbone": f"run:{tmp_path}/none"})
+    with pytest.raises(ConfigError, match="no 'objective'"):
+        dsad.pretrain(pathlib.Path("configs/knn.py:smoke"), tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_stopped_training_gives_no_backbone(tmp_path, monkeypatch):
+    info = RunInfo(total_steps=7, batch_size=2, samples=5, classes=3)
+    prepared = types.SimpleNamespace(run=types.SimpleNamespace(info=info))
+    ends = iter((False, True))
+    monkeypatch.setattr(training, "prepare", lambda *_, **__: prepared)
+    monkeypatch.setattr(training, "pretrain", lambda *_, **__: next(ends))
+    with pytest.raises(StoppedError, match="stopped and saved.*resume=True"):
+        dsad.pretrain("ds2:smoke", tmp_path / "p")
+    assert dsad.pretrain("ds2:smoke", tmp_path / "p", resume=True) == f"run:{tmp_path / 'p'}"
 
 
 WEIGHTS = "resnet18_in1k_folded_l1l3_fp16.npz"
