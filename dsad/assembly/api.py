@@ -1,5 +1,6 @@
 """What ``import dsad`` offers: fit, load, pretrain, evaluate."""
 
+import functools
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -95,12 +96,12 @@ def pretrain(
     """
     chosen, out = _config(config), Console()
     place = os.fspath(place)
-    continued = resume and workdir.has_checkpoint(place)
-    prepared = training.prepare(chosen, out, continued=continued)
-    path = workdir.claim(
-        place, "pretrain", chosen.to_dict(), info=prepared.run.info, resume=resume,
-        overwrite=overwrite,
-    )  # fmt: skip
+    claim = functools.partial(
+        workdir.claim, place, "pretrain", chosen.to_dict(), resume=resume, overwrite=overwrite
+    )
+    claim(dry=True)
+    prepared = training.prepare(chosen, out, continued=resume and workdir.has_checkpoint(place))
+    path = claim(info=prepared.run.info)
     training.pretrain(prepared, path, out, resume=resume)
     return f"run:{path}"
 
@@ -124,13 +125,15 @@ def evaluate(
 
     """
     chosen = _config(config)
+    claim = functools.partial(
+        workdir.claim, os.fspath(place), "evaluate", chosen.to_dict(), overwrite=overwrite
+    )
+    if place:
+        claim(dry=True)
     parts = evaluation.prepare(chosen, _quiet())
     if not place:
         return evaluation.localized(parts, progress)
-    path = workdir.claim(
-        os.fspath(place), "evaluate", chosen.to_dict(), overwrite=overwrite
-    )  # fmt: skip
-    return evaluation.evaluate(parts, path, _quiet())
+    return evaluation.evaluate(parts, claim(), _quiet())
 
 
 def _config(config: str | Mapping[str, Any]) -> ml_collections.ConfigDict:

@@ -54,6 +54,7 @@ class Writer:
         self._index: dict[str, Any] = {"backbones": [], "categories": {}, "sha256": {}}
         self._last: Any = None
         self._overwrite = overwrite
+        distributed.on_main(lambda: paths.check_place(directory, _ADVICE))
         distributed.on_main(lambda: _clear(self.directory, overwrite, dry=True))
 
     def check(self, detector: Detector, backbone: Backbone | None, seeds: Sequence[int]) -> None:

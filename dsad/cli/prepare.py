@@ -20,7 +20,8 @@ def main(argv: list[str]) -> int:
     config, values, _ = command.parse(argv)
     data = data_config(config)
     out = console.console()
-    records.tfds()  # before anything is read
+    records.tfds()
+    records_builder.target(values.out, values.overwrite)  # before anything is read
     dataset = datasets.loaded(data, out)
     with console.progress("measuring", out) as tell:
         planned = records_builder.plan(dataset, values.canvas, tell)

@@ -23,8 +23,9 @@ def main(argv: list[str]) -> int:
     _, values, rest = command.parse(argv)
     if not rest:
         raise ConfigError("dsad report: name at least one directory written by dsad evaluate.")
-    training = values.training or _training(rest)
     out = values.out or os.path.join(rest[0], "report.html")
+    paths.check_place(out, "Give another --out=FILE.", file=True)
+    training = values.training or _training(rest)
     kwargs: dict[str, Any] = {"title": values.title} if values.title else {}
     write_report(
         out, [(_name(d, rest), d) for d in rest], training_dir=training or None,

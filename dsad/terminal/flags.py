@@ -118,6 +118,17 @@ class Command:
         self.integer("num_processes", 0, "With --coordinator: how many processes there are.")
         self.integer("process_id", -1, "With --coordinator: which one, from 0.", at_least=-1)
 
+    def early(self, argv: Sequence[str]) -> flags.FlagValues:
+        """The flags without the config, which may depend on them; raises ConfigError."""
+        argv = [f"dsad {self.name}", *_spelled(argv)]
+        with self._readable(argv):
+            self.values(argv, known_only=True)
+        return self.values
+
+    def chooses_config(self, argv: Sequence[str]) -> bool:
+        """Whether a --config is given."""
+        return any(re.match("--?config(=|$)", argument) for argument in argv)
+
     def parse(self, argv: Sequence[str]) -> tuple[Any, flags.FlagValues, list[str]]:
         """Raises ConfigError for what does not exist, has the wrong type or is too small."""
         argv = [f"dsad {self.name}", *_spelled(argv)]
