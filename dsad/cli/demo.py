@@ -13,6 +13,7 @@ from dsad.data import base as data_base
 from dsad.evaluation.report.page import write_report
 from dsad.evaluation.results import Results, shown
 from dsad.terminal import console, flags
+from dsad.train.stop import StopSignal
 
 COMMAND_CONFIG = "configs/demo.py"
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     command.switch("overwrite", "Replace an earlier demo in --workdir.")
     config, values, _ = command.parse(argv)
     path = workdir.claim(values.workdir, "demo", config.to_dict(), overwrite=values.overwrite)
-    return 0 if run(config, path, console.console()) else 1
+    return 0 if run(config, path, console.console()) else StopSignal.code
 
 
 def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:

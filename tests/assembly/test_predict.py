@@ -251,7 +251,7 @@ def test_a_stopped_run_leaves_partial_files_and_begins_anew(folder, tmp_path, ca
 
     with monkeypatch.context() as patch:
         patch.setattr(predict, "_filled", after(KeyboardInterrupt(), 3))
-        text = fails(capsys, *argv, code=3)
+        text = fails(capsys, *argv, code=130)
     assert "stopped after 3 of 13 images" in text
     assert "The same command begins anew" in text
     names = {p.name for p in (tmp_path / "p").iterdir()}
@@ -279,7 +279,7 @@ def test_a_stopped_fit_leaves_no_model(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "write_model", stop)
-    assert main.main(["fit", "--config=knn", *ONE, RATE, f"--out={tmp_path}/m"]) == 3
+    assert main.main(["fit", "--config=knn", *ONE, RATE, f"--out={tmp_path}/m"]) == 130
     assert "holds no new model" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(WorkdirError, match="no fitted model there"):
         Saved.read(tmp_path / "m")
