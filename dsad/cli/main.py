@@ -100,6 +100,8 @@ def entry() -> None:
         code = main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:  # once more, while it was told
+        code = StoppedError.code
     except Exception:
         import traceback
 
@@ -107,13 +109,13 @@ def entry() -> None:
         raise
     if code == StoppedError.code:
         code = _signals.code
+    _signals.ended()
     try:
         sys.stdout.flush()
     except OSError as error:
         code = code or _unexpected(error)
         # What could not be written is still in its buffer; at the exit it would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    _signals.ended(code)
     _end_with_others(code)
     sys.exit(code)
 

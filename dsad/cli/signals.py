@@ -31,10 +31,10 @@ class Signals:
                 signal.signal(number, self._act)
         sys.unraisablehook = self._unraisable
 
-    def ended(self, code: int) -> None:
+    def ended(self) -> None:
         """From now on a signal only cuts short how the interpreter ends."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: os._exit(code))
+            signal.signal(number, signal.SIG_DFL)
 
     def _act(self, number: int, frame: FrameType | None) -> None:
         self.code = 128 + number
