@@ -96,6 +96,12 @@ class Writer:
         text = json.dumps(about, indent=1, ensure_ascii=False)
         paths.write_whole(self.directory / INDEX, text, _ADVICE)
 
+    def discard(self) -> None:
+        """Remove what there is without an index, as nothing follows; a whole model stays."""
+        if distributed.is_main() and not (self.directory / INDEX).exists():
+            for path in self.directory.glob("*.safetensors"):
+                path.unlink()
+
     def _write(self, file: str, tree: Any) -> Any:
         outline, arrays = named_arrays(jax.tree.map(lambda x: np.asarray(hosts.whole(x)), tree))
         data = safetensors.numpy.save(arrays)
