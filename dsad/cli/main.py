@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return StoppedError.code
     except OSError as error:
         return _unexpected(error)
+    except UnicodeEncodeError as error:  # of what the system gave as bytes
+        name = error.object[max(0, error.start - 60) : error.end + 20].rpartition("\t")[2]
+        print(f"error: {name!a}: not UTF-8, as names have to be. Rename that.", file=sys.stderr)
+        return 2
 
 
 def _run(argv: list[str]) -> int:
@@ -96,6 +100,11 @@ _signals = Signals("dsad")
 def entry() -> None:
     """Console script."""
     _signals.catch()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        # Names of files need not be text, and terminals need not know our signs.
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         code = main()
     except SystemExit as stop:

@@ -27,6 +27,7 @@ from tests.helpers import ROOT, alone
         (PermissionError(errno.EACCES, "Permission denied", "a b"), 2, "a b: Permission denied"),
         (OSError(errno.EIO, "Input/output error"), 2, "error: Input/output error. Mend"),
         (OSError(errno.ENOSPC, "No space left", "x"), 3, "x: the disk or quota is full"),
+        (UnicodeEncodeError("utf-8", "0\tk\udcfc.png", 3, 4, ""), 2, r"'k\udcfc.png': not UTF-8"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ""),
     ],
 )
