@@ -1,5 +1,6 @@
 """What ``import dsad`` offers: fit, load, pretrain, evaluate, and what they give and raise."""
 
+import functools
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -108,12 +109,12 @@ def pretrain(
     """
     chosen, out = _config(config, "pretrain", settings), console.console()
     place = os.fspath(place)
-    continued = resume and workdir.has_checkpoint(place)
-    prepared = training.prepare(chosen, out, continued=continued)
-    path = workdir.claim(
-        place, "pretrain", chosen.to_dict(), info=prepared.run.info, resume=resume,
-        overwrite=overwrite,
-    )  # fmt: skip
+    claim = functools.partial(
+        workdir.claim, place, "pretrain", chosen.to_dict(), resume=resume, overwrite=overwrite
+    )
+    claim(dry=True)
+    prepared = training.prepare(chosen, out, continued=resume and workdir.has_checkpoint(place))
+    path = claim(info=prepared.run.info)
     if not training.pretrain(prepared, path, out, resume=resume):
         raise StoppedError(f"{path}: stopped and saved. Go on with resume=True.")
     return f"run:{place}"
@@ -141,13 +142,15 @@ def evaluate(
 
     """
     chosen = _config(config, "evaluate", settings)
+    claim = functools.partial(
+        workdir.claim, os.fspath(place), "evaluate", chosen.to_dict(), overwrite=overwrite
+    )
+    if place:
+        claim(dry=True)
     parts = evaluation.prepare(chosen, _quiet())
     if not place:
         return evaluation.localized(parts, progress)
-    path = workdir.claim(
-        os.fspath(place), "evaluate", chosen.to_dict(), overwrite=overwrite
-    )  # fmt: skip
-    return evaluation.evaluate(parts, path, _quiet())
+    return evaluation.evaluate(parts, claim(), _quiet())
 
 
 def _config(

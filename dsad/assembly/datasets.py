@@ -14,6 +14,6 @@ def loaded(config: data_base.DataConfig, out: Console) -> data_base.IndexedDatas
     if warnings:
         out.print(
             f"{len(warnings)} warning(s) about the files of {dataset.name}, first: {warnings[0]} "
-            "(all: dsad check-data)"
+            f"(all: {data_base.check_command(config)})"
         )
     return dataset

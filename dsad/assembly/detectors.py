@@ -31,6 +31,7 @@ from dsad.train.loop import Loop, train
 from dsad.train.optim import lengths_in_state
 from dsad.train.state import TrainState
 from dsad.train.step import Step, make_step, placed_key
+from dsad.train.stop import StopSignal
 
 _FILE = "trained.safetensors"
 _BACKBONE, _DIGEST = "backbone", "sha256"
@@ -93,10 +94,12 @@ class Trainer:
         )  # fmt: skip
         state, complete = train(loop, state)
         if not complete:
-            raise StoppedError(
+            stopped = StoppedError(
                 f"stopped at step {int(state.step)} of {total} of the detector of {data.title}, "
                 f"seed {data.seed}; the same command again trains only this one and the next."
             )
+            stopped.code = StopSignal.code or stopped.code
+            raise stopped
         extra = {name: part for name, part in state.extra.items() if name != _BACKBONE}
         return {"params": state.params, "extra": extra}
 

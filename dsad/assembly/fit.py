@@ -24,7 +24,7 @@ FALSE_ALARM_RATE = 0.05
 def fit(parts: evaluate.Evaluation, writer: saving.Writer, progress: Progress) -> Results:
     """Fit and write the models of all categories; gives stamp, support sets and thresholds.
 
-    Stopped by Ctrl-C it raises StoppedError, and there is no model.
+    Whatever stops it leaves no half of a model; Ctrl-C raises StoppedError.
     """
     writer.check(parts.detector, parts.backbone, parts.config.seeds)
     try:
@@ -34,6 +34,8 @@ def fit(parts: evaluate.Evaluation, writer: saving.Writer, progress: Progress) -
         raise StoppedError(
             f"stopped; {writer.directory} holds no new model. The same command starts again."
         ) from None
+    finally:
+        writer.discard()
     return results
 
 

@@ -207,7 +207,7 @@ class Saved:
 
     def config(self) -> dict[str, Any]:
         """Nested keys and values of the evaluation that fitted them."""
-        return _tuples(self.index["config"])
+        return core_config.tuples(self.index["config"])
 
     @property
     def stamp(self) -> Mapping[str, Any]:
@@ -232,7 +232,7 @@ class Saved:
         """The network of a model."""
         entry = self.index["backbones"][self.index["categories"][title]["backbone"]]
         params, extra = jax.tree.map(jnp.asarray, self._arrays(entry))
-        about = _tuples(entry["about"])
+        about = core_config.tuples(entry["about"])
         if entry["kind"] == "network":
             network: Any = models.Backbone(params=params, extra=extra, **about)
         else:
@@ -297,10 +297,3 @@ def _damaged(path: epath.Path) -> WorkdirError:
     return WorkdirError(
         f"{path}: damaged (its SHA-256 is wrong). Copy it again, or fit the model again."
     )
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were, also inside dicts."""
-    if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -80,9 +80,8 @@ def claim(out: str, *, overwrite: bool) -> epath.Path:
     if not out:
         raise ConfigError("dsad predict: --out=DIR is missing; it takes the predictions.")
     folder = paths.directory(out)
+    paths.check_place(out, _ADVICE)
     with paths.writing(folder, _ADVICE):
-        if folder.exists() and not folder.is_dir():
-            raise WorkdirError(f"--out={out}: expected a directory, found a file.")
         there = list(folder.iterdir()) if folder.exists() else []
         if any(not p.name.endswith(paths.TEMPORARY) for p in there):
             if not _is_ours(folder):
@@ -94,7 +93,7 @@ def claim(out: str, *, overwrite: bool) -> epath.Path:
                     f"--out={out}: holds predictions. Replace them with --overwrite, or choose "
                     "another directory."
                 )
-            folder.rmtree()
+            paths.clear(folder, ABOUT)
         about = {"command": "predict", "complete": False}
         paths.write_whole(folder / ABOUT, json.dumps(about), _ADVICE)
     return folder

@@ -54,6 +54,7 @@ class Writer:
         self._index: dict[str, Any] = {"backbones": [], "categories": {}, "sha256": {}}
         self._last: Any = None
         self._overwrite = overwrite
+        distributed.on_main(lambda: paths.check_place(directory, _ADVICE))
         distributed.on_main(lambda: _clear(self.directory, overwrite, dry=True))
 
     def check(self, detector: Detector, backbone: Backbone | None, seeds: Sequence[int]) -> None:
@@ -94,6 +95,12 @@ class Writer:
         about[DIGEST] = digest(about)
         text = json.dumps(about, indent=1, ensure_ascii=False)
         paths.write_whole(self.directory / INDEX, text, _ADVICE)
+
+    def discard(self) -> None:
+        """Remove what there is without an index, as nothing follows; a whole model stays."""
+        if distributed.is_main() and not (self.directory / INDEX).exists():
+            for path in self.directory.glob("*.safetensors"):
+                path.unlink()
 
     def _write(self, file: str, tree: Any) -> Any:
         outline, arrays = named_arrays(jax.tree.map(lambda x: np.asarray(hosts.whole(x)), tree))

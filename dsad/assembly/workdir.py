@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,20 +31,24 @@ def claim(
     info: RunInfo | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    dry: bool = False,
 ) -> epath.Path:
     """Take a directory for a run as ``_claim`` says; one process does it, all learn how it went.
 
     ``info``, of a pretraining run, is kept beside the config, so that the same objective can be
-    built again without the data.
+    built again without the data. ``dry``: only refuse, before anything is read, what would be
+    refused later; nothing is touched.
     """
     about = {"command": command, "config": config}
     about |= {"info": dataclasses.asdict(info)} if info else {}
-    distributed.on_main(lambda: str(_claim(workdir, about, resume=resume, overwrite=overwrite)))
+    distributed.on_main(lambda: _claim(workdir, about, resume=resume, overwrite=overwrite, dry=dry))
     return paths.directory(workdir)
 
 
-def _claim(workdir: str, about: Mapping[str, Any], *, resume: bool, overwrite: bool) -> epath.Path:
-    """Take a directory for a run and write its config; returns the path.
+def _claim(
+    workdir: str, about: Mapping[str, Any], *, resume: bool, overwrite: bool, dry: bool
+) -> None:
+    """Take a directory for a run and write its config.
 
     A directory in use needs ``resume`` (same command, and the same config but for what ``FREE``
     names) or ``overwrite`` (it must hold a dsad run, so that a mistyped path costs nothing). An
@@ -56,69 +61,70 @@ def _claim(workdir: str, about: Mapping[str, Any], *, resume: bool, overwrite: b
         )
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other.")
-    path = paths.directory(workdir)
+    path, text = paths.directory(workdir), json.dumps(about, indent=2) + "\n"
+    paths.check_place(workdir, _ADVICE)
     with paths.writing(workdir, _ADVICE):
-        _take(path, workdir, about, resume=resume, overwrite=overwrite)
-    return path
-
-
-def _take(
-    path: epath.Path,
-    workdir: str,
-    about: Mapping[str, Any],
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> None:
-    text = json.dumps(about, indent=2) + "\n"
-    if path.exists() and not path.is_dir():
-        raise WorkdirError(f"--workdir={workdir}: expected a directory, found a file.")
-    # A kill while the config was first written leaves nothing that would be worth keeping.
-    if path.exists() and any(not p.name.endswith(paths.TEMPORARY) for p in path.iterdir()):
-        if resume:
+        now = json.loads(text)
+        if _is_free(path):
+            if resume:
+                raise WorkdirError(f"--workdir={workdir}: nothing to resume; start without it.")
+        elif resume:
             # Without a checkpoint nothing depends on the old config, such as one that did not fit
             # into memory.
-            _check_same(path, text, free=not has_checkpoint(workdir))
-            paths.write_whole(path / CONFIG, text, _ADVICE)
+            changed = _changed(path, now, free=not has_checkpoint(workdir))
+            for line in [] if dry else changed:
+                print(f"resumed with {line}")
+        elif not overwrite and _is_unfinished(path, now):
+            if not _differing(path, now):
+                return
+        elif not overwrite:
+            raise _in_use(path, workdir, about["command"])
+        else:
+            _check_run(path, workdir)
+        if dry:
             return
-        if not overwrite and _unfinished(path, about):
-            return
-        if not overwrite:
-            go_on = (
-                "Continue its run with --resume, replace"
-                if about["command"] == "pretrain"
-                else "Replace"
-            )
-            raise WorkdirError(
-                f"--workdir={workdir}: in use. {go_on} it with --overwrite, or choose another "
-                "directory."
-            )
-        try:
-            read(path)
-        except WorkdirError as error:
-            raise WorkdirError(
-                f"--workdir={workdir}: holds files but no dsad run, and --overwrite only replaces "
-                f"dsad runs. Choose another directory. ({error})"
-            ) from error
-        path.rmtree()
-    elif resume:
-        raise WorkdirError(f"--workdir={workdir}: nothing to resume; start without --resume.")
-    paths.write_whole(path / CONFIG, text, _ADVICE)
+        if not resume and path.exists():
+            paths.clear(path, CONFIG)
+        paths.write_whole(path / CONFIG, text, _ADVICE)
 
 
-def _unfinished(path: epath.Path, about: Mapping[str, Any]) -> bool:
+def _is_free(path: epath.Path) -> bool:
+    """A kill while the config was first written leaves nothing that would be worth keeping."""
+    return not path.exists() or all(p.name.endswith(paths.TEMPORARY) for p in path.iterdir())
+
+
+def _in_use(path: epath.Path, workdir: str, command: str) -> WorkdirError:
+    text = f"--workdir={workdir}: in use. %s it with --overwrite, or choose another directory."
+    if command != "pretrain" or not (path / CONFIG).exists():
+        return WorkdirError(text % "Replace")
+    again = shlex.join(["dsad", "pretrain", "--resume", f"--workdir={workdir}"])
+    return WorkdirError(f"{text % 'Continue its run with --resume, replace'}\n  {again}")
+
+
+def _check_run(path: epath.Path, workdir: str) -> None:
+    try:
+        read(path)
+    except WorkdirError as error:
+        raise WorkdirError(
+            f"--workdir={workdir}: holds files but no dsad run, and --overwrite only replaces "
+            f"dsad runs. Choose another directory. ({error})"
+        ) from error
+
+
+def _is_unfinished(path: epath.Path, now: Mapping[str, Any]) -> bool:
     """Whether an evaluation can go on in a directory, or begin there anew."""
-    if about["command"] != "evaluate" or (path / RESULTS).exists():
+    if now["command"] != "evaluate" or (path / RESULTS).exists():
         return False
     try:
-        there = read(path)
+        return read(path)["command"] == "evaluate"
     except WorkdirError:
         return False
-    if there["command"] != "evaluate":
-        return False
-    text = json.dumps(about, indent=2) + "\n"
-    lines = differences(there["config"], json.loads(text)["config"])
-    lines = [line for line in lines if not _is_free(line.partition(":")[0])]
+
+
+def _differing(path: epath.Path, now: Mapping[str, Any]) -> bool:
+    """Whether an unfinished evaluation that kept nothing has other settings."""
+    lines = differences(read(path)["config"], now["config"])
+    lines = [line for line in lines if not _may_change(line)]
     # Folders hold what was measured, trained or mapped so far, perhaps by one that is at work.
     if lines and any(p.is_dir() for p in path.iterdir()):
         raise WorkdirError(
@@ -126,10 +132,7 @@ def _unfinished(path: epath.Path, about: Mapping[str, Any]) -> bool:
             + "\n  ".join(lines)
             + "\nGo on with its settings, replace it with --overwrite, or choose another directory."
         )
-    if lines:
-        path.rmtree()
-        paths.write_whole(path / CONFIG, text, _ADVICE)
-    return True
+    return bool(lines)
 
 
 OLDER = (
@@ -159,25 +162,26 @@ def has_checkpoint(workdir: str) -> bool:
     return bool(workdir) and folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
 
 
-def _check_same(path: epath.Path, text: str, *, free: bool) -> None:
-    found, wanted = read(path), json.loads(text)
-    if found["command"] != wanted["command"]:
+def _changed(path: epath.Path, wanted: Mapping[str, Any], *, free: bool) -> list[str]:
+    """What a resumed run changes, a line each; WorkdirError for what it may not unless ``free``."""
+    there = read(path)
+    if there["command"] != wanted["command"]:
         raise WorkdirError(
-            f"{path}: holds a run of dsad {found['command']}, not of dsad {wanted['command']}."
+            f"{path}: holds a run of dsad {there['command']}, not of dsad {wanted['command']}."
         )
-    if "info" in wanted and "info" not in found:
+    if there["command"] == "pretrain" and "info" not in there:
         raise WorkdirError(f"{path}: {OLDER}")
-    changed = differences(found["config"], wanted["config"])
-    if not free:
-        changed += differences(_data(found), _data(wanted), "data")
-    lines = [line for line in changed if not free and not _is_free(line.partition(":")[0])]
+    changed = differences(there["config"], wanted["config"])
+    if not free and "info" in wanted:
+        changed += differences(_data(there), _data(wanted), "data")
+    lines = [line for line in changed if not free and not _may_change(line)]
     if lines:
         raise WorkdirError(
             f"{path}: --resume needs the run's own config and data; these differ (there → now):\n  "
             + "\n  ".join(lines)
+            + "\nLeave these keys out: the run's own are read from its directory."
         )
-    for line in changed:
-        print(f"resumed with {line}")
+    return changed
 
 
 def _data(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +189,8 @@ def _data(about: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in about.get("info", {}).items() if k in ("samples", "classes")}
 
 
-def _is_free(key: str) -> bool:
+def _may_change(line: str) -> bool:
+    key = line.partition(":")[0]
     return any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 

@@ -13,6 +13,7 @@ from dsad.data import base as data_base
 from dsad.evaluation.report.page import write_report
 from dsad.evaluation.results import Results, shown
 from dsad.terminal import console, flags
+from dsad.train.stop import StopSignal
 
 COMMAND_CONFIG = "configs/demo.py"
 
@@ -26,14 +27,16 @@ def main(argv: list[str]) -> int:
     command.string("workdir", "dsad-demo", "Directory for everything the demo writes.")
     command.switch("overwrite", "Replace an earlier demo in --workdir.")
     config, values, _ = command.parse(argv)
+    pretrain.parse(core_config.require(config, "pretrain", COMMAND_CONFIG).pretrain)
+    evaluate.parse(core_config.require(config, "evaluate", COMMAND_CONFIG).evaluate)
     path = workdir.claim(values.workdir, "demo", config.to_dict(), overwrite=values.overwrite)
-    return 0 if run(config, path, console.console()) else 1
+    return 0 if run(config, path, console.console()) else StopSignal.code
 
 
 def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
     """Pretrain, evaluate before and after, report; returns the results by name, none if stopped."""
     start = time.perf_counter()
-    cfg, _, _ = pretrain.parse(core_config.require(config, "pretrain", COMMAND_CONFIG).pretrain)
+    cfg, _, _ = pretrain.parse(config.pretrain)
     dataset = data_base.load(cfg.data)
     out.print(
         console.headed(

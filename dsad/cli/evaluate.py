@@ -1,6 +1,6 @@
 """``dsad evaluate``: a backbone, a detector and a data set to numbers and pictures."""
 
-import re
+import functools
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -87,12 +87,8 @@ def decisions(results: Results) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """The command."""
-    models = [a.partition("=")[2] for a in argv if re.match("--?model=", a)]
-    if models and any(re.match("--?config(=|$)", a) for a in argv):
-        raise ConfigError("--model brings the config that it was fitted with; leave --config out.")
-    config = f"{model_config.__file__}:{models[-1]}" if models else "configs/knn.py"
     command = flags.Command(
-        "evaluate", "localize defects with a backbone and measure it.", config=config
+        "evaluate", "localize defects with a backbone and measure it.", config="configs/knn.py"
     )
     command.string("model", "", "Directory of fitted models to measure, instead of a config.")
     command.string("save_model", "", "Directory that takes what is fitted.")
@@ -100,18 +96,27 @@ def main(argv: list[str]) -> int:
     command.string("name", "", "Name of this evaluation in tables and reports.")
     command.switch("overwrite", "Replace the evaluation in --workdir.")
     command.distributed()
+    if model := command.early(argv).model:
+        if command.chooses_config(argv):
+            raise ConfigError("--model brings the config of its fit; leave --config out.")
+        command.config = f"{model_config.__file__}:{model}"
     config, values, _ = command.parse(argv)
     flags.start_distributed(values)
     out = console.console()
-    saved = Saved.read(values.model) if values.model else None
-    parts = distributed.together(lambda: evaluate.prepare(config, out, saved=saved))
+    claim = functools.partial(
+        workdir.claim, values.workdir, "evaluate", config.to_dict(), overwrite=values.overwrite
+    )
+    claim(dry=True)
     writer = None
     if values.save_model:
-        if saved:
+        if values.model:
             raise ConfigError("--save-model: expected a fit, found --model.")
         writer = Writer(values.save_model, overwrite=values.overwrite, workdir=values.workdir)
+    saved = Saved.read(values.model) if values.model else None
+    parts = distributed.together(lambda: evaluate.prepare(config, out, saved=saved))
+    if writer:
         writer.check(parts.detector, parts.backbone, parts.config.seeds)
-    path = workdir.claim(values.workdir, "evaluate", config.to_dict(), overwrite=values.overwrite)
+    path = claim()
     results = evaluate.evaluate(parts, path, out, name=values.name, writer=writer)
     out.print(table(results))
     for category, row in results.categories.items():

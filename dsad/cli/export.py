@@ -1,6 +1,7 @@
 """``dsad export``: an encoder as files that timm, torchvision and anomalib load."""
 
 from dsad.assembly import runs
+from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count
 from dsad.evaluation import stamp
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> int:
             "dsad export: expected --backbone=SPEC and --out=DIR, for example --backbone=run:runs/a"
             f" --out=exported{'; found ' + ' '.join(rest) if rest else ''}."
         )
+    export.check_free(paths.directory(values.out), values.overwrite)
     found = runs.encoder(values.backbone, values.weights)
     formats = registry.family_of(found.arch).formats
     form = values.format or (formats[0] if formats else "")

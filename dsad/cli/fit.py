@@ -5,6 +5,7 @@ import shlex
 from dsad.assembly import evaluate
 from dsad.assembly.fit import FALSE_ALARM_RATE, fit
 from dsad.assembly.saving import Writer
+from dsad.core.config import require
 from dsad.core.errors import ConfigError
 from dsad.evaluation import thresholds
 from dsad.terminal import console, flags
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> int:
     config, values, _ = command.parse(argv)
     if not values.out:
         raise ConfigError("dsad fit: --out=DIR is missing; it takes the model.")
+    require(config, "detector", "configs/patchcore.py")
     if not config.evaluation.false_alarm_rate and not any(a.startswith(_RATE) for a in argv):
         config.evaluation.false_alarm_rate = FALSE_ALARM_RATE
     out = console.console(80)

@@ -1,13 +1,12 @@
 """Entry of the ``dsad`` command: one module per sub-command, imported when it is called."""
 
 import importlib
-import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
-from dsad.core.errors import DsadError
+from dsad.cli.signals import Signals
+from dsad.core.errors import DsadError, StoppedError
 
 COMMANDS = {
     "demo": "see it work: pretrain, localize, report, in a few minutes on a CPU",
@@ -27,9 +26,28 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
-    0, 1 for faults found, 2 for unusable input, 3 for storage that failed during a run.
+    0, 1 for faults found, 2 for unusable input, 3 for storage that failed during a run, 130 for
+    Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except DsadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        again = "the same command again goes on, begins anew, or says how"
+        print(f"{' '.join(['dsad', *argv[:1]])}: stopped; {again}", file=sys.stderr)
+        return StoppedError.code
+    except OSError as error:
+        return _unexpected(error)
+    except UnicodeEncodeError as error:  # of what the system gave as bytes
+        name = error.object[max(0, error.start - 60) : error.end + 20].rpartition("\t")[2]
+        print(f"error: {name!a}: not UTF-8, as names have to be. Rename that.", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
@@ -41,19 +59,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"dsad: unknown command {argv[0]!r}.\n\n{usage()}", file=sys.stderr)
         return 2
+    import logging
+
     # XLA's start-up notes mean nothing to users and hide the messages that do.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Libraries announce fallbacks of their own here; what matters to users is said by dsad.
     logging.getLogger("absl").setLevel(logging.ERROR)
     module = importlib.import_module(f"dsad.cli.{argv[0].replace('-', '_')}")
-    try:
-        return module.main(argv[1:])
-    except DsadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print(f"dsad {argv[0]}: stopped", file=sys.stderr)
+    _signals.began = True
+    return module.main(argv[1:])
+
+
+def _unexpected(error: OSError) -> int:
+    """Say what a disk, file or pipe answered where nobody knew better; returns the exit code."""
+    from dsad.core import paths
+
+    if isinstance(error, BrokenPipeError) and not error.filename:
+        return 1  # whoever read the output has seen enough of it
+    where = f"{error.filename}" if error.filename else "standard output"
+    if paths.is_full(error):
+        told = f"{where}: the disk or quota is full: {paths.cause(error)}. Free space there, or "
+        print(f"error: {told}send the output elsewhere.", file=sys.stderr)
         return 3
+    told = f"{where}: {error.strerror}" if error.filename else paths.cause(error)
+    print(f"error: {told}. Mend that, then give the same command again.", file=sys.stderr)
+    return 2
 
 
 def usage() -> str:
@@ -63,35 +93,40 @@ def usage() -> str:
     return "usage: dsad COMMAND [--flags]\n\n" + "\n".join(lines) + "\n\ndsad COMMAND --help"
 
 
+#: Of this process, once ``entry`` has them; ``main`` alone leaves signals to its caller.
+_signals = Signals("dsad")
+
+
 def entry() -> None:
     """Console script."""
+    _signals.catch()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        # Names of files need not be text, and terminals need not know our signs.
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         code = main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:  # once more, while it was told
+        code = StoppedError.code
+    except Exception:
+        import traceback
+
+        _end_with_others(1, traceback.format_exc())
+        raise
+    if code == StoppedError.code:
+        code = _signals.code
+    _signals.ended()
+    try:
         sys.stdout.flush()
-    except Exception as error:
-        code = _output_full(error)
-        if not code:
-            _end_with_others(1, traceback.format_exc())
-            raise
+    except OSError as error:
+        code = code or _unexpected(error)
+        # What could not be written is still in its buffer; at the exit it would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _end_with_others(code)
     sys.exit(code)
-
-
-def _output_full(error: Exception) -> int:
-    """The exit code where the output goes to a full disk, said on stderr; else 0."""
-    from dsad.core import paths
-
-    if not isinstance(error, OSError) or not paths.is_full(error):
-        return 0
-    where = error.filename or "standard output"
-    print(
-        f"error: {where}: the disk or quota is full: {paths.cause(error)}. Free space there, or "
-        "send the output elsewhere.",
-        file=sys.stderr,
-    )
-    # What could not be written is still in its buffer; at the exit it would fail once more.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 3
 
 
 def _end_with_others(code: int, text: str = "") -> None:

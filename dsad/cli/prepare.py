@@ -1,5 +1,6 @@
 """``dsad prepare``: one folder of ArrayRecord files from a data set of many files."""
 
+import shlex
 import time
 
 from dsad.assembly import datasets
@@ -20,7 +21,8 @@ def main(argv: list[str]) -> int:
     config, values, _ = command.parse(argv)
     data = data_config(config)
     out = console.console()
-    records.tfds()  # before anything is read
+    records.tfds()
+    records_builder.target(values.out, values.overwrite)  # before anything is read
     dataset = datasets.loaded(data, out)
     with console.progress("measuring", out) as tell:
         planned = records_builder.plan(dataset, values.canvas, tell)
@@ -32,8 +34,8 @@ def main(argv: list[str]) -> int:
         )
     out.print(records.described(records.read_about(folder)))
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    use = f"--config.data.name=records --config.data.root={values.out}"
-    if values.canvas:
-        use += f" --config.data.canvas={values.canvas}"
-    out.print(f"{size / 1e9:.3g} GB in {time.monotonic() - start:.0f} s; use it with {use}")
+    use = ["--config.data.name=records", f"--config.data.root={values.out}"]
+    use += [f"--config.data.canvas={values.canvas}"] if values.canvas else []
+    took = f"{size / 1e9:.3g} GB in {time.monotonic() - start:.0f} s"
+    out.print(f"{took}; use it with {shlex.join(use)}")
     return 0

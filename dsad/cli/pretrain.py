@@ -1,10 +1,14 @@
 """``dsad pretrain``: train an encoder on the images of a data set."""
 
-from dsad.assembly import datasets, training, workdir
+import functools
+import shlex
+
+from dsad.assembly import datasets, run_config, training, workdir
 from dsad.assembly.pretrain import parse
 from dsad.core import distributed
+from dsad.core.errors import StoppedError
 from dsad.terminal import console, flags
-from dsad.train.stop import end_on_sigterm
+from dsad.train.stop import StopSignal
 
 
 def main(argv: list[str]) -> int:
@@ -15,22 +19,30 @@ def main(argv: list[str]) -> int:
     command.switch("continue", "Continue the run in --workdir if it holds one, else start it.")
     command.switch("overwrite", "Replace the run in --workdir.")
     command.distributed()
+    early = command.early(argv)
+    stored = (early.resume or early["continue"].value) and workdir.holds_run(early.workdir)
+    if stored and not command.chooses_config(argv):
+        command.config = f"{run_config.__file__}:{early.workdir}"
     config, values, _ = command.parse(argv)
     flags.start_distributed(values)
-    end_on_sigterm()
     again = bool(values["continue"].value) and workdir.holds_run(values.workdir)
     resume = bool(values.resume) or again
     out = console.console()
+    claim = functools.partial(
+        workdir.claim, values.workdir, "pretrain", config.to_dict(), resume=resume,
+        overwrite=values.overwrite,
+    )  # fmt: skip
+    claim(dry=True)
     cfg, _, _ = parse(config)
     dataset = distributed.together(lambda: datasets.loaded(cfg.data, out))
     continued = resume and distributed.on_main(lambda: workdir.has_checkpoint(values.workdir))
     prepared = training.prepare(config, out, dataset, continued=continued)
-    path = workdir.claim(
-        values.workdir, "pretrain", config.to_dict(), info=prepared.run.info, resume=resume,
-        overwrite=values.overwrite,
-    )  # fmt: skip
+    path = claim(info=prepared.run.info)
     if training.pretrain(prepared, path, out, resume=resume):
-        out.print(f"done; evaluate it with: dsad evaluate --config.backbone=run:{path}")
-    else:
-        out.print(f"stopped and saved; continue with: dsad pretrain ... --workdir={path} --resume")
-    return 0
+        use = shlex.join(["dsad", "evaluate", f"--config.backbone=run:{path}", "--workdir=DIR"])
+        out.print(f"done; evaluate it with: {use}")
+        return 0
+    again = shlex.join(["dsad", "pretrain", "--resume", f"--workdir={path}"])
+    out.print(f"stopped and saved; continue with: {again}")
+    # Schedulers take 0 for a run that they may continue; a shell must not go on after Ctrl-C.
+    return StopSignal.code if StopSignal.code == StoppedError.code else 0

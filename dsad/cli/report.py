@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     if not rest:
         raise ConfigError("dsad report: name a directory written by dsad evaluate or predict.")
     out = values.out or os.path.join(rest[0], "report.html")
+    paths.check_place(out, "Give another --out=FILE.", file=True)
     kwargs: dict[str, Any] = {"title": values.title} if values.title else {}
     predictions = [read for d in rest if (read := predict.read(d))]
     if predictions and len(rest) > 1:

@@ -292,3 +292,10 @@ def as_dict(value: Any) -> dict[str, Any]:
         f.name: as_dict(v) if dataclasses.is_dataclass(v := getattr(value, f.name)) else v
         for f in dataclasses.fields(value)
     }
+
+
+def tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were, also inside dicts."""
+    if isinstance(value, dict):
+        return {k: tuples(v) for k, v in value.items()}
+    return tuple(tuples(v) for v in value) if isinstance(value, list) else value

@@ -36,7 +36,7 @@ class NonFiniteError(DsadError):
 class StoppedError(DsadError):
     """Work that was asked to stop, and how to go on with it."""
 
-    code = 3
+    code = 130  # what shells give to Ctrl-C
 
 
 class MetricError(DsadError):

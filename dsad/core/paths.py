@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shutil
+import tempfile
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -105,6 +106,37 @@ def failure(path: str | epath.PathLike, error: BaseException, advice: str = "") 
     else:
         what = f"cannot be written: {cause(error)}."
     return WorkdirError(f"{os.fspath(path)}: {what}{' ' if advice else ''}{advice}")
+
+
+def check_place(path: str | epath.PathLike, advice: str = "", *, file: bool = False) -> None:
+    """Refuse a folder, or a ``file``, that cannot be written, before there is anything to write.
+
+    Raises WorkdirError for one that is there as something else, or where the nearest folder that
+    exists takes no file. Leaves nothing behind; buckets are not asked.
+    """
+    if is_remote(path):
+        return
+    place = directory(path)
+    with writing(path, advice):
+        if place.exists() and not (place.is_file() if file else place.is_dir()):
+            what = "file, found a directory" if file else "directory, found a file"
+            raise WorkdirError(f"{os.fspath(path)}: expected a {what}. {advice}")
+        above = place.parent if file else place
+        while not above.exists():
+            above = above.parent
+        try:
+            with tempfile.TemporaryFile(dir=above) as probe:
+                probe.write(b"\0")
+                probe.flush()
+        except OSError as error:  # names the temporary file
+            raise OSError(error.errno, error.strerror, os.fspath(above)) from error
+
+
+def clear(folder: epath.Path, keep: str) -> None:
+    """Empty a folder but for the file that says whose it is, so that a stopped one can go on."""
+    for path in folder.iterdir():
+        if path.name != keep:
+            path.rmtree() if path.is_dir() else path.unlink()
 
 
 def is_full(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -131,26 +132,35 @@ class IndexedDataset(abc.ABC):
 
 
 class FaultError(DataError):
-    """A DataError made of faults, all of them listed in the message and in ``faults``."""
+    """A DataError made of faults, all of them listed in the message and in ``faults``.
 
-    def __init__(self, *faults: Fault, where: str = ""):
+    ``command`` makes the full check of what lies at ``where``.
+    """
+
+    def __init__(self, *faults: Fault, where: str = "", command: str = ""):
         self.faults = faults
         lines = [str(fault) for fault in faults]
         if where:
             count = f"{len(lines)} fault{'s' if len(lines) != 1 else ''}"
-            lines = [f"{where}: {count} (run `dsad check-data` for the full check)"] + [
-                f"  {line}" for line in lines
-            ]
+            lines = [f"{where}: {count}", *(f"  {line}" for line in lines)]
+            lines.append(f"The full check:\n  {command}")
         super().__init__("\n".join(lines))
-        self._where = where
+        self._where, self._command = where, command
 
     def __reduce__(self):
         # Worker processes send their faults; an exception is otherwise rebuilt from its message.
-        return _fault_error, (self.faults, self._where)
+        return _fault_error, (self.faults, self._where, self._command)
 
 
-def _fault_error(faults: tuple[Fault, ...], where: str) -> FaultError:
-    return FaultError(*faults, where=where)
+def _fault_error(faults: tuple[Fault, ...], where: str, command: str) -> FaultError:
+    return FaultError(*faults, where=where, command=command)
+
+
+def check_command(config: DataConfig) -> str:
+    """The command that checks the data of a config, as a shell takes it."""
+    usual, keys = vars(DataConfig(name="")), vars(config)
+    given = [k for k in usual if keys[k] != usual[k] and k != "synthetic"]
+    return shlex.join(["dsad", "check-data", *(f"--config.data.{k}={keys[k]}" for k in given)])
 
 
 def error(check: str, path: str, message: str) -> Fault:
@@ -274,7 +284,8 @@ def load(config: DataConfig) -> IndexedDataset:
     """
     dataset = indexed(config)
     if errors := [f for f in dataset.faults if f.severity == "error"]:
-        raise FaultError(*errors, where=f"{dataset.name} in {config.place}")
+        where = f"{dataset.name} in {config.place}"
+        raise FaultError(*errors, where=where, command=check_command(config))
     return dataset
 
 

@@ -24,7 +24,15 @@ from dsad.core.errors import ConfigError
 from dsad.core.types import Record, Sample
 from dsad.data import facts as image_facts
 from dsad.data import files
-from dsad.data.base import DataConfig, FaultError, IndexedDataset, chosen, error, variant
+from dsad.data.base import (
+    DataConfig,
+    FaultError,
+    IndexedDataset,
+    check_command,
+    chosen,
+    error,
+    variant,
+)
 from dsad.data.decode import MaskRule
 
 #: Beside the records: what they are.
@@ -285,7 +293,9 @@ def _refuse(config: DataConfig, about: Mapping[str, Any], splits: Mapping[str, A
         bare = [r for r in splits["test"] if r.label and not r.masks]
         if bare:
             faults = [files.missing_mask(r.path, "in the records", False) for r in bare]
-            raise FaultError(*faults, where=f"records in {config.root}")
+            raise FaultError(
+                *faults, where=f"records in {config.root}", command=check_command(config)
+            )
 
 
 def scan(config: DataConfig) -> RecordDataset:

@@ -112,41 +112,43 @@ def write(
     and a disk too full; and DataError for an image that cannot be read, naming it. Nothing is left
     behind then.
     """
-    library, target = records.tfds(), _target(out, overwrite)
-    part = _scratch(target, planned.bytes + _OVERHEAD * sum(map(len, planned.sizes.values())))
+    library, place = records.tfds(), target(out, overwrite)
+    part = _scratch(place, planned.bytes + _OVERHEAD * sum(map(len, planned.sizes.values())))
     try:
-        with paths.writing(target, "What was there before is unchanged."):
+        with paths.writing(place, "What was there before is unchanged."):
             _build(library, planned, part, progress)
             for split in planned.sizes:
                 _write_index(part, split, planned.dataset)
             about = json.dumps(_about(planned), indent=2) + "\n"
             (part / records.ABOUT).write_text(about, "utf-8")
-            _move(part, target)
+            _move(part, place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return target
+    return place
 
 
-def _target(out: str, overwrite: bool) -> pathlib.Path:
+def target(out: str, overwrite: bool) -> pathlib.Path:
+    """The folder that ``write`` would take; raises WorkdirError or ConfigError if it may not."""
     if not out:
         raise ConfigError("dsad prepare: --out=DIR is missing; it takes the records.")
     if paths.is_remote(out):
         raise ConfigError(f"--out={out}: expected a local folder; copy it there afterwards.")
-    target = pathlib.Path(out).expanduser().absolute()
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return target
-    if not target.is_dir():
-        raise WorkdirError(f"--out={out}: expected a folder, found a file.")
+    place = pathlib.Path(out).expanduser().absolute()
+    # The folder beside it is the one that is written to.
+    for folder in (place, place.parent):
+        paths.check_place(folder, "Choose another --out=DIR.")
+    if not place.exists() or not any(place.iterdir()):
+        return place
     if not overwrite:
         raise WorkdirError(
             f"--out={out}: in use. Replace its records with --overwrite, or choose another folder."
         )
-    if not (target / records.ABOUT).is_file():
+    if not (place / records.ABOUT).is_file():
         raise WorkdirError(
             f"--out={out}: holds files but no records, and --overwrite only replaces records. "
             "Choose another folder."
         )
-    return target
+    return place
 
 
 def _scratch(target: pathlib.Path, needed: int) -> pathlib.Path:

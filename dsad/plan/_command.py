@@ -13,6 +13,8 @@ from dsad.plan import _compile, _report, _topology
 from dsad.plan._plan import Options, Plan, make
 from dsad.terminal import console, flags
 
+_JSON_ADVICE = "Give another --json=FILE."
+
 USAGE = """memory, speed and cost of a config on accelerators that need not be there.
 
   dsad plan --config=configs/mae_imagenet.py:large --topology=v5e:16x16 --config.mesh.fsdp=8
@@ -38,6 +40,8 @@ def main(argv: list[str]) -> int:
     config, values, _ = command.parse(argv)
     if (values.fsdp or values.batch) and not values.sweep:
         raise ConfigError("--fsdp and --batch list what --sweep tries; add --sweep.")
+    if values.json:
+        paths.check_place(values.json, _JSON_ADVICE, file=True)
     out = console.console()
     spec = [a.partition("=")[2] for a in argv if a.startswith("--config=")] or [command.config]
     options = _options(values, spec[-1])
@@ -103,4 +107,4 @@ def _options(values: Any, spec: str) -> Options:
 def _write(file: str, plans: list[Plan]) -> None:
     if file:
         text = json.dumps([dataclasses.asdict(p) for p in plans], indent=2) + "\n"
-        paths.write_whole(file, text, "Give another --json=FILE.")
+        paths.write_whole(file, text, _JSON_ADVICE)

@@ -5,6 +5,7 @@ import importlib.resources
 import io
 import pathlib
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from ml_collections import config_flags
 
 from dsad.core import distributed
 from dsad.core.config import Refused, listed, suggestion
-from dsad.core.errors import ConfigError
+from dsad.core.errors import ConfigError, DsadError
 
 
 def config_directory() -> pathlib.Path:
@@ -118,6 +119,17 @@ class Command:
         self.integer("num_processes", 0, "With --coordinator: how many processes there are.")
         self.integer("process_id", -1, "With --coordinator: which one, from 0.", at_least=-1)
 
+    def early(self, argv: Sequence[str]) -> flags.FlagValues:
+        """The flags without the config, which may depend on them; raises ConfigError."""
+        argv = [f"dsad {self.name}", *_spelled(argv)]
+        with self._readable(argv):
+            self.values(argv, known_only=True)
+        return self.values
+
+    def chooses_config(self, argv: Sequence[str]) -> bool:
+        """Whether a --config is given."""
+        return any(re.match("--?config(=|$)", argument) for argument in argv)
+
     def parse(self, argv: Sequence[str]) -> tuple[Any, flags.FlagValues, list[str]]:
         """Raises ConfigError for what does not exist, has the wrong type or is too small."""
         argv = [f"dsad {self.name}", *_spelled(argv)]
@@ -140,6 +152,8 @@ class Command:
         if rest and not self.positional:
             raise ConfigError(f"dsad {self.name}: unexpected argument {rest[0]!r}.")
         config = self.values["config"].value if self.config else None
+        if self.config:
+            _check_config(config)
         return config, self.values, rest
 
     def help(self) -> str:
@@ -165,13 +179,34 @@ class Command:
                 f"dsad {self.name}: unknown flag --{error.flagname}."
                 f"{suggestion('--' + error.flagname, known)} Flags: {listed(known)}."
             ) from error
-        except (AttributeError, KeyError) as error:
-            raise ConfigError(self._unknown_key(argv, error)) from error
-        except (flags.Error, TypeError, ValueError, OSError) as error:
+        except DsadError:
+            raise
+        except Exception as error:
+            self._check_file(argv)
+            if isinstance(error, AttributeError | KeyError):
+                raise ConfigError(self._unknown_key(argv, error)) from error
             message = re.sub(r"\s+", " ", str(error))
             raise ConfigError(
                 f"dsad {self.name}: {message}{self._expected(argv, error)}"
             ) from error
+
+    def _check_file(self, argv: Sequence[str]) -> None:
+        """Refuse a config file that fails by itself, whatever it raises, or gives no config."""
+        spec = next((a[9:] for a in argv if a.startswith("--config=")), "")
+        if not spec:
+            return
+        try:
+            config = self._loaded(argv)
+        except DsadError:
+            raise
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f" in line {f.lineno}" for f in frames if f.filename == spec.partition(":")[0]]
+            raise ConfigError(
+                f"--config={spec}: the file fails{lines[-1] if lines else ''}: "
+                f"{type(error).__name__}: {error}."
+            ) from error
+        _check_config(config)
 
     def _loaded(self, argv: Sequence[str]) -> Any:
         """The config without overrides, to say what exists."""
@@ -206,6 +241,13 @@ class Command:
                 return ""
             node = node[part]
         return f" (config.{named[1]}: expected {type(node).__name__}, for example {node!r})"
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"--config: expected a file whose get_config() returns a ConfigDict, found {config!r}."
+        )
 
 
 def _spelled(argv: Sequence[str]) -> list[str]:

@@ -1,6 +1,8 @@
 """How checkpoints use orbax: without limits of time, quietly; its only importer."""
 
+import functools
 import logging
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,7 @@ def checkpointer(*, alone: bool, before_commit: Callable[[], None]) -> ocp.Async
     ``before_commit`` is called in the background of process 0 when all files are written, before
     the checkpoint can be seen.
     """
+    _quieten_writes()
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).addFilter(_is_news)
     processes = _this_process() if alone else ocp.options.MultiprocessingOptions()
@@ -76,6 +79,18 @@ def _this_process() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
     )
+
+
+@functools.cache
+def _quieten_writes() -> None:
+    """Keep out what goes on being written when a failed checkpoint has ended its event loop."""
+    before = sys.unraisablehook
+
+    def told(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            before(what)
+
+    sys.unraisablehook = told
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -3,27 +3,11 @@
 import os
 import signal
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 from jax.experimental import multihost_utils
 
 from dsad.core import distributed
-
-
-def end_on_sigterm() -> None:
-    """Until the loop begins, SIGTERM ends the command at once with 0: there is nothing to save.
-
-    Schedulers then know that they may start it again. With several processes JAX keeps the notice
-    until the first step.
-    """
-
-    def end(number: int, frame: Any) -> None:
-        del number, frame
-        print("stopped before the first step", flush=True)
-        raise SystemExit(0)
-
-    if distributed.count() == 1 and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, end)
 
 
 class StopSignal:
@@ -32,11 +16,13 @@ class StopSignal:
     With several processes JAX itself catches SIGTERM, which is also how clouds announce a
     preemption, and finds the next step that all processes can stop at. Its handler must not be
     replaced there; a Ctrl-C is passed on to it, as an exception in one process would leave the
-    others waiting.
+    others waiting. ``code`` is what a shell would give to the last signal, 0 without one.
     """
 
+    code: ClassVar[int] = 0
+
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, StopSignal.code = False, 0
         self._old: dict[int, Any] = {}
 
     def reached(self, step: int) -> bool:
@@ -54,7 +40,7 @@ class StopSignal:
 
     def _request(self, number: int, frame: Any) -> None:
         del frame
-        self.requested = True
+        self.requested, StopSignal.code = True, 128 + number
         if signal.SIGTERM not in self._old:
             os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(number, self._old[number])  # a second signal acts at once

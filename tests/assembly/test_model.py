@@ -226,7 +226,7 @@ def test_faults_are_named(folder, tmp_path, capsys):
         assert not (tmp_path / "b").exists()
     (tmp_path / "file").write_text("")
     text = fails(capsys, *SMALL, *LIGHT, argv[1], f"--save-model={tmp_path / 'file'}")
-    assert "cannot be written" in text
+    assert "expected a directory, found a file" in text
     weights = model / "fitted-wood.safetensors"
     content = bytearray(weights.read_bytes())
     content[-9] ^= 1

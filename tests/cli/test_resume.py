@@ -74,6 +74,6 @@ def test_a_directory_whose_claim_was_killed_is_free(tmp_path):
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        WorkdirError, match=r"file/run/config.json: cannot be written: Not a directory .*--workdir"
+        WorkdirError, match=r"file/run: cannot be written: Not a directory \(.*/file\).*--workdir"
     ):
         claim(tmp_path / "file" / "run", config(), resume=False)

@@ -247,7 +247,7 @@ def test_nothing_is_overwritten(files, out):
     other = out.parent / "files"
     with pytest.raises(WorkdirError, match="holds files but no records"):
         prepared(files, other, overwrite=True)
-    with pytest.raises(WorkdirError, match="expected a folder, found a file"):
+    with pytest.raises(WorkdirError, match="expected a directory, found a file"):
         prepared(files, other / "disc/train/good/000.png")
     with pytest.raises(ConfigError, match="--out=DIR is missing"):
         prepared(files, "")

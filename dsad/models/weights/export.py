@@ -55,7 +55,7 @@ def write(
     options = dict(backbone.options)
     family.check_complete(backbone.arch, **options)
     folder = paths.directory(folder)
-    _check_free(folder, overwrite)
+    check_free(folder, overwrite)
     state = family.save(backbone.arch, backbone.params, backbone.extra, form, **options)
     config = json.dumps(_config(backbone, form, dict(about or {})), indent=2) + "\n"
     weights = safetensors.numpy.save(state, metadata={"format": "pt"})
@@ -75,10 +75,10 @@ def _short(archs: tuple[str, ...]) -> str:
     return ", ".join(archs) if len(archs) <= 4 else f"{archs[0]}, {archs[1]}, .. {archs[-1]}"
 
 
-def _check_free(folder: epath.Path, overwrite: bool) -> None:
+def check_free(folder: epath.Path, overwrite: bool) -> None:
+    """Refuse a folder that is in use or cannot be written, as ``write`` does."""
+    paths.check_place(folder, "Choose another --out.")
     used = [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: expected a directory, found a file.")
     if not used:
         return
     if not overwrite:

@@ -1,0 +1,60 @@
+"""What Ctrl-C and SIGTERM do to a command: KeyboardInterrupt, where it is sure to be seen."""
+
+import _thread
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+#: Seconds after which an interrupt that came at a bad moment is tried again.
+_AGAIN = 0.05
+_IMPORTS = "<frozen importlib._bootstrap>"
+
+
+class Signals:
+    """From ``catch`` until ``ended``; ``code`` is 128 plus the number of the last signal.
+
+    Until ``began`` a signal ends the process at once, as nothing is lost then. Later it raises
+    KeyboardInterrupt, but neither within an import, where libraries turn it into errors of their
+    own, nor for good within a destructor, where Python would only print it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.code, self.began = name, 128 + signal.SIGINT, False
+
+    def catch(self) -> None:
+        """Take the signals, but those that the parent process wants ignored."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._act)
+        sys.unraisablehook = self._unraisable
+
+    def ended(self) -> None:
+        """From now on a signal only cuts short how the interpreter ends."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+    def _act(self, number: int, frame: FrameType | None) -> None:
+        self.code = 128 + number
+        if not self.began:
+            os.write(2, f"\n{self.name}: stopped\n".encode())
+            os._exit(self.code)
+        while frame:
+            if frame.f_code.co_filename == _IMPORTS:
+                return _again(number)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    def _unraisable(self, told: Any) -> None:
+        if issubclass(told.exc_type, KeyboardInterrupt):
+            _again(self.code - 128)
+        else:
+            sys.__unraisablehook__(told)
+
+
+def _again(number: int) -> None:
+    timer = threading.Timer(_AGAIN, _thread.interrupt_main, (number,))
+    timer.daemon = True
+    timer.start()
