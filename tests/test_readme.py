@@ -58,10 +58,12 @@ SHORT = {
         "--config=configs/mae.py:smoke", "--rounds=1", "--images=8", "--batch=4", "--batches=1",
         "--canvas=64", "--workers=1", "--steps=1",
     ],
+    "bench predict": ["--rounds=1", "--side=64"],
     "bench gde": ["--rounds=1", "--images=8", "--side=3", "--channels=6", "--components=3"],
     # The small data have three training images a category.
     "--config.shots=4": ["--config.shots=2"],
     "--config=configs/gde.py": ["--config.detector.components=2"],
+    "--config.weights=imagenet": ["--config.weights=random"],  # of the hub
     "--stream=100000": ["--stream=402"],
 }  # fmt: skip
 #: The run that other blocks take their encoder from; they may be tested in another process.
@@ -92,6 +94,7 @@ def folder(tmp_path_factory):
     shutil.copytree(base / "data" / "mvtec" / "disc", base / "data" / "mvtec" / "bottle256")
     trees.mtd_grouped(base / "data" / "mtd")
     trees.good_and_bad(base / "pics")
+    shutil.copytree(base / "pics" / "bad", base / "pics" / "new")
     (base / "data" / "weights").mkdir()
     np.savez(
         base / "data" / "weights" / "resnet18_in1k_folded_l1l3_fp16.npz",
@@ -111,7 +114,8 @@ def case(block: str):
     """The long blocks, all results and the benchmarks, are left to the slow run."""
     long = (
         "runs/ds2-mtd", "bottle-patchcore", "runs/mae-bottle", "config.shots", "dsad bench",
-        "dsad plan", "runs/pixpro", "runs/pics", "check-data --config.data.name=mvtec",
+        "dsad plan", "runs/pixpro", "runs/pics", "runs/good-bad",
+        "check-data --config.data.name=mvtec",
     )  # fmt: skip
     marks = [pytest.mark.slow] if any(part in block for part in long) else []
     return pytest.param(block, marks=marks, id=commands(block)[0][:60])

@@ -23,7 +23,8 @@ class TorchPatchCore:
     def __init__(self, model: FittedModel) -> None:
         self.torch = torch = importlib.import_module("torch")
         torch.set_num_threads(os.cpu_count() or 1)
-        weights: Any = export.as_weights(model.backbone)
+        network: Any = model.backbone
+        weights: Any = export.as_weights(network)
         self._mean, self._std = (
             torch.tensor(x).reshape(1, 3, 1, 1) * 255 for x in (weights.mean, weights.std)
         )

@@ -167,9 +167,9 @@ def _run(
     recall: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Distances, indices and certificates (Q,), after the checks."""
-    ready = bank if isinstance(bank, Prepared) else None
-    if ready:
-        bank, valid = ready.shard.bank, ready.shard.valid
+    ready = None
+    if isinstance(bank, Prepared):
+        ready, bank, valid = bank, bank.shard.bank, bank.shard.valid
     _check(queries, bank, k, tile, precision, recall)
     rows = jnp.shape(queries)[0]
     valid = _counted(valid, jnp.shape(bank)[0], k)
@@ -178,7 +178,7 @@ def _run(
         return jnp.zeros((0, k)), jnp.zeros((0, k), jnp.int32), jnp.ones(0, bool)
     if mesh is not None:
         queries, bank = _spread(queries, mesh), _spread(bank, mesh)
-    return _nearest(queries, ready or bank, valid, rows, mesh, plan)
+    return _nearest(queries, bank if ready is None else ready, valid, rows, mesh, plan)
 
 
 def _check(

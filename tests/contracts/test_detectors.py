@@ -22,7 +22,14 @@ import pytest
 from jax import export
 from safetensors.numpy import load_file, save_file
 
-from dsad.core.detection import Detector, DetectorTraits, HasPanels, Scores, TrainsOnData
+from dsad.core.detection import (
+    Detector,
+    DetectorTraits,
+    HasPanels,
+    Prepares,
+    Scores,
+    TrainsOnData,
+)
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, batch_sharding, make_mesh
 from dsad.core.tree import named_arrays, rebuilt
@@ -77,11 +84,22 @@ def test_equals_its_oracle(name, config):
 @pytest.mark.parametrize("name", CASES)
 def test_public_members_are_those_of_the_seam(name):
     detector = made(name)
-    seams = [s for s in (Detector, HasPanels, EmbedsCells, TrainsOnData) if isinstance(detector, s)]
+    known = (Detector, HasPanels, EmbedsCells, Prepares, TrainsOnData)
+    seams = [s for s in known if isinstance(detector, s)]
     public = lambda of: {n for n in dir(of) if not n.startswith("_")}  # noqa: E731
     assert public(detector) == set().union(*map(public, seams))
     assert isinstance(detector.traits, DetectorTraits)
     assert isinstance(detector, TrainsOnData) == bool(detector.traits.trains_on)
+
+
+def test_a_prepared_state_scores_the_same(case):
+    detector, score, maps = case
+    if not isinstance(detector, Prepares):
+        pytest.skip("it prepares nothing")
+    state, test = fitted(detector, Batches(maps(0, 6))), maps(1, 8)
+    prepared = detector.prepared(state)
+    assert len(jax.tree.leaves(prepared)) > len(jax.tree.leaves(state))
+    close(score(prepared, test), score(state, test), 1e-6)
 
 
 def test_order_padding_and_batch_size_change_nothing(case):
