@@ -146,7 +146,7 @@ _CONFIGS = (
 _FLAGS = (
     "--nowhere", "--overwrit", "--out", "--workdir", "--config.", "--config", "--config=nowhere.py",
     "--config=knn:nowhere", "extra", "--overwrite=perhaps", "--coordinator=a", "--num_processes=x",
-    "--config.data.name=mvtek", "--config.data.name=mvtec", "--config.data.root=",
+    "--config.data.name=mvtek", "--config.data.name=mvtec",
 )  # fmt: skip
 _WRONG = {
     "int": ("abc", "1.5", "None", "(1,)", ""), "float": ("abc", "(1.0,)", ""),
@@ -169,6 +169,7 @@ def _keys(spec):
                 flat[f"{where}{key}"] = value
 
     walk(config, "")
+    del sys.modules["config_config"]  # an empty file would be taken for it
     return flat
 
 
