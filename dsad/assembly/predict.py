@@ -32,7 +32,7 @@ from dsad.evaluation.report import gallery
 from dsad.evaluation.stamp import plain
 
 ABOUT = "about.json"
-CSV, JSON_LINES = "predictions.csv", "predictions.jsonl"
+CSV, JSON_LINES, OVERLAYS = "predictions.csv", "predictions.jsonl", "overlays"
 _PARTIAL = ".partial"
 _ADVICE = "Choose another --out, or mend this one."
 #: Images at once, whatever their size; of their pictures the longest side that is kept.
@@ -198,7 +198,7 @@ def _rows(
             assert small is not None
             summary.levels.append(pictures.brightness(small))
             drawn = overlay(small, found[number], scale, decision.region)
-            row["overlay"] = f"overlays/{names[number]}.png"
+            row["overlay"] = f"{OVERLAYS}/{names[number]}.png"
             paths.write_whole(folder / row["overlay"], _png(drawn), _ADVICE)
             if tiffs:
                 tiffs.write(f"{names[number]}.tiff", found[number])
