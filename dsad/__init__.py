@@ -10,6 +10,9 @@ imports nothing heavy by itself. Faults of input are a ``DsadError``, whose mess
 
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+__all__ = ["DsadError", "FittedModel", "Prediction", "evaluate", "fit", "load", "pretrain"]
+
 if TYPE_CHECKING:
     from dsad.assembly.api import (
         DsadError,
@@ -20,14 +23,11 @@ if TYPE_CHECKING:
         load,
         pretrain,
     )
+else:
 
-__version__ = "0.1.0"
-__all__ = ["DsadError", "FittedModel", "Prediction", "evaluate", "fit", "load", "pretrain"]
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from dsad.assembly import api
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dsad.assembly import api
-
-    return getattr(api, name)
+        return getattr(api, name)

@@ -156,4 +156,6 @@ def test_python_blocks_run():
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     assert blocks
     for block in blocks:
+        modules = re.findall(r"^\s*(?:import|from) (\S+)", block, re.M)
+        assert set(modules) <= {"dsad", "numpy"}, "the README's Python uses nothing deeper"
         exec(compile(block, "README.md", "exec"), {})

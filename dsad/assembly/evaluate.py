@@ -90,7 +90,8 @@ def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
     if not runs.is_run(cfg.backbone):
         raise ConfigError(
             f"config.data.name: with backbone {cfg.backbone!r} there is no run to take the data "
-            "from; name a data set, for example --config.data.name=mvtec --config.data.root=DIR."
+            "from; name some: --config.data.name=folder --config.data.root=DIR for a folder of "
+            "good images, --config.data.name=mvtec for a tree in that layout."
         )
     if runs.per_category(cfg.backbone):
         raise ConfigError(

@@ -34,7 +34,7 @@ from dsad.evaluation.report import gallery
 from dsad.evaluation.stamp import plain
 
 ABOUT = "about.json"
-CSV, JSON_LINES = "predictions.csv", "predictions.jsonl"
+CSV, JSON_LINES, OVERLAYS = "predictions.csv", "predictions.jsonl", "overlays"
 _PARTIAL = ".partial"
 _ADVICE = "Choose another --out, or mend this one."
 #: Images at once, whatever their size.
@@ -245,7 +245,7 @@ def _written(
         fault = f"the score is {score}; expected a finite one"
     if fault:
         return _Image(fault)
-    place = f"overlays/{name}.png"
+    place = f"{OVERLAYS}/{name}.png"
     drawn = overlay(small, values, scale, decision.region)
     paths.write_whole(folder / place, _png(drawn), _ADVICE)
     if tiffs:

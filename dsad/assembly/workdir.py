@@ -203,7 +203,10 @@ def read(path: str | epath.PathLike) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except FileNotFoundError:
-        raise WorkdirError(f"{path}: no dsad run there ({CONFIG} is missing).") from None
+        raise WorkdirError(
+            f"{path}: no dsad run there ({CONFIG} is missing). Name what dsad pretrain or dsad "
+            "evaluate wrote; the predictions of dsad predict are tables and pictures themselves."
+        ) from None
     except ValueError as error:
         raise WorkdirError(f"{file}: not readable as JSON: {error}.") from error
     keys = set(found) if isinstance(found, dict) else set()

@@ -16,7 +16,9 @@ _RATE = "--config.evaluation.false_alarm_rate"
 def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
-        "fit", "fit a detector to good pictures, and set its thresholds.",
+        "fit", "fit a detector to good pictures, and set its thresholds. For example\n"
+        "  dsad fit --config.data.name=folder --config.data.root=GOOD --config.weights=imagenet "
+        "--out=MODEL",
         config="configs/patchcore.py",
     )  # fmt: skip
     command.string("out", "", "Directory that takes the model.")
@@ -34,10 +36,12 @@ def main(argv: list[str]) -> int:
         results = fit(parts, writer, tell)
     for category, by_seed in parts.sets.by_category.items():
         (support,) = by_seed.values()
+        tested = sum(not r.label for r in parts.dataset.source("test", category).records)
+        left = f", {tested} left for tests" if tested and config.data.name == "folder" else ""
         held = f"; a second fit without {len(support.held_out)} set the threshold"
         out.print(
             f"{category}: fitted on {len(support.bank)} good pictures"
-            f"{held if support.held_out else ''}"
+            f"{left}{held if support.held_out else ''}"
         )
         for row in results.thresholds.get(category, {}).values():
             at = thresholds.at_rate(row)

@@ -4,7 +4,7 @@ import shlex
 
 from dsad.assembly import pictures
 from dsad.assembly.model import FittedModel
-from dsad.assembly.predict import CSV, claim, predict
+from dsad.assembly.predict import CSV, OVERLAYS, claim, predict
 from dsad.core.config import Refused
 from dsad.core.errors import ConfigError
 from dsad.terminal import console, flags
@@ -16,7 +16,8 @@ _LISTED = 5
 def main(argv: list[str]) -> int:
     """The command; 1 if an image could not be read."""
     command = flags.Command(
-        "predict", "MODEL IMAGES...: score files, folders, or patterns with a fitted model.",
+        "predict", "MODEL IMAGES...: score files, folders, or patterns with a fitted model.\n"
+        "  dsad predict MODEL NEW --out=PREDICTIONS",
         positional=True,
     )  # fmt: skip
     command.string("out", "", "Directory that takes predictions and overlays.")
@@ -44,8 +45,8 @@ def main(argv: list[str]) -> int:
     flagged = f", {summary.flagged} flagged" if decision.row else ""
     missing = f", {len(summary.faults)} not read" if summary.faults else ""
     out.print(f"{summary.total} images{flagged}{missing}; {decision}")
-    out.print(f"written: {folder / CSV}")
-    out.print(f"pictures: dsad report {shlex.quote(values.out)}")
+    out.print(f"written: {folder / CSV}; pictures: {folder / OVERLAYS}")
+    out.print(f"on one page: dsad report {shlex.quote(values.out)}")
     return 1 if summary.faults else 0
 
 
