@@ -11,9 +11,13 @@ from dsad.assembly.model import Saved
 from dsad.assembly.saving import Writer
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
+from dsad.data.base import PLACES
 from dsad.evaluation import thresholds
 from dsad.evaluation.results import Results, shown
 from dsad.terminal import console, flags
+
+#: Of these every one names images anew.
+_NAMED = ("root", "normal", "manifest")
 
 
 def table(results: Results, title: str = "") -> Table:
@@ -89,6 +93,8 @@ def main(argv: list[str]) -> int:
     models = [a.partition("=")[2] for a in argv if re.match("--?model=", a)]
     if models and any(re.match("--?config(=|$)", a) for a in argv):
         raise ConfigError("--model brings the config that it was fitted with; leave --config out.")
+    if models and any(re.match(rf"--?config\.data\.({'|'.join(_NAMED)})(=|$)", a) for a in argv):
+        argv = [*(f"--config.data.{key}=" for key in PLACES), *argv]  # in place of the fit's
     config = f"{model_config.__file__}:{models[-1]}" if models else "configs/knn.py"
     command = flags.Command(
         "evaluate", "localize defects with a backbone and measure it.", config=config
