@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dsad.core.config import listed
 from dsad.core.types import Record
 from dsad.data import _manifest, defective, files, heldout
-from dsad.data._places import CATEGORY, Place, empty_class, mixed, parse, walk
+from dsad.data._places import CATEGORY, Place, empty_class, labels, mixed, parse, walk
 from dsad.data.base import DataConfig, Fault, chosen, error, warning
 from dsad.data.decode import MaskRule
 
@@ -173,6 +173,7 @@ def _categories(
         start = os.path.relpath(normal.base, root)
         loose, folders = next(walk(root, [], start), ([], []))
         if folders and not loose:
+            faults += labels(root, folders)
             normal = normal.within()
         elif folders:
             advice = "Or take them all as one category with a glob that ends in /**/*, or "

@@ -32,7 +32,7 @@ import pathlib
 from dsad.core.errors import ConfigError
 from dsad.data import _labelled, files
 from dsad.data._labelled import MASKED
-from dsad.data._places import empty_class, images_below, mixed, walk
+from dsad.data._places import empty_class, images_below, labels, mixed, walk
 from dsad.data.base import DataConfig, Fault, chosen, error, variant
 from dsad.data.decode import MaskRule
 
@@ -58,6 +58,7 @@ def _index(root: pathlib.Path, config: DataConfig, faults: list[Fault]) -> dict[
         faults.append(error("K0", str(root), text))
         return {}
     if not loose:
+        faults += labels(root, folders)
         found = {name: images_below(root, faults, name) for name in chosen(config, tuple(folders))}
         faults += [empty_class(name) for name, paths in found.items() if not paths]
         return found

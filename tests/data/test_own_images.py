@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import shlex
 
 import numpy as np
 import pytest
@@ -251,6 +252,29 @@ def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path):
     assert len(paths(whole, "train") + paths(whole, "test", 0)) == 11
     both = dataclasses.replace(config, normal="pics/**/*")
     refused(both, "[K14] 2 images such as this are named by normal=pics/**/* and by abnormal=")
+
+
+@pytest.mark.parametrize("key", ["root", "normal"])
+@pytest.mark.parametrize("names", [("good", "bad"), ("OK", "NG")])
+def test_labels_are_not_taken_for_categories(tmp_path, key, names):
+    """What the message says to write works, whatever else stays there."""
+    place = tmp_path / "Prüf teile"
+    trees.good_and_bad(place)
+    for old, new in zip(("good", "bad"), names, strict=True):
+        (place / old).rename(place / new)
+    (place / "masks").mkdir()
+    config = DataConfig(name="folder", **{key: str(place)})
+    with pytest.raises(DataError, match=f"{names[0]} and {names[1]} are no categories") as caught:
+        load(config)
+    flags = [x for x in shlex.split(str(caught.value)) if x.startswith("--config.data.")]
+    given = dict(flag.removeprefix("--config.data.").split("=", 1) for flag in flags)
+    assert list(given) == ["normal", "abnormal"]
+    data = load(dataclasses.replace(config, **given))
+    assert len(paths(data, "train") + paths(data, "test", 0)) == 10
+    assert len(paths(data, "test", 1)) == 2
+    trees.good_and_bad(tmp_path / "fine" / "a")
+    (tmp_path / "fine/a/bad").rename(tmp_path / "fine/a/dent")
+    assert load(dataclasses.replace(config, **{key: str(tmp_path / "fine")})).categories == ("a",)
 
 
 def test_categories_must_agree(tmp_path):
