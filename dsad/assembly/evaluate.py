@@ -18,6 +18,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, CanvasSource, Dataset, Progress
 from dsad.data import base as data_base
+from dsad.data import heldout
 from dsad.evaluation import fitting
 from dsad.evaluation.localize import EvalConfig, Results, localize, write_results
 from dsad.evaluation.parts import Parts
@@ -128,7 +129,10 @@ class Evaluation:
         made = {}
         for category, by_seed in self.sets.by_category.items():
             source = self.dataset.source("train", category)
-            made[category] = pictures.looks(subset(source, next(iter(by_seed.values())).bank))
+            bank = next(iter(by_seed.values())).bank
+            made[category] = {
+                **pictures.looks(subset(source, bank)), "contents": heldout.contents(source)
+            }  # fmt: skip
         return made
 
 
@@ -141,17 +145,31 @@ FREE = (
 
 
 def prepare(
-    config: Any, out: Console, dataset: Dataset | None = None, saved: Saved | None = None
+    config: Any,
+    out: Console,
+    dataset: Dataset | None = None,
+    saved: Saved | None = None,
+    *,
+    measured: bool = True,
 ) -> Evaluation:
     """Load everything that can be refused, before a directory is touched.
 
     ``saved`` are models to measure; only ``FREE`` keys may differ from those they were fitted with.
+    Then all own images that they were not fitted on are tested; with ``measured`` False none is,
+    and all normal ones are fitted on.
     """
     cfg, detector = parse(config)
     _check_patches(cfg.backbone, detector)
     if not saved:
         runs.check_named(cfg.backbone, cfg.weights)
-    dataset = dataset or datasets.loaded(data_config(cfg), out)
+    if dataset is None:
+        data = data_config(cfg)
+        if data.labelled and (saved or not measured):
+            data = dataclasses.replace(data, holdout=1.0 if saved else 0.0)
+        cfg = dataclasses.replace(cfg, data=data)
+        dataset = datasets.loaded(data, out)
+        if saved and data.labelled:
+            dataset = heldout.left(dataset, saved.contents, saved.category)
     if isinstance(dataset.source("train"), CanvasSource):
         raise ConfigError(
             f"config.data: {dataset.name} at {cfg.data.root} holds canvases for training, which "

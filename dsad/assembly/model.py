@@ -228,6 +228,17 @@ class Saved:
         """Of the models: a category, or all of them together."""
         return tuple(self.index["categories"])
 
+    @property
+    def category(self) -> str:
+        """The only one, or "" of several."""
+        names = [c for row in self.index["categories"].values() for c in row["categories"]]
+        return names[0] if len(names) == 1 else ""
+
+    @property
+    def contents(self) -> frozenset[str]:
+        """Of the normal images that they could be fitted on, see ``heldout.contents``."""
+        return frozenset(c for row in self.index["normals"].values() for c in row["contents"])
+
     def backbone(self, title: str) -> Backbone:
         """The network of a model."""
         entry = self.index["backbones"][self.index["categories"][title]["backbone"]]

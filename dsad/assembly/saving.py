@@ -23,7 +23,7 @@ from dsad.evaluation.stamp import plain
 from dsad.models import wrappers
 
 #: Of the files; another one cannot be read.
-FORMAT = 3
+FORMAT = 4
 INDEX = "model.json"
 #: In the index: the SHA-256 of everything else there.
 DIGEST = "index_sha256"

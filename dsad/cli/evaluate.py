@@ -1,6 +1,7 @@
 """``dsad evaluate``: a backbone, a detector and a data set to numbers and pictures."""
 
 import functools
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +13,13 @@ from dsad.assembly.model import Saved
 from dsad.assembly.saving import Writer
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
+from dsad.data.base import PLACES
 from dsad.evaluation import thresholds
 from dsad.evaluation.results import Results, shown
 from dsad.terminal import console, flags
+
+#: Of these every one names images anew.
+_NAMED = ("root", "normal", "manifest")
 
 
 def table(results: Results, title: str = "") -> Table:
@@ -99,6 +104,8 @@ def main(argv: list[str]) -> int:
     if model := command.early(argv).model:
         if command.chooses_config(argv):
             raise ConfigError("--model brings the config of its fit; leave --config out.")
+        if any(re.match(rf"--?config\.data\.({'|'.join(_NAMED)})(=|$)", a) for a in argv):
+            argv = [*(f"--config.data.{key}=" for key in PLACES), *argv]  # in place of the fit's
         command.config = f"{model_config.__file__}:{model}"
     config, values, _ = command.parse(argv)
     flags.start_distributed(values)

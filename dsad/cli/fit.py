@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         config.evaluation.false_alarm_rate = FALSE_ALARM_RATE
     out = console.console(80)
     writer = Writer(values.out, overwrite=values.overwrite)
-    parts = evaluate.prepare(config, out)
+    parts = evaluate.prepare(config, out, measured=False)
     with console.progress("fitting", out) as tell:
         results = fit(parts, writer, tell)
     for category, by_seed in parts.sets.by_category.items():

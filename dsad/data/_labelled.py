@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dsad.core.config import listed
 from dsad.core.types import Record
 from dsad.data import _manifest, defective, files, heldout
-from dsad.data._places import CATEGORY, Place, empty_class, mixed, parse, walk
+from dsad.data._places import CATEGORY, Place, empty_class, labels, mixed, parse, walk
 from dsad.data.base import DataConfig, Fault, chosen, error, warning
 from dsad.data.decode import MaskRule
 
@@ -42,7 +42,7 @@ class _Labelled:
             return mine, [r for r in self.tested if r.category == category]
         bad = [r for r in self.abnormal if r.category == category]
         train, test = heldout.divided(mine, self.config.holdout, self.config.seed, bad)
-        if test and not train:
+        if test and not train and self.config.holdout < 1:
             groups = len({r.group for r in test if r.group})
             text = f"all {len(test)} normal images are held out"
             text += f" with their {groups} groups" if groups else ""
@@ -62,8 +62,11 @@ class _Labelled:
         split = f"{count} held out (share {config.holdout:g}, seed {config.seed}, {heldout.RULE})"
         if self.tested is not None:
             split = f"{count} named for the test"
+        elif config.holdout == 0:
+            split = f"all {len(train):,} normal images train, none is tested"
         groups = any(r.group for r in train + test)
-        test = test + self.abnormal if self.real else defective.doubled(test)
+        if self.tested is not None or config.holdout:
+            test = test + self.abnormal if self.real else defective.doubled(files.by_path(test))
         splits = {"train": files.by_path(train), "test": files.by_path(test)}
         faults = self.faults + (files.split_groups(splits) if groups else [])
         return files.FileDataset(
@@ -170,6 +173,7 @@ def _categories(
         start = os.path.relpath(normal.base, root)
         loose, folders = next(walk(root, [], start), ([], []))
         if folders and not loose:
+            faults += labels(root, folders)
             normal = normal.within()
         elif folders:
             advice = "Or take them all as one category with a glob that ends in /**/*, or "
@@ -267,17 +271,18 @@ def _overlaps(paths: Mapping[str, set[str]], texts: Mapping[str, str]) -> list[F
 
 def _incomplete(made: _Labelled) -> None:
     """Appends a fault for every category without images that it needs."""
+    fits, tests = made.config.holdout < 1, made.config.holdout > 0
     has = {k: {r.category for r in v or ()} for k, v in vars(made).items()
            if k in ("normal", "tested", "abnormal")}  # fmt: skip
     for category in made.categories:
-        if category in has["tested"] and category not in has["normal"]:
-            made.faults.append(warning("K0", category, "no training image: nothing can be fitted."))
-        elif category not in has["normal"]:
+        if category not in has["normal"] | has["tested"] and (fits or not made.real):
             made.faults.append(empty_class(category))
-        if made.tested is not None and category not in has["tested"]:
+        elif category not in has["normal"] and fits:
+            made.faults.append(warning("K0", category, "no training image: nothing can be fitted."))
+        if tests and made.tested is not None and category not in has["tested"]:
             text = "no normal test image: there are no image numbers."
             made.faults.append((warning if made.real else error)("K0", category, text))
-        if made.real and category not in has["abnormal"]:
+        if tests and made.real and category not in has["abnormal"]:
             text = "no abnormal image: nothing is measured of it."
             made.faults.append(warning("K0", category, text))
     if not made.categories and not made.faults:

@@ -4,7 +4,8 @@ import dataclasses
 import glob
 import os
 import pathlib
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator
 
 from dsad.core.config import Refused, suggestion
 from dsad.data import files
@@ -12,6 +13,9 @@ from dsad.data.base import Fault, error
 
 #: Stands for a folder whose name is that of a category.
 CATEGORY = "{category}"
+#: Names of folders, in lower case, that say what their images are.
+GOOD = ("good", "normal", "ok")
+BAD = ("bad", "abnormal", "anomalous", "anomaly", "defect", "defective", "defects", "ng", "nok")
 
 
 def walk(
@@ -48,6 +52,21 @@ def _barred(folder: str) -> str:
         if os.path.commonpath((target, os.path.realpath(above))) == target:
             return "a link to a folder that it lies in"
     return ""
+
+
+def labels(root: pathlib.Path, folders: Iterable[str]) -> list[Fault]:
+    """K0 where folders that look like categories say whether their images are good or bad."""
+    names = {os.path.basename(folder).lower(): folder for folder in folders}
+    both = [next((names[n] for n in known if n in names), "") for known in (GOOD, BAD)]
+    if not all(both):
+        return []
+    keys = zip(("normal", "abnormal"), both, strict=True)
+    hint = " ".join(f"--config.data.{k}={shlex.quote(os.path.abspath(root / f))}" for k, f in keys)
+    text = (
+        f"{' and '.join(map(os.path.basename, both))} are no categories but labels, and what is "
+        f"bad would be fitted on as if it were good. Name them apart: {hint}"
+    )
+    return [error("K0", str(root), text)]
 
 
 def images_below(root: pathlib.Path, faults: list[Fault], start: str) -> list[str]:

@@ -27,6 +27,10 @@ class SyntheticConfig(Settings, place="config.data.synthetic"):
     seed: int = field(0, at_least=0)
 
 
+#: The keys that say where images lie.
+PLACES = ("root", "normal", "abnormal", "masks", "test_normal", "manifest")
+
+
 class DataConfig(Settings, place="config.data"):
     """Which data set, from where, and what it is allowed to lose.
 
@@ -43,7 +47,8 @@ class DataConfig(Settings, place="config.data"):
     Of ``folder``: ``normal`` and, if there are any, ``abnormal``, ``masks`` and ``test_normal`` are
     folders or globs ("pics/**/ok_*.png"), relative to ``root`` or to the working directory; or
     ``manifest`` is a list of images, CSV or JSON lines. Of the normal images the share ``holdout``,
-    at least one, is drawn by ``seed`` to be tested, unless test images are named.
+    at least one, is drawn by ``seed`` to be tested, unless test images are named. 0: nothing is
+    tested, as in ``dsad fit``; 1: all are, as where a fitted model is measured.
     """
 
     name: str = "synthetic"
@@ -53,7 +58,7 @@ class DataConfig(Settings, place="config.data"):
     masks: str = ""
     test_normal: str = ""
     manifest: str = ""
-    holdout: float = field(0.2, above=0, below=1)
+    holdout: float = field(0.2, at_least=0, at_most=1)
     categories: tuple[str, ...] = field((), distinct=True)
     canvas: int = field(256, at_least=1)
     cache: Literal["device", "host", "none"] = "device"
@@ -71,6 +76,11 @@ class DataConfig(Settings, place="config.data"):
         """Where the data are, for people."""
         return self.root or self.manifest or self.normal
 
+    @property
+    def labelled(self) -> bool:
+        """Whether own images are named by their labels."""
+        return bool(self.normal or self.manifest)
+
     def check(self) -> None:
         _check_own(self)
         if self.workers and self.cache != "none":
@@ -84,7 +94,7 @@ class DataConfig(Settings, place="config.data"):
 
 def _check_own(config: DataConfig) -> None:
     """Refuse keys of own folders that do not go together."""
-    keys = ("normal", "abnormal", "masks", "test_normal", "manifest")
+    keys = PLACES[1:]
     given = {key: value for key, value in vars(config).items() if key in keys and value}
     if given and config.name.partition(":")[0] != "folder":
         raise Refused("name", f"'folder' with config.data.{min(given)}", config.name)

@@ -18,8 +18,8 @@ names alone are compared. Without ``masks`` there are numbers of images only.
 
 Where no normal test images are named, the share ``holdout`` of the normal ones, at least one a
 category, is held out for the test by ``heldout.RULE``; groups that have an abnormal image come
-first, as no group is on both sides. Without abnormal images the test images
-are these, clean and with a procedural defect each, which their kinds and the protocol say.
+first, as no group is on both sides. 0 tests nothing, 1 everything. Without abnormal images the test
+images are these, clean and with a procedural defect each, which their kinds and the protocol say.
 
 With ``root`` alone, ``<category>/**/<name>.<suffix>``, everything is normal and trained on, and
 nothing is measured. That index opens no file and asks for no file's size: it can hold the 1.28
@@ -32,7 +32,7 @@ import pathlib
 from dsad.core.errors import ConfigError
 from dsad.data import _labelled, files
 from dsad.data._labelled import MASKED
-from dsad.data._places import empty_class, images_below, mixed, walk
+from dsad.data._places import empty_class, images_below, labels, mixed, walk
 from dsad.data.base import DataConfig, Fault, chosen, error, variant
 from dsad.data.decode import MaskRule
 
@@ -58,6 +58,7 @@ def _index(root: pathlib.Path, config: DataConfig, faults: list[Fault]) -> dict[
         faults.append(error("K0", str(root), text))
         return {}
     if not loose:
+        faults += labels(root, folders)
         found = {name: images_below(root, faults, name) for name in chosen(config, tuple(folders))}
         faults += [empty_class(name) for name, paths in found.items() if not paths]
         return found

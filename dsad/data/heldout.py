@@ -1,9 +1,15 @@
-"""Which normal images are held out: drawn by hash, so on every machine alike, groups as a whole."""
+"""Which normal images are held out: drawn by hash, so on every machine alike, groups as a whole.
 
+Of a model that was fitted before all are that it was not fitted on.
+"""
+
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from dsad.core.types import Record
+from dsad.core.errors import DataError
+from dsad.core.types import Record, Source
+from dsad.data import defective, files
 
 #: Said in the stamp.
 RULE = "lowest SHA-256 of (seed, category, group or path), groups as a whole"
@@ -29,11 +35,13 @@ def group(record: Record) -> tuple[str, str]:
 def divided(
     records: Sequence[Record], share: float, seed: int, tested: Iterable[Record] = ()
 ) -> tuple[list[Record], list[Record]]:
-    """Records of one category as those that stay and those held out, at least one.
+    """Records of one category as those that stay and those held out, at least one of any ``share``.
 
     Held out first are those with a group of the ``tested``. They, and the last group, may make them
     more than their share; nothing may stay then.
     """
+    if not share:
+        return list(records), []
     count = max(1, round(share * len(records)))
     held = {group(r) for r in tested if r.group}
     count -= sum(group(r) in held for r in records)
@@ -43,3 +51,42 @@ def divided(
     for record in records:
         sides[group(record) in held].append(record)
     return sides
+
+
+def contents(source: Source) -> list[str]:
+    """Tells every image by its file, wherever that lies; empty for images that are not encoded."""
+    if not isinstance(source, files.EncodedSource):
+        return []
+    return [hashlib.sha256(source.encoded(i)).hexdigest()[:16] for i in range(len(source))]
+
+
+def left(data: files.FileDataset, fitted: Collection[str], category: str = "") -> files.FileDataset:
+    """Own images to measure a model with: normal ones that it was ``fitted`` on are not tested.
+
+    ``fitted`` are their ``contents``. A single category gets the name ``category``, as the folder
+    that it is named by may be another one. Raises DataError where nothing is left to test.
+    """
+    if category and len(data.categories) == 1:
+        splits = {
+            split: tuple(dataclasses.replace(r, category=category) for r in records)
+            for split, records in data.splits.items()
+        }
+        data = dataclasses.replace(data, categories=(category,), splits=splits)
+    normal = [r for r in data.splits["test"] if not r.label]
+    known = [content in fitted for content in contents(files.FileSource(data, normal))]
+    seen = [r for r, is_known in zip(normal, known, strict=True) if is_known]
+    new = [r for r, is_known in zip(normal, known, strict=True) if not is_known]
+    bad = [r for r in data.splits["test"] if r.label]
+    test = defective.doubled(new) if data.procedural else [*new, *bad]
+    if not test:
+        raise DataError(
+            f"{data.name}: the model was fitted on all {len(seen)} normal images, and no abnormal "
+            "one is named: nothing is left to test. Name other good images with "
+            "--config.data.normal=DIR, or bad ones with --config.data.abnormal=DIR."
+        )
+    splits = {"train": files.by_path([*data.splits["train"], *seen]), "test": files.by_path(test)}
+    text = f"{len(new):,} normal images tested, {len(seen):,} that the model was fitted on are not"
+    if leaks := len(files.split_groups(splits)):
+        text += f"; {leaks:,} groups are tested of which it was fitted on other images"
+    about = {**data.protocol, "split": text, "split_hash": files.split_hash(splits)}
+    return dataclasses.replace(data, splits=splits, protocol=about)

@@ -30,9 +30,6 @@ from dsad.evaluation.results import Results, merge, read_results, write_results
 from dsad.evaluation.scored import Scored, score
 from dsad.evaluation.support import ALL, Sampling, Sets
 
-#: The images of a category that a run reads.
-_PARTS = ("train", "held out", "test")
-
 __all__ = ["EvalConfig", "Results", "localize", "read_results", "write_results"]
 
 
@@ -97,8 +94,7 @@ def localize(
 
     """
     chosen = tuple(categories or dataset.categories)
-    unknown = [c for c in chosen if c not in dataset.categories]
-    if unknown:
+    if unknown := [c for c in chosen if c not in dataset.categories]:
         raise ConfigError(
             f"config.data.categories: {listed(unknown)} not in {dataset.name}, "
             f"which has: {listed(dataset.categories)}."
@@ -264,22 +260,22 @@ class _Run:
 
     def _thresholds(self, reader: Reader, group: Sequence[str], title: str, seed: int) -> None:
         """Those of a fit without the held-out images; a model that is given brings its own."""
-        split = None if self.given else self._fit(reader, group, title, seed, split=True)[0]
+        if self.given:
+            for category in group:
+                self.made.thresholds[category] = {str(seed): self.given.threshold(category)}
+            return
+        split, _ = self._fit(reader, group, title, seed, split=True)
         for category in group:
-            if self.given:
-                row = self.given.threshold(category)
-            else:
-                assert split is not None
-                held = self.sets.by_category[category][seed].held_out
-                source = support.subset(self.dataset.source("train", category), held)
-                tick = self.tick(category, "held-out training images")
-                normal = score(reader, split, source, f"{category}/held out", tick, keep=False)
-                groups = [record.group for record in source.records]
-                row = thresholds.measure(None, normal, self.config.false_alarm_rate, groups)
-                if not self.measured:
-                    scale = dict(zip(normal.own, normal.maps, strict=True))
-                    self.made.scales[category] = gallery.normal_scale(scale, normal.hosts)
+            held = self.sets.by_category[category][seed].held_out
+            source = support.subset(self.dataset.source("train", category), held)
+            tick = self.tick(category, "held-out training images")
+            normal = score(reader, split, source, f"{category}/held out", tick, keep=False)
+            groups = [record.group for record in source.records]
+            row = thresholds.measure(None, normal, self.config.false_alarm_rate, groups)
             self.made.thresholds.setdefault(category, {})[str(seed)] = row
+            if not self.measured:
+                scale = dict(zip(normal.own, normal.maps, strict=True))
+                self.made.scales[category] = gallery.normal_scale(scale, normal.hosts)
 
     def _fit(
         self, reader: Reader, group: Sequence[str], title: str, seed: int, *, split: bool = False
@@ -296,7 +292,7 @@ class _Run:
         tick = self.tick(title, f"{which} features" + (" of the split fit" if split else ""))
         start, done = time.perf_counter(), self.done
         # Seed 0 keeps the key that a category has without seeds.
-        key = named(self.key, title if seed == 0 else f"{title}, seed {seed}")
+        key = named(self.key, f"{title}, seed {seed}" if seed else title)
         read = functools.partial(
             Features, reader, parts, split=which, left_out=out, rotations=config.rotations
         )
@@ -308,6 +304,7 @@ class _Run:
             banks = (*banks, reader.device.place(bank))
             spent += source.seconds
         features = read(_quiet if banks else tick, banks=banks)
+        told = self.fitting(f"{title}, split fit" if split else title)
         trained = None
         if self.train and self.detector.traits.trains_on:
             paths_of = {c: [p for p in sets[c][seed].bank if p not in out] for c in group}
@@ -315,13 +312,12 @@ class _Run:
             data = fitting.training_data(
                 self.detector, reader.device, self.config, self.made.stamp, features, rest,
                 title=title, seed=seed, key=key, folder=self.folder, version=self.version,
-                progress=self.fitting(f"{title}, split fit" if split else title),
+                progress=told,
             )  # fmt: skip
             trained = self.train(self.detector, data)
         state = self.detector.fit(
-            features, mesh=reader.device.mesh, key=key,
-            progress=self.fitting(f"{title}, split fit" if split else title), trained=trained,
-        )  # fmt: skip
+            features, mesh=reader.device.mesh, key=key, progress=told, trained=trained
+        )
         fitted = Fitted(banks, jax.block_until_ready(reader.device.place(state)))
         self.done = done + sum(features.images)  # also where none was read
         spent += features.seconds
@@ -354,8 +350,7 @@ class _Run:
         start = time.perf_counter()
         row, curves, notes = numbers.measure(scored, config, category)
         kinds = numbers.by_kind(scored, config)
-        first = seed == self.seeds[0]
-        if first:
+        if seed == self.seeds[0]:
             self._show(
                 category, test, scored, curves, ranked=row["pixel_auroc"] is not None,
                 threshold=at["image"] if at else None,
@@ -367,9 +362,10 @@ class _Run:
         about = self.made.categories[category]
         if reader.device.store:
             seen = reader.device.from_store
-            parts = {n: seen[f"{category}/{n}"] for n in _PARTS if f"{category}/{n}" in seen}
             about["features_from_cache"] = {
-                n: int(scored.hosts.total(np.int64(sum(p.values())))) for n, p in parts.items()
+                part: int(scored.hosts.total(np.int64(sum(seen[name].values()))))
+                for part in ("train", "held out", "test")
+                if (name := f"{category}/{part}") in seen
             }
         if keep:
             about["features_between_seeds"] = {

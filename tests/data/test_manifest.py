@@ -1,10 +1,13 @@
 """Lists of images: CSV and JSON lines, groups, and every fault by its line."""
 
+import dataclasses
+import hashlib
 import json
 
 import pytest
 
 from dsad.core.errors import DataError
+from dsad.data import heldout
 from dsad.data.base import DataConfig, indexed, load
 from dsad.data.checks import check
 from tests.data import trees
@@ -79,6 +82,27 @@ def test_normal_images_of_a_bad_group_are_not_trained_on(tmp_path):
     held = {r.path for r in data.source("test").records}
     assert len(held) == 5
     assert held > {"17.png", "18.png", "19.png"}
+
+
+def test_a_list_of_test_images_is_for_a_model_that_was_fitted(tmp_path):
+    names = [f"{i}.png" for i in range(5)]
+    rows = "0.png,0,test,\n1.png,0,test,a\n2.png,1,test,a\n3.png,0,test,b\n4.png,0,test,b\n"
+    config = listed(tmp_path, f"path,label,split,group\n{rows}", files=names)
+    assert "nothing can be fitted" in str(load(config).faults[0])
+    data = load(dataclasses.replace(config, holdout=1))
+    assert not data.faults
+    assert len(data.source("test")) == 5
+    content = hashlib.sha256((tmp_path / "3.png").read_bytes()).hexdigest()[:16]
+    left = heldout.left(data, {content}, "part")
+    assert [(r.path, r.category) for r in left.source("test").records] == [
+        (name, "part") for name in ("0.png", "1.png", "2.png", "4.png")
+    ]
+    assert left.protocol["split"] == (
+        "3 normal images tested, 1 that the model was fitted on are not; 1 groups are tested of "
+        "which it was fitted on other images"
+    )
+    only = listed(tmp_path, "path,label,split\n2.png,1,test\n", "bad.csv")
+    assert len(load(dataclasses.replace(only, holdout=1)).source("test")) == 1
 
 
 def test_groups_on_both_sides_of_a_named_split(tmp_path):

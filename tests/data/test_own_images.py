@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
+import shlex
 
 import numpy as np
 import pytest
 
 from dsad.core.errors import ConfigError, DataError
+from dsad.data import heldout
 from dsad.data.base import DataConfig, load
 from dsad.data.checks import check
 from tests.data import trees
@@ -60,6 +62,50 @@ def test_the_hold_out_changes_with_the_seed_and_grows_with_the_share(tmp_path):
     }  # fmt: skip
     assert held[0, 0.01] < held[0, 0.2] < held[0, 0.5]
     assert held[0, 0.2] != held[1, 0.2]
+
+
+def test_without_a_share_nothing_is_tested_and_with_the_whole_share_everything(tmp_path):
+    config = flat(tmp_path)
+    none, every = (load(dataclasses.replace(config, holdout=share)) for share in (0, 1))
+    assert (len(none.source("train")), len(none.source("test"))) == (10, 0)
+    assert none.protocol["split"] == "all 10 normal images train, none is tested"
+    assert (len(every.source("train")), len(every.source("test"))) == (0, 12)
+    alone = load(dataclasses.replace(config, holdout=0, abnormal=""))
+    assert (len(alone.source("train")), len(alone.source("test"))) == (10, 0)
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_model_is_not_tested_on_what_it_was_fitted_on(tmp_path, bad):
+    live = load(flat(tmp_path, bad=bad, seed=3))
+    fitted = set(heldout.contents(live.source("train")))
+    for file in (tmp_path / "pics").glob("*/*.png"):  # the same images under other names
+        copy = tmp_path / "neu" / file.parent.name / f"Bild {file.name}"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    places = {"normal": "neu/good", **({"abnormal": "neu/bad"} if bad else {})}
+    given = load(dataclasses.replace(live.config, **places, holdout=1))
+    again = heldout.left(given, fitted, "pics")
+    assert again.categories == ("pics",)
+    for label in {0, bad // 2}:  # procedural defects are drawn by name
+        one, other = (
+            [source[i] for i, r in enumerate(source.records) if r.label == label]
+            for source in (live.source("test"), again.source("test"))
+        )
+        for left, right in zip(one, other, strict=True):
+            assert (right.record.kind, right.record.category) == (left.record.kind, "pics")
+            np.testing.assert_array_equal(left.image, right.image)
+    kinds = [[r.kind for r in data.source("test").records] for data in (live, again)]
+    assert sorted(kinds[0]) == sorted(kinds[1])
+    split = "2 normal images tested, 8 that the model was fitted on are not"
+    assert again.protocol["split"] == split
+    assert len(again.source("train")) == 8
+    every = set(heldout.contents(load(dataclasses.replace(live.config, holdout=0)).source("train")))
+    if bad:
+        alone = heldout.left(given, every)
+        assert [r.label for r in alone.source("test").records] == [1, 1]
+    else:
+        with pytest.raises(DataError, match="fitted on all 10 normal images.*data.abnormal=DIR"):
+            heldout.left(given, every)
 
 
 def test_bad_images_and_masks_do_not_move_the_hold_out(tmp_path):
@@ -184,7 +230,7 @@ def test_good_images_alone_are_tested_with_procedural_defects(tmp_path):
         ({"abnormal": "", "masks": "m"}, "config.data.masks: expected config.data.abnormal"),
         ({"name": "mvtec"}, "config.data.name: expected 'folder' with config.data.abnormal"),
         ({"manifest": "x.csv"}, "config.data.manifest: expected nothing beside .*normal out"),
-        ({"holdout": 1.0}, "config.data.holdout: expected a finite number > 0, < 1, found 1.0"),
+        ({"holdout": 1.1}, "config.data.holdout: expected a finite number >= 0, <= 1, found 1.1"),
     ],
 )
 def test_keys_that_cannot_be_meant(tmp_path, change, match):
@@ -206,6 +252,29 @@ def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path):
     assert len(paths(whole, "train") + paths(whole, "test", 0)) == 11
     both = dataclasses.replace(config, normal="pics/**/*")
     refused(both, "[K14] 2 images such as this are named by normal=pics/**/* and by abnormal=")
+
+
+@pytest.mark.parametrize("key", ["root", "normal"])
+@pytest.mark.parametrize("names", [("good", "bad"), ("OK", "NG")])
+def test_labels_are_not_taken_for_categories(tmp_path, key, names):
+    """What the message says to write works, whatever else stays there."""
+    place = tmp_path / "Prüf teile"
+    trees.good_and_bad(place)
+    for old, new in zip(("good", "bad"), names, strict=True):
+        (place / old).rename(place / new)
+    (place / "masks").mkdir()
+    config = DataConfig(name="folder", **{key: str(place)})
+    with pytest.raises(DataError, match=f"{names[0]} and {names[1]} are no categories") as caught:
+        load(config)
+    flags = [x for x in shlex.split(str(caught.value)) if x.startswith("--config.data.")]
+    given = dict(flag.removeprefix("--config.data.").split("=", 1) for flag in flags)
+    assert list(given) == ["normal", "abnormal"]
+    data = load(dataclasses.replace(config, **given))
+    assert len(paths(data, "train") + paths(data, "test", 0)) == 10
+    assert len(paths(data, "test", 1)) == 2
+    trees.good_and_bad(tmp_path / "fine" / "a")
+    (tmp_path / "fine/a/bad").rename(tmp_path / "fine/a/dent")
+    assert load(dataclasses.replace(config, **{key: str(tmp_path / "fine")})).categories == ("a",)
 
 
 def test_categories_must_agree(tmp_path):
