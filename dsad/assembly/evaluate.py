@@ -33,14 +33,20 @@ SAME = "run"
 class EvaluateConfig(core_config.Settings, place="config"):
     """Everything of an evaluation but its detector, whose keys belong to the method.
 
-    ``backbone`` is an architecture, with ``weights`` (anything that
-    ``models.weights.pretrained.read`` takes, "imagenet", or "random" by ``seed``), or
-    ``run:DIR[@STEP]``,
-    where "{category}" in DIR names one run per category; ``patches:SIZE/STRIDE:`` before either
-    applies it to every patch of an image. ``data.name`` "run" takes the data of that run. ``shots``
-    training images of each category are used (0: all); ``seeds`` draw them and the detector's
-    random choices, several give mean and standard deviation; ``support`` says what becomes of them.
-    ``one_for_all`` fits a single detector on the training images of all categories.
+    ``data.name`` "run" takes the data of the run that the backbone comes from.
+
+    Attributes:
+      backbone: an architecture, with ``weights``, or ``run:DIR[@STEP]``, where "{category}" in DIR
+        names one run per category; ``patches:SIZE/STRIDE:`` before either applies it to every patch
+        of an image.
+      weights: of an architecture: a file, ``hf:owner/name``, ``run:DIR``, "imagenet", or "random"
+        by ``seed``; see ``models.weights.pretrained.read``.
+      seed: of random weights and of the detector's random choices.
+      shots: training images of each category that are used; 0: all.
+      seeds: draw the ``shots`` and the detector's random choices; several give mean and standard
+        deviation.
+      one_for_all: fit a single detector on the training images of all categories.
+
     """
 
     backbone: str = "resnet18"

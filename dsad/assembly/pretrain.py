@@ -36,7 +36,17 @@ from dsad.train.step import Step, make_step, placed_key
 class PretrainConfig(Settings, place="config"):
     """Everything of a run but its objective, whose keys belong to the method.
 
-    ``epochs`` or ``steps`` sets the length; ``steps`` wins when it is not 0.
+    Attributes:
+      seed: of all random draws: weights, order of the images, views.
+      batch_size: images per update over all devices.
+      epochs: length of the training in passes over the images, unless ``steps`` is set.
+      steps: length of the training in updates; 0: ``epochs`` sets it.
+      accumulate: parts that a batch is computed in, one after the other, to save memory.
+      log_every: updates per line of metrics.
+      init_from: earlier weights to start from: a run, a file, or a hub name; empty: none.
+      precision: of matrix products in float32: "default" is the device's fastest.
+      compilation_cache: folder that keeps compiled programs for the next start; empty: none.
+
     """
 
     seed: int = field(0, at_least=0)

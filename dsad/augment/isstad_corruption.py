@@ -21,17 +21,21 @@ HALF_STEP = 0.5 / 255
 class CorruptionConfig(Settings, place="corruption"):
     """How images are corrupted; the defaults are ISSTAD's for most categories.
 
-    ``kind``: "region" or "patch". ``most_draw``: k, an integer is drawn from 0 .. k and 0 leaves
-    the image clean. ``n_max``: most shapes of an image. ``limit_box``: keep shapes inside the
-    foreground box. ``box``: that box is "padded" on each side as far as the image reaches, or as
-    "published", where what is cut on the left or top is added on the other side.
-    ``remove_background``: take what is put into the shapes from an image whose background has one
-    colour. The last four are for regions and not read for patches. ``label``:
-    "changed" labels a shape or patch only if at least one 8-bit value in it changed (published for
-    patches), "mask" labels all of them (published for regions: there a grey object made grey, or a
-    flip of a symmetric one, counts as a defect). ``original_side``: longer side in pixels of the
-    photographs that the method's lengths refer to; 0 takes each image's own size, another value is
-    for copies of reduced size.
+    Attributes:
+      kind: "region" or "patch".
+      most_draw: k: an integer is drawn from 0 .. k, and 0 leaves the image clean.
+      n_max: most shapes of an image; for regions.
+      limit_box: keep shapes inside the foreground box; for regions.
+      box: the foreground box is "padded" on each side as far as the image reaches, or as
+        "published", where what is cut on the left or top is added on the other side; for regions.
+      remove_background: take what is put into the shapes from an image whose background has one
+        colour; for regions.
+      label: "changed" labels a shape or patch only if at least one 8-bit value in it changed
+        (published for patches), "mask" labels all of them (published for regions: there a grey
+        object made grey, or a flip of a symmetric one, counts as a defect).
+      original_side: longer side in pixels of the photographs that the method's lengths refer to; 0
+        takes each image's own size, another value is for copies of reduced size.
+
     """
 
     kind: Literal["region", "patch"] = "region"

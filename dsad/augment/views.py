@@ -21,12 +21,25 @@ JITTERED = ("brightness", "contrast", "saturation", "hue")
 class ViewConfig(Settings, place="view"):
     """How one view is made; the defaults are view 1 of DS2.
 
-    ``side``: pixels of the square view. ``area``: share of the image in the crop. ``aspect``: width
-    over height of the crop. ``flip``: probability of mirroring left to right. ``jitter``:
-    brightness, contrast, saturation (relative) and hue (turns, at most 0.5). ``blur_sigma``: pixels
-    of the view. ``coordinates``: what the box means, see ``crops.box_coordinates``; "centres" is
-    the published rule of DS2 and PixPro. ``filter``: of the crop's resizing. A probability of
-    0 removes the operation from the program.
+    A probability of 0 removes the operation from the program.
+
+    Attributes:
+      side: pixels of the square view.
+      area: share of the image in the crop, from and to.
+      aspect: width over height of the crop, from and to.
+      flip: probability of mirroring left to right.
+      jitter: brightness, contrast, saturation (relative) and hue (turns, at most 0.5).
+      jitter_probability: of the change of colours.
+      blur_sigma: of the Gaussian in pixels of the view, from and to.
+      blur_probability: of the blur.
+      grey_probability: of a view without colours.
+      solarize_probability: of inverting bright values.
+      solarize_threshold: values above it are inverted, in [0, 1].
+      mean, std: normalisation of pixels in [0, 1], by channel.
+      coordinates: what the box means, see ``crops.box_coordinates``; "centres" is the published
+        rule of DS2 and PixPro.
+      filter: of the crop's resizing.
+
     """
 
     side: int = field(224, at_least=2)

@@ -12,14 +12,15 @@ COMMANDS = {
     "demo": "see it work: pretrain, localize, report, in a few minutes on a CPU",
     "check-data": "check a data set and print every fault at once",
     "prepare": "write a data set as ArrayRecord files, to read it faster",
-    "plan": "memory, speed and cost of a config on accelerators, before they are paid for",
+    "plan": "memory, speed and cost of a config on accelerators, before you pay",
+    "config": "list every key of a config with its value, type and meaning",
     "pretrain": "train an encoder on normal images",
     "fit": "fit a detector to good pictures: a model with thresholds",
     "predict": "score pictures with a fitted model: decisions, regions, overlays",
     "evaluate": "measure how well a backbone localizes defects",
     "export": "write an encoder under published names, for timm and torchvision",
     "report": "write report.html from one or more evaluations",
-    "bench": "measure speed and memory, side by side with the peers that are installed",
+    "bench": "measure speed and memory, side by side with installed peers",
 }
 
 
@@ -57,7 +58,10 @@ def _run(argv: list[str]) -> int:
         print(f"dsad {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        print(f"dsad: unknown command {argv[0]!r}.\n\n{usage()}", file=sys.stderr)
+        from dsad.core.config import suggestion
+
+        hint = suggestion(argv[0], COMMANDS)
+        print(f"dsad: unknown command {argv[0]!r}.{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     import logging
 

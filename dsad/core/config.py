@@ -159,8 +159,7 @@ def build_dataclass(cls: type[T], values: Mapping[str, Any], where: str = "confi
     for name, entry in fields.items():
         bare = entry.default is entry.default_factory is dataclasses.MISSING
         if bare and name not in values:
-            expected = _described(_hints(cls)[name], entry.metadata.get("limits", ()))
-            raise ConfigError(f"{where}.{name}: missing; expected {expected}.")
+            raise ConfigError(f"{where}.{name}: missing; expected {expected(cls, name)}.")
     fitted = _fitted_fields(cls, values, f"{where}.")
     try:
         return cls(**fitted)
@@ -212,6 +211,12 @@ def _fitted(value: Any, hint: Any, limits: Any, key: str) -> Any:
 
 def _kept(value: Any, limits: Any, *, of_tuple: bool) -> bool:
     return all(x.holds(value, bound) for x, bound in limits if x.of_tuple == of_tuple)
+
+
+def expected(settings: Any, name: str) -> str:
+    """What a key of a dataclass takes, in words."""
+    limits = settings.__dataclass_fields__[name].metadata.get("limits", ())
+    return _described(_hints(settings)[name], limits)
 
 
 _NOUNS = {

@@ -14,22 +14,29 @@ class OptimConfig(Settings, place="optim"):
     """Optimiser and schedule; lengths are in epochs. The defaults are no method's own.
 
     Attributes:
+      name: the optimiser.
       lr: peak learning rate for ``lr_batch`` images; scaled in proportion to the batch size.
       lr_batch: 0 leaves ``lr`` as it is.
-      clip: gradients whose norm over all parameters is larger are scaled down to it; 0: never.
+      momentum: of LARS and SGD; of AdamW the decay of the first moment.
+      b2: decay of AdamW's second moment.
+      weight_decay: of all parameters that are not ``exempt``.
       trust: LARS trust coefficient.
+      clip: gradients whose norm over all parameters is larger are scaled down to it; 0: never.
       exempt: parameters whose path matches get neither weight decay nor trust ratio. By path, not
         by axes: the norm scales of stacked blocks have two axes, class and mask tokens have one.
       groups: parameters with a rate and decay of their own, see ``Group``; the first match wins.
+      schedule: of the rate after the warm-up.
+      warmup_epochs: length of the linear rise to ``lr``.
       warmup_multiplier: the warm-up starts at the peak divided by this; 0: at rate 0.
       milestones: epochs at which schedule "step" multiplies the rate by ``gamma``.
+      gamma: factor at every milestone.
       min_lr: end of schedule "cosine", and floor of schedule "periodic".
       period_epochs: schedule "periodic" falls along half a cosine for so many epochs, then rises
         for as many, and so on; the rate changes between whole epochs only (torch's
         CosineAnnealingLR, stepped once an epoch).
-      published_schedule: as the published DS2 code runs: each warm-up step is counted twice, so
-        the peak stays below ``lr`` and every milestone comes half a warm-up early, and an epoch
-        has whole steps only, the rest of the images being dropped from the count.
+      published_schedule: as the published DS2 code runs: each warm-up step is counted twice, so the
+        peak stays below ``lr`` and every milestone comes half a warm-up early, and an epoch has
+        whole steps only, the rest of the images being dropped from the count.
 
     """
 
@@ -63,8 +70,13 @@ class OptimConfig(Settings, place="optim"):
 class Recipe(Settings, place="detector.recipe"):
     """How a detector trains, with its optimiser; a method's defaults are in its config.
 
-    ``epochs`` or ``steps`` sets the length; ``steps`` wins when it is not 0. All batches are whole:
-    where an epoch ends within one, the next begins there.
+    All batches are whole: where an epoch ends within one, the next begins there.
+
+    Attributes:
+      epochs: length of the training in passes over the images, unless ``steps`` is set.
+      steps: length of the training in updates; 0: ``epochs`` sets it.
+      batch_size: images per update.
+
     """
 
     epochs: float = field(20.0, above=0)

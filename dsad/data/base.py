@@ -16,8 +16,13 @@ from dsad.core.types import CanvasSource, Dataset, KnownSource, Record, Sample, 
 class SyntheticConfig(Settings, place="config.data.synthetic"):
     """Size and counts of the procedural data set, per category.
 
-    ``size`` is the side of the square images in pixels, ``train`` and ``good`` count normal
-    training and test images, ``bad`` counts test images of EACH defect kind.
+    Attributes:
+      size: side of the square images in pixels.
+      train: normal training images.
+      good: normal test images.
+      bad: test images of EACH kind of defect.
+      seed: draws all of them.
+
     """
 
     size: int = field(128, at_least=16)
@@ -34,21 +39,35 @@ PLACES = ("root", "normal", "abnormal", "masks", "test_normal", "manifest")
 class DataConfig(Settings, place="config.data"):
     """Which data set, from where, and what it is allowed to lose.
 
-    ``name`` is a module of dsad.data, with a variant after a colon ("mtd:grouped").
-    ``categories`` empty means all. ``canvas`` is the side in pixels of the square uint8 canvases
-    that training reads. ``lossy`` names image modes ("RGBA", "I;16", "RGB;16", "CMYK", ...) that
-    may be reduced to 8-bit RGB although this loses information. ``split`` says what is trained on;
-    methods that learn from defects take "test" or "all". ``missing_masks="image_only"``
-    lets anomalous images without a mask take part in image-level metrics only. ``strict`` turns
-    counts that differ from the published tables into errors. With ``cache="none"``, ``workers``
-    processes read and decode the images (0: threads of this process); ``prefetch`` batches are
-    kept ready, by each of them. Neither changes what is read, nor its order.
+    How images are read (``cache``, ``workers``, ``prefetch``) changes neither what is read nor its
+    order. The places of own images are folders or globs ("pics/**/ok_*.png"), relative to ``root``
+    or to the working directory.
 
-    Of ``folder``: ``normal`` and, if there are any, ``abnormal``, ``masks`` and ``test_normal`` are
-    folders or globs ("pics/**/ok_*.png"), relative to ``root`` or to the working directory; or
-    ``manifest`` is a list of images, CSV or JSON lines. Of the normal images the share ``holdout``,
-    at least one, is drawn by ``seed`` to be tested, unless test images are named. 0: nothing is
-    tested, as in ``dsad fit``; 1: all are, as where a fitted model is measured.
+    Attributes:
+      name: a module of dsad.data, with a variant after a colon ("mtd:grouped").
+      root: folder of the data set.
+      normal: own images, ``name`` "folder": the normal ones, a folder or a glob.
+      abnormal: own images: the defective ones, if there are any.
+      masks: own images: masks of the defective ones, if there are any.
+      test_normal: own images: normal ones for the test; empty: ``holdout`` draws them.
+      manifest: own images: a list of them instead, CSV or JSON lines.
+      holdout: own images: share of the normal ones, at least one, that is drawn by ``seed`` to be
+        tested, unless test images are named; 0: nothing is tested, as in ``dsad fit``; 1: all
+        are, as where a fitted model is measured.
+      categories: those that are used; empty: all.
+      canvas: side in pixels of the square uint8 canvases that training reads.
+      cache: where training keeps the decoded canvases: on the devices, on the host, or nowhere.
+      split: what is trained on; methods that learn from defects take "test" or "all".
+      lossy: image modes ("RGBA", "I;16", "RGB;16", "CMYK", ...) that may be reduced to 8-bit RGB
+        although this loses information.
+      missing_masks: "image_only" lets anomalous images without a mask take part in image-level
+        metrics only.
+      strict: counts that differ from the published tables are errors.
+      seed: of the hold-out, of drawn defects, of random splits.
+      workers: with ``cache`` "none": processes that read and decode the images; 0: threads of this
+        process.
+      prefetch: with ``cache`` "none": batches that are kept ready, by each worker.
+
     """
 
     name: str = "synthetic"

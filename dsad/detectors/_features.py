@@ -25,9 +25,12 @@ C = TypeVar("C", bound=Any)
 class DetectorConfig(Settings, place="detector"):
     """What every detector can be told of its maps, once they are as large as the network's input.
 
-    ``sigma``: of the Gaussian on them, in pixels, cut at four of it; 0 leaves it out.
-    ``image_score``: "method" as the detector defines it, "max" of the smoothed map, or "top", the
-    mean of the ``image_share`` of its pixels with the highest scores.
+    Attributes:
+      sigma: of the Gaussian on the map, in pixels, cut at four of it; 0 leaves it out.
+      image_score: "method" as the detector defines it, "max" of the smoothed map, or "top", the
+        mean of the ``image_share`` of its pixels with the highest scores.
+      image_share: share of the pixels that "top" averages.
+
     """
 
     sigma: float = field(4.0, at_least=0)

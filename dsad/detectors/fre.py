@@ -34,13 +34,17 @@ FLOOR = 1e-10
 class Config(DetectorConfig):
     """Which features are reconstructed, and from how many axes.
 
-    ``layers``: feature maps, each with a subspace of its own. ``mode``: "image" takes a whole map
-    as one vector (positions matter: aligned objects), "patch" the cells of all positions alike
-    (textures, unaligned objects). ``pool``: side of the square of cells averaged first.
-    ``variance``: share of the normal features' variance that the axes explain; ``components``,
-    unless 0, is their number instead. ``balance``: with several layers, divide the errors of each
-    by its total variance over the normal images, so that no layer outweighs the others by scale;
-    a single layer keeps its squared errors.
+    Attributes:
+      layers: feature maps, each with a subspace of its own.
+      mode: "image" takes a whole map as one vector (positions matter: aligned objects), "patch" the
+        cells of all positions alike (textures, unaligned objects).
+      pool: side of the square of cells averaged first.
+      variance: share of the normal features' variance that the axes explain.
+      components: unless 0, the number of axes instead.
+      balance: with several layers, divide the errors of each by its total variance over the normal
+        images, so that no layer outweighs the others by scale; a single layer keeps its squared
+        errors.
+
     """
 
     layers: tuple[str, ...] = field(("layer3",), distinct=True, filled=True)

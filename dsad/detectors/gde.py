@@ -31,17 +31,22 @@ ROWS = 2**14
 class Config(DetectorConfig):
     """How patches are modelled and how their scores become a map.
 
-    ``layers``: embeddings to concatenate; the result is brought to unit length. ``per_position``:
-    one Gaussian for every patch position (aligned objects) or one for all (textures).
-    ``components`` of the PCA, 0 for none: then directions without variance count as well, by the
-    shrinkage alone. ``images``: at most that many normal images, a random subset; 0 takes all.
-    ``patch`` and ``stride`` in pixels, as in the backbone ``patches:PATCH/STRIDE:...``.
-    ``normalise`` divides the map by the coverage of each pixel; False fades towards the borders as
-    the published code does. ``floor``: per position, the smallest mean variance, as a fraction of
-    that of an average position; a position below it (background that is saturated in every image)
-    takes that variance in all directions. 0 is the published rule and refuses such positions.
-    ``cache_gb``: a global fit passes over the features twice, and keeps
-    them on the host between the passes where they fit into that many GB.
+    Attributes:
+      layers: embeddings to concatenate; the result is brought to unit length.
+      per_position: one Gaussian for every patch position (aligned objects) or one for all
+        (textures).
+      components: of the PCA; 0 for none: then directions without variance count as well, by the
+        shrinkage alone.
+      images: at most that many normal images, a random subset; 0 takes all.
+      patch, stride: in pixels, as in the backbone ``patches:PATCH/STRIDE:...``.
+      normalise: divides the map by the coverage of each pixel; False fades towards the borders as
+        the published code does.
+      floor: per position, the smallest mean variance, as a fraction of that of an average position;
+        a position below it (background that is saturated in every image) takes that variance in all
+        directions. 0 is the published rule and refuses such positions.
+      cache_gb: a global fit passes over the features twice, and keeps them on the host between the
+        passes where they fit into that many GB.
+
     """
 
     layers: tuple[str, ...] = field(("layer4",), distinct=True, filled=True)

@@ -40,11 +40,15 @@ RECONSTRUCTION = "reconstruction"
 class Config(DetectorConfig):
     """Which published scores, and their constants.
 
-    ``layers``: the maps of probabilities and of errors, in this order. ``pixel``, ``image``: see
-    above. ``alpha``: weight of the probabilities in "alpha". ``q``, ``a``, ``b``: share of pixels
-    and exponents of "weighted"; ``exponents`` holds rows (category, q, a, b) for categories with
-    their own. ``sigma``: of G, on maps as large as the input. ``scale``: factor on the map of
-    "product".
+    Attributes:
+      layers: the maps of probabilities and of errors, in this order.
+      pixel, image: the published score of pixels and of images: a product, or "alpha", "max",
+        "weighted"; see ``dsad.detectors.isstad``.
+      alpha: weight of the probabilities in "alpha".
+      q, a, b: share of pixels and the two exponents of "weighted".
+      exponents: rows (category, q, a, b) for categories with their own.
+      scale: factor on the map of "product".
+
     """
 
     layers: tuple[str, str] = field(("probability", "error"), distinct=True)

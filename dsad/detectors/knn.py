@@ -29,12 +29,14 @@ from dsad.ops.neighbors import Precision, nearest
 class Config(DetectorConfig):
     """Which features enter the bank and how distances become scores.
 
-    ``layers``: feature maps to concatenate, on the grid of the first. ``neighbourhood``: side of
-    the square of cells averaged around each cell (odd). ``k``: the score is the mean distance to
-    the k nearest rows. ``bank_rows``: 0 keeps every row, else at most that many, a uniformly
-    random subset. ``precision`` of the search: "exact", "certified", which finds the same rows
-    faster where the hardware multiplies bfloat16, or "auto" by the hardware
-    (``ops.neighbors.nearest``).
+    Attributes:
+      layers: feature maps to concatenate, on the grid of the first.
+      neighbourhood: side of the square of cells averaged around each cell.
+      k: the score is the mean distance to the k nearest rows.
+      bank_rows: 0 keeps every row, else at most that many, a uniformly random subset.
+      precision: of the search: "exact", "certified", which finds the same rows faster where the
+        hardware multiplies bfloat16, or "auto" by the hardware (``ops.neighbors.nearest``).
+
     """
 
     layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)

@@ -33,14 +33,19 @@ MULTIPLE = 32
 class Config(DetectorConfig):
     """Which features are modelled, and how.
 
-    ``layers``: maps to read, on the grid of the first. ``channels``: size of the random subset of
-    the concatenated channels, drawn from ``channel_seed`` and so the same for all categories; 0
-    keeps all. ``ridge``: added to the diagonal of the covariance. ``form``: "full" keeps a d × d
-    matrix per position, memory independent of the number of images n; "low_rank" keeps the n
-    centred features, exact as well and smaller for n < d (209 images, 56 × 56 × 448: 1.7 GB
-    against 2.5 GB; with 100 channels 125 MB in full form); "auto" takes the smaller one.
-    ``joint``: one Gaussian over all layers, or False for one per layer on its own grid, whose
-    distances are averaged (ADPretrain's variant, always with all channels).
+    Attributes:
+      layers: maps to read, on the grid of the first.
+      channels: size of the random subset of the concatenated channels, the same for all categories;
+        0 keeps all.
+      channel_seed: draws the ``channels``.
+      ridge: added to the diagonal of the covariance.
+      form: "full" keeps a d × d matrix per position, memory independent of the number of images n;
+        "low_rank" keeps the n centred features, exact as well and smaller for n < d (209 images, 56
+        × 56 × 448: 1.7 GB against 2.5 GB; with 100 channels 125 MB in full form); "auto" takes the
+        smaller one.
+      joint: one Gaussian over all layers, or False for one per layer on its own grid, whose
+        distances are averaged (ADPretrain's variant, always with all channels).
+
     """
 
     layers: tuple[str, ...] = field(("layer1", "layer2", "layer3"), distinct=True, filled=True)

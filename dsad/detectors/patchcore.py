@@ -34,23 +34,28 @@ from dsad.ops.resize import neighbourhood_mean
 class Config(DetectorConfig):
     """Which features enter the memory, which rows stay in it and how distances become scores.
 
-    ``layers``: feature maps to use, on the grid of the first. ``neighbourhood``: side of the square
-    of cells around each cell (odd). ``pooling``: "concat" joins the means over the square of all
-    layers; "published" flattens each square channel by channel, averages it to ``level_dim`` values
-    and the joined layers to ``pooled_dim``, by adaptive bins. ``zero_borders``: cells beyond the
-    border count as zeros, as published, instead of not at all.
+    Attributes:
+      layers: feature maps to use, on the grid of the first.
+      neighbourhood: side of the square of cells around each cell.
+      pooling: "concat" joins the means over the square of all layers; "published" flattens each
+        square channel by channel, averages it to ``level_dim`` values and the joined layers to
+        ``pooled_dim``, by adaptive bins.
+      level_dim, pooled_dim: values per layer, and of all layers, of ``pooling`` "published".
+      zero_borders: cells beyond the border count as zeros, as published, instead of not at all.
+      bank: "coreset" (greedy k-centre), "random", "kmeans" (centres) or "all" rows.
+      bank_fraction: size of the bank as a share of the rows.
+      bank_rows, bank_bytes: size of the bank instead, where above 0.
+      projection_dim: the coreset compares rows after a random projection to that many dimensions
+        (published: 128); 0 compares the rows themselves.
+      start: the coreset begins with a random row, or by the published rule of ten
+        (``ops.coreset.greedy_coreset``).
+      score: "distance" (paper) or "squared" (published code).
+      reweighted: the image score, the largest of the map, is weighted by how unusual the nearest
+        row is among its ``neighbours`` (paper, eq. 7).
+      neighbours: rows that ``reweighted`` looks at.
+      precision: of the search: "exact", "certified", which finds the same rows faster where the
+        hardware multiplies bfloat16, or "auto" by the hardware (``ops.neighbors.nearest``).
 
-    ``bank``: "coreset" (greedy k-centre), "random", "kmeans" (centres) or "all" rows. Its size is
-    ``bank_fraction`` of the rows, unless ``bank_rows`` or ``bank_bytes`` is above 0.
-    ``projection_dim``: the coreset compares rows after a random projection to that many dimensions
-    (published: 128; 0 compares the rows themselves). ``start``: the coreset begins with a random
-    row, or by the published rule of ten (``greedy_coreset``).
-
-    ``score``: "distance" (paper) or "squared" (published code). ``reweighted``: the image score,
-    the largest of the map, is weighted by how unusual the nearest row is among its ``neighbours``
-    (paper, eq. 7).
-    ``precision`` of the search: "exact", "certified", which finds the same rows faster where the
-    hardware multiplies bfloat16, or "auto" by the hardware (``ops.neighbors.nearest``).
     """
 
     layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)

@@ -26,16 +26,21 @@ from dsad.ops.neighbors import bucket, nearest
 class Config(DetectorConfig):
     """Which features are clustered, and how far.
 
-    ``layers``: feature maps to concatenate, repeated onto the grid of the first and normalised
-    together. ``neighbourhood``: side of the square of cells averaged before (odd; 1 as published).
-
     Clustering all cells at once costs 2 · n² · d operations for n cells (hours on a CPU for 200
-    images of 56 × 56 cells). Two options bound n: ``image_levels`` first clusters the cells of
-    each image by themselves, so many levels deep (0: not at all), and ``rows`` (0: all) keeps at
-    most so many of what remains, a uniformly random subset. What enters is then clustered
-    together: ``level`` 0 keeps every row as a prototype, 1 takes the finest partition, and so on;
-    coarser ones follow until there are at most ``prototypes`` (0: no cap). The level used in the
+    images of 56 × 56 cells); ``image_levels`` and ``rows`` bound n. The level used in the
     publication is not stated.
+
+    Attributes:
+      layers: feature maps to concatenate, repeated onto the grid of the first and normalised
+        together.
+      neighbourhood: side of the square of cells averaged before (1 as published).
+      image_levels: first cluster the cells of each image by themselves, so many levels deep; 0: not
+        at all.
+      rows: at most so many of what remains are clustered together, a uniformly random subset; 0:
+        all.
+      level: 0 keeps every row as a prototype, 1 takes the finest partition, and so on.
+      prototypes: coarser levels follow until there are at most so many; 0: no cap.
+
     """
 
     layers: tuple[str, ...] = field(("layer1", "layer2", "layer3"), distinct=True, filled=True)

@@ -30,12 +30,16 @@ BUCKET = 64
 class Config(DetectorConfig):
     """Which features are compared, with how many images and cells.
 
-    ``layers``: feature maps whose cells are compared, each with its own layer; the maps are
-    averaged on the grid of the first. ``pooled``: the feature map whose global average finds the
-    nearest images; empty takes the last of ``layers``. ``neighbours``: K, the images compared
-    with; fewer if there are fewer. ``kappa``: the score of a cell is the mean distance to so many
-    nearest cells. ``gallery_images``: 0 keeps every training image, else at most that many, a
-    uniformly random subset.
+    Attributes:
+      layers: feature maps whose cells are compared, each with its own layer; the maps are averaged
+        on the grid of the first.
+      pooled: the feature map whose global average finds the nearest images; empty takes the last of
+        ``layers``.
+      neighbours: K, the images compared with; fewer if there are fewer.
+      kappa: the score of a cell is the mean distance to so many nearest cells.
+      gallery_images: 0 keeps every training image, else at most that many, a uniformly random
+        subset.
+
     """
 
     layers: tuple[str, ...] = field(("layer1", "layer2", "layer3"), distinct=True, filled=True)

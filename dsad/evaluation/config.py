@@ -9,32 +9,45 @@ from dsad.evaluation.preprocessing import Preprocessing
 
 
 class EvalConfig(Settings, place="evaluation"):
-    """How numbers are measured; everything here that changes their meaning is in the stamp."""
+    """How numbers are measured; everything here that changes their meaning is in the stamp.
 
-    #: Side in pixels of the square network input; `dsad evaluate` takes 0 for the backbone's own.
+    Attributes:
+      image_size: side in pixels of the square network input; `dsad evaluate` takes 0 for the
+        backbone's own.
+      batch_size: images per device step over the whole mesh; rounded up to a multiple of its
+        devices.
+      align_corners: cell centres (False) or corner cells (True) are placed at the border when
+        upsampling.
+      fpr_limit: AUPRO integrates up to this false-positive rate; 0.05 is always measured as well.
+      method: pixel numbers by sorting ("exact") or by counting ("streaming"), within 1e-5 of each
+        other.
+      gallery: anomalous images per category kept for the report: a third each best, median and
+        worst.
+      workers: threads that read, decode and resize.
+      false_alarm_rate: share of normal images (and of their pixels) that the thresholds may flag;
+        0: no thresholds.
+      holdout: with a false-alarm rate: 1/holdout of the training images, or as many as the rate
+        needs, at most half, are scored by a second fit without them and set the thresholds.
+      save_maps: save every anomaly map on original pixels: float32 TIFF, or 16-bit PNG with its
+        scale.
+      cache_mb: features of one category that stay on the devices for further passes and seeds, in
+        MiB.
+      feature_cache: folder that keeps features for other detectors, scores and runs; empty: they
+        are not kept.
+
+    """
+
     image_size: int = field(224, at_least=0)
-    #: Images per device step over the whole mesh; rounded up to a multiple of its devices.
     batch_size: int = field(32, at_least=1)
-    #: Cell centres (False) or corner cells (True) are placed at the border when upsampling.
     align_corners: bool = False
-    #: AUPRO integrates up to this false-positive rate; 0.05 is always measured as well.
     fpr_limit: float = field(0.3, above=0, at_most=1)
-    #: Pixel numbers by sorting ("exact") or by counting ("streaming"), within 1e-5 of each other.
     method: metrics.Method = "exact"
-    #: Anomalous images per category kept for the report: a third each best, median and worst.
     gallery: int = field(9, at_least=0)
-    #: Threads that read, decode and resize.
     workers: int = field(4, at_least=1)
-    #: Share of normal images (and of their pixels) that the thresholds may flag; 0: no thresholds.
     false_alarm_rate: float = field(0.0, at_least=0, below=1)
-    #: With a false-alarm rate: 1/holdout of the training images, or as many as the rate needs, at
-    #: most half, are scored by a second fit without them and set the thresholds.
     holdout: int = field(5, at_least=2)
-    #: Save every anomaly map on original pixels: float32 TIFF, or 16-bit PNG with its scale.
     save_maps: Literal["none", "tiff", "png"] = "none"
-    #: Features of one category that stay on the devices for further passes and seeds, in MiB.
     cache_mb: int = field(1024, at_least=0)
-    #: Folder that keeps features for other detectors, scores and runs; empty: they are not kept.
     feature_cache: str = ""
 
     def check(self) -> None:

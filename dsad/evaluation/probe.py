@@ -32,13 +32,22 @@ NAMES = {
 
 
 class ProbeConfig(Settings, place="config.probe"):
-    """What is measured every so many steps, at step 0 and at the last one; ``every`` 0: nothing.
+    """What is measured of the encoder during the training, at step 0 and at the last one.
 
-    About ``images`` normal images, in proportion from all categories, are held out of the training
-    for it, groups as a whole. Each is scored as it is and with a procedural defect, by its distance
-    to ``support`` of the images that are trained on. ``layers``: feature maps, by default those at
-    a third and two thirds of the depth. ``image_size``: by default that of the encoder. One that is
-    frozen gives the same numbers at every step.
+    Normal images are held out of the training for it. Each is scored as it is and with a procedural
+    defect, by its distance to images that are trained on. An encoder that is frozen gives the same
+    numbers at every step.
+
+    Attributes:
+      every: steps between two measurements; 0: nothing is measured, nothing held out.
+      images: about so many normal images are held out, in proportion from all categories, groups as
+        a whole.
+      support: so many of the images that are trained on are what the held-out ones are compared
+        with.
+      layers: feature maps; empty: those at a third and two thirds of the depth.
+      image_size: side of the network's input in pixels; 0: that of the encoder.
+      batch_size: images per device step.
+
     """
 
     every: int = field(0, at_least=0)

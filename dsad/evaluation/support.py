@@ -45,8 +45,10 @@ class Support:
 class SupportConfig(Settings, place="support"):
     """What a support set is made into before a detector is fitted.
 
-    ``rotations`` n: every image n times, rotated by 360°/n each about its centre, on a canvas of
-    its size, bilinearly, mirrored beyond its borders (AnomalyDINO: 8). 1: as it is.
+    Attributes:
+      rotations: n: every image n times, rotated by 360°/n each about its centre, on a canvas of its
+        size, bilinearly, mirrored beyond its borders (AnomalyDINO: 8). 1: as it is.
+
     """
 
     rotations: int = field(1, at_least=1)

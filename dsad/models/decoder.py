@@ -16,7 +16,14 @@ from dsad.models.transformer import BlockSpec, Remat
 
 
 class DecoderConfig(Settings, place="decoder"):
-    """Width, number of blocks and attention heads of a decoder."""
+    """Size of a decoder.
+
+    Attributes:
+      width: channels of a token.
+      depth: number of blocks.
+      heads: attention heads of a block.
+
+    """
 
     width: int = field(512, at_least=1)
     depth: int = field(8, at_least=1)

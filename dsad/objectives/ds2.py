@@ -30,18 +30,23 @@ class Config(Settings, place="objective"):
     """Settings of DS2; the defaults are the paper's method, other values its ablations.
 
     Attributes:
+      arch: ResNet of the encoder, see ``models.backbone``.
       layers: stages with a loss; layer3 and layer4 are the paper's C4 and C5.
+      hidden: width of the projection's hidden layer.
+      out: values of a projected cell.
       threshold: spatial criterion in cell diagonals; 0 switches it off (PixPro uses 0.7).
-      top1: "image" adds the most similar backbone pair of each image as a positive, "cell" the
-        most similar key cell of every query cell (as DenseCL matches), "off" nothing.
+      top1: "image" adds the most similar backbone pair of each image as a positive, "cell" the most
+        similar key cell of every query cell (as DenseCL matches), "off" nothing.
       top1_similarity: "dot" as published, where one cell of large norm tends to win, or "cosine".
       propagation: whether queries pass through the self-attention of PixPro.
+      power: of the similarities in the propagation.
       value_transform: applied to the values of the propagation.
       teacher: "momentum", or "none": keys come from the online network without gradient.
       momentum: of the teacher at step 0; it rises to 1 along a half cosine.
       momentum_steps: length of that rise, 0 for the run's; the published code's is 5670 where its
         run has 5600.
       average_directions: average the two directions at each scale, or add them (PixPro).
+      zero_init_last: residual branches start at zero, so that every block is the identity at first.
       dtype: compute type of the networks; parameters, statistics and losses stay f32.
 
     """

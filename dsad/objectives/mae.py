@@ -32,8 +32,11 @@ CROP = ViewConfig(area=(0.2, 1.0), jitter_probability=0.0, blur_probability=0.0,
 class EncoderConfig(Settings, place="objective.encoder"):
     """A vision transformer with fixed positions.
 
-    ``arch`` is one of ``models.vit.ARCHS`` named ``mae_vit_*``; ``width``, ``depth``, ``heads``
-    and ``patch`` replace its own where they are not 0.
+    Attributes:
+      arch: one of ``models.vit.ARCHS`` named ``mae_vit_*``.
+      width, depth, heads, patch: replace those of ``arch`` where they are not 0: channels, blocks,
+        attention heads, side of a patch in pixels.
+
     """
 
     arch: str = "mae_vit_base_patch16"

@@ -1,6 +1,7 @@
 """``--config=FILE:VARIANT --config.a.b=v`` and the other flags of a command."""
 
 import contextlib
+import functools
 import importlib.resources
 import io
 import pathlib
@@ -16,6 +17,9 @@ from ml_collections import config_flags
 from dsad.core import distributed
 from dsad.core.config import Refused, listed, suggestion
 from dsad.core.errors import ConfigError, DsadError
+from dsad.terminal import keys
+
+_KEY = "--config."
 
 
 def config_directory() -> pathlib.Path:
@@ -40,7 +44,7 @@ def locate(spec: str) -> str:
         if not own or not shipped.is_file():
             known = shipped_configs()
             raise ConfigError(
-                f"--config: no file {path!r}.{suggestion(path, known)} "
+                f"--config: no file {path!r}.{suggestion(pathlib.Path(path).stem, known)} "
                 f"Shipped with dsad: {listed(known)}; or give the path of your own file."
             )
         path = str(shipped)
@@ -69,22 +73,15 @@ def share(name: str, text: str, noun: str) -> float:
 def update(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:
     """Set keys by dotted names; raises ConfigError for one that does not exist or a wrong type."""
     for key, value in values.items():
+        if text := keys.fault(config, key):
+            raise ConfigError(text)
         *groups, name = key.split(".")
-        node, where = config, "config"
-        for part in (*groups, name):
-            if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-                have = node.keys() if isinstance(node, ml_collections.ConfigDict) else ()
-                raise ConfigError(
-                    f"{where}.{part}: unknown key.{suggestion(part, have)} "
-                    f"{where} has: {listed(have)}."
-                )
-            node, where, holder = node[part], f"{where}.{part}", node
+        holder = functools.reduce(lambda node, part: node[part], groups, config)
         try:
             holder[name] = value
         except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{where}: expected {type(node).__name__}, found {value!r}."
-            ) from error
+            kind = type(holder[name]).__name__
+            raise ConfigError(f"config.{key}: expected {kind}, found {value!r}.") from error
 
 
 class Command:
@@ -174,10 +171,13 @@ class Command:
             with contextlib.redirect_stderr(io.StringIO()):
                 yield
         except flags.UnrecognizedFlagError as error:
-            known = [f"--{n}" for n in self.values] + (["--config"] if self.config else [])
+            name = error.flagname
+            known = [f"--{n}" for n in self.values]
+            hint = suggestion(f"--{name}", known)
+            if self.config and not hint:
+                hint = keys.question(name, self._loaded(argv), _KEY)
             raise ConfigError(
-                f"dsad {self.name}: unknown flag --{error.flagname}."
-                f"{suggestion('--' + error.flagname, known)} Flags: {listed(known)}."
+                f"dsad {self.name}: unknown flag --{name}.{hint} Flags: {listed(known)}."
             ) from error
         except DsadError:
             raise
@@ -218,18 +218,8 @@ class Command:
 
     def _unknown_key(self, argv: Sequence[str], error: Exception) -> str:
         config = self._loaded(argv)
-        for argument in (a for a in argv if a.startswith("--config.")):
-            node: Any = config
-            where = "config"
-            for part in argument.partition("=")[0].split(".")[1:]:
-                if not isinstance(node, Mapping | ml_collections.ConfigDict) or part not in node:
-                    have = node.keys() if hasattr(node, "keys") else ()
-                    return (
-                        f"{where}.{part}: unknown key.{suggestion(part, have)} "
-                        f"{where} has: {listed(have)}."
-                    )
-                node, where = node[part], f"{where}.{part}"
-        return f"dsad {self.name}: {error}"
+        given = (a.partition("=")[0].removeprefix(_KEY) for a in argv if a.startswith(_KEY))
+        return next(filter(None, (keys.fault(config, key, _KEY) for key in given)), f"{error}")
 
     def _expected(self, argv: Sequence[str], error: Exception) -> str:
         named = re.search(r"config\.([\w.]+)", str(error))
@@ -240,6 +230,8 @@ class Command:
             if part not in node:
                 return ""
             node = node[part]
+        if isinstance(node, ml_collections.ConfigDict):
+            return f" (config.{named[1]} is a group; set its keys: {listed(node.keys())})"
         return f" (config.{named[1]}: expected {type(node).__name__}, for example {node!r})"
 
 

@@ -31,9 +31,12 @@ _LEFTOVER = re.compile(rf"\d+{re.escape(_MAKING)}.*|deleted-\d+")
 class CheckpointConfig(Settings, place="config.checkpoint"):
     """When states are saved and which stay.
 
-    Every ``every`` steps, and at the latest ``minutes`` after the last one (0: by steps only).
-    Those at steps divisible by ``permanent`` (0: none) stay for good, of the others the newest
-    ``keep``.
+    Attributes:
+      every: steps between two checkpoints.
+      minutes: a checkpoint at the latest so long after the last one; 0: by steps only.
+      keep: so many of the newest stay.
+      permanent: those at steps divisible by it stay for good; 0: none.
+
     """
 
     every: int = field(500, at_least=1)

@@ -410,7 +410,7 @@ def test_one_picture_makes_a_model_that_decides_nothing(folder):
     prediction = dsad.fit(image, **given, false_alarm_rate=0).predict(image[0])
     assert prediction.score == pytest.approx(0, abs=1e-3)
     assert (prediction.percentile, prediction.flagged, prediction.regions) == (None, None, ())
-    with pytest.raises(ConfigError, match=r"config\.detector\.kk: unknown key.*'k'"):
+    with pytest.raises(ConfigError, match=r"config\.detector\.kk: unknown key.*mean detector\.k\?"):
         dsad.fit(image, **given | {"settings": {"detector.kk": 1}})
     with pytest.raises(ConfigError, match="no image there|no such file"):
         dsad.fit(image[0].parent / "none", **given)

@@ -49,7 +49,7 @@ def test_every_command_has_help(name, capsys):
 def test_unknown_config_key_lists_what_exists(capsys):
     text = fails(capsys, "pretrain", "--config=ds2", "--config.optim.lrr=1", "--workdir=x")
     assert "config.optim.lrr: unknown key" in text
-    assert "Did you mean 'lr'?" in text
+    assert "Did you mean --config.optim.lr?" in text
     assert "momentum" in text
 
 
