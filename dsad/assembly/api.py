@@ -156,6 +156,7 @@ def evaluate(
 def _config(
     config: Config, part: str, settings: Mapping[str, Any] | None
 ) -> ml_collections.ConfigDict:
+    chosen: Any
     if isinstance(config, (str, os.PathLike)):
         chosen = flags.Command("config", "", config=os.fspath(config)).parse([])[0]
     else:

@@ -17,8 +17,8 @@ def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
         "fit", "fit a detector to good pictures, and set its thresholds. For example\n"
-        "  dsad fit --config.data.name=folder --config.data.root=GOOD --config.weights=imagenet "
-        "--out=MODEL",
+        "  dsad fit --config.data.name=folder --config.data.root=GOOD \\\n"
+        "    --config.weights=imagenet --out=MODEL",
         config="configs/patchcore.py",
     )  # fmt: skip
     command.string("out", "", "Directory that takes the model.")

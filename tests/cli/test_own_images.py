@@ -82,3 +82,26 @@ def test_check_data_takes_the_same_flags(folder):
     done = command("check-data", *PLACES, "--config.data.abnormal=pics/schlecht", cwd=folder)
     assert done.returncode == 2
     assert "Did you mean 'schlecht [ß]'?" in done.stderr
+
+
+def test_a_model_of_good_pictures_is_measured_with_bad_ones(folder):
+    done = command(
+        "fit", "--config=configs/knn.py", *PLACES, *SMALL,
+        "--config.evaluation.false_alarm_rate=0.3", "--out=Modell ä", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "pics: fitted on 4 good pictures, 1 left for tests; a second fit without" in done.stdout
+    done = command("evaluate", "--model=Modell ä", BAD, "--workdir=gemessen", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "of 2 defects found, " in done.stdout
+    done = command("predict", "Modell ä", "pics/schlecht [ß]", "--out=Urteile", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    pictures = (folder / "Urteile" / "overlays").rglob("*.png")
+    assert {p.relative_to(folder / "Urteile" / "overlays").as_posix() for p in pictures} == {
+        "Kratzer/Teil ä.png", "Loch 1/Teil ä.png",
+    }  # fmt: skip
+    assert done.stdout.rstrip().endswith(
+        f"Urteile/predictions.csv; pictures: {folder / 'Urteile' / 'overlays'}"
+    )
+    done = command("report", "Urteile", cwd=folder)
+    assert "Name what dsad pretrain or dsad evaluate wrote" in done.stderr
