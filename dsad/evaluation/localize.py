@@ -351,10 +351,8 @@ class _Run:
         row, curves, notes = numbers.measure(scored, config, category)
         kinds = numbers.by_kind(scored, config)
         if seed == self.seeds[0]:
-            self._show(
-                category, test, scored, curves, ranked=row["pixel_auroc"] is not None,
-                threshold=at["image"] if at else None,
-            )  # fmt: skip
+            ranked, limit = row["pixel_auroc"] is not None, at["image"] if at else None
+            self._show(category, test, scored, curves, ranked, limit)
             counts = {"train": len(self.dataset.source("train", category)), **scored.counts()}
             self.made.categories[category] = {"counts": counts}
         seconds["metrics"] = time.perf_counter() - start
@@ -378,7 +376,6 @@ class _Run:
         test: Source,
         scored: Scored,
         curves: dict[str, np.ndarray],
-        *,
         ranked: bool,
         threshold: float | None,
     ) -> None:
