@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -291,7 +292,12 @@ def test_few_images_are_held_at_a_time(folder, tmp_path, monkeypatch):
     image = np.asarray(PIL.Image.open(sorted((folder / "wood/test/good").iterdir())[0]))
     for i in range(60):
         save(tmp_path / "in" / f"{i:02d}.png", image)
-    decoded, most = [], []
+    decoded, most, maps, live = [], [], [], []
+    filled = predict._filled
+    monkeypatch.setattr(
+        predict, "_filled",
+        lambda row, prediction: maps.append(weakref.ref(prediction.map)) or filled(row, prediction),
+    )  # fmt: skip
     whole = pictures._Pictures.decoded
     monkeypatch.setattr(
         pictures._Pictures, "decoded",
@@ -303,11 +309,63 @@ def test_few_images_are_held_at_a_time(folder, tmp_path, monkeypatch):
 
     def tell(done, total, note):
         most.append(len(decoded) - done)
+        live.append(sum(held() is not None for held in maps))
 
     predict.predict(model, images, decision, place, tell)
     assert len(decoded) == 60
     assert max(most) <= 2 * predict.BATCH + 2 * model.evaluation.workers
     assert most[-1] == 0
+    assert len(maps) == 60
+    assert max(live) <= 2 * predict.BATCH
+
+
+def told(normals, images):
+    """What a batch of images is warned of."""
+    drift = pictures.Drift(pictures.looks(pictures.source(normals)))
+    for image in images:
+        drift.add(pictures.brightness(image), image.shape[:2])
+    return [line.partition(":")[0] for line in drift.warnings()]
+
+
+def lit(level, shape=(40, 60), seed=0):
+    noise = np.random.default_rng(seed).normal(0, 20, (*shape, 3))
+    return np.clip(level + noise, 0, 255).astype(np.uint8)
+
+
+def test_fresh_normals_are_not_warned_of_and_others_are():
+    """Batches of any size, and of lamps that differ; levels are those of the batch's mean."""
+    rng, false = np.random.default_rng(0), []
+    normals = [lit(level, seed=i) for i, level in enumerate(rng.normal(90, 15, 40))]
+    for size in (1, 4, 30):
+        batches = [[lit(x, seed=i) for i, x in enumerate(rng.normal(90, 15, size))]
+                   for _ in range(60)]  # fmt: skip
+        false += [told(normals, batch) for batch in batches]
+        twice = [[np.minimum(2 * image.astype(int), 255).astype(np.uint8) for image in batch]
+                 for batch in batches]  # fmt: skip
+        missed = sum(told(normals, batch) != ["brightness"] for batch in twice)
+        assert missed <= {1: 12, 4: 1, 30: 0}[size]  # 3 of 15: a fifth of single images is near
+    assert sum(map(bool, false)) <= 3
+    same_lamp = [lit(90 + 1.5 * 15, seed=i) for i in range(50)]
+    assert told(normals, same_lamp) == []
+    assert told(normals, [lit(90 + 2.5 * 15, seed=i) for i in range(50)]) == ["brightness"]
+    assert told(normals, [lit(90, (80, 120))]) == ["size"]
+    assert told(normals, [lit(90, (20, 30)), lit(90)]) == ["size"]
+    assert told(normals, [lit(90, (40, 70))]) == ["size"]  # stretched
+    assert told(normals, [lit(90, (44, 66)), lit(90, (36, 54))]) == []
+
+
+@pytest.mark.parametrize(("name", "root"), [("mvtec", "mvtec/bottle256"), ("mtd:grouped", "mtd")])
+def test_fresh_normals_of_real_sets_are_not_warned_of(name, root):
+    data = base.load(base.DataConfig(name=name, root=str(real_data(root))))
+    train, test = data.source("train"), data.source("test")
+    good = [i for i, r in enumerate(test.records) if not r.label]
+    images = [test[i].image for i in good[:: -(-len(good) // 40)]]
+    normals = [train[i].image for i in range(0, len(train), len(train) // 60)]
+    assert told(normals, images) == []
+    twice = [np.minimum(2 * image.astype(int), 255).astype(np.uint8) for image in images]
+    assert told(normals, twice) == ["brightness"]
+    larger = [np.kron(image, np.ones((2, 2, 1), np.uint8)) for image in images]
+    assert told(normals, larger) == ["size"]
 
 
 def test_images_far_outside_the_normal_ones_are_told(folder, tmp_path, capsys):
@@ -323,7 +381,7 @@ def test_images_far_outside_the_normal_ones_are_told(folder, tmp_path, capsys):
     assert (
         "warning: size: 10 of 10 images, the first 48×96 pixels; the normal ones are 48×48" in text
     )
-    assert "warning: score: nine of ten images have" in text
+    assert "warning: score: 10 of 10 images lie above all 3 held-out normal images" in text
     assert len(json.loads((tmp_path / "p" / "about.json").read_text())["warnings"]) == 3
     assert run(folder / "model", folder / "wood" / "train", f"--out={tmp_path}/q") == 0
     assert "warning" not in capsys.readouterr().out
