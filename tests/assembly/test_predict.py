@@ -22,7 +22,7 @@ from dsad.core.mesh import make_mesh
 from dsad.data import base
 from dsad.evaluation import support, thresholds
 from dsad.evaluation.localize import read_results
-from tests.assembly.test_model import LIGHT, SMALL
+from tests.assembly.test_model import LIGHT, SMALL, same
 from tests.helpers import real_data
 
 RATE = "--config.evaluation.false_alarm_rate=0.3"
@@ -462,14 +462,21 @@ def test_predictions_on_real_images_are_those_of_the_evaluation(name, root, size
         f"--workdir={tmp_path}/live", f"--save-model={tmp_path}/model",
     )  # fmt: skip
     assert main.main([*argv]) == 0
-    live = read_results(tmp_path / "live")
-    (images,) = live.images.values()
+    again = ("evaluate", f"--model={tmp_path}/model", f"--workdir={tmp_path}/again")
+    assert main.main([*again, "--config.evaluation.save_maps=tiff"]) == 0
+    saved = read_results(tmp_path / "again")
+    same(read_results(tmp_path / "live"), saved)
+    (images,) = saved.images.values()
     paths = [data / row["path"] for row in images]
-    assert run(tmp_path / "model", *paths, f"--out={tmp_path}/p") == 0
+    assert run(tmp_path / "model", *paths, f"--out={tmp_path}/p", "--maps=tiff") == 0
     found, _ = rows(tmp_path / "p")
     for row, image in zip(found, images, strict=True):
         assert float(row["score"]) == pytest.approx(image["score"], abs=1e-5)
         assert float(row["peak"]) == pytest.approx(image["max"], abs=1e-5)
+        name = row["overlay"].removeprefix("overlays/").removesuffix(".png")
+        there = f"anomaly_maps/{image['path'].rpartition('.')[0]}.tiff"
+        scores = [tifffile.imread(tmp_path / x) for x in (f"p/maps/{name}.tiff", f"again/{there}")]
+        np.testing.assert_allclose(*scores, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
