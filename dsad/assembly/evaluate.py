@@ -18,7 +18,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, CanvasSource, Dataset, Progress
 from dsad.data import base as data_base
-from dsad.data import heldout
+from dsad.data import files, heldout
 from dsad.evaluation import fitting
 from dsad.evaluation.localize import EvalConfig, Results, localize, write_results
 from dsad.evaluation.parts import Parts
@@ -175,6 +175,7 @@ def prepare(
         cfg = dataclasses.replace(cfg, data=data)
         dataset = datasets.loaded(data, out)
         if saved and data.labelled:
+            assert isinstance(dataset, files.FileDataset)
             dataset = heldout.left(dataset, saved.contents, saved.category)
     if isinstance(dataset.source("train"), CanvasSource):
         raise ConfigError(

@@ -193,33 +193,47 @@ def looks(source: Source) -> dict[str, Any]:
     }
 
 
-def drift(
-    normals: Mapping[str, Any], levels: Sequence[float], shapes: Sequence[tuple[int, int]]
-) -> list[str]:
-    """How images with these brightnesses and (h, w) lie far outside the normal ones, in sentences.
+@dataclasses.dataclass
+class Drift:
+    """Whether images, told of one by one, lie far outside the ``normals`` of ``looks``.
 
-    Far: the mean brightness three standard deviations and five grey levels away, a side a third
-    shorter or half longer than of any normal image, or the aspect ratio a tenth beyond theirs.
+    Far: the mean brightness of n images two (and 1/√n, for chance) standard deviations and five
+    grey levels away, as images of one batch may be alike; a side a third shorter or half longer
+    than of any normal image, or the aspect ratio a tenth beyond theirs.
     """
-    lines = []
-    mean, std = normals["brightness"]
-    if levels and abs(np.mean(levels) - mean) > max(3 * std, 5):
-        lines.append(
-            f"brightness: these images have {np.mean(levels):.0f} on average, the normal ones "
-            f"{mean:.0f} ± {std:.0f} (0 to 255)"
-        )
-    (low, high), (least, most) = normals["height"], normals["width"]
-    flat, steep = least / high / 1.1, most / low * 1.1
-    far = [
-        (h, w) for h, w in shapes
-        if not (low / 1.5 <= h <= high * 1.5 and least / 1.5 <= w <= most * 1.5
-                and flat <= w / h <= steep)
-    ]  # fmt: skip
-    if far:
-        height, width = far[0]
-        sides = [f"{a}" if a == b else f"{a}–{b}" for a, b in ((least, most), (low, high))]
-        lines.append(
-            f"size: {len(far)} of {len(shapes)} images, the first {width}×{height} pixels; the "
-            f"normal ones are {sides[0]}×{sides[1]} (width × height)"
-        )
-    return lines
+
+    normals: Mapping[str, Any]
+    images: int = 0
+    brightness: float = 0.0
+    far: int = 0
+    first: tuple[int, int] = (0, 0)
+
+    def add(self, level: float, shape: tuple[int, int]) -> None:
+        """An image of this brightness and (h, w)."""
+        self.images += 1
+        self.brightness += (level - self.brightness) / self.images
+        (low, high), (least, most) = self.normals["height"], self.normals["width"]
+        (h, w), flat, steep = shape, least / high / 1.1, most / low * 1.1
+        near = low / 1.5 <= h <= high * 1.5 and least / 1.5 <= w <= most * 1.5
+        if not (near and flat <= w / h <= steep):
+            self.first = self.first if self.far else shape
+            self.far += 1
+
+    def warnings(self) -> list[str]:
+        """What is far, in sentences."""
+        lines = []
+        mean, std = self.normals["brightness"]
+        if self.images and abs(self.brightness - mean) > max((2 + self.images**-0.5) * std, 5):
+            lines.append(
+                f"brightness: these images have {self.brightness:.0f} on average, the normal ones "
+                f"{mean:.0f} ± {std:.0f} (0 to 255)"
+            )
+        if self.far:
+            height, width = self.first
+            ranges = (self.normals[side] for side in ("width", "height"))
+            sides = [f"{a}" if a == b else f"{a}–{b}" for a, b in ranges]
+            lines.append(
+                f"size: {self.far} of {self.images} images, the first {width}×{height} pixels; the "
+                f"normal ones are {sides[0]}×{sides[1]} (width × height)"
+            )
+        return lines

@@ -47,26 +47,33 @@ COLUMNS: tuple[str, ...] = (
 
 @dataclasses.dataclass
 class Summary:
-    """What came of a run, as its images pass by."""
+    """What came of a run, counted as its images pass by."""
 
     total: int
-    scores: list[float] = dataclasses.field(default_factory=list)
+    decision: Decision
+    drift: pictures.Drift | None
+    scored: int = 0
     flagged: int = 0
+    above: int = 0
     faults: dict[str, str] = dataclasses.field(default_factory=dict)
-    levels: list[float] = dataclasses.field(default_factory=list)
-    shapes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
-    def warnings(self, model: FittedModel, decision: Decision) -> list[str]:
+    def add(self, prediction: Prediction, level: float) -> None:
+        """An image of this brightness."""
+        self.scored += 1
+        self.flagged += bool(prediction.flagged)
+        self.above += self.decision.row is not None and prediction.score > self.decision.largest
+        if self.drift:
+            height, width = prediction.map.shape
+            self.drift.add(level, (height, width))
+
+    def warnings(self) -> list[str]:
         """How the images lie far outside the normal ones, in sentences."""
-        lines = []
-        if normals := model.normals.get(model.category):
-            lines = pictures.drift(normals, self.levels, self.shapes)
-        # Of a few images all may be defects.
-        low = float(np.quantile(self.scores, 0.1)) if len(self.scores) >= 8 else -np.inf
-        if decision.row and low > decision.largest:
+        lines = self.drift.warnings() if self.drift else []
+        if self.scored >= 8 and self.above >= 0.9 * self.scored:  # of a few all may be defects
             lines.append(
-                f"score: nine of ten images have {low:.4g} or more, above all {decision.normals} "
-                f"held-out normal images, the highest {decision.largest:.4g}"
+                f"score: {self.above} of {self.scored} images lie above all "
+                f"{self.decision.normals} held-out normal images, the highest "
+                f"{self.decision.largest:.4g}"
             )
         return lines
 
@@ -139,13 +146,15 @@ def predict(
 
     Raises StoppedError where Ctrl-C ends it, WorkdirError where nothing can be written.
     """
-    summary, done = Summary(total=len(images)), 0
+    normals = model.normals.get(model.category)
+    drift = pictures.Drift(normals) if normals else None
+    summary, done = Summary(total=len(images), decision=decision, drift=drift), 0
     try:
         with _tables(folder) as (rows, lines):
             writer = csv.DictWriter(rows, COLUMNS)
             writer.writeheader()
             progress(0, len(images), "compiling")
-            for row, regions in _rows(model, images, decision, folder, summary, maps):
+            for row, regions in _rows(model, images, folder, summary, maps):
                 writer.writerow(row)
                 line = {k: v for k, v in row.items() if k in _OF_IMAGE and v not in ("", None)}
                 lines.write(json.dumps({**line, **regions}, ensure_ascii=False) + "\n")
@@ -160,7 +169,7 @@ def predict(
         "command": "predict", "complete": True, "images": len(images), "flagged": summary.flagged,
         "unreadable": len(summary.faults), "category": model.category, "decision": str(decision),
         **{n: getattr(decision, n) for n in ("rate", "bound", "image", "region")},
-        "warnings": summary.warnings(model, decision), "stamp": model.stamp,
+        "warnings": summary.warnings(), "stamp": model.stamp,
     }  # fmt: skip
     paths.write_whole(folder / ABOUT, json.dumps(plain(about), indent=1, ensure_ascii=False))
     return summary
@@ -187,7 +196,6 @@ def _tables(folder: epath.Path) -> Iterator[tuple[TextIO, TextIO]]:
 def _rows(
     model: FittedModel,
     images: Sequence[str],
-    decision: Decision,
     folder: epath.Path,
     summary: Summary,
     maps: bool,
@@ -201,7 +209,7 @@ def _rows(
     names = pictures.names(images)
     scale = model.scales.get(model.category, {})
     tiffs = MapWriter(folder / "maps", "tiff") if maps else None
-    written = functools.partial(_written, decision, scale, folder, tiffs)
+    written = functools.partial(_written, summary.decision, scale, folder, tiffs)
     waiting: list[tuple[str, concurrent.futures.Future[_Image]]] = []
     with concurrent.futures.ThreadPoolExecutor(model.evaluation.workers) as pool:
         try:
@@ -260,11 +268,7 @@ def _counted(path: str, image: _Image, summary: Summary) -> tuple[dict[str, Any]
     if prediction is None:
         summary.faults[path] = image.fault
         return row | {"error": image.fault}, {}
-    summary.scores.append(prediction.score)
-    summary.flagged += bool(prediction.flagged)
-    height, width = prediction.map.shape
-    summary.shapes.append((height, width))
-    summary.levels.append(image.level)
+    summary.add(prediction, image.level)
     return _filled(row | {"overlay": image.overlay}, prediction)
 
 

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         summary = predict(model, images, decision, folder, tell, maps=values.maps == "tiff")
     for path, fault in list(summary.faults.items())[:_LISTED]:
         out.print(f"not read: {fault if path in fault else f'{path}: {fault}'}")
-    for line in summary.warnings(model, decision):
+    for line in summary.warnings():
         out.print(f"warning: {line}")
     flagged = f", {summary.flagged} flagged" if decision.row else ""
     missing = f", {len(summary.faults)} not read" if summary.faults else ""

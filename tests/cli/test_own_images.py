@@ -90,7 +90,7 @@ def test_a_model_of_good_pictures_is_measured_with_bad_ones(folder):
         "--config.evaluation.false_alarm_rate=0.3", "--out=Modell ä", cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "pics: fitted on 4 good pictures, 1 left for tests; a second fit without" in done.stdout
+    assert "pics: fitted on 5 good pictures; a second fit without" in done.stdout
     done = command("evaluate", "--model=Modell ä", BAD, "--workdir=gemessen", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "of 2 defects found, " in done.stdout

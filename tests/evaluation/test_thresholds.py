@@ -2,9 +2,11 @@
 enters."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from dsad.core.errors import ConfigError
 from dsad.data.base import selected
@@ -35,6 +37,20 @@ def test_the_bound_holds_for_exchangeable_images(rate):
     error = np.sqrt(rate * (1 - rate) / 4000)
     assert max(bounds) <= rate + 1e-12
     assert abs(np.mean(alarms) - bounds[0]) < 4 * error  # without ties the bound is met exactly
+
+
+@pytest.mark.parametrize(("held", "rate"), [(19, 0.05), (49, 0.1), (7, 0.05), (100, 0.3)])
+def test_false_alarms_of_one_model_spread_as_order_statistics_do(held, rate):
+    """Of uniform scores the share above the k-th smallest of n is Beta(n + 1 - k, k)."""
+    k = min(math.ceil((held + 1) * (1 - rate) - 1e-9), held)
+    law = scipy.stats.beta(held + 1 - k, k)
+    rng = np.random.default_rng(1)
+    drawn = [thresholds.image_threshold(rng.uniform(size=held), rate) for _ in range(2000)]
+    assert {round(bound, 12) for _, bound in drawn} == {round(float(law.mean()), 12)}
+    shares = 1 - np.array([value for value, _ in drawn])
+    assert scipy.stats.kstest(shares, law.cdf).pvalue > 1e-3
+    next_one = scipy.stats.beta(held + 2 - k, k - 1)  # one place off is told apart
+    assert scipy.stats.kstest(shares, next_one.cdf).pvalue < 1e-6
 
 
 def test_pixel_threshold_flags_at_most_its_share():
