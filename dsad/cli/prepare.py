@@ -1,5 +1,6 @@
 """``dsad prepare``: one folder of ArrayRecord files from a data set of many files."""
 
+import shlex
 import time
 
 from dsad.assembly import datasets
@@ -32,8 +33,8 @@ def main(argv: list[str]) -> int:
         )
     out.print(records.described(records.read_about(folder)))
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    use = f"--config.data.name=records --config.data.root={values.out}"
+    use = f"--config.data.name=records --config.data.root={shlex.quote(values.out)}"
     if values.canvas:
         use += f" --config.data.canvas={values.canvas}"
-    out.print(f"{size / 1e9:.3g} GB in {time.monotonic() - start:.0f} s; use it with {use}")
+    out.print(f"{size / 1e9:.3g} GB in {time.monotonic() - start:.0f} s; use it with\n  {use}")
     return 0

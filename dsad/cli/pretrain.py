@@ -1,5 +1,7 @@
 """``dsad pretrain``: train an encoder on the images of a data set."""
 
+import shlex
+
 from dsad.assembly import datasets, training, workdir
 from dsad.assembly.pretrain import parse
 from dsad.core import distributed
@@ -30,7 +32,8 @@ def main(argv: list[str]) -> int:
         overwrite=values.overwrite,
     )  # fmt: skip
     if training.pretrain(prepared, path, out, resume=resume):
-        out.print(f"done; evaluate it with: dsad evaluate --config.backbone=run:{path}")
+        run = shlex.quote(f"run:{path}")
+        out.print(f"done; evaluate it with:\n  dsad evaluate --config.backbone={run} --workdir=DIR")
     else:
         out.print(f"stopped and saved; continue with: dsad pretrain ... --workdir={path} --resume")
     return 0
