@@ -153,7 +153,7 @@ def predict(
         with _tables(folder) as (rows, lines):
             writer = csv.DictWriter(rows, COLUMNS)
             writer.writeheader()
-            progress(0, len(images), "compiling")
+            progress(0, len(images), "compiling …")
             for row, regions in _rows(model, images, folder, summary, maps):
                 writer.writerow(row)
                 line = {k: v for k, v in row.items() if k in _OF_IMAGE and v not in ("", None)}

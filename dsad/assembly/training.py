@@ -213,6 +213,7 @@ def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) 
     writer = MetricWriter(path, resume_step=resume_step, quiet=not distributed.is_main())
     try:
         with console.progress("pretraining", out) as tell:
+            tell(int(state.step), run.info.total_steps, "compiling …")
             loop = Loop(
                 step=run.step, batches=batches, store=training.store, key=run.key,
                 mesh=run.mesh,
@@ -237,7 +238,7 @@ def _told(tell: Progress, out: Console) -> Callable[[int, int, dict[str, float]]
     def on_log(step: int, total: int, row: dict[str, float]) -> None:
         if "probe_seconds" in row:
             out.print(console.probe_line(step, row))
-        if "loss" in row:
+        if "loss" in row or not row:
             note(step, total, row)
 
     return on_log
@@ -282,6 +283,7 @@ def with_features(training: Training, state: TrainState, out: Console) -> Traini
     compute = jax.jit(run.objective.per_sample, out_shardings=replicated(run.mesh))
     parts, done = [], 0
     with console.progress("computing features", out) as tell:
+        tell(0, run.info.samples, "compiling …")
         for batch in passes(training):
             parts.append(jax.tree.map(hosts.whole, compute(state.params, state.extra, batch)))
             done += len(batch["index"])

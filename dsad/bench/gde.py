@@ -1,4 +1,4 @@
-"""``dsad bench gde``: a Gaussian per patch position, fitted and scored, beside scikit-learn."""
+"""``dsad bench gde``: a Gaussian per position, fitted and scored, beside scikit-learn."""
 
 import dataclasses
 import statistics

@@ -1,4 +1,4 @@
-"""``dsad bench neighbors``: neighbour search beside FAISS and scikit-learn, time, error, memory."""
+"""``dsad bench neighbors``: neighbour search beside FAISS and scikit-learn, time and memory."""
 
 import functools
 import importlib

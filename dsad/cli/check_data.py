@@ -5,7 +5,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -62,12 +61,8 @@ def run(config: DataConfig, out: Console | None = None) -> int:
     """
     # Wide enough for the table where no terminal limits it.
     out = out or console.console(160)
-    columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        report = check(
-            config, progress=lambda done, total, _: bar.update(task, completed=done, total=total)
-        )
+    with console.progress("checking", out) as tell:
+        report = check(config, progress=tell)
     _print_faults(report, out)
     _print_checks(report, out)
     out.print(_table(report))

@@ -54,7 +54,7 @@ def table(results: Results, title: str = "") -> Table:
 
 def _cells(row: Any, names: list[str], spread: Mapping[str, Any] | None = None) -> list[str]:
     spread = {n: x for n, x in (spread or {}).items() if x is not None}
-    return [shown(row[n]) + (f" ± {spread[n]:.3f}" if n in spread else "") for n in names]
+    return [shown(row[n]) + (f"\n± {spread[n]:.3f}" if n in spread else "") for n in names]
 
 
 def threshold_table(results: Results) -> Table:
@@ -135,8 +135,8 @@ def main(argv: list[str]) -> int:
     if results.thresholds:
         out.print(threshold_table(results))
         for line in decisions(results):
-            out.print(line, soft_wrap=True)
+            out.print(line)
     if writer:
         out.print(f"fitted models: {writer.directory}")
-    out.print(f"written: {path}/results.json; pictures: dsad report {shlex.quote(str(path))}")
+    out.print(f"written: {path}/results.json; pictures:\n  dsad report {shlex.quote(str(path))}")
     return 0

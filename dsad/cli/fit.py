@@ -47,5 +47,5 @@ def main(argv: list[str]) -> int:
             at = thresholds.at_rate(row)
             out.print(f"{category}: threshold {row['image']:.4g}, false alarms at most {at}")
     out.print(f"written: {writer.directory}")
-    out.print(f"use it: dsad predict {shlex.quote(values.out)} IMAGES --out=DIR")
+    out.print(f"use it:\n  dsad predict {shlex.quote(values.out)} IMAGES --out=DIR")
     return 0

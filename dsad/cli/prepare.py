@@ -37,5 +37,5 @@ def main(argv: list[str]) -> int:
     use = ["--config.data.name=records", f"--config.data.root={values.out}"]
     use += [f"--config.data.canvas={values.canvas}"] if values.canvas else []
     took = f"{size / 1e9:.3g} GB in {time.monotonic() - start:.0f} s"
-    out.print(f"{took}; use it with {shlex.join(use)}")
+    out.print(f"{took}; use it with\n  {shlex.join(use)}")
     return 0

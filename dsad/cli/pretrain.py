@@ -40,9 +40,9 @@ def main(argv: list[str]) -> int:
     path = claim(info=prepared.run.info)
     if training.pretrain(prepared, path, out, resume=resume):
         use = shlex.join(["dsad", "evaluate", f"--config.backbone=run:{path}", "--workdir=DIR"])
-        out.print(f"done; evaluate it with: {use}")
+        out.print(f"done; evaluate it with:\n  {use}")
         return 0
     again = shlex.join(["dsad", "pretrain", "--resume", f"--workdir={path}"])
-    out.print(f"stopped and saved; continue with: {again}")
+    out.print(f"stopped and saved; continue with:\n  {again}")
     # Schedulers take 0 for a run that they may continue; a shell must not go on after Ctrl-C.
     return StopSignal.code if StopSignal.code == StoppedError.code else 0

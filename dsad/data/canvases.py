@@ -10,7 +10,7 @@ from PIL import Image
 
 from dsad.core import batch as batches
 from dsad.core.batch import BatchSpec
-from dsad.core.types import CanvasSource, Progress, Source
+from dsad.core.types import CanvasSource, Progress, Source, silent
 from dsad.data import facts as image_facts
 
 #: Threads that decode.
@@ -121,12 +121,13 @@ def canvases(
     """
     reader, arrays = reader_of(source, spec), batches.zeros(spec.read, len(source))
     rows = range(len(source)) if rows is None else [int(row) for row in rows]
+    tell = progress or silent
+    tell(0, len(rows), "decoding images")
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             placed = pool.map(lambda i: fill(arrays, i, reader, i), rows)
             for done, _ in enumerate(placed, start=1):
-                if progress is not None:
-                    progress(done, len(rows), "decoding images")
+                tell(done, len(rows), "decoding images")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

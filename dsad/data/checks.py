@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 
-from dsad.core.types import Dataset, Progress, Record, Source
+from dsad.core.types import Dataset, Progress, Record, Source, silent
 from dsad.data import decode
 from dsad.data.base import DataConfig, Fault, FaultError, error, indexed, warning
 from dsad.data.canvases import nearest_pixels, size_on
@@ -248,12 +248,13 @@ def check_dataset(
     sources = {split: dataset.source(split) for split in ("train", "test")}
     jobs = [(split, i) for split, source in sources.items() for i in range(len(source))]
     seen = []
+    tell = progress or silent
+    tell(0, len(jobs), "")
     with ThreadPoolExecutor(_THREADS) as pool:
         looks = pool.map(lambda job: _look(dataset, sources[job[0]], job[0], job[1], canvas), jobs)
         for done, item in enumerate(looks, start=1):
             seen.append(item)
-            if progress is not None:
-                progress(done, len(jobs), item.record.path)
+            tell(done, len(jobs), item.record.path)
     skipped = dataset.skipped if isinstance(dataset, FileDataset) else _SKIPPED
     faults = [*dataset.faults, *(fault for item in seen for fault in item.faults)]
     faults += [] if "K13" in skipped else split_groups({s: x.records for s, x in sources.items()})

@@ -21,7 +21,7 @@ from dsad.core import batch as batches
 from dsad.core import paths
 from dsad.core.batch import BatchSpec, Needs
 from dsad.core.errors import ConfigError, WorkdirError
-from dsad.core.types import Progress
+from dsad.core.types import Progress, silent
 from dsad.data import canvases, records
 from dsad.data import facts as image_facts
 from dsad.data.base import IndexedDataset
@@ -75,6 +75,7 @@ def plan(dataset: IndexedDataset, canvas: int = 0, progress: Progress | None = N
     only = dataset.config.split if canvas else "all"
     splits = ("train", "test") if only == "all" else (only,)
     channels = 3 + any(r.label for split in splits for r in dataset.splits[split])  # with the mask
+    files = _Counter(sum(len(dataset.splits[split]) for split in splits), progress)
     for split in splits:
         source = dataset.source(split)
         if not canvas and not isinstance(source, EncodedSource):
@@ -87,19 +88,15 @@ def plan(dataset: IndexedDataset, canvas: int = 0, progress: Progress | None = N
         if canvas:
             sizes[split] = np.full(len(source), canvas * canvas * channels, np.int64)
         else:
-            sizes[split] = np.asarray(_measured(source, progress), np.int64)
+            sizes[split] = np.asarray([_measured(source, i, files) for i in range(len(source))])
     if ("train" not in sizes and only != "test") or not sizes:
         raise ConfigError(f"{dataset.name}: the split {only} has no sample; check config.data.")
     return Plan(dataset=dataset, canvas=canvas, sizes=sizes)
 
 
-def _measured(source: Any, progress: Progress | None) -> list[int]:
-    found = []
-    for i in range(len(source)):
-        found.append(source.size_of(i))
-        if progress is not None:
-            progress(i + 1, len(source), "measuring files")
-    return found
+def _measured(source: Any, index: int, files: "_Counter") -> int:
+    files.add(source.records[index].path)
+    return source.size_of(index)
 
 
 def write(
@@ -306,15 +303,15 @@ def shard_rows(sizes: np.ndarray, limit: int = SHARD_BYTES) -> list[range]:
 
 
 class _Counter:
-    """Tells how many examples are written, over all shards."""
+    """Tells how many files are measured, or examples written, over all shards."""
 
     def __init__(self, total: int, progress: Progress | None):
-        self.done, self.total, self.progress = 0, total, progress
+        self.done, self.total, self.progress = 0, total, progress or silent
+        self.progress(0, total, "")
 
     def add(self, note: str) -> None:
         self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, self.total, note)
+        self.progress(self.done, self.total, note)
 
 
 @dataclasses.dataclass(frozen=True)

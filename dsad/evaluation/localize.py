@@ -126,7 +126,7 @@ def localize(
         progress, measured,
     )  # fmt: skip
     run.total = run.count(chosen)
-    progress(0, run.total, "compiling")
+    progress(0, run.total, "compiling …")
     results = Results()
     groups = [chosen] if pooled else [(c,) for c in chosen]
     parts = Parts(folder) if folder and len(groups) > 1 and not (keep or spans(mesh)) else None
@@ -193,6 +193,8 @@ class _Run:
     made: Results = dataclasses.field(default_factory=Results)
     done: int = 0
     total: int = 0
+    #: Programs, by what they compute and of which shapes; None is none.
+    compiled: set[Any] = dataclasses.field(default_factory=lambda: {None})
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -210,20 +212,25 @@ class _Run:
                 total += len(self.seeds) * len(self.dataset.source("test", c))
         return total
 
-    def tick(self, category: str, what: str) -> Callable[[int], None]:
+    def tick(self, category: str, what: str, program: Any = None) -> Callable[[int], None]:
+        """Advances by images; until the first ones a ``program`` that is new is compiled."""
+
         def advance(n: int) -> None:
             self.done = min(self.done + n, self.total)
             stored = n > 0 and self.device is not None and self.device.all_stored
             note = " (cached features)" if stored else ""
-            self.progress(self.done, self.total, f"{category}: {what}{note}")
+            self.progress(self.done, self.total, f"{what}{note}: {category}")
 
+        if program not in self.compiled:
+            self.compiled.add(program)
+            self.progress(self.done, self.total, f"compiling …  {what}: {category}")
         return advance
 
     def fitting(self, title: str) -> Progress:
         """Reports of a detector's own work; images done stay as they are."""
 
         def show(done: int, total: int, text: str) -> None:
-            self.progress(self.done, self.total, f"{title}: {done}/{total} {text}")
+            self.progress(self.done, self.total, f"{done}/{total} {text}, {title}")
 
         return show
 
@@ -268,7 +275,7 @@ class _Run:
         for category in group:
             held = self.sets.by_category[category][seed].held_out
             source = support.subset(self.dataset.source("train", category), held)
-            tick = self.tick(category, "held-out training images")
+            tick = self.tick(category, "held-out training images", _shapes(split))
             normal = score(reader, split, source, f"{category}/held out", tick, keep=False)
             groups = [record.group for record in source.records]
             row = thresholds.measure(None, normal, self.config.false_alarm_rate, groups)
@@ -289,7 +296,8 @@ class _Run:
         out = {p for c in group for p in sets[c][seed].held_out} if split else set()
         chosen = {c: support.subset(x, sets[c][seed].bank) for c, x in sources.items()}
         parts = [(c, config.applied(x)) for c, x in chosen.items()]
-        tick = self.tick(title, f"{which} features" + (" of the split fit" if split else ""))
+        what = f"{which} features" + (" of the split fit" if split else "")
+        tick = self.tick(title, what, "features")
         start, done = time.perf_counter(), self.done
         # Seed 0 keeps the key that a category has without seeds.
         key = named(self.key, f"{title}, seed {seed}" if seed else title)
@@ -337,8 +345,8 @@ class _Run:
         keep = len(self.seeds) > 1
         start = time.perf_counter()
         scored = score(
-            reader, fitted, test, f"{category}/test", self.tick(category, "scores"),
-            keep=keep, writer=writer,
+            reader, fitted, test, f"{category}/test",
+            self.tick(category, "scores", _shapes(fitted)), keep=keep, writer=writer,
             whole=config.method == "exact",  # sorting takes all scores in one place
             picture=gallery.picture if config.gallery and seed == self.seeds[0] else None,
         )  # fmt: skip
@@ -395,6 +403,11 @@ class _Run:
         made.gallery.update(further)
         made.scales[category] = {**scale, **tops}
         made.curves.update({f"{category}/{k}": v for k, v in curves.items()})
+
+
+def _shapes(fitted: Fitted) -> Any:
+    """What a program that scores is compiled for."""
+    return tuple((x.shape, x.dtype) for x in jax.tree.leaves(fitted))
 
 
 def _quiet(images: int) -> None:

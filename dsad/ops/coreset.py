@@ -346,7 +346,7 @@ def _finish(
         progress = silent  # another process may tell, and all must make the same calls
     if progress is None:
         return run(made, state, target, _spread(np.int32(2**31 - 1), mesh))
-    progress(0, size, "picks, compiling")
+    progress(0, size, "picks, compiling …")
     state = jax.block_until_ready(run(made, state, target, _spread(np.int32(0), mesh)))
     clock, limit, step, marks = time.monotonic(), 0, 1, [(0.0, int(state.count))]
     while marks[-1][1] < size:

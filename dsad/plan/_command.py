@@ -17,12 +17,12 @@ _JSON_ADVICE = "Give another --json=FILE."
 
 USAGE = """memory, speed and cost of a config on accelerators that need not be there.
 
-  dsad plan --config=configs/mae_imagenet.py:large --topology=v5e:16x16 --config.mesh.fsdp=8
-  dsad plan --config=configs/ds2.py --topology=v5e:4x4 --sweep --fsdp=1,2 --batch=512,1024
+  dsad plan --config=mae_imagenet:large --topology=v5e:8x8 --config.mesh.fsdp=8
+  dsad plan --config=ds2 --topology=v5e:4x4 --sweep --fsdp=1,2 --batch=512,1024
 
-Compiles the training step for the topology, without a TPU and without the data set, and prints
-what a chip has to hold against what it has, and a lower bound of the time a step takes. Exit code
-1 if the step does not fit."""
+Compiles the training step for the topology, without a TPU and without the data
+set, and prints what a chip has to hold against what it has, and a lower bound
+of the time a step takes. Exit code 1 if the step does not fit."""
 
 
 def main(argv: list[str]) -> int:

@@ -6,6 +6,7 @@ import importlib.resources
 import io
 import pathlib
 import re
+import textwrap
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from ml_collections import config_flags
 from dsad.core import distributed
 from dsad.core.config import Refused, listed, suggestion
 from dsad.core.errors import ConfigError, DsadError
-from dsad.terminal import keys
+from dsad.terminal import console, keys
 
 _KEY = "--config."
 
@@ -94,19 +95,23 @@ class Command:
         self.name, self.usage, self.config, self.positional = name, usage, config, positional
         self.values = flags.FlagValues()
         self._least: dict[str, int] = {}
+        self._own: list[str] = []
         flags.DEFINE_boolean("help", False, "Show this text.", flag_values=self.values)
 
     def string(self, name: str, default: str, text: str) -> None:
         """A flag with a string value."""
+        self._own.append(name)
         flags.DEFINE_string(name, default, text, flag_values=self.values)
 
     def integer(self, name: str, default: int, text: str, *, at_least: int = 0) -> None:
         """A flag with an integer value, not below ``at_least``."""
         self._least[name] = at_least
+        self._own.append(name)
         flags.DEFINE_integer(name, default, text, flag_values=self.values)
 
     def switch(self, name: str, text: str) -> None:
         """A flag that is off unless given."""
+        self._own.append(name)
         flags.DEFINE_boolean(name, False, text, flag_values=self.values)
 
     def distributed(self) -> None:
@@ -155,15 +160,22 @@ class Command:
 
     def help(self) -> str:
         """Usage, the command's flags, and how to see and set config keys."""
-        own = self.values.get_help().replace("\n\n", "\n").rstrip()
-        out = [f"dsad {self.name}: {self.usage}", own]
+        lines = [f"dsad {self.name}: {self.usage}", ""]
+        about = {}
+        for name in self._own:
+            default, text = self.values[name].default, str(self.values[name].help)
+            given = name.replace("_", "-") + ("" if default is False else "=VALUE")
+            about[f"--{given}"] = text if default in (False, "") else f"{text} Default {default}."
         if self.config:
-            out.append(
-                f"  --config: config file, with variants after a colon; default {self.config}\n"
-                f"    (shipped: {', '.join(shipped_configs())})\n"
-                "  --config.KEY=VALUE: override one key, for example --config.data.name=mvtec"
-            )
-        return "\n".join(out)
+            about |= {
+                "--config=FILE[:VARIANT]": f"Config, default {self.config}; shipped with dsad are "
+                f"{', '.join(shipped_configs())}.",
+                "--config.KEY=VALUE": "Sets a key, such as --config.data.name=mvtec; dsad config "
+                "FILE lists them.",
+            }
+        for flag, text in about.items():
+            lines += [f"  {flag}", textwrap.indent(console.wrapped(text, 74), " " * 6)]
+        return console.wrapped("\n".join(lines), 80)
 
     @contextlib.contextmanager
     def _readable(self, argv: Sequence[str]) -> Any:

@@ -50,7 +50,8 @@ class Loop:
       writer: metric files, or None.
       checkpointer: where states go, and when; None: the caller keeps the last one.
       meta: stored with every checkpoint.
-      on_log: called with (step, total, scalars) after each logged line.
+      on_log: called with (step, total, scalars) after each logged line, and without scalars once
+        the first step is done, which also compiles.
       clock: continued from the checkpoint's meta on a resumed run.
       work: what an image costs to compute, for the log.
       probe: measures a state, for the lines of step 0, of every ``probe_every``-th and of the last.
@@ -97,6 +98,7 @@ def train(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
             log.add(step, scalars)
             if step == first + 1:
                 log.start_clock()  # the first step also compiles
+                loop.on_log(step, loop.total_steps, {})
             log.throttle(_AHEAD)
             saving = step < loop.total_steps and _saves(loop, step)
             probing = loop.probe and (step % loop.probe_every == 0 or step == loop.total_steps)

@@ -112,7 +112,7 @@ def test_canvases():
     assert store["category"].tolist() == [0, 1] * 5 + [0]
     assert store["size"][3].tolist() == [9, 14]
     assert store["image"][:, 0, 0, 0].tolist() == [10 * i + 1 for i in range(11)]
-    assert [c[:2] for c in calls] == [(i, 11) for i in range(1, 12)]
+    assert [c[:2] for c in calls] == [(i, 11) for i in range(12)]
 
 
 def test_broken_file_is_named(tmp_path):

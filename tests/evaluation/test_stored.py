@@ -123,7 +123,7 @@ def test_a_second_run_needs_no_network_and_gives_the_same_bits(tmp_path, seen):
         same(again, plain)
         assert not stamp.differences(again.stamp, plain.stamp)
         assert texts[-1][:2] == (18, 18)
-    assert (7, 18, "disc: train features (cached features)") in texts
+    assert (7, 18, "train features (cached features): disc") in texts
     same(first, plain)
     assert "feature_cache" not in str(plain.stamp)
 
