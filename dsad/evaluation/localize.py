@@ -19,7 +19,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.hosts import spans
 from dsad.core.rng import named
 from dsad.core.types import Backbone, Dataset, Progress, Source, Tree, silent
-from dsad.evaluation import fitting, maps, numbers, stamp, support, thresholds
+from dsad.evaluation import fitting, maps, numbers, stamp, support, thresholds, ticks
 from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
@@ -29,6 +29,7 @@ from dsad.evaluation.report import gallery, panels
 from dsad.evaluation.results import Results, merge, read_results, write_results
 from dsad.evaluation.scored import Scored, score
 from dsad.evaluation.support import ALL, Sampling, Sets
+from dsad.evaluation.ticks import Ticks
 
 __all__ = ["EvalConfig", "Results", "localize", "read_results", "write_results"]
 
@@ -123,10 +124,10 @@ def localize(
     }
     run = _Run(
         dataset, detector, config, key, train, sets, dict(map_wrappers or {}), given, folder,
-        progress, measured,
+        Ticks(progress, 0), measured,
     )  # fmt: skip
-    run.total = run.count(chosen)
-    progress(0, run.total, "compiling …")
+    run.ticks.total = run.count(chosen)
+    progress(0, run.ticks.total, "compiling …")
     results = Results()
     groups = [chosen] if pooled else [(c,) for c in chosen]
     parts = Parts(folder) if folder and len(groups) > 1 and not (keep or spans(mesh)) else None
@@ -152,7 +153,7 @@ def localize(
         origin = f"{run.version} {identity}"
         part = parts.read(title, protocol, origin) if parts else None
         if part:
-            run.done += run.count(group)
+            run.ticks.done += run.count(group)
             run.tick(title, "measured before")(0)
         else:
             part = run.made = Results(stamp=copy.deepcopy(protocol))
@@ -186,53 +187,26 @@ class _Run:
     map_wrappers: Mapping[str, MapWrapper]
     given: fitting.Given | None
     folder: str | epath.PathLike | None
-    progress: Progress
+    ticks: Ticks
     measured: bool = True
     device: Device | None = None
     version: str = ""  # of the files of the categories at hand
     made: Results = dataclasses.field(default_factory=Results)
-    done: int = 0
-    total: int = 0
-    #: Programs, by what they compute and of which shapes; None is none.
-    compiled: set[Any] = dataclasses.field(default_factory=lambda: {None})
 
     @property
     def seeds(self) -> tuple[int, ...]:
         return self.sets.sampling.seeds
 
     def count(self, categories: Sequence[str]) -> int:
-        """The images to read: every seed's support set, twice for thresholds, and test images."""
-        total = 0
-        for c in categories:
-            for own in [] if self.given else self.sets.by_category[c].values():
-                rotations, held = self.sets.sampling.support.rotations, len(own.held_out)
-                fits = 2 * len(own.bank) - held if held else len(own.bank)
-                total += fits * rotations + held
-            if self.measured:
-                total += len(self.seeds) * len(self.dataset.source("test", c))
-        return total
+        """The images to read."""
+        fits = self.given is None
+        return ticks.images(self.dataset, self.sets, categories, fits=fits, measured=self.measured)
 
     def tick(self, category: str, what: str, program: Any = None) -> Callable[[int], None]:
-        """Advances by images; until the first ones a ``program`` that is new is compiled."""
+        def cached() -> bool:
+            return self.device is not None and self.device.all_stored
 
-        def advance(n: int) -> None:
-            self.done = min(self.done + n, self.total)
-            stored = n > 0 and self.device is not None and self.device.all_stored
-            note = " (cached features)" if stored else ""
-            self.progress(self.done, self.total, f"{what}{note}: {category}")
-
-        if program not in self.compiled:
-            self.compiled.add(program)
-            self.progress(self.done, self.total, f"compiling …  {what}: {category}")
-        return advance
-
-    def fitting(self, title: str) -> Progress:
-        """Reports of a detector's own work; images done stay as they are."""
-
-        def show(done: int, total: int, text: str) -> None:
-            self.progress(self.done, self.total, f"{done}/{total} {text}, {title}")
-
-        return show
+        return self.ticks.of(category, what, program, cached)
 
     def writer(self, seed: int) -> maps.MapWriter | None:
         if self.config.save_maps == "none" or self.folder is None:
@@ -275,7 +249,7 @@ class _Run:
         for category in group:
             held = self.sets.by_category[category][seed].held_out
             source = support.subset(self.dataset.source("train", category), held)
-            tick = self.tick(category, "held-out training images", _shapes(split))
+            tick = self.tick(category, "held-out training images", ticks.shapes(split))
             normal = score(reader, split, source, f"{category}/held out", tick, keep=False)
             groups = [record.group for record in source.records]
             row = thresholds.measure(None, normal, self.config.false_alarm_rate, groups)
@@ -298,7 +272,7 @@ class _Run:
         parts = [(c, config.applied(x)) for c, x in chosen.items()]
         what = f"{which} features" + (" of the split fit" if split else "")
         tick = self.tick(title, what, "features")
-        start, done = time.perf_counter(), self.done
+        start, done = time.perf_counter(), self.ticks.done
         # Seed 0 keeps the key that a category has without seeds.
         key = named(self.key, f"{title}, seed {seed}" if seed else title)
         read = functools.partial(
@@ -307,12 +281,12 @@ class _Run:
         banks: tuple[Tree, ...] = ()
         spent = 0.0
         for name, wrapper in self.map_wrappers.items():
-            source = read(_quiet if banks else tick, banks=banks, by_image=True)
+            source = read(ticks.quiet if banks else tick, banks=banks, by_image=True)
             bank = wrapper.adapt(source, mesh=reader.device.mesh, key=named(key, name))
             banks = (*banks, reader.device.place(bank))
             spent += source.seconds
-        features = read(_quiet if banks else tick, banks=banks)
-        told = self.fitting(f"{title}, split fit" if split else title)
+        features = read(ticks.quiet if banks else tick, banks=banks)
+        told = self.ticks.fitting(f"{title}, split fit" if split else title)
         trained = None
         if self.train and self.detector.traits.trains_on:
             paths_of = {c: [p for p in sets[c][seed].bank if p not in out] for c in group}
@@ -327,7 +301,7 @@ class _Run:
             features, mesh=reader.device.mesh, key=key, progress=told, trained=trained
         )
         fitted = Fitted(banks, jax.block_until_ready(reader.device.place(state)))
-        self.done = done + sum(features.images)  # also where none was read
+        self.ticks.done = done + sum(features.images)  # also where none was read
         spent += features.seconds
         return fitted, {"features": spent, "fit": time.perf_counter() - start - spent}
 
@@ -346,7 +320,7 @@ class _Run:
         start = time.perf_counter()
         scored = score(
             reader, fitted, test, f"{category}/test",
-            self.tick(category, "scores", _shapes(fitted)), keep=keep, writer=writer,
+            self.tick(category, "scores", ticks.shapes(fitted)), keep=keep, writer=writer,
             whole=config.method == "exact",  # sorting takes all scores in one place
             picture=gallery.picture if config.gallery and seed == self.seeds[0] else None,
         )  # fmt: skip
@@ -403,12 +377,3 @@ class _Run:
         made.gallery.update(further)
         made.scales[category] = {**scale, **tops}
         made.curves.update({f"{category}/{k}": v for k, v in curves.items()})
-
-
-def _shapes(fitted: Fitted) -> Any:
-    """What a program that scores is compiled for."""
-    return tuple((x.shape, x.dtype) for x in jax.tree.leaves(fitted))
-
-
-def _quiet(images: int) -> None:
-    """Of passes over images that were counted before."""
