@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 
 from dsad.core.chips import CHIPS
@@ -154,10 +155,14 @@ def sweep(plans: list[Plan | str], out: Console) -> Plan | None:
     """
     made = [p for p in plans if not isinstance(p, str)]
     best = max((p for p in made if p.fits and p.estimate), key=_speed, default=None)
-    columns = ("images", "memory a chip", "step ms", "bound by", "images/s", "MFU", "hours", "")
-    table = console.table("mesh", *columns)
+    columns = ("images", "GiB", "step ms", "bound by", "images/s", "MFU", "hours", "")
+    limit = f"GiB: on a chip, of {made[0].limit / 2**30:.4g}" if made else None
+    looks = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    table = console.table("mesh", *columns, caption=limit, **looks)
+    for column in table.columns:
+        column.no_wrap = True
     for plan in made:
-        mark = "← best" if plan is best else "" if plan.fits else "does not fit"
+        mark = "← best" if plan is best else "" if plan.fits else "too big"
         table.add_row(*_cells(plan), mark)
     out.print(table)
     for plan in plans:
@@ -174,13 +179,13 @@ def sweep(plans: list[Plan | str], out: Console) -> Plan | None:
 
 
 def _cells(plan: Plan) -> list[str]:
-    memory = f"{size(plan.program.total)} of {size(plan.limit)}"
-    cells, made = [_mesh(plan), str(plan.batch_size), memory], plan.estimate
+    memory, made = f"{plan.program.total / 2**30:,.3g}", plan.estimate
+    cells = [_mesh(plan), str(plan.batch_size), memory]
     if made is None:
         return [*cells, "", "", "", "", ""]
     hours = "?" if made.hours is None else _few(made.hours)
     speed = f"{made.images_per_s:,.0f}"
-    return [*cells, f"{made.step * 1e3:,.2f}", made.bound_by, speed, f"{made.mfu:.1%}", hours]
+    return [*cells, _few(made.step * 1e3), made.bound_by, speed, f"{made.mfu:.1%}", hours]
 
 
 def _few(number: float) -> str:

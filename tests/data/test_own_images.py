@@ -266,7 +266,8 @@ def test_labels_are_not_taken_for_categories(tmp_path, key, names):
     config = DataConfig(name="folder", **{key: str(place)})
     with pytest.raises(DataError, match=f"{names[0]} and {names[1]} are no categories") as caught:
         load(config)
-    flags = [x for x in shlex.split(str(caught.value)) if x.startswith("--config.data.")]
+    hint = str(caught.value).partition("Name them apart: ")[2].partition("\n")[0]
+    flags = [x for x in shlex.split(hint) if x.startswith("--config.data.")]
     given = dict(flag.removeprefix("--config.data.").split("=", 1) for flag in flags)
     assert list(given) == ["normal", "abnormal"]
     data = load(dataclasses.replace(config, **given))

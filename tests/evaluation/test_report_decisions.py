@@ -243,7 +243,7 @@ def test_the_command_for_thresholds_can_be_pasted(tmp_path, monkeypatch, capsys)
         "--workdir=Prüfung 1",
     )  # fmt: skip
     assert main.main(["evaluate", *argv]) == 0
-    hint = capsys.readouterr().out.splitlines()[-1].split("pictures: ")[1]
+    hint = capsys.readouterr().out.splitlines()[-1]
     assert shlex.split(hint)[1:] == ["report", str(tmp_path / "Prüfung 1")]
     assert main.main(["report", "Prüfung 1"]) == 0
     page = Page((tmp_path / "Prüfung 1" / "report.html").read_text())
