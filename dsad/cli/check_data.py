@@ -1,5 +1,6 @@
 """``dsad check-data``: every fault of a data set, a summary table, and an exit code."""
 
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -9,18 +10,35 @@ from rich.table import Table
 from rich.text import Text
 
 from dsad.core import config as core_config
-from dsad.data.base import DataConfig
+from dsad.core.errors import ConfigError
+from dsad.data._places import guessed
+from dsad.data.base import PLACES, DataConfig, check_command
 from dsad.data.checks import TITLES, CheckReport, check
 from dsad.terminal import console, flags
 
 _COLOURS = {"error": "bold red", "warning": "yellow"}
 
 
-def _print_faults(report: CheckReport, out: Console) -> None:
-    """One fault a line: a line is never cut, whatever the width of the terminal."""
+#: Paths of equal faults that are shown without --all.
+_SHOWN = 5
+
+
+def _print_faults(report: CheckReport, out: Console, most: int) -> None:
+    """One fault a line, equal ones below what they have in common, of these ``most`` paths.
+
+    A line is never cut, whatever the width of the terminal.
+    """
+    equal: dict[tuple[str, str, str], list[str]] = {}
     for fault in report.faults:
-        line = Text(f"{fault.severity:7} {fault}", _COLOURS[fault.severity])
-        out.print(line, soft_wrap=True)
+        equal.setdefault((fault.severity, fault.check, fault.message), []).append(fault.path)
+    for (severity, name, message), paths in equal.items():
+        where = paths[0] if len(paths) == 1 else f"{len(paths)} files"
+        lines = [f"{severity:7} {where}: [{name}] {message}"]
+        if len(paths) > 1:
+            lines += [f"          {path}" for path in paths[:most]]
+            rest = len(paths) - len(lines) + 1
+            lines += [f"          and {rest} more; --all shows them"] if rest else []
+        out.print(Text("\n".join(lines), _COLOURS[severity]), soft_wrap=True)
 
 
 def _print_checks(report: CheckReport, out: Console) -> None:
@@ -54,8 +72,10 @@ def _table(report: CheckReport) -> Table:
     return table
 
 
-def run(config: DataConfig, out: Console | None = None) -> int:
+def run(config: DataConfig, out: Console | None = None, *, every: bool = False) -> int:
     """Check the data set of ``config`` and print the outcome; 0 without errors, else 1.
+
+    Of equal faults the first paths are shown, or, with ``every``, all.
 
     Raises ConfigError for a name, root or category that cannot be meant.
     """
@@ -63,7 +83,7 @@ def run(config: DataConfig, out: Console | None = None) -> int:
     out = out or console.console(160)
     with console.progress("checking", out) as tell:
         report = check(config, progress=tell)
-    _print_faults(report, out)
+    _print_faults(report, out, len(report.faults) if every else _SHOWN)
     _print_checks(report, out)
     out.print(_table(report))
     out.print(
@@ -82,10 +102,26 @@ def run(config: DataConfig, out: Console | None = None) -> int:
 def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
-        "check-data", "check a data set and print every fault at once; exit code 1 with errors.",
-        config="configs/data.py",
+        "check-data", "[FOLDER]: check a data set and print every fault at once; exit code 1 with "
+        "errors. FOLDER: of good pictures, with folders good and bad, or like MVTec AD.",
+        config="configs/data.py", positional=True,
     )  # fmt: skip
-    return run(data_config(command.parse(argv)[0]))
+    command.switch("all", "Of equal faults show every path.")
+    config, values, rest = command.parse(argv)
+    if not rest:
+        return run(data_config(config), every=values.all)
+    if len(rest) > 1:
+        raise ConfigError(f"dsad check-data: expected one folder, found {shlex.join(rest)}.")
+    if given := next((key for key in PLACES if config.data[key]), ""):
+        raise ConfigError(f"dsad check-data: expected a folder or config.data.{given}, not both.")
+    config.data.update(guessed(rest[0]))
+    chosen = data_config(config)
+    code = run(chosen, every=values.all)
+    if not code:
+        keys = check_command(chosen).removeprefix("dsad check-data ")
+        verb, out = ("fit", "out=MODEL") if chosen.labelled else ("evaluate", "workdir=DIR")
+        print(f"next:\n  dsad {verb} {keys} --config.weights=imagenet --{out}")
+    return code
 
 
 def data_config(config: Any) -> DataConfig:

@@ -133,10 +133,12 @@ def _read_files(dataset: FileDataset, record: Record) -> _Read:
             part = decode.read_mask(dataset.root, path, dataset.rule)
         except FaultError as problem:
             faults.extend(problem.faults)
-            return faults, image, mode, None
+            continue  # the faults of all masks are told at once
         if image is not None and (fault := decode.size_fault(path, part, image.shape[:2])):
             faults.append(fault)
         mask = part if mask is None or mask.shape != part.shape else mask | part
+    if any(fault.check in ("K3", "K4", "K8") and fault.path != record.path for fault in faults):
+        return faults, image, mode, None
     if record.label == 0 and mask is not None and mask.any():
         count = int(mask.sum())
         text = f"mask of a normal image marks {count} pixels; move the image or empty the mask."
