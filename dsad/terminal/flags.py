@@ -198,6 +198,7 @@ class Command:
             if isinstance(error, AttributeError | KeyError):
                 raise ConfigError(self._unknown_key(argv, error)) from error
             message = re.sub(r"\s+", " ", str(error))
+            message = re.sub(r"\('(.*)', .*\)$", r"\1", message)  # of booleans a tuple is told
             raise ConfigError(
                 f"dsad {self.name}: {message}{self._expected(argv, error)}"
             ) from error
@@ -207,6 +208,7 @@ class Command:
         spec = next((a[9:] for a in argv if a.startswith("--config=")), "")
         if not spec:
             return
+        spec = locate(spec)
         try:
             config = self._loaded(argv)
         except DsadError:
@@ -223,6 +225,7 @@ class Command:
     def _loaded(self, argv: Sequence[str]) -> Any:
         """The config without overrides, to say what exists."""
         file = next(a for a in argv if a.startswith("--config="))
+        file = f"--config={locate(file[9:])}"
         fresh = flags.FlagValues()
         config_flags.DEFINE_config_file("config", None, flag_values=fresh, sys_argv=[argv[0], file])
         fresh([argv[0], file])

@@ -148,3 +148,11 @@ def test_tables_and_decisions_of_an_evaluation_fit(monkeypatch):
             assert f"{results.mean[metric]:.3f}" in screen.getvalue()
             assert f"± {results.std['mean'][metric]:.3f}" in screen.getvalue()
     assert np.isfinite(results.std["mean"]["pixel_auroc"])
+
+
+def test_a_wrong_flag_beside_the_short_name_of_a_config_is_the_fault(tmp_path, capsys):
+    argv = ["pretrain", "--config=mae:smoke", f"--workdir={tmp_path}/w", "--overwrite=perhaps"]
+    assert main.main(argv) == 2
+    told = capsys.readouterr().err
+    assert "--overwrite=perhaps: Non-boolean argument to boolean flag" in told
+    assert "get_config" not in told
