@@ -105,9 +105,10 @@ def wrong_path(draw, folder, seconds):
     name = draw.choice([n for n in QUICK if COMMANDS[n][1]])
     (folder / "Text.txt").write_text("x")
     (folder / "leer").mkdir()
-    wrong = draw.choice(
-        ["nirgends", "Text.txt", "leer", "leer/*.png", "/proc/self/mem", "Text.txt/x"]
-    )
+    wrongs = ["nirgends", "leer", "leer/*.png", "Text.txt/x"]
+    if name != "predict":  # tells of files that are no pictures, and goes on
+        wrongs += ["Text.txt", "/proc/self/mem"]
+    wrong = draw.choice(wrongs)
     named = [
         p for p in (MODEL, RUN, EVAL, f"{PICS}/gut", PICS) if any(p in a for a in arguments(name))
     ]

@@ -219,6 +219,7 @@ def _rows(
                 for number, small, score in zip(
                     numbers, host.pictures, scores.tolist(), strict=True
                 ):
+                    assert small is not None  # ``picture`` makes one of every image
                     fault = source.faults.pop(number, "")
                     job = pool.submit(written, names[number], fault, small, found[number], score)
                     jobs.append((images[number], job))
