@@ -235,7 +235,7 @@ def test_processes_stop_together_on_sigterm_and_end_when_one_is_killed(tmp_path,
     wait_for_checkpoint(tmp_path / "run", process, saved)
     signal_second(tmp_path / "run", signal.SIGINT)
     code, out = finished(process)
-    assert code == 0, out
+    assert code == 130, out
     assert "stopped and saved" in out
     assert "Traceback" not in out
     assert "Event loop" not in out
