@@ -182,9 +182,9 @@ def looks(source: Source) -> dict[str, Any]:
     ``width`` in pixels, of ``images`` that are spread evenly over the source.
     """
     count = min(LOOKED_AT, len(source))
-    images = [source[i * len(source) // count].image for i in range(count)]
-    levels = [brightness(image) for image in images]
-    heights, widths = ([image.shape[axis] for image in images] for axis in (0, 1))
+    images = (source[i * len(source) // count].image for i in range(count))
+    seen = [(brightness(image), *image.shape[:2]) for image in images]  # one at a time
+    levels, heights, widths = zip(*seen, strict=True)
     return {
         "images": count,
         "brightness": [float(np.mean(levels)), float(np.std(levels))],

@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 import types
+import weakref
 
 import jax
 import numpy as np
@@ -149,6 +150,17 @@ def test_names_of_any_kind_keep_their_folders(folder, tmp_path):
     assert len(rows(root / "out")[0]) == 3
     pattern = f"{folder}/wood/test/g*/*.png"
     assert pictures.matching([pattern, pattern]) == [str(path) for path in images]
+
+
+def test_names_with_ends_of_lines_are_read_again(folder, tmp_path):
+    first = sorted((folder / "wood" / "test" / "good").iterdir())[0]
+    names = ["a\u2028b.png", "c\x85d.png", "e\nf.png"]
+    (tmp_path / "in").mkdir()
+    for name in names:
+        shutil.copy(first, tmp_path / "in" / name)
+    assert run(folder / "model", tmp_path / "in", f"--out={tmp_path}/p") == 0
+    _, told = predict.read(str(tmp_path / "p"))
+    assert sorted(pathlib.Path(row["path"]).name for row in told) == sorted(names)
 
 
 def test_what_cannot_be_read_is_listed_and_passed_over(folder, tmp_path, capsys):
@@ -311,6 +323,29 @@ def test_few_images_are_held_at_a_time(folder, tmp_path, monkeypatch):
     assert len(decoded) == 60
     assert max(most) <= 3 * predict.BATCH + 2 * model.evaluation.workers
     assert most[-1] == 0
+
+
+def test_looks_hold_one_image_at_a_time():
+    given: list[weakref.ref] = []
+
+    class Images:
+        records = ()
+
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, index):
+            image = np.full((4 + index, 5, 3), index, np.uint8)
+            assert sum(ref() is not None for ref in given) <= 1
+            given.append(weakref.ref(image))
+            return types.SimpleNamespace(image=image)
+
+    about = pictures.looks(Images())
+    assert about["images"] == 64
+    assert about["height"] == [4, 102]  # the last of 64 that are spread over 100 is the 98th
+    assert about["width"] == [5, 5]
+    levels = [i * 100 // 64 for i in range(64)]
+    assert about["brightness"] == pytest.approx([np.mean(levels), np.std(levels)])
 
 
 def test_images_far_outside_the_normal_ones_are_told(folder, tmp_path, capsys):
