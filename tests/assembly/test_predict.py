@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import os
 import pathlib
 import shutil
 import types
@@ -150,6 +151,29 @@ def test_names_of_any_kind_keep_their_folders(folder, tmp_path):
     assert len(rows(root / "out")[0]) == 3
     pattern = f"{folder}/wood/test/g*/*.png"
     assert pictures.matching([pattern, pattern]) == [str(path) for path in images]
+
+
+def test_no_folder_is_left_out_in_silence(tmp_path, monkeypatch):
+    black = np.zeros((2, 2, 3), np.uint8)
+    for name in ("in/a.png", "in/sub/b.png", "elsewhere/c.png"):
+        save(tmp_path / name, black)
+    top = tmp_path / "in"
+    (top / "link").symlink_to(tmp_path / "elsewhere")
+    (top / "sub" / "up").symlink_to(top)  # would never end
+    images = [str(top / name) for name in ("a.png", "link/c.png", "sub/b.png")]
+    assert pictures.matching([str(top)]) == images
+    with pytest.raises(ConfigError, match="in/a.png: lies in .*, which takes the outputs"):
+        pictures.matching([images[0]], without=str(top))
+    listed = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "sub":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match="in/sub: the folder cannot be listed .Permission"):
+        pictures.matching([str(top)])
 
 
 def test_names_with_ends_of_lines_are_read_again(folder, tmp_path):
