@@ -122,8 +122,9 @@ def matching(arguments: Sequence[str], without: str = "") -> list[str]:
     """Paths of the images that arguments name, each once, in their order.
 
     An argument is a file, a folder (all images in it and below, by name), or a pattern with ``*``,
-    ``?``, ``[...]`` or ``**``; what exists is never a pattern. Below the folder ``without`` nothing
-    is taken. Raises ConfigError for what names no image.
+    ``?``, ``[...]`` or ``**``; what exists is never a pattern. Links to folders are followed. Below
+    the folder ``without`` nothing is taken. Raises ConfigError for what names no image, and for a
+    folder that cannot be listed.
     """
     paths: dict[str, None] = {}
     avoided = os.path.join(os.path.realpath(without), "") if without else ""
@@ -137,20 +138,32 @@ def matching(arguments: Sequence[str], without: str = "") -> list[str]:
         found: list[str] = []
         for match in matches:
             found += _below(match) if os.path.isdir(match) else [match]
-        found = [p for p in found if not avoided or not os.path.realpath(p).startswith(avoided)]
-        if not found:
+        kept = [p for p in found if not avoided or not os.path.realpath(p).startswith(avoided)]
+        if found and not kept:
+            raise ConfigError(
+                f"{argument}: lies in {without}, which takes the outputs; choose another place for "
+                "them."
+            )
+        if not kept:
             raise ConfigError(
                 f"{argument}: no image there; expected files ending in "
                 f"{', '.join(files.IMAGE_SUFFIXES)}."
             )
-        paths |= dict.fromkeys(os.path.normpath(p) for p in found)
+        paths |= dict.fromkeys(os.path.normpath(p) for p in kept)
     return list(paths)
 
 
 def _below(folder: str) -> Iterator[str]:
     """The images in a folder and below it; hidden ones are left out."""
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+    def unlisted(problem: OSError) -> None:
+        raise ConfigError(
+            f"{problem.filename}: the folder cannot be listed ({problem.strerror}); make it "
+            "readable, or name the others."
+        )
+
+    for here, folders, names in os.walk(folder, onerror=unlisted, followlinks=True):
+        folders[:] = sorted(n for n in folders if not files.barred(os.path.join(here, n)))
         for name in sorted(names):
             if not name.startswith(".") and name.lower().endswith(files.IMAGE_SUFFIXES):
                 yield os.path.join(here, name)
@@ -182,9 +195,9 @@ def looks(source: Source) -> dict[str, Any]:
     ``width`` in pixels, of ``images`` that are spread evenly over the source.
     """
     count = min(LOOKED_AT, len(source))
-    images = [source[i * len(source) // count].image for i in range(count)]
-    levels = [brightness(image) for image in images]
-    heights, widths = ([image.shape[axis] for image in images] for axis in (0, 1))
+    images = (source[i * len(source) // count].image for i in range(count))
+    seen = [(brightness(image), *image.shape[:2]) for image in images]  # one at a time
+    levels, heights, widths = zip(*seen, strict=True)
     return {
         "images": count,
         "brightness": [float(np.mean(levels)), float(np.std(levels))],

@@ -124,8 +124,9 @@ def read(directory: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         return None
     try:
         about = json.loads((folder / ABOUT).read_text())
-        lines = (folder / JSON_LINES).read_text().splitlines() if about["complete"] else []
-        rows = [json.loads(line) for line in lines]
+        text = (folder / JSON_LINES).read_text() if about["complete"] else ""
+        # Not splitlines: names may hold further signs that it takes for ends of lines.
+        rows = [json.loads(line) for line in text.split("\n") if line]
     except (OSError, ValueError, KeyError) as error:
         raise WorkdirError(f"{folder / JSON_LINES}: cannot be read ({error}).") from error
     if not about["complete"]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,12 @@ FORMAT = 4
 INDEX = "model.json"
 #: In the index: the SHA-256 of everything else there.
 DIGEST = "index_sha256"
+#: Names of what is written here, and of what a kill left of it.
+_OURS = re.compile(
+    rf"backbone-\d+\.safetensors|fitted-.*\.safetensors|{re.escape(INDEX)}"
+    rf"|\..*{re.escape(paths.TEMPORARY)}",
+    re.DOTALL,
+)
 _ADVICE = "Choose another directory for the model, or mend this one."
 #: What of a network's fields its arrays do not tell.
 _NETWORK = (
@@ -65,11 +72,11 @@ class Writer:
         self, title: str, categories: Sequence[str], backbone: Any, fitted: Fitted, results: Results
     ) -> None:
         """Add the model of some categories; every process calls, the first one writes."""
+        recipe, tree = _recipe(backbone)  # what it refuses costs no older model
         if not self._index["categories"]:
             distributed.on_main(lambda: _clear(self.directory, self._overwrite))
         if backbone is not self._last:
             self._last, number = backbone, len(self._index["backbones"])
-            recipe, tree = _recipe(backbone)
             file = f"backbone-{number}.safetensors"
             entry = {"file": file, **recipe, "tree": self._write(file, tree)}
             self._index["backbones"].append(entry)
@@ -99,8 +106,9 @@ class Writer:
     def discard(self) -> None:
         """Remove what there is without an index, as nothing follows; a whole model stays."""
         if distributed.is_main() and not (self.directory / INDEX).exists():
-            for path in self.directory.glob("*.safetensors"):
-                path.unlink()
+            for path in self.directory.glob("*"):
+                if _OURS.fullmatch(path.name):
+                    path.unlink()
 
     def _write(self, file: str, tree: Any) -> Any:
         outline, arrays = named_arrays(jax.tree.map(lambda x: np.asarray(hosts.whole(x)), tree))
@@ -129,7 +137,7 @@ def _clear(directory: epath.Path, overwrite: bool, *, dry: bool = False) -> None
                 f"{directory}: holds a model. Replace it with --overwrite, or choose "
                 "another directory."
             )
-        if foreign := sorted(n for n in names if not n.endswith(".safetensors") and n != INDEX):
+        if foreign := sorted(n for n in names if not _OURS.fullmatch(n)):
             raise WorkdirError(
                 f"{directory}: holds {foreign[0]}, which is no part of a model. "
                 "Choose another directory."

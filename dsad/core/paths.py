@@ -73,8 +73,9 @@ def write_whole(path: str | epath.PathLike, content: str | bytes, advice: str = 
             path.write_bytes(data)
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Processes on other machines, with equal numbers, may share the disk.
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+        # Processes on other machines, with equal numbers, may share the disk. Without the name of
+        # the file, which may be as long as names can be.
+        temporary = path.with_name(f".{uuid.uuid4().hex}{TEMPORARY}")
         try:
             temporary.write_bytes(data)
             temporary.replace(path)

@@ -38,24 +38,11 @@ def walk(
     for folder, folders, names in os.walk(root / start, onerror=unlisted, followlinks=True):
         below = pathlib.Path(folder).relative_to(root).as_posix()
         prefix = "" if below == "." else f"{below}/"
-        reasons = {name: _barred(os.path.join(folder, name)) for name in folders}
+        reasons = {name: files.barred(os.path.join(folder, name)) for name in folders}
         reasons |= {name: files.stray(name) for name in names}
         faults += [files.ignored(prefix + n, reason) for n, reason in reasons.items() if reason]
         folders[:] = [name for name in folders if not reasons[name]]  # what is entered next
         yield [prefix + n for n in names if not reasons[n]], [prefix + n for n in folders]
-
-
-def _barred(folder: str) -> str:
-    """Why a folder is not entered, or ""."""
-    above, name = os.path.split(folder)
-    if name.startswith("."):
-        return "hidden"
-    if os.path.islink(folder):
-        # Links to other places are followed; one to a folder above would never end.
-        target = os.path.realpath(folder)
-        if os.path.commonpath((target, os.path.realpath(above))) == target:
-            return "a link to a folder that it lies in"
-    return ""
 
 
 def by_label(folders: Iterable[str], keys: Iterable[str] = tuple(_NAMES)) -> dict[str, str]:

@@ -41,6 +41,19 @@ def stray(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
     return "looks like a copy" if _COPY.search(stem) else ""
 
 
+def barred(folder: str) -> str:
+    """Why a folder is not entered, or ""."""
+    above, name = os.path.split(folder)
+    if name.startswith("."):
+        return "hidden"
+    if os.path.islink(folder):
+        # Links to other places are followed; one to a folder above would never end.
+        target = os.path.realpath(folder)
+        if os.path.commonpath((target, os.path.realpath(above))) == target:
+            return "a link to a folder that it lies in"
+    return ""
+
+
 def subfolders(folder: pathlib.Path) -> list[str]:
     """Sorted names of the visible folders in ``folder``; none if it does not exist."""
     if not folder.is_dir():

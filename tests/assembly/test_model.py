@@ -13,6 +13,7 @@ from dsad.assembly import evaluate
 from dsad.assembly.model import FittedModel, Saved
 from dsad.assembly.saving import FORMAT, Writer
 from dsad.cli import main
+from dsad.core import paths
 from dsad.core.config import members
 from dsad.core.detection import DetectorTraits
 from dsad.core.errors import ConfigError, WorkdirError
@@ -272,6 +273,39 @@ def test_what_cannot_be_saved_is_refused_before_it_is_fitted(tmp_path):
     refused("single seed, found config.seeds", network, on_layers, seeds=(0, 1))
     refused("fitted on the test images", network, OnTest(layers=("layer1",)))
     assert not (tmp_path / "model").exists()
+
+
+def test_weights_of_others_are_no_part_of_a_model(tmp_path):
+    weights = tmp_path / "resnet18.safetensors"
+    weights.write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(WorkdirError, match=r"holds resnet18\.safetensors, which is no part"):
+            Writer(str(tmp_path), overwrite=overwrite)
+    assert weights.read_text() == "mine"
+
+
+def test_what_a_kill_left_blocks_no_model(tmp_path):
+    left = tmp_path / f".1234{paths.TEMPORARY}"
+    left.write_text("half")
+    writer = Writer(str(tmp_path), overwrite=False)
+    network = models.backbone("resnet18", None, seed=0)
+    writer.keep("a", ["a"], network, Fitted((), {"x": np.zeros(3)}), Results())
+    assert not left.exists()
+    writer.discard()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_saved_costs_no_older_model(tmp_path):
+    network = models.backbone("resnet18", None, seed=0)
+    fitted = Fitted((), {"x": np.zeros(3)})
+    writer = Writer(str(tmp_path), overwrite=False)
+    writer.keep("a", ["a"], network, fitted, Results())
+    writer.finish({}, Results(), {})
+    files = sorted(p.name for p in tmp_path.iterdir())
+    writer = Writer(str(tmp_path), overwrite=True)
+    with pytest.raises(ConfigError, match="a Pooled cannot be saved"):
+        writer.keep("a", ["a"], Pooled(), fitted, Results())
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import math
+import os
 import pathlib
 import shutil
 import types
@@ -152,6 +153,40 @@ def test_names_of_any_kind_keep_their_folders(folder, tmp_path):
     assert len(rows(root / "out")[0]) == 3
     pattern = f"{folder}/wood/test/g*/*.png"
     assert pictures.matching([pattern, pattern]) == [str(path) for path in images]
+
+
+def test_no_folder_is_left_out_in_silence(tmp_path, monkeypatch):
+    black = np.zeros((2, 2, 3), np.uint8)
+    for name in ("in/a.png", "in/sub/b.png", "elsewhere/c.png"):
+        save(tmp_path / name, black)
+    top = tmp_path / "in"
+    (top / "link").symlink_to(tmp_path / "elsewhere")
+    (top / "sub" / "up").symlink_to(top)  # would never end
+    images = [str(top / name) for name in ("a.png", "link/c.png", "sub/b.png")]
+    assert pictures.matching([str(top)]) == images
+    with pytest.raises(ConfigError, match="in/a.png: lies in .*, which takes the outputs"):
+        pictures.matching([images[0]], without=str(top))
+    listed = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "sub":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match="in/sub: the folder cannot be listed .Permission"):
+        pictures.matching([str(top)])
+
+
+def test_names_with_ends_of_lines_are_read_again(folder, tmp_path):
+    first = sorted((folder / "wood" / "test" / "good").iterdir())[0]
+    names = ["a\u2028b.png", "c\x85d.png", "e\nf.png"]
+    (tmp_path / "in").mkdir()
+    for name in names:
+        shutil.copy(first, tmp_path / "in" / name)
+    assert run(folder / "model", tmp_path / "in", f"--out={tmp_path}/p") == 0
+    _, told = predict.read(str(tmp_path / "p"))
+    assert sorted(pathlib.Path(row["path"]).name for row in told) == sorted(names)
 
 
 def test_what_cannot_be_read_is_listed_and_passed_over(folder, tmp_path, capsys):
@@ -371,6 +406,29 @@ def test_fresh_normals_of_real_sets_are_not_warned_of(name, root):
     assert told(normals, twice) == ["brightness"]
     larger = [np.kron(image, np.ones((2, 2, 1), np.uint8)) for image in images]
     assert told(normals, larger) == ["size"]
+
+
+def test_looks_hold_one_image_at_a_time():
+    given: list[weakref.ref] = []
+
+    class Images:
+        records = ()
+
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, index):
+            image = np.full((4 + index, 5, 3), index, np.uint8)
+            assert sum(ref() is not None for ref in given) <= 1
+            given.append(weakref.ref(image))
+            return types.SimpleNamespace(image=image)
+
+    about = pictures.looks(Images())
+    assert about["images"] == 64
+    assert about["height"] == [4, 102]  # the last of 64 that are spread over 100 is the 98th
+    assert about["width"] == [5, 5]
+    levels = [i * 100 // 64 for i in range(64)]
+    assert about["brightness"] == pytest.approx([np.mean(levels), np.std(levels)])
 
 
 def test_images_far_outside_the_normal_ones_are_told(folder, tmp_path, capsys):

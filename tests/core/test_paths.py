@@ -60,6 +60,11 @@ def test_a_kill_leaves_the_old_content_beside_a_temporary(tmp_path, monkeypatch)
     assert [name.endswith(paths.TEMPORARY) for name in left] == [True]
 
 
+def test_names_may_be_as_long_as_file_systems_take(tmp_path):
+    paths.write_whole(tmp_path / ("ü" * 125 + ".json"), "x")
+    assert files(tmp_path) == {"ü" * 125 + ".json": b"x"}
+
+
 def test_many_may_write_one_file_at_once(tmp_path):
     contents = [bytes([n]) * 100_000 for n in range(8)]
 
