@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 
 from dsad.core.chips import CHIPS
@@ -154,10 +155,11 @@ def sweep(plans: list[Plan | str], out: Console) -> Plan | None:
     """
     made = [p for p in plans if not isinstance(p, str)]
     best = max((p for p in made if p.fits and p.estimate), key=_speed, default=None)
-    columns = ("images", "memory a chip", "step ms", "bound by", "images/s", "MFU", "hours", "")
-    table = console.table("mesh", *columns)
+    limit = f"of {size(made[0].limit)}" if made else ""
+    columns = ("images", f"a chip\n{limit}", "step ms", "bound by", "images/s", "MFU", "hours", "")
+    table = console.table("mesh", *columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for plan in made:
-        mark = "← best" if plan is best else "" if plan.fits else "does not fit"
+        mark = "← best" if plan is best else "" if plan.fits else "too big"
         table.add_row(*_cells(plan), mark)
     out.print(table)
     for plan in plans:
@@ -174,8 +176,8 @@ def sweep(plans: list[Plan | str], out: Console) -> Plan | None:
 
 
 def _cells(plan: Plan) -> list[str]:
-    memory = f"{size(plan.program.total)} of {size(plan.limit)}"
-    cells, made = [_mesh(plan), str(plan.batch_size), memory], plan.estimate
+    cells = [_mesh(plan), str(plan.batch_size), size(plan.program.total)]
+    made = plan.estimate
     if made is None:
         return [*cells, "", "", "", "", ""]
     hours = "?" if made.hours is None else _few(made.hours)
