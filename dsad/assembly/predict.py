@@ -91,11 +91,12 @@ def claim(out: str, *, overwrite: bool) -> epath.Path:
     with paths.writing(folder, _ADVICE):
         there = list(folder.iterdir()) if folder.exists() else []
         if any(not p.name.endswith(paths.TEMPORARY) for p in there):
-            if not _is_ours(folder):
+            ours = _about(folder)
+            if ours is None:
                 raise WorkdirError(
                     f"--out={out}: holds files but no predictions. Choose another directory."
                 )
-            if (folder / CSV).exists() and not overwrite:
+            if ours.get("complete") and (folder / CSV).exists() and not overwrite:
                 raise WorkdirError(
                     f"--out={out}: holds predictions. Replace them with --overwrite, or choose "
                     "another directory."
@@ -106,12 +107,13 @@ def claim(out: str, *, overwrite: bool) -> epath.Path:
     return folder
 
 
-def _is_ours(folder: epath.Path) -> bool:
+def _about(folder: epath.Path) -> dict[str, Any] | None:
+    """``about.json``; None where it is missing or that of something else."""
     try:
         about = json.loads((folder / ABOUT).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(about, dict) and about.get("command") == "predict"
+        return None
+    return about if isinstance(about, dict) and about.get("command") == "predict" else None
 
 
 def read(directory: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
@@ -120,10 +122,10 @@ def read(directory: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
     Raises WorkdirError for predictions that were stopped or cannot be read.
     """
     folder = paths.directory(directory)
-    if not _is_ours(folder):
+    about = _about(folder)
+    if about is None:
         return None
     try:
-        about = json.loads((folder / ABOUT).read_text())
         text = (folder / JSON_LINES).read_text() if about["complete"] else ""
         # Not splitlines: names may hold further signs that it takes for ends of lines.
         rows = [json.loads(line) for line in text.split("\n") if line]

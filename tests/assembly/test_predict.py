@@ -22,6 +22,7 @@ from dsad.assembly import evaluate, pictures, predict, training
 from dsad.assembly.model import FittedModel, Saved
 from dsad.assembly.saving import FORMAT
 from dsad.cli import main
+from dsad.core import paths
 from dsad.core.errors import ConfigError, DataError, StoppedError, WorkdirError
 from dsad.core.mesh import make_mesh
 from dsad.core.types import RunInfo
@@ -313,6 +314,27 @@ def test_a_stopped_run_leaves_partial_files_and_begins_anew(folder, tmp_path, ca
     assert not list((tmp_path / "p").glob("*.partial"))
     assert "holds predictions. Replace them with --overwrite" in fails(capsys, *argv)
     assert run(*argv, "--overwrite") == 0
+
+
+def test_a_kill_before_the_last_file_blocks_no_retry(folder, tmp_path, monkeypatch):
+    argv = (folder / "model", folder / "wood" / "test", f"--out={tmp_path}/p")
+    write = paths.write_whole
+
+    def killed(path, *content):
+        if "stamp" in str(content):
+            raise SystemExit
+        return write(path, *content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "write_whole", killed)
+        with pytest.raises(SystemExit):
+            run(*argv)
+    assert (tmp_path / "p" / "predictions.csv").exists()
+    with pytest.raises(WorkdirError, match="were stopped. Run `dsad predict` again"):
+        predict.read(str(tmp_path / "p"))
+    assert run(*argv) == 0
+    assert predict.read(str(tmp_path / "p")) is not None
+    assert run(*argv) == 2
 
 
 def test_a_stopped_fit_leaves_no_model(tmp_path, capsys, monkeypatch):
