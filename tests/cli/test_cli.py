@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -209,14 +210,14 @@ SMALL = (
 )
 def test_evaluate_where_the_disk_fills_up_names_the_file(capsys, tmp_path, monkeypatch, file):
     """As it happens to maps, pictures and numbers; the feature store has a test of its own."""
-    write = GPath.write_bytes
+    replace = GPath.replace
 
-    def full(self, data):
-        if self.name.startswith(f".{file}."):
+    def full(self, target):
+        if pathlib.Path(target).name == file:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self, data)
+        return replace(self, target)
 
-    monkeypatch.setattr(GPath, "write_bytes", full)
+    monkeypatch.setattr(GPath, "replace", full)
     text = fails(
         capsys, "evaluate", *SMALL, "--config.data.categories=('wood',)",
         "--config.evaluation.save_maps=tiff", f"--workdir={tmp_path}/run",
