@@ -1,8 +1,8 @@
 """``dsad plan``: what it prints of a compiled step, and that it is the step of the run."""
 
 import json
-import re
 import os
+import re
 from types import SimpleNamespace
 
 import jax
