@@ -1,7 +1,6 @@
 """``--config=FILE:VARIANT --config.a.b=v`` and the other flags of a command."""
 
 import contextlib
-import functools
 import importlib.resources
 import io
 import pathlib
@@ -76,7 +75,9 @@ def update(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None
         if text := keys.fault(config, key):
             raise ConfigError(text)
         *groups, name = key.split(".")
-        holder = functools.reduce(lambda node, part: node[part], groups, config)
+        holder: Any = config
+        for part in groups:
+            holder = holder[part]
         try:
             holder[name] = value
         except (TypeError, ValueError) as error:
