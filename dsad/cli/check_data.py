@@ -1,5 +1,7 @@
 """``dsad check-data``: every fault of a data set, a summary table, and an exit code."""
 
+import os
+import re
 import shlex
 from collections import Counter
 from typing import Any
@@ -7,38 +9,34 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from dsad.core import config as core_config
 from dsad.core.errors import ConfigError
-from dsad.data._places import guessed
-from dsad.data.base import PLACES, DataConfig, check_command
+from dsad.data import layout
+from dsad.data.base import DataConfig, Fault
 from dsad.data.checks import TITLES, CheckReport, check
 from dsad.terminal import console, flags
 
 _COLOURS = {"error": "bold red", "warning": "yellow"}
 
 
-#: Paths of equal faults that are shown without --all.
-_SHOWN = 5
+def _alike(fault: Fault) -> tuple[str, ...]:
+    """The same for faults that differ in the file alone, in names and numbers."""
+    stem = os.path.splitext(os.path.basename(fault.path))[0]
+    text = re.sub(rf"(?<!\w){re.escape(stem)}(?![^\W_])", "", fault.message)
+    return fault.severity, fault.check, re.sub(r"\S*/\S*|\d+", "", text)
 
 
-def _print_faults(report: CheckReport, out: Console, most: int) -> None:
-    """One fault a line, equal ones below what they have in common, of these ``most`` paths.
-
-    A line is never cut, whatever the width of the terminal.
-    """
-    equal: dict[tuple[str, str, str], list[str]] = {}
-    for fault in report.faults:
-        equal.setdefault((fault.severity, fault.check, fault.message), []).append(fault.path)
-    for (severity, name, message), paths in equal.items():
-        where = paths[0] if len(paths) == 1 else f"{len(paths)} files"
-        lines = [f"{severity:7} {where}: [{name}] {message}"]
-        if len(paths) > 1:
-            lines += [f"          {path}" for path in paths[:most]]
-            rest = len(paths) - len(lines) + 1
-            lines += [f"          and {rest} more; --all shows them"] if rest else []
-        out.print(Text("\n".join(lines), _COLOURS[severity]), soft_wrap=True)
+def _print_faults(report: CheckReport, out: Console, *, every: bool) -> None:
+    """Equal faults as one, with the first file, or ``every`` one; paths are never cut."""
+    groups: dict[Any, list[Fault]] = {}
+    for number, fault in enumerate(report.faults):
+        groups.setdefault(number if every else _alike(fault), []).append(fault)
+    for first, *others in groups.values():
+        count = f" {len(others) + 1} alike, the first:" if others else ""
+        out.print(f"{first.severity:7}{count} {first}", style=_COLOURS[first.severity])
+    if len(groups) < len(report.faults):
+        out.print("every file by its name: --all")
 
 
 def _print_checks(report: CheckReport, out: Console) -> None:
@@ -51,23 +49,20 @@ def _print_checks(report: CheckReport, out: Console) -> None:
         ]
         skipped = report.skipped.get(name)
         state = ", ".join(found) or (f"does not apply: {skipped}" if skipped else "ok")
-        out.print(f"{name:4} {title}: {state}", highlight=False, soft_wrap=True)
+        out.print(f"{name:4} {title}: {state}")
 
 
 def _table(report: CheckReport) -> Table:
-    title = f"{report.protocol['dataset']}, split: {report.protocol['split']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    texts = ("category", "width×height", "mode")
-    for name in (*texts[:1], "train", "good", "bad", "kinds", *texts[1:], "area %", "vanish"):
-        if name in texts:
-            table.add_column(name, overflow="fold")
-        else:
-            table.add_column(name, justify="right", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("category", overflow="fold")
+    for name in ("train", "good", "bad", "kinds", "width\n×height", "mode", "area\n%", "vanish"):
+        table.add_column(name, justify="right", overflow="fold", no_wrap=name != "mode")
     for row in report.rows:
         told = row.without_mask and "K1" not in report.skipped
-        bad = f"{row.bad} ({row.without_mask} no mask)" if told else row.bad
+        bad = f"{row.bad}\n({row.without_mask} no mask)" if told else row.bad
         area = "-" if row.area is None else f"{row.area:.3g}"
-        cells = (row.category, row.train, row.good, bad, row.kinds, row.sizes, row.modes, area)
+        size = row.sizes.replace("×", "\n×")
+        cells = (row.category, row.train, row.good, bad, row.kinds, size, row.modes, area)
         table.add_row(*map(str, cells), f"{row.vanished}/{row.regions}")
     return table
 
@@ -75,53 +70,64 @@ def _table(report: CheckReport) -> Table:
 def run(config: DataConfig, out: Console | None = None, *, every: bool = False) -> int:
     """Check the data set of ``config`` and print the outcome; 0 without errors, else 1.
 
-    Of equal faults the first paths are shown, or, with ``every``, all.
-
-    Raises ConfigError for a name, root or category that cannot be meant.
+    Equal faults are one line, or a line for ``every`` file. Raises ConfigError for a name, root or
+    category that cannot be meant.
     """
-    # Wide enough for the table where no terminal limits it.
-    out = out or console.console(160)
+    out = out or console.console()
     with console.progress("checking", out) as tell:
         report = check(config, progress=tell)
-    _print_faults(report, out, len(report.faults) if every else _SHOWN)
+    _print_faults(report, out, every=every)
     _print_checks(report, out)
+    out.print(f"{report.protocol['dataset']}, split: {report.protocol['split']}", style="bold")
     out.print(_table(report))
     out.print(
         "kinds: of defects. area: median defect area of the anomalous images. vanish: defect "
-        f"regions without a pixel on the canvas of {config.canvas}.",
-        highlight=False,
-        soft_wrap=True,
+        f"regions without a pixel on the canvas of {config.canvas}."
     )
     count = Counter(f.severity for f in report.faults)
     verdict = "usable" if report.ok else "NOT usable"
-    text = f"{report.name}: {count['error']} errors, {count['warning']} warnings: {verdict}."
-    out.print(text, highlight=False)
+    out.print(f"{report.name}: {count['error']} errors, {count['warning']} warnings: {verdict}.")
+    if report.ok and config.name != DataConfig().name:
+        real = report.protocol.get("defects", "real") == "real"
+        measurable = real and any(row.bad for row in report.rows)
+        out.print(f"next:\n  {_next(config, measurable=measurable)}")
     return 0 if report.ok else 1
+
+
+def _next(config: DataConfig, *, measurable: bool) -> str:
+    """The command that measures on bad images where there are some, or fits on good ones."""
+    usual = vars(DataConfig())
+    keys = {k: v for k, v in vars(config).items() if v != usual[k] and k != "synthetic"}
+    words = [shlex.quote(f"--config.data.{key}={value}") for key, value in keys.items()]
+    command, place = ("evaluate", "workdir") if measurable else ("fit", "out")
+    given = ["--config=configs/patchcore.py", "--config.weights=imagenet", *words, f"--{place}=DIR"]
+    return f"dsad {command} {' '.join(given)}"
 
 
 def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
         "check-data", "[FOLDER]: check a data set and print every fault at once; exit code 1 with "
-        "errors. FOLDER: of good pictures, with folders good and bad, or like MVTec AD.",
+        "errors. In FOLDER, folders such as good, bad and masks are taken for what they are named.",
         config="configs/data.py", positional=True,
     )  # fmt: skip
-    command.switch("all", "Of equal faults show every path.")
-    config, values, rest = command.parse(argv)
-    if not rest:
-        return run(data_config(config), every=values.all)
-    if len(rest) > 1:
-        raise ConfigError(f"dsad check-data: expected one folder, found {shlex.join(rest)}.")
-    if given := next((key for key in PLACES if config.data[key]), ""):
-        raise ConfigError(f"dsad check-data: expected a folder or config.data.{given}, not both.")
-    config.data.update(guessed(rest[0]))
-    chosen = data_config(config)
-    code = run(chosen, every=values.all)
-    if not code:
-        keys = check_command(chosen).removeprefix("dsad check-data ")
-        verb, out = ("fit", "out=MODEL") if chosen.labelled else ("evaluate", "workdir=DIR")
-        print(f"next:\n  dsad {verb} {keys} --config.weights=imagenet --{out}")
-    return code
+    command.switch("all", "A line for every file instead of one for equal faults.")
+    config, values, paths = command.parse(argv)
+    if len(paths) > 1:
+        raise ConfigError(f"dsad check-data: expected one folder, found also {paths[1]!r}.")
+    out = console.console()
+    for path in paths:
+        if any(a.startswith("--config.data.name") for a in argv):
+            raise ConfigError(
+                f"dsad check-data: {path} or --config.data.name? A folder says its name itself; "
+                "beside a name give --config.data.root."
+            )
+        keys, others = layout.of(path)
+        flags.update(config, {f"data.{key}": value for key, value in keys.items()})
+        out.print("taken: " + ", ".join(f"{key} {value}" for key, value in keys.items()))
+        if others:
+            out.print(f"left out, as their names say neither good nor bad: {', '.join(others)}")
+    return run(data_config(config), out, every=bool(values["all"].value))
 
 
 def data_config(config: Any) -> DataConfig:

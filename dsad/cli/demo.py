@@ -86,14 +86,14 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
 
 
 def comparison(results: dict[str, Results]) -> Table:
-    """Pixel AUROC and AUPRO of every category, one column pair per encoder."""
+    """Numbers of every category, a row per encoder."""
     metrics = ("image_auroc", "pixel_auroc", "aupro_30")
-    table = console.table("category", *(f"{m}\n{name}" for name in results for m in metrics))
+    table = console.table("category", "encoder", *metrics)
     first = next(iter(results.values()))
     for row in (*first.categories, "mean"):
-        if row == "mean":
-            table.add_section()
-        numbers = [r.mean if row == "mean" else r.categories[row] for r in results.values()]
-        cells = [shown(n[m]) for n in numbers for m in metrics]
-        table.add_row(row, *cells, style="bold" if row == "mean" else None)
+        for name, result in results.items():
+            numbers = result.mean if row == "mean" else result.categories[row]
+            cells = [shown(numbers[m]) for m in metrics]
+            table.add_row(row, name, *cells, style="bold" if row == "mean" else None)
+        table.add_section()
     return table

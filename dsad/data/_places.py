@@ -8,18 +8,18 @@ import shlex
 from collections.abc import Iterable, Iterator
 
 from dsad.core.config import Refused, suggestion
-from dsad.core.errors import ConfigError
 from dsad.data import files
 from dsad.data.base import Fault, error
 
 #: Stands for a folder whose name is that of a category.
 CATEGORY = "{category}"
-#: Names of folders, in lower case, that say what their images are.
-GOOD = ("good", "normal", "ok")
-BAD = ("bad", "abnormal", "anomalous", "anomaly", "defect", "defective", "defects", "ng", "nok")
-MASKS = ("masks", "mask", "ground_truth")
-#: Names of folders by the key of ``config.data`` that takes them.
-_NAMES = {"normal": GOOD, "abnormal": BAD, "masks": MASKS}
+#: Words that say what the images of a folder are, by the key of ``config.data`` that takes it.
+WORDS = {
+    "masks": "mask masks masken truth gt annotations",
+    "abnormal": "bad nok ng nio defect defects defective defekt abnormal anomaly anomalous"
+    " anomalies schlecht fehler fail failed faulty reject rejects",
+    "normal": "good ok okay normal normals gut io pass passed clean healthy",
+}
 
 
 def walk(
@@ -45,49 +45,21 @@ def walk(
         yield [prefix + n for n in names if not reasons[n]], [prefix + n for n in folders]
 
 
-def by_label(folders: Iterable[str], keys: Iterable[str] = tuple(_NAMES)) -> dict[str, str]:
-    """Of folders those whose names say what is in them, by the key that takes them."""
-    names = {os.path.basename(folder).lower(): folder for folder in folders}
-    chosen = {key: next((names[n] for n in _NAMES[key] if n in names), "") for key in keys}
-    return {key: folder for key, folder in chosen.items() if folder}
-
-
-def guessed(place: str) -> dict[str, str]:
-    """What ``config.data`` says of a folder of images, or of a list of them.
-
-    A folder with folders "good" and "bad" or the like, one in the layout of MVTec AD, or else one
-    of normal images. Raises ConfigError for what is not there.
-    """
-    path = pathlib.Path(place).expanduser()
-    if path.is_file():
-        return {"name": "folder", "manifest": str(path)}
-    if not path.is_dir():
-        raise ConfigError(
-            f"{place}: no such folder; expected one of images, or a list of them (.csv, .jsonl)."
-        )
-    below = sorted(p.name for p in path.iterdir() if p.is_dir())
-    if any((path / name / "train").is_dir() for name in ("", *below)):
-        return {"name": "mvtec", "root": str(path)}
-    places = by_label(below)
-    if "normal" not in places:
-        return {"name": "folder", "normal": str(path)}
-    if "abnormal" not in places:
-        places.pop("masks", "")
-    return {"name": "folder", **{key: str(path / name) for key, name in places.items()}}
-
-
 def labels(root: pathlib.Path, folders: Iterable[str]) -> list[Fault]:
     """K0 where folders that look like categories say whether their images are good or bad."""
-    both = by_label(folders, ("normal", "abnormal"))
-    if len(both) < 2:
+    names = {os.path.basename(folder).lower(): folder for folder in folders}
+    both = {
+        key: next((names[word] for word in WORDS[key].split() if word in names), "")
+        for key in ("normal", "abnormal")
+    }
+    if not all(both.values()):
         return []
     hint = " ".join(
         f"--config.data.{k}={shlex.quote(os.path.abspath(root / f))}" for k, f in both.items()
     )
-    names = map(os.path.basename, both.values())
     text = (
-        f"{' and '.join(names)} are no categories but labels, and what is "
-        f"bad would be fitted on as if it were good. Name them apart: {hint}"
+        f"{' and '.join(map(os.path.basename, both.values()))} are no categories but labels, and "
+        f"what is bad would be fitted on as if it were good. Name them apart: {hint}"
     )
     return [error("K0", str(root), text)]
 

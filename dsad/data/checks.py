@@ -124,21 +124,22 @@ def _read_files(dataset: FileDataset, record: Record) -> _Read:
     faults: list[Fault] = []
     image, mask, mode = None, None, ""
     try:
-        image, mode = decode.read_image(dataset.root, record.path, dataset.config.lossy)
+        image, mode = decode.read_image(dataset.root, record.path, dataset.config.lossy, faults)
     except FaultError as problem:
         faults.extend(problem.faults)
     normal = dataset.normal_masks.get(record.path)
+    unusable: list[Fault] = []  # of masks whose pixels say nothing
     for path in record.masks or ([normal] if normal else []):
         try:
-            part = decode.read_mask(dataset.root, path, dataset.rule)
+            part = decode.read_mask(dataset.root, path, dataset.rule, unusable)
         except FaultError as problem:
-            faults.extend(problem.faults)
-            continue  # the faults of all masks are told at once
+            unusable.extend(problem.faults)
+            continue
         if image is not None and (fault := decode.size_fault(path, part, image.shape[:2])):
             faults.append(fault)
         mask = part if mask is None or mask.shape != part.shape else mask | part
-    if any(fault.check in ("K3", "K4", "K8") and fault.path != record.path for fault in faults):
-        return faults, image, mode, None
+    if unusable:
+        return [*faults, *unusable], image, mode, None
     if record.label == 0 and mask is not None and mask.any():
         count = int(mask.sum())
         text = f"mask of a normal image marks {count} pixels; move the image or empty the mask."

@@ -112,8 +112,20 @@ def _opened(data: bytes, path: str, use: Callable[[Image.Image], T]) -> T:
         raise FaultError(error("K8", path, text)) from problem
 
 
-def decoded_image(data: bytes, path: str, lossy: tuple[str, ...] = ()) -> tuple[np.ndarray, str]:
-    """Pixels (h, w, 3) uint8 and the mode of a file's content; FaultError (K3, K8) names it."""
+def _refuse(fault: Fault, faults: list[Fault] | None) -> None:
+    """Raise a fault that leaves pixels to look at, or append it where all are wanted."""
+    if faults is None:
+        raise FaultError(fault)
+    faults.append(fault)
+
+
+def decoded_image(
+    data: bytes, path: str, lossy: tuple[str, ...] = (), faults: list[Fault] | None = None
+) -> tuple[np.ndarray, str]:
+    """Pixels (h, w, 3) uint8 and the mode of a file's content; FaultError (K3, K8) names it.
+
+    With a list of ``faults`` those of K3 are appended there, and the image is decoded all the same.
+    """
     mode = ""
 
     def use(image: Image.Image) -> np.ndarray:
@@ -124,42 +136,51 @@ def decoded_image(data: bytes, path: str, lossy: tuple[str, ...] = ()) -> tuple[
                 f"image mode {mode}: expected 8-bit RGB or grey. Reducing it loses information; "
                 f'convert the file, or allow it with config.data.lossy=("{mode}",).'
             )
-            raise FaultError(error("K3", path, text))
+            _refuse(error("K3", path, text), faults)
         return _turned(image, _to_rgb)
 
     return _opened(data, path, use), mode
 
 
 def read_image(
-    root: pathlib.Path, path: str, lossy: tuple[str, ...] = ()
+    root: pathlib.Path, path: str, lossy: tuple[str, ...] = (), faults: list[Fault] | None = None
 ) -> tuple[np.ndarray, str]:
-    """Pixels (h, w, 3) uint8 and the file's mode; FaultError (K3, K8) names the file."""
-    return decoded_image(read_bytes(root, path), path, lossy)
+    """``decoded_image`` of a file."""
+    return decoded_image(read_bytes(root, path), path, lossy, faults)
 
 
-def decoded_mask(data: bytes, path: str, rule: MaskRule) -> np.ndarray:
-    """Mask (h, w) bool of a file's content, at its size; FaultError (K3, K4, K8) names it."""
+def decoded_mask(
+    data: bytes, path: str, rule: MaskRule, faults: list[Fault] | None = None
+) -> np.ndarray:
+    """Mask (h, w) bool of a file's content, at its size; FaultError (K3, K4, K8) names it.
+
+    With a list of ``faults`` those of K3 and K4 are appended there, and the mask is decoded all the
+    same.
+    """
 
     def use(image: Image.Image) -> np.ndarray:
         mode = declared_mode(image, data)
         if mode not in _MASK_MODES:
             text = f"mask mode {mode}: expected 8-bit grey (L) or 1 bit; convert."
-            raise FaultError(error("K3", path, text))
+            _refuse(error("K3", path, text), faults)
         return _turned(image, lambda mask: np.array(mask.convert("L"), np.uint8))
 
+    before = len(faults or ())
     grey = _opened(data, path, use)
-    if rule.values is not None:
+    if rule.values is not None and len(faults or ()) == before:
         found = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
         if not set(found.tolist()) <= set(rule.values):
             shown = ", ".join(str(v) for v in found[:8]) + (", ..." if len(found) > 8 else "")
             text = f"mask values {shown}: expected only {rule.values}. Binarise the mask at its "
-            raise FaultError(error("K4", path, f"{text}full size and save it again."))
+            _refuse(error("K4", path, f"{text}full size and save it again."), faults)
     return grey > rule.threshold
 
 
-def read_mask(root: pathlib.Path, path: str, rule: MaskRule) -> np.ndarray:
-    """Mask (h, w) bool at the file's size; FaultError (K3, K4, K8) names the file."""
-    return decoded_mask(read_bytes(root, path), path, rule)
+def read_mask(
+    root: pathlib.Path, path: str, rule: MaskRule, faults: list[Fault] | None = None
+) -> np.ndarray:
+    """``decoded_mask`` of a file."""
+    return decoded_mask(read_bytes(root, path), path, rule, faults)
 
 
 def size_fault(path: str, mask: np.ndarray, shape: tuple[int, ...]) -> Fault | None:

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from dsad.cli import main
+from dsad.cli.demo import comparison
 from dsad.cli.evaluate import decisions, table, threshold_table
 from dsad.terminal import console
 from tests.evaluation.test_localize import Planted
@@ -156,3 +157,16 @@ def test_a_wrong_flag_beside_the_short_name_of_a_config_is_the_fault(tmp_path, c
     told = capsys.readouterr().err
     assert "--overwrite=perhaps: Non-boolean argument to boolean flag" in told
     assert "get_config" not in told
+
+
+def test_the_demo_compares_its_encoders_in_80_columns():
+    results = run(Planted(categories=("[speckle]", "washer"), strength=9))
+    out = io.StringIO()
+    named = {"pretrained": results, "untrained": results}
+    Console(file=out, width=COLUMNS, markup=False).print(comparison(named))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= COLUMNS
+    rows = [line for line in lines if "untrained" in line]
+    assert len(rows) == 3
+    for metric in ("image_auroc", "pixel_auroc", "aupro_30"):
+        assert f"{results.mean[metric]:.3f}" in rows[-1]

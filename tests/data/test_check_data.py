@@ -5,17 +5,22 @@ import shlex
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
-from dsad.cli.check_data import main, run
+from dsad.cli import main
+from dsad.cli.check_data import _table, data_config, run
 from dsad.core.errors import ConfigError
-from dsad.data.base import DataConfig, SyntheticConfig
+from dsad.data import layout
+from dsad.data.base import DataConfig, SyntheticConfig, indexed, load
+from dsad.data.checks import CheckReport, Row, check
+from dsad.terminal import flags
 from tests.data import trees
 
 
 def printed(config, width=40):
     out = io.StringIO()
-    code = run(config, Console(file=out, width=width))
+    code = run(config, Console(file=out, width=width, soft_wrap=True))
     return code, out.getvalue()
 
 
@@ -25,8 +30,8 @@ def test_sound_set():
     )
     assert code == 0
     assert "0 errors, 0 warnings: usable" in text
-    for check in range(16):
-        assert f"\nK{check} " in f"\n{text}"
+    for number in range(16):
+        assert f"\nK{number} " in f"\n{text}"
     for category in ("speckle", "tiles", "washer", "weave", "wood"):
         assert category in text
 
@@ -59,62 +64,146 @@ def test_config_that_cannot_be_meant():
         printed(DataConfig(name="mvtec"))
 
 
-def test_equal_faults_are_told_once(tmp_path):
-    """All faults of an image come at once, and of equal ones the first paths."""
-    trees.good_and_bad(tmp_path)
-    config = DataConfig(name="folder", normal=str(tmp_path / "good"))
-    good = [tmp_path / "good" / f"new {i}.png" for i in range(7)]
-    for i, path in enumerate(good):
-        trees.save(path, np.dstack([trees.pixels(i), trees.pixels(i)])[..., :4])
+def lines(text, severity):
+    return [line for line in text.splitlines() if line.startswith(severity)]
+
+
+def test_equal_faults_are_one_line_with_the_first_file(tmp_path):
+    config = trees.mvtec(tmp_path)
+    for path in ("disc/train/good/000", "disc/train/good/001", "plate/test/good/001"):
+        (tmp_path / f"{path}.png").write_bytes(b"")
+    for name in ("b.txt", "notes about it.txt"):  # "b" is in the words of the message, too
+        (tmp_path / "disc/train/good" / name).write_text("x")
+    for category in ("disc", "plate"):
+        (tmp_path / category / "ground_truth/dent/000_mask.png").unlink()
     code, text = printed(config)
     assert code == 1
-    assert "error   7 files: [K3] image mode RGBA" in text
-    assert "and 2 more; --all shows them" in text
-    assert text.count(".png\n") == 5
+    k1, k8 = lines(text, "error")
+    assert k1.startswith("error   2 alike, the first: disc/test/dent/000.png: [K1] anomalous")
+    assert k8.startswith("error   3 alike, the first: disc/train/good/000.png: [K8] the file has")
+    (k9,) = lines(text, "warning")
+    assert k9.startswith("warning 2 alike, the first: disc/train/good/b.txt: [K9] ignored: suffix")
+    assert "--all" in text
+    assert "5 errors, 2 warnings" in text
     out = io.StringIO()
-    assert run(config, Console(file=out, width=40), every=True) == 1
-    assert all(path.name in out.getvalue() for path in good)
+    assert run(config, Console(file=out, width=80, soft_wrap=True), every=True) == 1
+    assert len(lines(out.getvalue(), "error")) == 5
+    assert "--all" not in out.getvalue()
 
 
-def test_faults_of_all_masks_of_an_image_come_at_once(tmp_path):
+def test_all_faults_of_an_image_and_its_mask_come_in_one_run(tmp_path):
     config = trees.mvtec(tmp_path)
-    folder = tmp_path / "disc/ground_truth/dent"
-    trees.save(folder / "000_mask.png", trees.mask()[:-3])
-    (tmp_path / "disc/test/dent/000.png").write_bytes(b"no image")
-    _, text = printed(config)
-    assert "disc/test/dent/000.png: [K8]" in text
-    trees.save(folder / "000_mask.png", trees.pixels(1))
-    _, text = printed(config)
-    assert "disc/test/dent/000.png: [K8]" in text
-    assert "disc/ground_truth/dent/000_mask.png: [K3]" in text
+    grey = np.full((8, 24), 7, np.uint8)
+    trees.save(tmp_path / "disc/ground_truth/dent/000_mask.png", grey)  # values and size
+    alpha = trees.pixels(3, 4)
+    trees.save(tmp_path / "disc/test/dent/000.png", alpha)  # mode
+    trees.save(tmp_path / "plate/ground_truth/dent/001_mask.png", grey, "RGB")  # mode and size
+    faults = {(f.check, f.path) for f in check(config).faults}
+    assert faults == {
+        ("K3", "disc/test/dent/000.png"),
+        ("K2", "disc/ground_truth/dent/000_mask.png"),
+        ("K4", "disc/ground_truth/dent/000_mask.png"),
+        ("K2", "plate/ground_truth/dent/001_mask.png"),
+        ("K3", "plate/ground_truth/dent/001_mask.png"),
+    }
 
 
-@pytest.mark.parametrize("names", [("good", "bad"), ("OK", "NG")])
-def test_a_folder_says_what_it_holds(names, tmp_path, capsys):
-    place = tmp_path / "Prüf teile"
-    trees.good_and_bad(place)
-    for old, new in zip(("good", "bad"), names, strict=True):
-        (place / old).rename(place / new)
-    assert main([str(place)]) == 0
-    hint = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert hint[:2] == ["dsad", "fit"]
-    assert f"--config.data.normal={place / names[0]}" in hint
-    assert f"--config.data.abnormal={place / names[1]}" in hint
-    assert main([str(place / names[0])]) == 0
-    hint = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert hint[2:4] == ["--config.data.name=folder", f"--config.data.normal={place / names[0]}"]
+def test_turned_photographs_and_masks_are_checked_as_they_are_loaded(tmp_path):
+    trees.good_and_bad(tmp_path / "pics", 4, 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown as 16 × 24 (width × height)
+    for i, shape in enumerate(((24, 16), (16, 24))):
+        Image.fromarray(trees.pixels(i + 50)).save(tmp_path / f"pics/bad/{i}.jpg", exif=exif)
+        (tmp_path / f"pics/bad/{i}.png").unlink()
+        trees.save(tmp_path / f"pics/masks/{i}.png", np.full(shape, 255, np.uint8))
+    keys = layout.of(str(tmp_path / "pics")).keys
+    report = check(DataConfig(**keys))
+    assert [(f.check, f.path) for f in report.faults] == [("K2", "masks/1.png")]
+    assert "24×16 pixels (width × height) for an image of 16×24, turned" in report.faults[0].message
+    assert report.rows[0].sizes == "16–24×16–24"
 
 
-def test_a_folder_in_the_layout_of_mvtec(tmp_path, capsys):
-    trees.mvtec(tmp_path)
-    assert main([str(tmp_path)]) == 0
-    assert f"--config.data.root={tmp_path}" in capsys.readouterr().out.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("folders", "keys"),
+    [
+        ((".",), {"normal": ""}),
+        (("good",), {"normal": "good"}),
+        (("Gut (neu)", "schlecht [ß]"), {"normal": "Gut (neu)", "abnormal": "schlecht [ß]"}),
+        (("not_good", "OK"), {"normal": "OK", "abnormal": None}),
+        (("ok", "NG", "ng_masks"), {"normal": "ok", "abnormal": "NG", "masks": "ng_masks"}),
+        (("train_good", "test_good", "defect"),
+         {"normal": "train_good", "test_normal": "test_good", "abnormal": "defect"}),
+        (("a/ok", "a/nok", "b ü/ok"), {"normal": "{category}/ok", "abnormal": "{category}/nok"}),
+    ],
+)  # fmt: skip
+def test_folders_are_taken_for_what_they_are_named(tmp_path, folders, keys):
+    base = tmp_path / "Prüf teile"
+    for i, name in enumerate(folders):
+        for k in range(5):
+            trees.save(base / name / f"{k} ä.png", trees.pixels(10 * i + k))
+    told = layout.of(str(base))
+    want = {key: str(base / name) for key, name in keys.items() if name is not None}
+    assert told.keys == {"name": "folder", **want}
+    assert told.others == (("not_good",) if "not_good" in folders else ())
+    config = DataConfig(**told.keys, missing_masks="image_only")
+    assert len(indexed(config).source("train")) >= 4
 
 
-def test_a_folder_is_given_once(tmp_path):
-    with pytest.raises(ConfigError, match="nix: no such folder"):
-        main([str(tmp_path / "nix")])
-    with pytest.raises(ConfigError, match="expected one folder"):
-        main([str(tmp_path), "b"])
-    with pytest.raises(ConfigError, match=r"or config\.data\.root, not both"):
-        main([str(tmp_path), "--config.data.root=x"])
+def test_other_layouts_are_known_and_what_is_none_is_refused(tmp_path):
+    trees.mvtec(tmp_path / "mv")
+    assert layout.of(str(tmp_path / "mv")).keys == {"name": "mvtec", "root": f"{tmp_path}/mv"}
+    one = str(tmp_path / "mv" / "disc")
+    assert layout.of(one).keys == {"name": "mvtec", "root": one}
+    (tmp_path / "list.csv").write_text("path,label\n")
+    assert layout.of(f"{tmp_path}/list.csv").keys["manifest"] == f"{tmp_path}/list.csv"
+    for name in ("x/good", "x/ok", "y/scratch", "y/new"):
+        trees.save(tmp_path / name / "0.png", trees.pixels(0))
+    for path, text in (
+        ("x", "both good and ok may be the normal images"),
+        ("y", "found the folders new, scratch"),
+        ("mvv", "does not exist.*Did you mean 'mv'"),
+        ("x/good/0.png", "is a file"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            layout.of(str(tmp_path / path))
+
+
+def test_the_command_takes_a_folder_and_says_how_to_go_on(tmp_path, capsys):
+    base = tmp_path / "Teile ü"
+    trees.good_and_bad(base, 5, 2)
+    assert main.main(["check-data", str(base)]) == 0
+    text = capsys.readouterr().out
+    assert "checking: 0/7 (0 s)" in text
+    assert "checking: 7/7" in text
+    assert "\x1b" not in text
+    assert "\r" not in text
+    command = text[text.index("\n  dsad ") :].strip()
+    words = shlex.split(command)
+    assert words[:2] == ["dsad", "evaluate"]
+    assert f"--config.data.normal={base}/good" in words
+    config, _, _ = flags.Command("evaluate", "", config="knn").parse(
+        [w for w in words[2:] if not w.startswith("--workdir")]
+    )
+    assert load(data_config(config)).splits["test"]
+    assert main.main(["check-data", str(base / "good")]) == 0
+    assert "\n  dsad fit --config=configs/patchcore.py" in capsys.readouterr().out
+    assert main.main(["check-data", str(base), "--config.data.name=mvtec"]) == 2
+    assert main.main(["check-data", str(base), "more"]) == 2
+
+
+def test_the_table_fits_80_columns_with_whole_numbers():
+    row = Row(
+        category="Gehäuse_vorne_links_mit_langem_Namen", train=12345, good=4321, bad=1234,
+        kinds=12, without_mask=321, sizes="1024–4096×1024–4096", modes="L, RGB, RGBA",
+        area=0.00123, regions=12345, vanished=1234,
+    )  # fmt: skip
+    report = CheckReport(
+        name="folder", faults=(), rows=(row,), skipped={}, protocol={"dataset": "x", "split": "y"}
+    )
+    out = io.StringIO()
+    Console(file=out, width=80).print(_table(report))
+    text = out.getvalue()
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    for number in ("12345", "4321", "1234", "321 no mask", "1024–4096", "0.00123", "1234/12345"):
+        assert number in text
+    assert "…" not in text

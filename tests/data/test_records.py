@@ -340,3 +340,10 @@ def test_jpeg_is_not_encoded_again(tmp_path, out):
     (root / "bee/2.jpg").write_bytes(file.getvalue())
     source = load(prepared(DataConfig(name="folder", root=str(root)), out)).source("train", "bee")
     assert source.encoded(1) == file.getvalue()
+
+
+def test_progress_counts_the_files_of_both_splits_from_the_start(tmp_path):
+    seen = []
+    dataset = load(trees.mvtec(tmp_path))  # per category 3 to train on, 4 to test
+    records_builder.plan(dataset, progress=lambda done, total, _: seen.append((done, total)))
+    assert seen == [(i, 14) for i in range(15)]

@@ -315,6 +315,12 @@ def test_progress_reaches_the_total():
     )
     assert seen[-1][0] == seen[-1][1] == 18
     assert [s[0] for s in seen] == sorted(s[0] for s in seen)
+    assert {s[1] for s in seen} == {18}  # from the start
+    texts = [s[2] for s in seen]
+    assert texts[0] == "compiling …"
+    for what in ("train features", "scores"):
+        before = texts.index(f"compiling …  {what}: disc")
+        assert texts[before + 1] == f"{what}: disc"
 
 
 def test_results_survive_the_files(tmp_path):
