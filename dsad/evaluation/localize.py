@@ -27,7 +27,7 @@ from dsad.evaluation.parts import Parts
 from dsad.evaluation.reader import Features, Reader
 from dsad.evaluation.report import gallery, panels
 from dsad.evaluation.results import Results, merge, read_results, write_results
-from dsad.evaluation.scored import Scored, score
+from dsad.evaluation.scored import Scored, held_out, score
 from dsad.evaluation.support import ALL, Sampling, Sets
 from dsad.evaluation.ticks import Ticks
 
@@ -250,13 +250,13 @@ class _Run:
             held = self.sets.by_category[category][seed].held_out
             source = support.subset(self.dataset.source("train", category), held)
             tick = self.tick(category, "held-out training images", ticks.shapes(split))
-            normal = score(reader, split, source, f"{category}/held out", tick, keep=False)
+            normal = held_out(reader, split, source, f"{category}/held out", tick)
             groups = [record.group for record in source.records]
             row = thresholds.measure(None, normal, self.config.false_alarm_rate, groups)
             self.made.thresholds.setdefault(category, {})[str(seed)] = row
             if not self.measured:
-                scale = dict(zip(normal.own, normal.maps, strict=True))
-                self.made.scales[category] = gallery.normal_scale(scale, normal.hosts)
+                scale = gallery.normal_scale(normal.own, normal.maps, normal.hosts)
+                self.made.scales[category] = scale
 
     def _fit(
         self, reader: Reader, group: Sequence[str], title: str, seed: int, *, split: bool = False
@@ -363,9 +363,10 @@ class _Run:
     ) -> None:
         """Curves, image scores and pictures for the report, ``ranked`` by pixel numbers."""
         made, hosts = self.made, scored.hosts
-        labels = zip(scored.own, scored.maps, scored.own_labels, strict=True)
         every = not (scored.labels == 0).any()  # without normal images the scale is that of all
-        scale = gallery.normal_scale({i: m for i, m, label in labels if label == 0 or every}, hosts)
+        shown = [i for i, label in enumerate(scored.own_labels) if every or label == 0]
+        numbers_of, its_maps = [scored.own[i] for i in shown], [scored.maps[i] for i in shown]
+        scale = gallery.normal_scale(numbers_of, its_maps, hosts)
         made.images[category] = numbers.of_images(test, scored, ranked=ranked)
         cases = gallery.choose_cases(made.images[category], self.config.gallery, threshold)
         made.cases[category] = cases

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +24,8 @@ class Scored:
     ones, no larger than their maps, and for panels the network's input and (h, w) of the original.
     """
 
-    maps: list[np.ndarray]  # (h, w) f32
-    masks: list[np.ndarray | None]  # (h, w) bool
+    maps: Sequence[np.ndarray]  # (h, w) f32
+    masks: Sequence[np.ndarray | None]  # (h, w) bool
     scores: np.ndarray  # (n,) f32
     labels: np.ndarray  # (n,) int
     kinds: list[str]
@@ -139,15 +140,55 @@ def stream(
     picture: Picture | None = None,
 ) -> Iterator[tuple[HostBatch, dict[int, np.ndarray], np.ndarray]]:
     """Batches with maps on original pixels, by number of the image, and scores of the own rows."""
-    device = reader.device
-    for host, features in reader.read(source, name, keep=keep, picture=picture):
+    for host, small, image in _small(reader, fitted, source, name, keep=keep, picture=picture):
         numbers = host.index[host.own].tolist()
-        small, image = device.score(fitted, features, host)
-        yield (
-            host,
-            device.hosts.together(lambda s=small, h=host, n=numbers: _originals(s, h, n, reader)),
-            image,
+        made = reader.device.hosts.together(
+            lambda s=small, h=host, n=numbers: _originals(s, h, n, reader)
         )
+        yield host, made, image
+
+
+def held_out(
+    reader: Reader, fitted: Fitted, source: Source, name: str, tick: Callable[[int], None]
+) -> Scored:
+    """Score normal images, whose maps are made anew whenever they are asked for, one at a time."""
+    kept: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
+    scores: dict[int, float] = {}
+    for host, small, image in _small(reader, fitted, source, name):
+        numbers = host.index[host.own].tolist()
+        kept.update(zip(numbers, zip(small, host.shapes, strict=True), strict=True))
+        scores.update(zip(numbers, image.tolist(), strict=True))
+        tick(int(host.valid.sum()))
+    own, hosts = sorted(kept), reader.device.hosts
+    maps = _Originals([kept[i] for i in own], reader.config.preprocessing.to_original)
+    listed = np.asarray(hosts.listed(scores), np.float32)
+    kinds, labels = [r.kind for r in source.records], [r.label for r in source.records]
+    return Scored(maps, [None] * len(own), listed, np.asarray(labels, np.int64), kinds, hosts, own)
+
+
+class _Originals(Sequence[np.ndarray]):
+    """Maps (h, w) on original pixels; those on the network's input are held."""
+
+    def __init__(
+        self,
+        small: Sequence[tuple[np.ndarray, tuple[int, int]]],
+        back: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
+    ) -> None:
+        self._small, self._back = small, back
+
+    def __len__(self) -> int:
+        return len(self._small)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._back(*self._small[index])
+
+
+def _small(
+    reader: Reader, fitted: Fitted, source: Source, name: str, **reading: Any
+) -> Iterator[tuple[HostBatch, np.ndarray, np.ndarray]]:
+    """Batches with maps on the network's input and scores, of the own rows."""
+    for host, features in reader.read(source, name, **{"keep": False, **reading}):
+        yield host, *reader.device.score(fitted, features, host)
 
 
 def _originals(

@@ -40,6 +40,10 @@ COLUMNS = (
 VALUES = ("image", "pixel")
 
 
+#: Pixels of maps that are sorted in one place; more are counted where they are.
+HELD = 1 << 26
+
+
 class Threshold(NamedTuple):
     """``value`` is exceeded by a new normal image with a probability of at most ``bound``."""
 
@@ -106,7 +110,7 @@ def pixel_threshold(maps: Sequence[np.ndarray], rate: float, hosts: Hosts = ALON
     """
     pixels = int(hosts.total(np.int64(sum(m.size for m in maps))))
     place = max(1, math.ceil(pixels * (1 - rate) - 1e-9))
-    if hosts.several:
+    if hosts.several or pixels > HELD:
         return _by_counting(maps, place, hosts)
     values = np.concatenate([np.ravel(m) for m in maps])
     return float(np.partition(values, place - 1)[place - 1])

@@ -27,7 +27,7 @@ from dsad.core.errors import ConfigError, DataError, StoppedError, WorkdirError
 from dsad.core.mesh import make_mesh
 from dsad.core.types import RunInfo
 from dsad.data import base
-from dsad.evaluation import support, thresholds
+from dsad.evaluation import preprocessing, support, thresholds
 from dsad.evaluation.localize import read_results
 from tests.assembly.test_model import LIGHT, SMALL, same
 from tests.helpers import real_data
@@ -428,6 +428,27 @@ def test_fresh_normals_of_real_sets_are_not_warned_of(name, root):
     assert told(normals, twice) == ["brightness"]
     larger = [np.kron(image, np.ones((2, 2, 1), np.uint8)) for image in images]
     assert told(normals, larger) == ["size"]
+
+
+def test_a_fit_holds_few_maps_on_original_pixels(monkeypatch):
+    """They are as large as the photographs, and as many as images are held out."""
+    given: list[weakref.ref] = []
+    most, back = [], preprocessing.Preprocessing.to_original
+
+    def counted(self, scores, shape):
+        values = back(self, scores, shape)
+        given.append(weakref.ref(values))
+        most.append(sum(ref() is not None for ref in given))
+        return values
+
+    monkeypatch.setattr(preprocessing.Preprocessing, "to_original", counted)
+    monkeypatch.setattr(thresholds, "HELD", 0)
+    images = [lit(90, seed=i) for i in range(30)]
+    about = {"backbone": "resnet18", "weights": "random", "detector": "knn"}
+    model = dsad.fit(images, **about, false_alarm_rate=0.1, settings=SETTINGS)
+    assert len(model.decision().row["maxima"]) >= 9
+    assert len(given) >= 4 * 9  # the highest values, the scale, two counts
+    assert max(most) <= 2
 
 
 def test_looks_hold_one_image_at_a_time():

@@ -53,7 +53,9 @@ def test_false_alarms_of_one_model_spread_as_order_statistics_do(held, rate):
     assert scipy.stats.kstest(shares, next_one.cdf).pvalue < 1e-6
 
 
-def test_pixel_threshold_flags_at_most_its_share():
+@pytest.mark.parametrize("held", [thresholds.HELD, 0])
+def test_pixel_threshold_flags_at_most_its_share(held, monkeypatch):
+    monkeypatch.setattr(thresholds, "HELD", held)  # sorted, and counted
     rng = np.random.default_rng(1)
     maps = [rng.normal(size=s).astype(np.float32) for s in ((20, 30), (7, 9))]
     values = np.sort(np.concatenate([m.ravel() for m in maps]))
@@ -62,7 +64,7 @@ def test_pixel_threshold_flags_at_most_its_share():
         assert (values > found).mean() <= rate
         below = values[values < found][-1]
         assert (values > below).mean() > rate  # no lower value would do
-    assert thresholds.pixel_threshold([np.ones((3, 3))], 0.1) == 1.0
+    assert thresholds.pixel_threshold([np.ones((3, 3), np.float32)], 0.1) == 1.0
 
 
 def test_rates_are_counted_on_the_test_images():

@@ -21,15 +21,19 @@ WRONG, OTHERS = ("missed", "false_alarms"), ("worst", "median", "best", "normal"
 
 
 def normal_scale(
-    maps: Mapping[int, np.ndarray], hosts: Hosts = ALONE, limit: int = 10_000_000
+    own: Sequence[int],
+    maps: Sequence[np.ndarray],
+    hosts: Hosts = ALONE,
+    limit: int = 10_000_000,
 ) -> dict[str, float]:
     """Median and 99.9th percentile of the map values of normal images (evenly thinned).
 
-    ``maps`` are those of this process by the number of their image.
+    ``maps`` are those of this process, of the images with the numbers ``own``.
     """
-    pixels = int(hosts.total(np.int64(sum(m.size for m in maps.values()))))
+    pixels = int(hosts.total(np.int64(sum(m.size for m in maps))))
     step = max(1, pixels // limit)
-    thinned = hosts.to_main({i: m.ravel()[::step] for i, m in maps.items()})
+    few = {i: m.ravel()[::step].copy() for i, m in zip(own, maps, strict=True)}
+    thinned = hosts.to_main(few)
     found = [0.0, 0.0]
     if hosts.main and thinned:
         values = np.concatenate([thinned[i] for i in sorted(thinned)])
