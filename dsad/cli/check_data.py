@@ -57,7 +57,7 @@ def _print_checks(report: CheckReport, out: Console) -> None:
 def _table(report: CheckReport) -> Table:
     title = f"{report.protocol['dataset']}, split: {report.protocol['split']}"
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    texts = ("category", "width×height", "mode")
+    texts = ("category", "width × height", "mode")
     for name in (*texts[:1], "train", "good", "bad", "kinds", *texts[1:], "area %", "vanish"):
         if name in texts:
             table.add_column(name, overflow="fold")
@@ -67,7 +67,9 @@ def _table(report: CheckReport) -> Table:
         told = row.without_mask and "K1" not in report.skipped
         bad = f"{row.bad} ({row.without_mask} no mask)" if told else row.bad
         area = "-" if row.area is None else f"{row.area:.3g}"
-        cells = (row.category, row.train, row.good, bad, row.kinds, row.sizes, row.modes, area)
+        # A narrow terminal breaks lines at spaces, and no number.
+        size = row.sizes.replace("×", " × ")
+        cells = (row.category, row.train, row.good, bad, row.kinds, size, row.modes, area)
         table.add_row(*map(str, cells), f"{row.vanished}/{row.regions}")
     return table
 
