@@ -205,7 +205,7 @@ def read(path: str | epath.PathLike) -> dict[str, Any]:
     except FileNotFoundError:
         raise WorkdirError(
             f"{path}: no dsad run there ({CONFIG} is missing). Name what dsad pretrain or dsad "
-            "evaluate wrote; the predictions of dsad predict are tables and pictures themselves."
+            "evaluate wrote; dsad report also takes what dsad predict wrote, by itself."
         ) from None
     except ValueError as error:
         raise WorkdirError(f"{file}: not readable as JSON: {error}.") from error

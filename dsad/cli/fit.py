@@ -47,5 +47,6 @@ def main(argv: list[str]) -> int:
             at = thresholds.at_rate(row)
             out.print(f"{category}: threshold {row['image']:.4g}, false alarms at most {at}")
     out.print(f"written: {writer.directory}")
-    out.print(f"use it:\n  dsad predict {shlex.quote(values.out)} IMAGES --out=DIR")
+    several = " --category=CATEGORY" if len(parts.sets.by_category) > 1 else ""
+    out.print(f"use it:\n  dsad predict {shlex.quote(values.out)} IMAGES{several} --out=DIR")
     return 0

@@ -45,7 +45,8 @@ def main(argv: list[str]) -> int:
     flagged = f", {summary.flagged} flagged" if decision.row else ""
     missing = f", {len(summary.faults)} not read" if summary.faults else ""
     out.print(f"{summary.total} images{flagged}{missing}; {decision}")
-    out.print(f"written: {folder / CSV}; pictures: {folder / OVERLAYS}")
+    drawn = f"; pictures: {folder / OVERLAYS}" if summary.total > len(summary.faults) else ""
+    out.print(f"written: {folder / CSV}{drawn}")
     out.print(f"on one page: dsad report {shlex.quote(values.out)}")
     return 1 if summary.faults else 0
 

@@ -70,7 +70,10 @@ def images_below(root: pathlib.Path, faults: list[Fault], start: str) -> list[st
 
 
 def empty_class(path: str) -> Fault:
-    text = "empty class: no image in the folder or below it; remove it or fill it."
+    text = (
+        "empty class: no image in the folder or below it; remove it or fill it, or let a glob "
+        "match files, such as 'pics/*.png'."
+    )
     return error("K0", path, text)
 
 

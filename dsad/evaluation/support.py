@@ -168,7 +168,8 @@ def choose(
     if faults:
         raise ConfigError(
             f"{dataset.name}: support sets cannot be drawn:\n  " + "\n  ".join(faults) + "\n"
-            "Lower shots, set evaluation.false_alarm_rate to 0, or leave these categories out."
+            "Add images, lower shots, set config.evaluation.false_alarm_rate=0, or "
+            "leave these categories out."
         )
     return made
 

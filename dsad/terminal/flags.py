@@ -140,10 +140,10 @@ class Command:
             print(self.help())
             raise SystemExit(0)
         if self.config:
-            argv = [f"--config={locate(a[9:])}" if a.startswith("--config=") else a for a in argv]
-            if not any(a.startswith("--config=") for a in argv):
-                # Overrides must come after the file they override.
-                argv.insert(1, f"--config={locate(self.config)}")
+            chosen = [a[9:] for a in argv if a.startswith("--config=")] or [self.config]
+            rest = [a for a in argv[1:] if not a.startswith("--config=")]
+            # absl wants overrides after the file they override, wherever it was written.
+            argv = [argv[0], *(f"--config={locate(spec)}" for spec in chosen), *rest]
             config_flags.DEFINE_config_file(
                 "config", None, "Config file.", flag_values=self.values, sys_argv=argv
             )

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import shutil
 import types
 import weakref
@@ -118,6 +119,16 @@ def test_predictions_are_those_of_the_evaluation(folder, tmp_path, capsys):
     assert f"{sum(flagged)} flagged; threshold" in capsys.readouterr().out
 
 
+def test_the_command_that_fit_shows_can_be_pasted(folder, tmp_path, capsys):
+    two = (*SMALL, *LIGHT, "--config.data.categories=('tiles', 'wood')", RATE)
+    assert main.main(["fit", "--config=knn", *two, f"--out={tmp_path}/two"]) == 0
+    shown = capsys.readouterr().out.partition("use it:\n")[2]
+    image = next((folder / "wood" / "test" / "good").iterdir())
+    for word, value in (("IMAGES", image), ("CATEGORY", "wood"), ("=DIR", f"={tmp_path}/p")):
+        shown = shown.replace(word, str(value))
+    assert main.main(shlex.split(shown)[1:]) == 0
+
+
 def test_fit_is_the_fit_of_an_evaluation(folder, tmp_path, capsys):
     assert main.main(["fit", "--config=knn", *ONE, RATE, f"--out={tmp_path}/m"]) == 0
     text = capsys.readouterr().out
@@ -204,6 +215,10 @@ def test_what_cannot_be_read_is_listed_and_passed_over(folder, tmp_path, capsys)
     assert f"not read: {tmp_path}/in/cut.png: " in out
     assert "7 images, " in out
     assert ", 4 not read; " in out
+    assert f"; pictures: {tmp_path}/p/overlays" in out
+    assert run(folder / "model", tmp_path / "in" / "cut.png", f"--out={tmp_path}/none") == 1
+    assert "pictures:" not in capsys.readouterr().out
+    assert not (tmp_path / "none" / "overlays").exists()
     found, lines = rows(tmp_path / "p")
     faults = {row["path"].rpartition("/")[2]: row["error"] for row in found}
     assert {name for name, text in faults.items() if text} == {

@@ -159,7 +159,7 @@ def test_a_transformer_gives_its_class_token(name, tmp_path):
 
 
 def test_what_is_no_run_of_today_is_refused(tmp_path):
-    with pytest.raises(WorkdirError, match="no dsad run there"):
+    with pytest.raises(WorkdirError, match="(?s)no dsad run there.*dsad report also takes"):
         runs.opened(str(tmp_path))
     for command, text in (("evaluate", "found one of dsad evaluate"), ("demo", "a/pretrain")):
         workdir.claim(str(tmp_path / "a"), command, {}, overwrite=command == "demo")

@@ -96,6 +96,15 @@ def test_variants_combine_and_overrides_win():
     assert method.layers == ("layer4",)
 
 
+def test_the_config_may_follow_its_keys():
+    keys, file = ["--config.evaluation.image_size=96", "DIR"], ["--config", "patchcore"]
+    for argv in (keys + file, file + keys):
+        config, _, rest = flags.Command("x", "", config="knn", positional=True).parse(argv)
+        assert config.evaluation.image_size == 96
+        assert config.detector.bank == "coreset"
+        assert rest == ["DIR"]
+
+
 @pytest.mark.parametrize("name", flags.shipped_configs())
 def test_shipped_configs_are_complete(name):
     from dsad.assembly import evaluate

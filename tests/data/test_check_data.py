@@ -51,6 +51,16 @@ def test_names_are_never_cut(tmp_path):
     assert "2 errors, 0 warnings: NOT usable" in " ".join(text.split())
 
 
+def test_no_size_is_cut_at_80_columns(tmp_path):
+    config = trees.mvtec(tmp_path)
+    trees.save(tmp_path / "disc/train/good/000.png", np.zeros((1357, 2468), np.uint8))
+    _, text = printed(config, 80)
+    rows = text.rpartition("  category")[2].partition("kinds: ")[0]
+    assert max(map(len, rows.splitlines())) <= 80
+    for span in ("24–2468", "16–1357"):
+        assert span in rows.split()
+
+
 def test_warnings_do_not_fail(tmp_path):
     config = trees.mvtec(tmp_path)
     trees.save(tmp_path / "disc/ground_truth/dent/000_mask.png", 0 * trees.mask())

@@ -1,5 +1,6 @@
 """MVTec-layout folders: the sound tree, then one planted fault per test, then all at once."""
 
+import shlex
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from dsad.core.errors import ConfigError, DataError
 from dsad.data import mvtec
 from dsad.data.base import DataConfig, FaultError, load
 from dsad.data.checks import check
+from dsad.terminal import flags
 from tests.data import trees
 from tests.helpers import real_data
 
@@ -231,8 +233,11 @@ def rgba(file):
 def test_mode_that_would_lose_information(tmp_path, write, mode):
     config = trees.mvtec(tmp_path)
     write(tmp_path / "disc/train/good/002.png")
-    with pytest.raises(DataError, match=rf"002.png: \[K3\] image mode {mode}: .*lossy=\(\"{mode}"):
+    with pytest.raises(DataError, match=rf"002.png: \[K3\] image mode {mode}: ") as told:
         load(config).source("train")[2]
+    (hint,) = [word for word in shlex.split(str(told.value)) if word.startswith("--config")]
+    parsed, _, _ = flags.Command("x", "", config="data").parse([hint.removesuffix(".")])
+    assert parsed.data.lossy == (mode,)
     assert faults(check(config), "error") == [("K3", "disc/train/good/002.png")]
     allowed = DataConfig(name="mvtec", root=str(tmp_path), lossy=(mode,))
     assert load(allowed).source("train")[2].image.shape == (16, 24, 3)

@@ -286,6 +286,8 @@ def test_categories_must_agree(tmp_path):
     refused(flat(tmp_path / "flat", abnormal="pics/{category}"), "write it in both")
     (tmp_path / "gut" / "empty").mkdir()
     refused(config, "empty: [K0] empty class")
+    folders = flat(tmp_path / "folders", normal="*", abnormal="pics/bad/*.png")
+    refused(folders, "[K0] empty class", "let a glob match files, such as 'pics/*.png'")
 
 
 def test_masks_match_strictly_and_all_faults_come_at_once(tmp_path):

@@ -141,6 +141,13 @@ def run(dataset=None, devices=1, mesh=None, **config):
     )
 
 
+def test_results_on_a_prompt_are_numbers_without_pictures():
+    results = run()
+    assert results.gallery
+    assert "array(" not in repr(results)
+    assert repr(results.mean) in repr(results)
+
+
 def test_planted_defects_are_found():
     results = run()
     row = results.categories["disc"]
