@@ -55,9 +55,9 @@ def test_no_size_is_cut_at_80_columns(tmp_path):
     config = trees.mvtec(tmp_path)
     trees.save(tmp_path / "disc/train/good/000.png", np.zeros((1357, 2468), np.uint8))
     _, text = printed(config, 80)
-    rows = text.rpartition("  category")[2].partition("kinds: ")[0]
+    rows = text.rpartition("category ")[2].partition("kinds: ")[0]
     assert max(map(len, rows.splitlines())) <= 80
-    for span in ("24–2468", "16–1357"):
+    for span in ("24–2468", "×16–1357"):
         assert span in rows.split()
 
 
