@@ -83,6 +83,9 @@ def _become(call, folder, writer):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(call.stdout, os.O_WRONLY) if call.stdout else writer, 1)
     os.dup2(writer, 2)
+    # Those of the parent may be of files.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
     if call.file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (call.file_size, call.file_size))
     if call.fresh:

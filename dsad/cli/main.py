@@ -70,7 +70,7 @@ def _run(argv: list[str]) -> int:
     # Libraries announce fallbacks of their own here; what matters to users is said by dsad.
     logging.getLogger("absl").setLevel(logging.ERROR)
     module = importlib.import_module(f"dsad.cli.{argv[0].replace('-', '_')}")
-    _signals.began = True
+    _signals.command = _run.__code__
     return module.main(argv[1:])
 
 
@@ -113,8 +113,6 @@ def entry() -> None:
         code = main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:  # once more, while it was told
-        code = StoppedError.code
     except Exception:
         import traceback
 

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 #: Seconds after which an interrupt that came at a bad moment is tried again.
@@ -16,13 +16,15 @@ _IMPORTS = "<frozen importlib._bootstrap>"
 class Signals:
     """From ``catch`` until ``ended``; ``code`` is 128 plus the number of the last signal.
 
-    Until ``began`` a signal ends the process at once, as nothing is lost then. Later it raises
-    KeyboardInterrupt, but neither within an import, where libraries turn it into errors of their
-    own, nor for good within a destructor, where Python would only print it.
+    Until there is a ``command`` a signal ends the process at once, as nothing is lost then. Within
+    that function it raises KeyboardInterrupt, but neither within an import, where libraries turn it
+    into errors of their own, nor for good within a destructor, where Python would only print it.
+    When the function is left its outcome stands.
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.code, self.began = name, 128 + signal.SIGINT, False
+        self.name, self.code = name, 128 + signal.SIGINT
+        self.command: CodeType | None = None
 
     def catch(self) -> None:
         """Take the signals, but those that the parent process wants ignored."""
@@ -38,14 +40,17 @@ class Signals:
 
     def _act(self, number: int, frame: FrameType | None) -> None:
         self.code = 128 + number
-        if not self.began:
+        if not self.command:
             os.write(2, f"\n{self.name}: stopped\n".encode())
             os._exit(self.code)
+        within = False
         while frame:
             if frame.f_code.co_filename == _IMPORTS:
                 return _again(number)
+            within |= frame.f_code is self.command
             frame = frame.f_back
-        raise KeyboardInterrupt
+        if within:
+            raise KeyboardInterrupt
 
     def _unraisable(self, told: Any) -> None:
         if issubclass(told.exc_type, KeyboardInterrupt):

@@ -43,13 +43,13 @@ def test_what_nobody_expected_ends_with_a_message(capsys, monkeypatch, error, co
 
 
 @pytest.fixture
-def signals():
-    """Caught as a command catches them, once it works."""
+def signals(request):
+    """Caught as a command catches them, with the test as the command."""
     kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     hook = sys.unraisablehook
     caught = Signals("dsad x")
     caught.catch()
-    caught.began = True
+    caught.command = request.function.__code__
     yield caught
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -85,6 +85,11 @@ def test_a_signal_within_a_destructor_is_not_lost(signals, capsys):
     with pytest.raises(KeyboardInterrupt):
         live_and_die()
     assert "Exception ignored" not in capsys.readouterr().err
+
+
+def test_a_signal_after_the_command_changes_nothing(signals):
+    signals.command = wait.__code__
+    signal.raise_signal(signal.SIGINT)  # would raise at once
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
