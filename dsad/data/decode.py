@@ -122,7 +122,8 @@ def decoded_image(data: bytes, path: str, lossy: tuple[str, ...] = ()) -> tuple[
         if mode not in _LOSSLESS and mode not in lossy:
             text = (
                 f"image mode {mode}: expected 8-bit RGB or grey. Reducing it loses information; "
-                f'convert the file, or allow it with config.data.lossy=("{mode}",).'
+                "convert the file, or allow it "
+                f"""with --config.data.lossy="('{mode}',)", a model when it is fitted."""
             )
             raise FaultError(error("K3", path, text))
         return _turned(image, _to_rgb)
