@@ -276,8 +276,8 @@ class Saved:
         if len(titles) != 1:
             raise ConfigError(
                 f"{self.directory}: expected a category, found {category!r}. It has: "
-                f"{core_config.listed(c for row in rows.values() for c in row['categories'])}; "
-                "dsad predict takes one as --category=NAME."
+                f"{core_config.listed(c for row in rows.values() for c in row['categories'])}. "
+                "Name one with --category=NAME, in Python category=NAME."
             )
         config, detector = parse(self.index["config"])
         row, parts = rows[titles[0]], wrappers.unwrap(config.backbone)

@@ -245,8 +245,9 @@ class RunBackbone:
     images that ``only`` can name as well.
     """
 
-    params: Any
-    extra: Any
+    # Not shown: jax asks for the text of what it compiles, and hides an interrupt meanwhile.
+    params: Any = dataclasses.field(repr=False)
+    extra: Any = dataclasses.field(repr=False)
     function: Callable[..., FeatureMaps]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

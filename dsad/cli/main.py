@@ -118,7 +118,7 @@ def entry() -> None:
 
         _end_with_others(1, traceback.format_exc())
         raise
-    if code == StoppedError.code:
+    if stopped := code == StoppedError.code:
         code = _signals.code
     _signals.ended()
     try:
@@ -128,7 +128,18 @@ def entry() -> None:
         # What could not be written is still in its buffer; at the exit it would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _end_with_others(code)
+    if stopped:
+        _leave(code)
     sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    """End after an interrupt: the interpreter's own end crashes where it cut a compilation off."""
+    import atexit
+
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _end_with_others(code: int, text: str = "") -> None:

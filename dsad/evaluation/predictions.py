@@ -13,6 +13,9 @@ from dsad.evaluation import thresholds
 from dsad.evaluation.regions import Region, regions
 from dsad.evaluation.report import figures, gallery
 
+#: Below every score, and a number in JSON, too.
+_LOWEST = float(np.finfo(np.float32).min)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -87,7 +90,7 @@ class Decision:
         if threshold is not None:
             image, bound = threshold, thresholds.exceeding(scores, threshold, weights)
             share = bound
-        region = thresholds.image_threshold(maxima, share, weights).value if share < 1 else -np.inf
+        region = thresholds.image_threshold(maxima, share, weights).value if share < 1 else _LOWEST
         return cls(
             row=row, rate=share, image=image, region=float(region), bound=bound, chosen=chosen
         )

@@ -168,8 +168,8 @@ def choose(
     if faults:
         raise ConfigError(
             f"{dataset.name}: support sets cannot be drawn:\n  " + "\n  ".join(faults) + "\n"
-            "Add images, lower shots, set config.evaluation.false_alarm_rate=0, or "
-            "leave these categories out."
+            "Add images, lower config.shots, leave these categories out, or do without a threshold "
+            "with --config.evaluation.false_alarm_rate=0."
         )
     return made
 

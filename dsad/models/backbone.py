@@ -45,8 +45,9 @@ class Backbone:
 
     """
 
-    params: Any
-    extra: Any
+    # Not shown: jax asks for the text of what it compiles, and hides an interrupt meanwhile.
+    params: Any = dataclasses.field(repr=False)
+    extra: Any = dataclasses.field(repr=False)
     arch: str
     options: tuple[tuple[str, Any], ...] = ()
     layers: tuple[str, ...] | None = None

@@ -253,6 +253,7 @@ def test_another_rate_or_threshold_needs_no_fit(folder):
     shown = model.predict(image, threshold=-1.0)
     assert (low.bound, shown.flagged, len(shown.regions)) == (1.0, True, 1)
     assert shown.regions[0].area == 48 * 48
+    assert json.loads(json.dumps(low.region, allow_nan=False)) == low.region
     for given in ({"rate": 0.0}, {"rate": 1.0}, {"threshold": float("nan")}):
         with pytest.raises(ConfigError, match="expected a"):
             model.decision(**given)
@@ -273,7 +274,9 @@ def test_misuse_is_said_before_anything_is_written(folder, tmp_path, capsys):
     assert "expected a share" in fails(capsys, model, images, out, "--rate=5")
     assert "--maps: expected none or tiff" in fails(capsys, model, images, out, "--maps=png")
     assert "no fitted model there" in fails(capsys, tmp_path, images, out)
-    assert "expected a category, found 'x'" in fails(capsys, model, images, out, "--category=x")
+    told = fails(capsys, model, images, out, "--category=x")
+    assert "expected a category, found 'x'" in told
+    assert "--category=NAME" in told
     for content in ("{", "[]", f'{{"format": {FORMAT}}}', '{"format": 1}'):
         broken = tmp_path / "broken"
         shutil.copytree(model, broken, dirs_exist_ok=True)

@@ -107,6 +107,27 @@ def test_a_signal_while_everything_is_imported_ends_at_once(number):
     assert done.stderr == "\ndsad: stopped\n"
 
 
+def test_a_stop_ends_with_its_code_whatever_the_interpreters_end_does():
+    script = (
+        "import atexit, os, sys, types, dsad.cli.main as m\n"
+        "from dsad.core.errors import StoppedError\n"
+        "def stopped(argv):\n"
+        "    raise StoppedError('stopped')\n"
+        "m.importlib.import_module = lambda name: types.SimpleNamespace(main=stopped)\n"
+        "class Crash:\n"
+        "    def __del__(self, abort=os.abort):\n"
+        "        abort()\n"
+        "crash = Crash()\n"
+        "atexit.register(lambda: print('closed', flush=True))\n"
+        "sys.argv = ['dsad', 'fit']\nm.entry()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=alone(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (130, "closed\n"), done.stderr
+    assert "stopped" in done.stderr
+
+
 PLACED = {
     "fit": ("fit", "--config=knn:smoke", "--out={}"),
     "evaluate": ("evaluate", "--config=knn:smoke", "--workdir={}"),

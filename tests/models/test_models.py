@@ -288,3 +288,9 @@ def test_batch_norm_keeps_the_views_apart():
 def test_weights_of_another_architecture_say_whose_they_are():
     with pytest.raises(ConfigError, match="The tensors are those of resnet18"):
         backbone("wide_resnet50_2", torch_names(stages=2))
+
+
+def test_a_backbone_is_shown_without_its_weights():
+    shown = repr(backbone("resnet18"))
+    assert "resnet18" in shown
+    assert len(shown) < 1000
