@@ -125,7 +125,7 @@ def matching(arguments: Sequence[str], without: str = "") -> list[str]:
     ``?``, ``[...]`` or ``**``; what exists is never a pattern. Below the folder ``without`` nothing
     is taken. Raises ConfigError for what names no image.
     """
-    paths: dict[str, None] = {}
+    paths: dict[str, str] = {}
     avoided = os.path.join(os.path.realpath(without), "") if without else ""
     for argument in arguments:
         text = os.path.expanduser(argument)
@@ -143,8 +143,9 @@ def matching(arguments: Sequence[str], without: str = "") -> list[str]:
                 f"{argument}: no image there; expected files ending in "
                 f"{', '.join(files.IMAGE_SUFFIXES)}."
             )
-        paths |= dict.fromkeys(os.path.normpath(p) for p in found)
-    return list(paths)
+        for path in found:
+            paths.setdefault(os.path.abspath(path), os.path.normpath(path))
+    return list(paths.values())
 
 
 def _below(folder: str) -> Iterator[str]:

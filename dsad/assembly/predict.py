@@ -95,7 +95,8 @@ def claim(out: str, *, overwrite: bool) -> epath.Path:
                 raise WorkdirError(
                     f"--out={out}: holds files but no predictions. Choose another directory."
                 )
-            if (folder / CSV).exists() and not overwrite:
+            complete = json.loads((folder / ABOUT).read_text()).get("complete")
+            if complete and (folder / CSV).exists() and not overwrite:
                 raise WorkdirError(
                     f"--out={out}: holds predictions. Replace them with --overwrite, or choose "
                     "another directory."

@@ -99,8 +99,10 @@ class Writer:
     def discard(self) -> None:
         """Remove what there is without an index, as nothing follows; a whole model stays."""
         if distributed.is_main() and not (self.directory / INDEX).exists():
-            for path in self.directory.glob("*.safetensors"):
-                path.unlink()
+            there = list(self.directory.iterdir()) if self.directory.exists() else []
+            for path in there:
+                if _is_part(path.name):
+                    path.unlink()
 
     def _write(self, file: str, tree: Any) -> Any:
         outline, arrays = named_arrays(jax.tree.map(lambda x: np.asarray(hosts.whole(x)), tree))
@@ -129,13 +131,19 @@ def _clear(directory: epath.Path, overwrite: bool, *, dry: bool = False) -> None
                 f"{directory}: holds a model. Replace it with --overwrite, or choose "
                 "another directory."
             )
-        if foreign := sorted(n for n in names if not n.endswith(".safetensors") and n != INDEX):
+        if foreign := sorted(n for n in names if not _is_part(n)):
             raise WorkdirError(
                 f"{directory}: holds {foreign[0]}, which is no part of a model. "
                 "Choose another directory."
             )
         for path in [] if dry else sorted(there, key=lambda p: p.name != INDEX):
             path.unlink()
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file is one of a model, or what a killed write left; weights of others are not."""
+    arrays = name.startswith(("backbone-", "fitted-")) and name.endswith(".safetensors")
+    return arrays or name == INDEX or name.endswith(paths.TEMPORARY)
 
 
 def check(detector: Detector, backbone: Backbone | None, seeds: Sequence[int]) -> None:
