@@ -126,7 +126,7 @@ def matching(arguments: Sequence[str], without: str = "") -> list[str]:
     the folder ``without`` nothing is taken. Raises ConfigError for what names no image, and for a
     folder that cannot be listed.
     """
-    paths: dict[str, None] = {}
+    paths: dict[str, str] = {}
     avoided = os.path.join(os.path.realpath(without), "") if without else ""
     for argument in arguments:
         text = os.path.expanduser(argument)
@@ -149,8 +149,9 @@ def matching(arguments: Sequence[str], without: str = "") -> list[str]:
                 f"{argument}: no image there; expected files ending in "
                 f"{', '.join(files.IMAGE_SUFFIXES)}."
             )
-        paths |= dict.fromkeys(os.path.normpath(p) for p in kept)
-    return list(paths)
+        for path in kept:
+            paths.setdefault(os.path.abspath(path), os.path.normpath(path))
+    return list(paths.values())
 
 
 def _below(folder: str) -> Iterator[str]:
