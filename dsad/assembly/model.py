@@ -111,8 +111,8 @@ class FittedModel:
         Raises DataError for what cannot be read.
         """
         decision = self.decision(rate, threshold)
-        for _, maps, scores in self.stream(self._source([image]), batch=1):
-            return decision.predict(float(scores[0]), maps[0])
+        for host, maps, scores in self.stream(self._source([image]), batch=1):
+            return decision.predict(float(scores[0]), self.original(maps[0], host.shapes[0]))
         raise AssertionError
 
     def overlay(
@@ -135,9 +135,9 @@ class FittedModel:
         """
         scores, maps = [], []
         batch = self.evaluation.batch_size
-        for _, made, image in self.stream(self._source(images), batch=batch):
+        for host, small, image in self.stream(self._source(images), batch=batch):
             scores.append(image)
-            maps += [made[i] for i in sorted(made)]
+            maps += map(self.original, small, host.shapes)
         return np.concatenate(scores or [np.zeros(0, np.float32)]), maps
 
     def _source(self, images: Sequence[Any]) -> Source:
@@ -145,13 +145,17 @@ class FittedModel:
 
     def stream(
         self, source: Source, *, batch: int, picture: Picture | None = None
-    ) -> Iterator[tuple[HostBatch, dict[int, np.ndarray], np.ndarray]]:
+    ) -> Iterator[tuple[HostBatch, np.ndarray, np.ndarray]]:
         """Batches of a source as ``scored.stream`` gives them; nothing is kept."""
         if batch not in self._devices:
             self._devices[batch] = self._device(batch)
         device, fitted = self._devices[batch]
         reader = Reader(device, self.evaluation)
         yield from stream(reader, fitted, source, "images", picture=picture)
+
+    def original(self, scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """A map of ``stream`` on the pixels of its image (h, w)."""
+        return self.evaluation.preprocessing.to_original(scores, shape)
 
     @functools.cached_property
     def _devices(self) -> dict[int, tuple[Device, Fitted]]:

@@ -13,10 +13,9 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
-import functools
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -57,14 +56,13 @@ class Summary:
     above: int = 0
     faults: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def add(self, prediction: Prediction, level: float) -> None:
-        """An image of this brightness."""
+    def add(self, image: "_Image") -> None:
+        """A readable image."""
         self.scored += 1
-        self.flagged += bool(prediction.flagged)
-        self.above += self.decision.row is not None and prediction.score > self.decision.largest
+        self.flagged += bool(image.row.get("flagged"))
+        self.above += self.decision.row is not None and image.row["score"] > self.decision.largest
         if self.drift:
-            height, width = prediction.map.shape
-            self.drift.add(level, (height, width))
+            self.drift.add(image.level, image.shape)
 
     def warnings(self) -> list[str]:
         """How the images lie far outside the normal ones, in sentences."""
@@ -101,9 +99,9 @@ def claim(out: str, *, overwrite: bool) -> epath.Path:
                     f"--out={out}: holds predictions. Replace them with --overwrite, or choose "
                     "another directory."
                 )
-            paths.clear(folder, ABOUT)
         about = {"command": "predict", "complete": False}
         paths.write_whole(folder / ABOUT, json.dumps(about), _ADVICE)
+        paths.clear(folder, ABOUT)  # now that they count as stopped
     return folder
 
 
@@ -157,16 +155,18 @@ def predict(
             writer = csv.DictWriter(rows, COLUMNS)
             writer.writeheader()
             progress(0, len(images), "compiling …")
-            for row, regions in _rows(model, images, folder, summary, maps):
-                writer.writerow(row)
-                line = {k: v for k, v in row.items() if k in _OF_IMAGE and v not in ("", None)}
-                lines.write(json.dumps({**line, **regions}, ensure_ascii=False) + "\n")
-                done += 1
-                progress(done, len(images), f"{summary.flagged} flagged")
+            # Closed at once where it is stopped, so that nothing is written after it was told.
+            with contextlib.closing(_rows(model, images, folder, summary, maps)) as made:
+                for row, regions in made:
+                    writer.writerow(row)
+                    line = {k: v for k, v in row.items() if k in _OF_IMAGE and v not in ("", None)}
+                    lines.write(json.dumps({**line, **regions}, ensure_ascii=False) + "\n")
+                    done += 1
+                    progress(done, len(images), f"{summary.flagged} flagged")
     except KeyboardInterrupt:
         raise StoppedError(
-            f"stopped after {done} of {len(images)} images; their rows are in "
-            f"{folder / CSV}{_PARTIAL}. The same command begins anew."
+            f"stopped after {done} of {len(images)} images; their rows are in {folder}. The same "
+            "command begins anew."
         ) from None
     about = {
         "command": "predict", "complete": True, "images": len(images), "flagged": summary.flagged,
@@ -202,7 +202,7 @@ def _rows(
     folder: epath.Path,
     summary: Summary,
     maps: bool,
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+) -> Generator[tuple[dict[str, Any], dict[str, Any]]]:
     """A row of ``COLUMNS`` per image, and its peak and regions; overlays and maps are written.
 
     Threads do so for a batch while the next one is scored.
@@ -210,21 +210,23 @@ def _rows(
     lossy = tuple(model.config["data"]["lossy"])
     source = pictures.Tolerant(pictures.source(images, lossy=lossy))
     names = pictures.names(images)
-    scale = model.scales.get(model.category, {})
-    tiffs = MapWriter(folder / "maps", "tiff") if maps else None
-    written = functools.partial(_written, summary.decision, scale, folder, tiffs)
+    output = _Output(
+        model, summary.decision, folder, MapWriter(folder / "maps", "tiff") if maps else None
+    )
     waiting: list[tuple[str, concurrent.futures.Future[_Image]]] = []
     with concurrent.futures.ThreadPoolExecutor(model.evaluation.workers) as pool:
         try:
             for host, found, scores in model.stream(source, batch=BATCH, picture=gallery.shrunk):
-                numbers: list[int] = host.index[host.own].tolist()
                 jobs = []
-                for number, small, score in zip(
-                    numbers, host.pictures, scores.tolist(), strict=True
+                numbers: list[int] = host.index[host.own].tolist()
+                for number, small, values, shape, score in zip(
+                    numbers, host.pictures, found, host.shapes, scores.tolist(), strict=True
                 ):
                     assert small is not None  # ``picture`` makes one of every image
                     fault = source.faults.pop(number, "")
-                    job = pool.submit(written, names[number], fault, small, found[number], score)
+                    job = pool.submit(
+                        output.write, names[number], fault, small, values, shape, score
+                    )
                     jobs.append((images[number], job))
                 yield from (_counted(path, job.result(), summary) for path, job in waiting)
                 waiting = jobs
@@ -234,53 +236,62 @@ def _rows(
 
 
 class _Image(NamedTuple):
-    """An image with its files written, or the fault that it has; the brightness of its picture."""
+    """What is kept of an image: its row and regions, or the fault that it has."""
 
     fault: str
-    prediction: Prediction | None = None
-    overlay: str = ""
+    row: Mapping[str, Any] = {}
+    regions: Mapping[str, Any] = {}
     level: float = 0.0
+    shape: tuple[int, int] = (0, 0)
 
 
-def _written(
-    decision: Decision,
-    scale: Mapping[str, float],
-    folder: epath.Path,
-    tiffs: MapWriter | None,
-    name: str,
-    fault: str,
-    small: np.ndarray,
-    values: np.ndarray,
-    score: float,
-) -> _Image:
-    if not fault and not np.isfinite(score):
-        fault = f"the score is {score}; expected a finite one"
-    if fault:
-        return _Image(fault)
-    place = f"{OVERLAYS}/{name}.png"
-    drawn = overlay(small, values, scale, decision.region)
-    paths.write_whole(folder / place, _png(drawn), _ADVICE)
-    if tiffs:
-        tiffs.write(f"{name}.tiff", values)
-    return _Image("", decision.predict(score, values), place, pictures.brightness(small))
+class _Output(NamedTuple):
+    """Writes the files of an image; of those at work alone there is a map on original pixels."""
+
+    model: FittedModel
+    decision: Decision
+    folder: epath.Path
+    tiffs: MapWriter | None
+
+    def write(
+        self,
+        name: str,
+        fault: str,
+        picture: np.ndarray,
+        found: np.ndarray,
+        shape: tuple[int, int],
+        score: float,
+    ) -> _Image:
+        if not fault and not np.isfinite([score, found.min(), found.max()]).all():
+            fault = f"the score, {score}, or its map is not finite"
+        if fault:
+            return _Image(fault)
+        values = self.model.original(found, shape)
+        place = f"{OVERLAYS}/{name}.png"
+        scale = self.model.scales.get(self.model.category, {})
+        drawn = overlay(picture, values, scale, self.decision.region)
+        paths.write_whole(self.folder / place, _png(drawn), _ADVICE)
+        if self.tiffs:
+            self.tiffs.write(f"{name}.tiff", values)
+        row, regions = _filled(self.decision.predict(score, values))
+        return _Image("", row | {"overlay": place}, regions, pictures.brightness(picture), shape)
 
 
 def _counted(path: str, image: _Image, summary: Summary) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row of an image, and its regions; ``summary`` hears of it."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"path": path}
-    prediction = image.prediction
-    if prediction is None:
+    if image.fault:
         summary.faults[path] = image.fault
         return row | {"error": image.fault}, {}
-    summary.add(prediction, image.level)
-    return _filled(row | {"overlay": image.overlay}, prediction)
+    summary.add(image)
+    return {**row, **image.row}, dict(image.regions)
 
 
-def _filled(row: dict[str, Any], prediction: Prediction) -> tuple[dict[str, Any], dict[str, Any]]:
+def _filled(prediction: Prediction) -> tuple[dict[str, Any], dict[str, Any]]:
     values = prediction.map
     y, x = (int(i) for i in np.unravel_index(int(values.argmax()), values.shape))
     peak = float(values[y, x])
-    row |= {"score": prediction.score, "peak": peak, "peak_x": x, "peak_y": y}
+    row: dict[str, Any] = {"score": prediction.score, "peak": peak, "peak_x": x, "peak_y": y}
     if prediction.flagged is not None:
         row |= {"percentile": prediction.percentile, "flagged": prediction.flagged}
         row["regions"] = len(prediction.regions)

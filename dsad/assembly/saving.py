@@ -106,7 +106,7 @@ class Writer:
     def discard(self) -> None:
         """Remove what there is without an index, as nothing follows; a whole model stays."""
         if distributed.is_main() and not (self.directory / INDEX).exists():
-            for path in self.directory.glob("*"):
+            for path in self.directory.iterdir() if self.directory.exists() else ():
                 if _OURS.fullmatch(path.name):
                     path.unlink()
 

@@ -94,11 +94,14 @@ def _is_free(path: epath.Path) -> bool:
 
 
 def _in_use(path: epath.Path, workdir: str, command: str) -> WorkdirError:
-    text = f"--workdir={workdir}: in use. %s it with --overwrite, or choose another directory."
-    if command != "pretrain" or not (path / CONFIG).exists():
-        return WorkdirError(text % "Replace")
-    again = shlex.join(["dsad", "pretrain", "--resume", f"--workdir={workdir}"])
-    return WorkdirError(f"{text % 'Continue its run with --resume, replace'}\n  {again}")
+    go_on, again = "Replace", ""
+    if command == "pretrain" and (path / CONFIG).exists():
+        go_on = "Continue its run with --resume, replace"
+        again = "\n  " + shlex.join(["dsad", "pretrain", "--resume", f"--workdir={workdir}"])
+    return WorkdirError(
+        f"--workdir={workdir}: in use. {go_on} it with --overwrite, or choose another directory."
+        f"{again}"
+    )
 
 
 def _check_run(path: epath.Path, workdir: str) -> None:

@@ -134,8 +134,8 @@ def decoded_image(
         if mode not in _LOSSLESS and mode not in lossy:
             text = (
                 f"image mode {mode}: expected 8-bit RGB or grey. Reducing it loses information; "
-                "convert the file, or allow it "
-                f"""with --config.data.lossy="('{mode}',)", a model when it is fitted."""
+                "convert the file, or allow it (of new pictures: in the fit of their model) with "
+                f"""--config.data.lossy="('{mode}',)"."""
             )
             _refuse(error("K3", path, text), faults)
         return _turned(image, _to_rgb)

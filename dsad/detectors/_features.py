@@ -86,7 +86,8 @@ class FeatureDetector(Generic[C]):
     def _fit(
         self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:
-        raise NotImplementedError
+        """What ``fit`` gives where nothing was trained."""
+        raise ConfigError(f"detector {self._name} trains: expected trained parameters, found None.")
 
     @property
     def _name(self) -> str:

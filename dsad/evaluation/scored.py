@@ -96,8 +96,9 @@ def score(
     masks: dict[int, np.ndarray | None] = {}
     scores: dict[int, float] = {}
     pictures, inputs = {}, {}
-    for host, made, image in stream(reader, fitted, source, name, keep=keep, picture=picture):
+    for host, found, image in stream(reader, fitted, source, name, keep=keep, picture=picture):
         numbers = host.index[host.own].tolist()
+        made = hosts.together(lambda f=found, h=host, n=numbers: _originals(f, h, n, reader))
         drawn = [i for i, small in enumerate(host.pictures) if small is not None]
         pictures.update({numbers[i]: host.pictures[i] for i in drawn})
         if drawn and reader.device.draws_panels:
@@ -138,14 +139,10 @@ def stream(
     *,
     keep: bool = False,
     picture: Picture | None = None,
-) -> Iterator[tuple[HostBatch, dict[int, np.ndarray], np.ndarray]]:
-    """Batches with maps on original pixels, by number of the image, and scores of the own rows."""
-    for host, small, image in _small(reader, fitted, source, name, keep=keep, picture=picture):
-        numbers = host.index[host.own].tolist()
-        made = reader.device.hosts.together(
-            lambda s=small, h=host, n=numbers: _originals(s, h, n, reader)
-        )
-        yield host, made, image
+) -> Iterator[tuple[HostBatch, np.ndarray, np.ndarray]]:
+    """Batches with maps on the network's input and scores, of the own rows."""
+    for host, features in reader.read(source, name, keep=keep, picture=picture):
+        yield host, *reader.device.score(fitted, features, host)
 
 
 def held_out(
@@ -154,7 +151,7 @@ def held_out(
     """Score normal images, whose maps are made anew whenever they are asked for, one at a time."""
     kept: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
     scores: dict[int, float] = {}
-    for host, small, image in _small(reader, fitted, source, name):
+    for host, small, image in stream(reader, fitted, source, name):
         numbers = host.index[host.own].tolist()
         kept.update(zip(numbers, zip(small, host.shapes, strict=True), strict=True))
         scores.update(zip(numbers, image.tolist(), strict=True))
@@ -181,14 +178,6 @@ class _Originals(Sequence[np.ndarray]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._back(*self._small[index])
-
-
-def _small(
-    reader: Reader, fitted: Fitted, source: Source, name: str, **reading: Any
-) -> Iterator[tuple[HostBatch, np.ndarray, np.ndarray]]:
-    """Batches with maps on the network's input and scores, of the own rows."""
-    for host, features in reader.read(source, name, **{"keep": False, **reading}):
-        yield host, *reader.device.score(fitted, features, host)
 
 
 def _originals(

@@ -169,6 +169,8 @@ def _run(
     """Distances, indices and certificates (Q,), after the checks."""
     ready = None
     if isinstance(bank, Prepared):
+        if mesh is not None:
+            raise ConfigError("a prepared bank is searched on one device; leave the mesh out.")
         ready, bank, valid = bank, bank.shard.bank, bank.shard.valid
     _check(queries, bank, k, tile, precision, recall)
     rows = jnp.shape(queries)[0]

@@ -133,7 +133,7 @@ def test_three_lines_of_python_score_images(folder):
     assert model.thresholds == {"wood": live.thresholds["wood"]}
     assert model.scales == {"wood": live.scales["wood"]}
     assert model.stamp["detector"]["name"] == "knn"
-    with pytest.raises(ConfigError, match=r"category, found ''.*tiles, wood; .* --category="):
+    with pytest.raises(ConfigError, match=r"category, found ''.*tiles, wood. .* --category="):
         FittedModel.load(folder / "model")
 
 

@@ -297,20 +297,19 @@ def test_misuse_is_said_before_anything_is_written(folder, tmp_path, capsys):
 def test_a_stopped_run_leaves_partial_files_and_begins_anew(folder, tmp_path, capsys, monkeypatch):
     out = f"--out={tmp_path}/p"
     argv = (folder / "model", folder / "wood", out)
-    whole = predict._filled
 
-    def after(stop, number):
-        calls = iter(range(10**6))
+    def after(patch, name, stop, number):
+        calls, whole = iter(range(10**6)), getattr(predict, name)
 
-        def filled(*given):
+        def stopped(*given):
             if next(calls) == number:
                 raise stop
             return whole(*given)
 
-        return filled
+        patch.setattr(predict, name, stopped)
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "_filled", after(KeyboardInterrupt(), 3))
+        after(patch, "_counted", KeyboardInterrupt(), 3)
         text = fails(capsys, *argv, code=130)
     assert "stopped after 3 of 13 images" in text
     assert "The same command begins anew" in text
@@ -323,7 +322,7 @@ def test_a_stopped_run_leaves_partial_files_and_begins_anew(folder, tmp_path, ca
     }
     with monkeypatch.context() as patch:
         full = OSError(errno.ENOSPC, "No space left on device")
-        patch.setattr(predict, "_filled", after(full, 2))
+        after(patch, "_filled", full, 2)  # in a thread
         assert "the disk or quota is full" in fails(capsys, *argv)
     assert not (tmp_path / "p" / "predictions.csv").exists()
     assert run(*argv) == 0
@@ -332,6 +331,22 @@ def test_a_stopped_run_leaves_partial_files_and_begins_anew(folder, tmp_path, ca
     assert not list((tmp_path / "p").glob("*.partial"))
     assert "holds predictions. Replace them with --overwrite" in fails(capsys, *argv)
     assert run(*argv, "--overwrite") == 0
+
+
+def test_a_map_that_is_not_finite_is_a_fault_of_its_image(folder, tmp_path, monkeypatch):
+    """Whatever its score is; JSON has no such numbers."""
+    whole = FittedModel.stream
+
+    def broken(self, source, **how):
+        for host, maps, scores in whole(self, source, **how):
+            maps = np.array(maps)
+            maps[1, 0, 0] = np.nan
+            yield host, maps, scores
+
+    monkeypatch.setattr(FittedModel, "stream", broken)
+    assert run(folder / "model", folder / "wood" / "test" / "good", f"--out={tmp_path}/p") == 1
+    found, _ = rows(tmp_path / "p")
+    assert ["not finite" in row["error"] for row in found] == [i == 1 for i in range(len(found))]
 
 
 def test_a_kill_before_the_last_file_blocks_no_retry(folder, tmp_path, monkeypatch):
@@ -368,7 +383,7 @@ def test_a_stopped_fit_leaves_no_model(tmp_path, capsys, monkeypatch):
 
 
 def test_few_images_are_held_at_a_time(folder, tmp_path, monkeypatch):
-    """However many there are: one batch is decoded ahead, one is scored, one is written."""
+    """However many there are: a batch is decoded ahead, one scored, one written; few maps."""
     image = np.asarray(PIL.Image.open(sorted((folder / "wood/test/good").iterdir())[0]))
     for i in range(60):
         save(tmp_path / "in" / f"{i:02d}.png", image)
@@ -376,7 +391,7 @@ def test_few_images_are_held_at_a_time(folder, tmp_path, monkeypatch):
     filled = predict._filled
     monkeypatch.setattr(
         predict, "_filled",
-        lambda row, prediction: maps.append(weakref.ref(prediction.map)) or filled(row, prediction),
+        lambda prediction: maps.append(weakref.ref(prediction.map)) or filled(prediction),
     )  # fmt: skip
     whole = pictures._Pictures.decoded
     monkeypatch.setattr(
@@ -396,7 +411,7 @@ def test_few_images_are_held_at_a_time(folder, tmp_path, monkeypatch):
     assert max(most) <= 3 * predict.BATCH + 2 * model.evaluation.workers
     assert most[-1] == 0
     assert len(maps) == 60
-    assert max(live) <= 3 * predict.BATCH
+    assert max(live) <= model.evaluation.workers  # those at work
 
 
 def told(normals, images):
