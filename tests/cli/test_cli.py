@@ -134,6 +134,9 @@ def test_a_used_workdir_is_refused(tmp_path):
     claim(tmp_path / "run")
     with pytest.raises(WorkdirError, match="in use.*--resume.*--overwrite"):
         claim(tmp_path / "run")
+    claim(tmp_path / "50 %s")
+    with pytest.raises(WorkdirError, match="50 %s: in use"):
+        claim(tmp_path / "50 %s")
 
 
 def test_resume_needs_the_same_config(tmp_path):
