@@ -2,9 +2,12 @@
 
 import jax
 import numpy as np
+import pytest
 
 from dsad.core import rng
-from dsad.detectors._features import Subset
+from dsad.core.errors import ConfigError
+from dsad.core.types import silent
+from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset
 
 KEY = jax.random.key(5)
 
@@ -43,3 +46,11 @@ def test_a_subset_is_that_of_all_rows_in_their_order():
         kept = sorted(sorted(range(60), key=lambda i: (ranks[i], i))[: most or 60])
         np.testing.assert_array_equal(places[1], kept)
         np.testing.assert_array_equal(values["rows"], rows[kept])
+
+
+def test_one_that_trains_asks_for_what_was_trained():
+    class Trained(FeatureDetector[DetectorConfig]):
+        pass
+
+    with pytest.raises(ConfigError, match="trains: expected trained parameters, found None"):
+        Trained(DetectorConfig()).fit(None, mesh=None, key=KEY, progress=silent)

@@ -185,6 +185,8 @@ def test_a_prepared_bank_gives_the_same(precision):
     same(nearest(QUERIES, ready, K), QUERIES, bank, 500)
     found = jax.jit(lambda r: nearest(QUERIES[:9], r, 2))(ready)
     agree(found, nearest(QUERIES[:9], bank, 2, valid=500))
+    with pytest.raises(ConfigError, match="searched on one device; leave the mesh out"):
+        nearest(QUERIES, ready, K, mesh=mesh_of(2))
 
 
 def test_queries_are_spread_evenly_over_tiles():
