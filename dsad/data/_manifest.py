@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -71,7 +72,7 @@ def read(file: pathlib.Path, faults: list[Fault]) -> list[Line]:
 def _csv_rows(name: str, text: str, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         columns = [column.strip() for column in next(reader, [])]
         for row in reader:

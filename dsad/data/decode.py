@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from dsad.data.base import Fault, FaultError, error
 
@@ -62,22 +62,6 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         return np.repeat(grey[..., None], 3, axis=-1)
     # An RGB image is not converted: that would copy it once more.
     return np.array(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
-
-
-#: Rows reversed, columns reversed, rows and columns exchanged: what turns an orientation upright.
-_UPRIGHT = {
-    2: (False, True, False), 3: (True, True, False), 4: (True, False, False),
-    5: (False, False, True), 6: (True, False, True), 7: (True, True, True), 8: (False, True, True),
-}  # fmt: skip
-
-
-def _turned(image: Image.Image, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    """The converted pixels (h, w, ...) as the EXIF orientation of the file asks."""
-    pixels = convert(image)  # of a TIFF file Pillow turns them itself, and forgets the orientation
-    orientation = image.getexif().get(0x0112, 1)
-    rows, columns, exchanged = _UPRIGHT.get(orientation, (False, False, False))
-    pixels = pixels[:: -1 if rows else 1, :: -1 if columns else 1]
-    return np.ascontiguousarray(pixels.swapaxes(0, 1) if exchanged else pixels)
 
 
 def read_bytes(root: pathlib.Path, path: str) -> bytes:
@@ -138,7 +122,8 @@ def decoded_image(
                 f"""--config.data.lossy="('{mode}',)"."""
             )
             _refuse(error("K3", path, text), faults)
-        return _turned(image, _to_rgb)
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
 
     return _opened(data, path, use), mode
 
@@ -164,7 +149,8 @@ def decoded_mask(
         if mode not in _MASK_MODES:
             text = f"mask mode {mode}: expected 8-bit grey (L) or 1 bit; convert."
             _refuse(error("K3", path, text), faults)
-        return _turned(image, lambda mask: np.array(mask.convert("L"), np.uint8))
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.array(image.convert("L"), np.uint8)
 
     before = len(faults or ())
     grey = _opened(data, path, use)

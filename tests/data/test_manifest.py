@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dsad.core.errors import DataError
-from dsad.data import heldout
+from dsad.data import _manifest, heldout
 from dsad.data.base import DataConfig, indexed, load
 from dsad.data.checks import check
 from tests.data import trees
@@ -173,3 +173,14 @@ def test_files_that_are_no_list(tmp_path):
         load(DataConfig(name="folder", manifest=str(tmp_path / "l.csv")))
     with pytest.raises(DataError, match=r"gone.csv: \[K0\] cannot be read: No such file"):
         load(DataConfig(name="folder", manifest=str(tmp_path / "gone.csv")))
+
+
+def test_names_may_hold_what_unicode_calls_an_end_of_line(tmp_path):
+    name = "teil\u2028eins.png"
+    trees.save(tmp_path / name, trees.pixels(0))
+    trees.save(tmp_path / "b.png", trees.pixels(1))
+    (tmp_path / "list.csv").write_text(f"path,label\n{name},good\nb.png,good\n", encoding="utf-8")
+    faults = []
+    lines = _manifest.read(tmp_path / "list.csv", faults)
+    assert faults == []
+    assert [line.record.path for line in lines] == [name, "b.png"]
