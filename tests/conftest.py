@@ -5,6 +5,7 @@ import gc
 import getpass
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import zlib
@@ -24,6 +25,9 @@ if not os.environ.get("DSAD_TEST_OPTIMISED"):
 _GIVEN = os.environ.get("XLA_FLAGS", "").split()  # a worker's hold these: keys of the cache, too
 os.environ["XLA_FLAGS"] = " ".join([*_GIVEN, *(f for f in _FLAGS if f not in _GIVEN)])
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A shell that starts the tests in the background has Ctrl-C ignored, and dsad would obey.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Compiled programs serve all workers, the processes that tests start, and later runs.
 _CACHE = pathlib.Path(tempfile.gettempdir()) / f"dsad-tests-{getpass.getuser()}" / f"jax-{JAX}"
 _CACHE_BYTES = 1 << 30
