@@ -41,7 +41,7 @@ from dsad.evaluation.scored import stream
 from dsad.models import wrappers
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class FittedModel:
     """A network, a detector and what was fitted to normal images, for one or more categories.
 
@@ -64,6 +64,10 @@ class FittedModel:
     normals: Mapping[str, Any]
     config: Mapping[str, Any]
     stamp: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        detector = type(self.detector).__name__
+        return f"FittedModel({self.title!r}, {detector} on {self.config['backbone']})"
 
     @classmethod
     def load(cls, directory: str | epath.PathLike, category: str = "") -> "FittedModel":
@@ -255,8 +259,9 @@ class Saved:
             info = core_config.build_dataclass(RunInfo, entry["info"], "info")
             function = runs.features_of(module, method, info.classes)
             network = runs.RunBackbone(
-                params=params, extra=extra, function=function, directory=entry["directory"], **about
-            )
+                params=params, extra=extra, function=function,
+                stored=json.dumps({n: entry[n] for n in ("directory", "config", "info")}), **about,
+            )  # fmt: skip
         wrap = wrappers.unwrap(self.index["config"]["backbone"]).images
         return functools.reduce(lambda inner, outer: outer(inner), wrap, network)
 

@@ -76,11 +76,12 @@ class Summary:
         return lines
 
 
-def claim(out: str, *, overwrite: bool) -> epath.Path:
+def claim(out: str, *, overwrite: bool, dry: bool = False) -> epath.Path:
     """Take a directory for predictions; one that was stopped is begun anew.
 
-    Raises ConfigError for no name, WorkdirError for a directory that holds predictions, without
-    ``overwrite``, or anything else, or that cannot be written.
+    ``dry``: only refuse what may not be taken. Raises ConfigError for no name, WorkdirError for a
+    directory that holds predictions, without ``overwrite``, or anything else, or that cannot be
+    written.
     """
     if not out:
         raise ConfigError("dsad predict: --out=DIR is missing; it takes the predictions.")
@@ -99,6 +100,8 @@ def claim(out: str, *, overwrite: bool) -> epath.Path:
                     f"--out={out}: holds predictions. Replace them with --overwrite, or choose "
                     "another directory."
                 )
+        if dry:
+            return folder
         about = {"command": "predict", "complete": False}
         paths.write_whole(folder / ABOUT, json.dumps(about), _ADVICE)
         paths.clear(folder, ABOUT)  # now that they count as stopped
@@ -293,8 +296,9 @@ def _filled(prediction: Prediction) -> tuple[dict[str, Any], dict[str, Any]]:
     peak = float(values[y, x])
     row: dict[str, Any] = {"score": prediction.score, "peak": peak, "peak_x": x, "peak_y": y}
     if prediction.flagged is not None:
-        row |= {"percentile": prediction.percentile, "flagged": prediction.flagged}
-        row["regions"] = len(prediction.regions)
+        row["flagged"] = prediction.flagged
+    if prediction.percentile is not None:
+        row |= {"percentile": prediction.percentile, "regions": len(prediction.regions)}
     if prediction.regions:
         first = prediction.regions[0]
         row |= dict(zip(("left", "top", "right", "bottom"), first.box, strict=True))

@@ -11,7 +11,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,12 +95,16 @@ def place(spec: str) -> Place:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenedRun:
-    """A pretraining run: its config and its objective, built as the run had built it."""
+    """A pretraining run: its config and its objective, built as the run had built it.
+
+    ``stored`` are the config and info that it wrote.
+    """
 
     directory: str
     config: PretrainConfig
     objective: Objective
     features: Callable[..., FeatureMaps]
+    stored: Mapping[str, Any]
 
     def weights(self, step: int | None) -> tuple[Any, Any, int]:
         """(params, extra, step), on the host unless they are those of step 0."""
@@ -140,6 +145,7 @@ def opened(directory: str) -> OpenedRun:
     return OpenedRun(
         directory=directory, config=config, objective=module.build(method, info),
         features=features_of(module, method, info.classes),
+        stored={name: stored[name] for name in ("config", "info")},
     )  # fmt: skip
 
 
@@ -232,7 +238,7 @@ def _read(weights: pretrained.Weights, objective: Objective, spec: str) -> tuple
         "arch",
         "image_size",
         "description",
-        "directory",
+        "stored",
         "layers",
         "tokens",
     ],
@@ -241,8 +247,9 @@ def _read(weights: pretrained.Weights, objective: Objective, spec: str) -> tuple
 class RunBackbone:
     """The encoder of a run as its objective's ``features``; a pytree.
 
-    ``layers``, unless None, are the only maps it computes. ``tokens`` are the vectors of whole
-    images that ``only`` can name as well.
+    ``stored`` is the JSON text of the run's directory, config and info, to build ``function`` again
+    where the run is gone. ``layers``, unless None, are the only maps it computes. ``tokens`` are
+    the vectors of whole images that ``only`` can name as well.
     """
 
     # Not shown: jax asks for the text of what it compiles, and hides an interrupt meanwhile.
@@ -254,7 +261,7 @@ class RunBackbone:
     arch: str
     image_size: int | None
     description: str
-    directory: str
+    stored: str = ""
     layers: tuple[str, ...] | None = None
     tokens: tuple[str, ...] = ()
 
@@ -307,7 +314,7 @@ def backbone(spec: str, weights: str, seed: int) -> Any:
     return RunBackbone(
         params=params, extra=extra, function=run.features, mean=objective.mean, std=objective.std,
         arch=arch, image_size=image_size(objective), description=run.described(step),
-        directory=run.directory, tokens=tokens,
+        stored=json.dumps({"directory": run.directory, **run.stored}), tokens=tokens,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import safetensors.numpy
 from etils import epath
 
 from dsad import models
-from dsad.assembly import runs, workdir
+from dsad.assembly import runs
 from dsad.core import distributed, hosts, paths
 from dsad.core.detection import Detector
 from dsad.core.errors import ConfigError, WorkdirError
@@ -164,10 +164,8 @@ def _recipe(network: Any) -> tuple[dict[str, Any], Any]:
         about = {n: getattr(network, n) for n in _NETWORK}
         return {"kind": "network", "about": about}, (network.params, network.extra)
     if isinstance(network, runs.RunBackbone):
-        stored = workdir.read(network.directory)
         about = {n: getattr(network, n) for n in _RUN}
-        recipe = {"kind": "run", "about": about, "directory": network.directory}
-        recipe |= {"config": stored["config"], "info": stored["info"]}
+        recipe = {"kind": "run", "about": about, **json.loads(network.stored)}
         return recipe, (network.params, network.extra)
     raise ConfigError(
         f"a {type(network).__name__} cannot be saved; expected a network of dsad.models or the "

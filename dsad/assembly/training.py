@@ -93,7 +93,7 @@ def _probe(run: Run, source: Source, held: HeldOut) -> Callable[[TrainState], di
     cfg, objective = run.config, run.objective
     network = functools.partial(
         runs.RunBackbone, function=objective.features, mean=objective.mean, std=objective.std,
-        arch=type(objective).__name__, image_size=None, description="", directory="",
+        arch=type(objective).__name__, image_size=None, description="",
     )  # fmt: skip
     side = cfg.probe.image_size or runs.image_size(objective) or cfg.data.canvas
     image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)

@@ -13,7 +13,7 @@ from dsad.assembly.model import Saved
 from dsad.assembly.saving import Writer
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
-from dsad.data.base import PLACES
+from dsad.data.base import PLACES, read_as
 from dsad.evaluation import thresholds
 from dsad.evaluation.results import Results, shown
 from dsad.terminal import console, flags
@@ -124,7 +124,8 @@ def main(argv: list[str]) -> int:
     if writer:
         writer.check(parts.detector, parts.backbone, parts.config.seeds)
     path = claim()
-    results = evaluate.evaluate(parts, path, out, name=values.name, writer=writer)
+    with read_as(parts.config.data):
+        results = evaluate.evaluate(parts, path, out, name=values.name, writer=writer)
     out.print(table(results))
     for category, row in results.categories.items():
         for note in row.get("notes", []):

@@ -7,6 +7,7 @@ from dsad.assembly.fit import FALSE_ALARM_RATE, fit
 from dsad.assembly.saving import Writer
 from dsad.core.config import require
 from dsad.core.errors import ConfigError
+from dsad.data.base import read_as
 from dsad.evaluation import thresholds
 from dsad.terminal import console, flags
 
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     out = console.console(80)
     writer = Writer(values.out, overwrite=values.overwrite)
     parts = evaluate.prepare(config, out, measured=False)
-    with console.progress("fitting", out) as tell:
+    with read_as(parts.config.data), console.progress("fitting", out) as tell:
         results = fit(parts, writer, tell)
     for category, by_seed in parts.sets.by_category.items():
         (support,) = by_seed.values()

@@ -31,20 +31,22 @@ def main(argv: list[str]) -> int:
         raise ConfigError("dsad predict: expected a model's directory, then images or folders.")
     if values.maps not in ("none", "tiff"):
         raise Refused("--maps", "none or tiff", values.maps)
+    claim(values.out, overwrite=values.overwrite, dry=True)
     model = FittedModel.load(rest[0], values.category)
     decision = model.decision(_number("rate", values.rate), _number("threshold", values.threshold))
-    images = pictures.matching(rest[1:], without=values.out)
+    given = pictures.matching(rest[1:], without=values.out)
     folder = claim(values.out, overwrite=values.overwrite)
     out = console.console(80)
     with console.progress("predicting", out) as tell:
-        summary = predict(model, images, decision, folder, tell, maps=values.maps == "tiff")
+        summary = predict(model, given, decision, folder, tell, maps=values.maps == "tiff")
     for path, fault in list(summary.faults.items())[:_LISTED]:
         out.print(f"not read: {fault if path in fault else f'{path}: {fault}'}")
     for line in summary.warnings():
         out.print(f"warning: {line}")
-    flagged = f", {summary.flagged} flagged" if decision.row else ""
+    flagged = f", {summary.flagged} flagged" if decision.image is not None else ""
     missing = f", {len(summary.faults)} not read" if summary.faults else ""
-    out.print(f"{summary.total} images{flagged}{missing}; {decision}")
+    images = f"{summary.total} image{'s' if summary.total != 1 else ''}"
+    out.print(f"{images}{flagged}{missing}; {decision}")
     drawn = f"; pictures: {folder / OVERLAYS}" if summary.total > len(summary.faults) else ""
     out.print(f"written: {folder / CSV}{drawn}")
     out.print(f"on one page: dsad report {shlex.quote(values.out)}")

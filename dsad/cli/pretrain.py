@@ -7,6 +7,7 @@ from dsad.assembly import datasets, run_config, training, workdir
 from dsad.assembly.pretrain import parse
 from dsad.core import distributed
 from dsad.core.errors import StoppedError
+from dsad.data.base import read_as
 from dsad.terminal import console, flags
 from dsad.train.stop import StopSignal
 
@@ -36,9 +37,11 @@ def main(argv: list[str]) -> int:
     cfg, _, _ = parse(config)
     dataset = distributed.together(lambda: datasets.loaded(cfg.data, out))
     continued = resume and distributed.on_main(lambda: workdir.has_checkpoint(values.workdir))
-    prepared = training.prepare(config, out, dataset, continued=continued)
-    path = claim(info=prepared.run.info)
-    if training.pretrain(prepared, path, out, resume=resume):
+    with read_as(cfg.data):
+        prepared = training.prepare(config, out, dataset, continued=continued)
+        path = claim(info=prepared.run.info)
+        finished = training.pretrain(prepared, path, out, resume=resume)
+    if finished:
         use = shlex.join(["dsad", "evaluate", f"--config.backbone=run:{path}", "--workdir=DIR"])
         out.print(f"done; evaluate it with:\n  {use}")
         return 0

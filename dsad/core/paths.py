@@ -67,7 +67,8 @@ def write_whole(path: str | epath.PathLike, content: str | bytes, advice: str = 
     ``advice``, and leaves nothing behind.
     """
     path = directory(path)
-    data = content.encode() if isinstance(content, str) else content
+    # Names of files need not be text; in JSON what stands for their bytes gives them back.
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     with writing(path, advice):
         if is_remote(path):  # an object appears when it is complete
             path.write_bytes(data)

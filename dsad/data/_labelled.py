@@ -153,6 +153,9 @@ def of_places(config: DataConfig) -> files.FileDataset:
             made.tested += files.normals((category, p) for p in found["test_normal"].values())
         if made.real:
             made.abnormal += _defects(made, category, places["abnormal"], found)
+    for key in ("abnormal", "masks", "test_normal"):
+        if categories and key in paths and not paths[key]:
+            faults.append(empty_class(f"config.data.{key}={texts[key]}"))
     faults += _overlaps(paths, texts)
     _incomplete(made)
     return made.dataset()

@@ -1,9 +1,10 @@
 """Configuration of data sets, faults found in them, and the way from a config to a data set."""
 
 import abc
+import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from dsad.core import config as core_config
@@ -316,6 +317,16 @@ def load(config: DataConfig) -> IndexedDataset:
         where = f"{dataset.name} in {config.place}"
         raise FaultError(*errors, where=where, command=check_command(config))
     return dataset
+
+
+@contextlib.contextmanager
+def read_as(config: DataConfig) -> Iterator[None]:
+    """Name the full check, which tells all faults at once, where one stops what reads images."""
+    try:
+        yield
+    except FaultError as stop:
+        command = check_command(config)
+        raise FaultError(*stop.faults, where=config.place, command=command) from stop
 
 
 def indexed(config: DataConfig) -> IndexedDataset:

@@ -25,8 +25,8 @@ class Prediction:
       score: higher is more anomalous; its unit is the detector's.
       map: (h, w) float32 scores on the pixels of the image.
       percentile: how many of 100 held-out normal images score lower; None for a model without
-        thresholds, as are the next two.
-      flagged: whether the score is above the threshold.
+        thresholds.
+      flagged: whether the score is above the threshold; None without one.
       regions: where the map is above ``region_threshold``, the highest peak first.
       region_threshold: at most the rate's share of normal images has a pixel above it; None for a
         model without thresholds, which has no regions.
@@ -47,7 +47,8 @@ class Decision:
 
     ``image`` is that of scores. ``region`` is that of maps: at most the same share of normal images
     has a pixel above it. ``bound`` is the share of false alarms that both keep to; it exceeds
-    ``rate`` where too few images were held out. All are None without held-out normals.
+    ``rate`` where too few images were held out. All but a chosen ``image`` are None without
+    held-out normals.
     """
 
     row: Mapping[str, Any] | None
@@ -66,23 +67,23 @@ class Decision:
     ) -> "Decision":
         """Thresholds at the rate of a row of ``thresholds.measure``, at another, or a chosen one.
 
-        With a chosen ``threshold`` the share of held-out normals above it is the rate of regions.
-        Raises ConfigError for both, for a rate outside (0, 1), and for either without held-out
-        normals.
+        With a chosen ``threshold`` the share of held-out normals above it is the rate of regions;
+        without held-out normals there are none. Raises ConfigError for both, for a rate outside
+        (0, 1), and for one without held-out normals.
         """
-        if row is None:
-            if rate is not None or threshold is not None:
-                raise ConfigError(
-                    "rate, threshold: the model was fitted without held-out images and decides "
-                    "nothing. Fit it again with config.evaluation.false_alarm_rate above 0."
-                )
-            return cls(row=None)
         if rate is not None and threshold is not None:
             raise ConfigError("rate, threshold: expected one of them, found both.")
-        if rate is not None and not 0 < rate < 1:
-            raise Refused("rate", "a share of false alarms in (0, 1)", rate)
         if threshold is not None and not np.isfinite(threshold):
             raise Refused("threshold", "a finite score", threshold)
+        if row is None:
+            if rate is not None:
+                raise ConfigError(
+                    "rate: the model was fitted without held-out images. Give a threshold, or fit "
+                    "it again with config.evaluation.false_alarm_rate above 0."
+                )
+            return cls(row=None, image=threshold, chosen=threshold is not None)
+        if rate is not None and not 0 < rate < 1:
+            raise Refused("rate", "a share of false alarms in (0, 1)", rate)
         scores, maxima, weights = row["scores"], row["maxima"], row["weights"]
         share: float = row["rate"] if rate is None else rate
         image, bound = thresholds.image_threshold(scores, share, weights)
@@ -108,6 +109,8 @@ class Decision:
 
     def __str__(self) -> str:
         if self.row is None:
+            if self.chosen:
+                return f"threshold {self.image:.4g} as chosen, nothing was held out"
             return "no threshold: nothing was held out"
         if self.chosen:
             above = sum(score > (self.image or 0) for score in self.row["scores"])
@@ -119,16 +122,17 @@ class Decision:
 
     def predict(self, score: float, scores: np.ndarray) -> Prediction:
         """For an image of this score with the map ``scores`` (h, w)."""
-        if self.row is None or self.image is None or self.region is None:
+        flagged = None if self.image is None else score > self.image
+        if self.row is None or self.region is None:
             return Prediction(
-                score=score, map=scores, percentile=None, flagged=None, regions=(),
+                score=score, map=scores, percentile=None, flagged=flagged, regions=(),
                 region_threshold=None,
             )  # fmt: skip
         return Prediction(
             score=score,
             map=scores,
             percentile=thresholds.percentile(self.row["scores"], score, self.row["weights"]),
-            flagged=score > self.image,
+            flagged=flagged,
             regions=regions(scores, self.region),
             region_threshold=self.region,
         )

@@ -209,10 +209,12 @@ def achieved(scored: Scored, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def decision(flagged: np.ndarray, anomalous: np.ndarray, rate: str) -> str:
     """What is found and falsely flagged among images (n,), in one line."""
-    return (
-        f"{flagged[anomalous].sum()} of {anomalous.sum()} defects found, "
-        f"{flagged[~anomalous].sum()} of {(~anomalous).sum()} false alarms at {rate}"
-    )
+    good = f"{flagged[~anomalous].sum()} of {(~anomalous).sum()} false alarms at {rate}"
+    if anomalous.all():
+        good = f"no good image tested, false alarms at {rate}"
+    if not anomalous.any():
+        return f"no defect tested, {good}"
+    return f"{flagged[anomalous].sum()} of {anomalous.sum()} defects found, {good}"
 
 
 def at_rate(row: Mapping[str, Any]) -> str:

@@ -181,8 +181,13 @@ def test_the_encoder_of_a_run_needs_its_directory_no_more(tmp_path):
     spec = f"--config.backbone=run:{tmp_path}/run@0"
     run(spec, *SMALL, *BOTH, *LIGHT[1:], f"--workdir={tmp_path}/a", f"--save-model={tmp_path}/m")
     shutil.rmtree(tmp_path / "run")
-    run(f"--model={tmp_path}/m", f"--workdir={tmp_path}/b")
+    Saved.read(tmp_path / "m").model("wood").save(tmp_path / "copy")
+    for model, place in (("m", "b"), ("copy", "c")):
+        only = [] if model == "m" else ["--config.data.categories=('wood',)"]
+        run(f"--model={tmp_path / model}", *only, f"--workdir={tmp_path / place}")
     same(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
+    copied, live = read_results(tmp_path / "c"), read_results(tmp_path / "a")
+    assert copied.categories["wood"] == live.categories["wood"]
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_what_a_model_was_fitted_on_is_not_tested(folder, monkeypatch, capsys):
     assert (row["counts"]["normal"], row["counts"]["anomalous"]) == (0, 2)
     assert row["image_auroc"] is None
     assert results.stamp["dataset"]["split"].startswith("0 normal images tested, 10 that the")
-    assert "2 defects found, 0 of 0 false alarms at 30 %" in capsys.readouterr().out
+    assert "2 defects found, no good image tested, false alarms at 30 %" in capsys.readouterr().out
     only = ("--config.data.normal=Prüf teile/good", "--workdir=none")
     assert main.main(["evaluate", "--model=model", *only]) == 2
     assert "nothing is left to test" in " ".join(capsys.readouterr().err.split())

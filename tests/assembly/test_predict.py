@@ -192,13 +192,15 @@ def test_no_folder_is_left_out_in_silence(tmp_path, monkeypatch):
 
 def test_names_with_ends_of_lines_are_read_again(folder, tmp_path):
     first = sorted((folder / "wood" / "test" / "good").iterdir())[0]
-    names = ["a\u2028b.png", "c\x85d.png", "e\nf.png"]
+    names = ["a\u2028b.png", "c\x85d.png", "e\nf.png", os.fsdecode(b"no text \xff.png")]
     (tmp_path / "in").mkdir()
     for name in names:
         shutil.copy(first, tmp_path / "in" / name)
     assert run(folder / "model", tmp_path / "in", f"--out={tmp_path}/p") == 0
     _, told = predict.read(str(tmp_path / "p"))
     assert sorted(pathlib.Path(row["path"]).name for row in told) == sorted(names)
+    assert main.main(["report", f"{tmp_path}/p", f"--out={tmp_path}/page.html"]) == 0
+    assert "overlays/no%20text%20%FF.png" in (tmp_path / "page.html").read_text()
 
 
 def test_what_cannot_be_read_is_listed_and_passed_over(folder, tmp_path, capsys):
@@ -604,6 +606,12 @@ def test_one_picture_makes_a_model_that_decides_nothing(folder):
     prediction = dsad.fit(image, **given, false_alarm_rate=0).predict(image[0])
     assert prediction.score == pytest.approx(0, abs=1e-3)
     assert (prediction.percentile, prediction.flagged, prediction.regions) == (None, None, ())
+    model = dsad.fit(image, **given, false_alarm_rate=0)
+    for threshold, flagged in ((-1, True), (1, False)):
+        assert model.predict(image[0], threshold=threshold).flagged is flagged
+    assert str(model.decision(threshold=1)) == "threshold 1 as chosen, nothing was held out"
+    with pytest.raises(ConfigError, match="fitted without held-out images"):
+        model.decision(rate=0.1)
     with pytest.raises(ConfigError, match=r"config\.detector\.kk: unknown key.*mean detector\.k\?"):
         dsad.fit(image, **given | {"settings": {"detector.kk": 1}})
     with pytest.raises(ConfigError, match="no image there|no such file"):

@@ -181,7 +181,6 @@ def test_the_numbers_are_those_of_the_weights_at_that_step(config, run):
         network = runs.RunBackbone(
             params=kernels[row["step"]], extra={}, function=Cells(Config(), None).features,
             mean=Cells.mean, std=Cells.std, arch="cells", image_size=32, description="",
-            directory="",
         )  # fmt: skip
         expected = localize(
             network, detector, dataset, EvalConfig(image_size=32),

@@ -108,6 +108,13 @@ def test_a_model_is_not_tested_on_what_it_was_fitted_on(tmp_path, bad):
             heldout.left(given, every)
 
 
+@pytest.mark.parametrize("holdout", [0, 0.2])
+def test_places_that_hold_no_image_are_refused(tmp_path, holdout):
+    config = dataclasses.replace(flat(tmp_path), abnormal="pics/none_*/*.png", holdout=holdout)
+    with pytest.raises(DataError, match=r"config\.data\.abnormal=pics/none_\*/\*\.png.*no image"):
+        load(config)
+
+
 def test_bad_images_and_masks_do_not_move_the_hold_out(tmp_path):
     config = flat(tmp_path)
     trees.save(tmp_path / "pics/masks/0.png", trees.mask())

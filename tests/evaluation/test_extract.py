@@ -86,7 +86,6 @@ def test_a_run_asks_its_objective():
     backbone = RunBackbone(
         params=jnp.float32(2), extra=jnp.float32(1), function=Objective().features,
         mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), image_size=None, arch="vit", description="",
-            directory="runs/a",
     )  # fmt: skip
     assert isinstance(backbone, Backbone)
     images = jnp.ones((1, 4, 4, 3))

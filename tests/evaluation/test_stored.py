@@ -212,8 +212,7 @@ def test_whatever_changes_a_value_changes_the_fingerprint():
         backbone = RunBackbone(
             params=jnp.float32(params), extra=jnp.float32(extra),
             function=Objective(factor).features, mean=(mean,) * 3, std=(1.0,) * 3, arch="a",
-            image_size=None, description=f"{params}",
-            directory=f"runs/{params}",
+            image_size=None, description=f"{params}", stored=f"{params}",
         )  # fmt: skip
         backbone = Patches(encoder=backbone, size=8, stride=wrapped) if wrapped else backbone
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])

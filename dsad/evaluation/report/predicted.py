@@ -73,7 +73,7 @@ def _card(row: Mapping[str, Any], folder: epath.Path, place: str) -> dict[str, A
     return {
         **row,
         "uri": figures.data_uri(gallery.shrunk(picture, SIDE)),
-        "link": urllib.parse.quote(link),
+        "link": urllib.parse.quote(os.fsencode(link)),
         "ratio": f"{size[0]} / {size[1]}",
     }
 
