@@ -15,6 +15,8 @@ from dsad.core.types import Record, Sample, Source
 from dsad.data import decode, files
 from dsad.data.base import DataConfig, IndexedDataset
 
+#: Suffixes of what is written for an image.
+OUTPUTS = (".png", ".tiff")
 #: Of the normal images whose looks are kept, at most so many are decoded for it.
 LOOKED_AT = 64
 
@@ -173,7 +175,8 @@ def _below(folder: str) -> Iterator[str]:
 def names(paths: Sequence[str]) -> list[str]:
     """A name for each path: below the last folder above all of them, with forward slashes.
 
-    Suffixes are left out where all others differ without them.
+    Suffixes are left out where all others differ without them, and no folder is called so with
+    the suffix of an output.
     """
     whole = [os.path.abspath(p) for p in paths]
     top = os.path.commonpath([os.path.dirname(p) for p in whole])
@@ -181,7 +184,9 @@ def names(paths: Sequence[str]) -> list[str]:
     short = [os.path.splitext(name)[0] for name in full]
     often = Counter(short)
     made = [f if often[s] > 1 else s for f, s in zip(full, short, strict=True)]
-    return made if len(set(made)) == len(made) else full
+    folders = {os.fspath(above) for name in full for above in pathlib.PurePosixPath(name).parents}
+    clash = len(set(made)) < len(made) or any(f"{m}{s}" in folders for m in made for s in OUTPUTS)
+    return full if clash else made
 
 
 def brightness(image: np.ndarray) -> float:

@@ -157,6 +157,7 @@ def test_names_of_any_kind_keep_their_folders(folder, tmp_path):
             shutil.copy(images[0], root / name)
     assert run(folder / "model", root, root / "c" / "ü [0].bmp", f"--out={root}/out") == 0
     found, _ = rows(root / "out")
+    assert pictures.names(["x/a.png", "x/a.png/b.png"]) == ["a.png", "a.png/b.png"]
     assert sorted(row["overlay"] for row in found) == [
         "overlays/a b/ü [0].png", "overlays/c/ü [0].bmp.png", "overlays/c/ü [0].png.png",
     ]  # fmt: skip
