@@ -91,6 +91,7 @@ def test_two_processes_train_as_one_and_either_continues_the_other(tmp_path, ima
     one = dsad(*again, f"--workdir={tmp_path}/two", cwd=tmp_path)
     assert "resumed at step 3 of 6" in one.stdout, one.stderr
     code, out = finished(launched(*again, f"--workdir={tmp_path}/one"))
+    assert code == 0, out
     assert "[0] resumed at step 3 of 6" in out
     assert_equal(weights(tmp_path / "one")[0], weights(tmp_path / "two")[0])
     assert weights(tmp_path / "one")[1] == 6
