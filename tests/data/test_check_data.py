@@ -195,6 +195,9 @@ def test_the_command_takes_a_folder_and_says_how_to_go_on(tmp_path, capsys):
         [w for w in words[2:] if not w.startswith("--workdir")]
     )
     assert load(data_config(config)).splits["test"]
+    trees.save(base / "lose.png", trees.pixels(99))
+    assert main.main(["check-data", str(base)]) == 0
+    assert "neither good nor bad: 1 images beside the folders\n" in capsys.readouterr().out
     assert main.main(["check-data", str(base / "good")]) == 0
     assert "\n  dsad fit --config=configs/patchcore.py" in capsys.readouterr().out
     assert main.main(["check-data", str(base), "--config.data.name=mvtec"]) == 2
