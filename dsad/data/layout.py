@@ -45,7 +45,8 @@ def of(path: str) -> Layout:
         roles = _roles(path, known)
         if "normal" in roles:
             keys = {key: os.path.join(path, between, name) for key, name in roles.items()}
-            loose = len(next(walk(top, []), ([], []))[0])
+            holders = ("", *names) if between else ("",)
+            loose = sum(len(next(walk(top, [], x), ([], []))[0]) for x in holders)
             beside = (f"{loose} images beside the folders",) if loose else ()
             return Layout(
                 {"name": "folder", **keys}, (*sorted({*known} - {*roles.values()}), *beside)

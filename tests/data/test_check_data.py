@@ -178,6 +178,12 @@ def test_other_layouts_are_known_and_what_is_none_is_refused(tmp_path):
             layout.of(str(tmp_path / path))
 
 
+def test_images_beside_the_folders_of_categories_are_told_of(tmp_path):
+    for i, name in enumerate(("a/ok/0", "b/ok/0", "b/lose", "c")):
+        trees.save(tmp_path / f"{name}.png", trees.pixels(i))
+    assert layout.of(str(tmp_path)).others == ("2 images beside the folders",)
+
+
 def test_the_command_takes_a_folder_and_says_how_to_go_on(tmp_path, capsys):
     base = tmp_path / "Teile ü"
     trees.good_and_bad(base, 5, 2)
