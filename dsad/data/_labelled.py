@@ -224,7 +224,7 @@ def _defects(
     images, masks = found["abnormal"], found.get("masks", {})
     there = place.at(category) if place.by_category else place
     kinds = there is not None and not there.pattern  # a glob says nothing of kinds
-    flat = not any("/" in name for name in masks)
+    flat = bool(masks) and not any("/" in name for name in masks)
     mask_of: dict[str, str] = {}
     if made.masked:
         stems = _stems(images, flat, made.faults)

@@ -75,6 +75,9 @@ def _csv_rows(name: str, text: str, faults: list[Fault]) -> Iterator[tuple[str, 
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         columns = [column.strip() for column in next(reader, [])]
+        for column in COLUMNS:
+            if columns.count(column) > 1:
+                faults.append(error("K0", name, f"column {column!r} stands twice; leave one."))
         for row in reader:
             where = f"{name}:{reader.line_num}"
             if len(row) == len(columns):
@@ -129,6 +132,8 @@ def _line(file: pathlib.Path, where: str, row: dict[str, Any], faults: list[Faul
     ]
     if not values["path"]:
         problems.append("no path")
+    if "\0" in values["path"] + values["mask"]:
+        problems.append("a NUL in the name of a file: was the list written as something else?")
     if label not in LABELS:
         problems.append(f"label {label!r}: expected one of {', '.join(LABELS)}")
     if split and split not in SPLITS:
@@ -178,7 +183,7 @@ def _existing(folder: pathlib.Path, lines: list[Line], faults: list[Fault]) -> N
             faults.append(error("K9", line.where, f"{path!r}: {files.stray('x' + path)}."))
         if (other := first.setdefault(path, line.where)) != line.where:
             faults.append(error("K14", line.where, f"{path!r} again, as in {other}; remove one."))
-    if len(absent) > 1 and len(absent) >= len(lines):
-        text = f"none of its files is there, the first is {lines[0].record.path!r}; paths are "
+    if len(lines) > 1 and not any(line.record.path in there for line in lines):
+        text = f"none of its images is there, the first is {lines[0].record.path!r}; paths are "
         absent = [error("K8", lines[0].where, f"{text}relative to {folder}.")]
     faults += absent

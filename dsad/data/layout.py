@@ -9,14 +9,14 @@ from typing import NamedTuple
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
 from dsad.data import files
-from dsad.data._places import CATEGORY, WORDS, images_below
+from dsad.data._places import CATEGORY, WORDS, images_below, walk
 
 _KEYS = {word: key for key, words in WORDS.items() for word in words.split()}
 _LISTS = (".csv", ".jsonl")
 
 
 class Layout(NamedTuple):
-    """Keys of ``config.data`` with their values, and the folders that are none of these."""
+    """Keys of ``config.data`` with their values, and what lies beside the folders they name."""
 
     keys: dict[str, str]
     others: tuple[str, ...] = ()
@@ -45,7 +45,12 @@ def of(path: str) -> Layout:
         roles = _roles(path, known)
         if "normal" in roles:
             keys = {key: os.path.join(path, between, name) for key, name in roles.items()}
-            return Layout({"name": "folder", **keys}, tuple(sorted({*known} - {*roles.values()})))
+            holders = ("", *names) if between else ("",)
+            loose = sum(len(next(walk(top, [], x), ([], []))[0]) for x in holders)
+            beside = (f"{loose} images beside the folders",) if loose else ()
+            return Layout(
+                {"name": "folder", **keys}, (*sorted({*known} - {*roles.values()}), *beside)
+            )
     if not any(images_below(top, [], name) for name in names) and images_below(top, [], ""):
         return Layout({"name": "folder", "normal": path})
     raise ConfigError(

@@ -13,7 +13,7 @@ from dsad.evaluation import thresholds
 from dsad.evaluation.regions import Region, regions
 from dsad.evaluation.report import figures, gallery
 
-#: Below every score, and a number in JSON, too.
+#: Below every score, which is float32, and a number in JSON, too.
 _LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -73,7 +73,7 @@ class Decision:
         """
         if rate is not None and threshold is not None:
             raise ConfigError("rate, threshold: expected one of them, found both.")
-        if threshold is not None and not np.isfinite(threshold):
+        if threshold is not None and not abs(threshold) <= -_LOWEST:  # nor nan
             raise Refused("threshold", "a finite score", threshold)
         if row is None:
             if rate is not None:

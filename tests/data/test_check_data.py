@@ -178,6 +178,12 @@ def test_other_layouts_are_known_and_what_is_none_is_refused(tmp_path):
             layout.of(str(tmp_path / path))
 
 
+def test_images_beside_the_folders_of_categories_are_told_of(tmp_path):
+    for i, name in enumerate(("a/ok/0", "b/ok/0", "b/lose", "c")):
+        trees.save(tmp_path / f"{name}.png", trees.pixels(i))
+    assert layout.of(str(tmp_path)).others == ("2 images beside the folders",)
+
+
 def test_the_command_takes_a_folder_and_says_how_to_go_on(tmp_path, capsys):
     base = tmp_path / "Teile ü"
     trees.good_and_bad(base, 5, 2)
@@ -195,6 +201,9 @@ def test_the_command_takes_a_folder_and_says_how_to_go_on(tmp_path, capsys):
         [w for w in words[2:] if not w.startswith("--workdir")]
     )
     assert load(data_config(config)).splits["test"]
+    trees.save(base / "lose.png", trees.pixels(99))
+    assert main.main(["check-data", str(base)]) == 0
+    assert "neither good nor bad: 1 images beside the folders\n" in capsys.readouterr().out
     assert main.main(["check-data", str(base / "good")]) == 0
     assert "\n  dsad fit --config=configs/patchcore.py" in capsys.readouterr().out
     assert main.main(["check-data", str(base), "--config.data.name=mvtec"]) == 2

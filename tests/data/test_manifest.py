@@ -157,7 +157,9 @@ def test_every_fault_with_its_line(tmp_path):
         ("pth,label\n0.png,0\n", "l.csv", r"no column 'path'. Did you mean 'pth'\? Found: label"),
         ("path\n0.png\n", "l.csv", r"no column 'label'\. Found: path"),
         ("", "l.csv", r"l.csv: \[K0\] names no image"),
-        ("path,label\n0.png,0\n1.png,1\n", "l.csv", r"l.csv:2: \[K8\] none of its files is there"),
+        ("path,label\n0.png,0\n1.png,1\n", "l.csv", r"l.csv:2: \[K8\] none of its images is"),
+        ("path,label,path\n0.png,0,1.png\n", "l.csv", r"\[K0\] column 'path' stands twice"),
+        ('{"path": "a\\u0000b/0.png", "label": 0}\n', "l.jsonl", r"l.jsonl:1: \[K0\] a NUL"),
         ('{"path": "0.png"\n', "l.jsonl", r"l.jsonl:1: \[K0\] is no JSON"),
         ("[1]\n", "l.jsonl", r"l.jsonl:1: \[K0\] expected a JSON object, found \[1\]"),
     ],
@@ -165,6 +167,15 @@ def test_every_fault_with_its_line(tmp_path):
 def test_lists_that_cannot_be_used(tmp_path, text, name, match):
     with pytest.raises(DataError, match=match):
         load(listed(tmp_path, text, name))
+
+
+def test_masks_alone_that_are_missing_are_named(tmp_path):
+    text = "path,label,mask\n0.png,good,gone/0.png\n1.png,bad,gone/1.png\n"
+    faults = []
+    listed(tmp_path, text, files=["0.png", "1.png"])
+    _manifest.read(tmp_path / "list.csv", faults)
+    assert [f.path for f in faults] == ["list.csv:2", "list.csv:3"]
+    assert all(f"no file 'gone/{i}.png'" in f.message for i, f in enumerate(faults))
 
 
 def test_files_that_are_no_list(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from dsad.core.errors import ConfigError, DataError
 from dsad.data import heldout
-from dsad.data.base import DataConfig, load
+from dsad.data.base import DataConfig, indexed, load
 from dsad.data.checks import check
 from tests.data import trees
 
@@ -113,6 +113,17 @@ def test_places_that_hold_no_image_are_refused(tmp_path, holdout):
     config = dataclasses.replace(flat(tmp_path), abnormal="pics/none_*/*.png", holdout=holdout)
     with pytest.raises(DataError, match=r"config\.data\.abnormal=pics/none_\*/\*\.png.*no image"):
         load(config)
+
+
+def test_without_any_mask_kinds_may_share_names(tmp_path):
+    for i, name in enumerate(("bad/dent", "bad/hole", *(["good"] * 3))):
+        trees.save(tmp_path / "pics" / name / f"{max(0, i - 2)}.png", trees.pixels(i))
+    (tmp_path / "none").mkdir()
+    faults = indexed(flat(tmp_path, 0, 0, abnormal="pics/bad", masks="none")).faults
+    told = sorted((f.check, f.path) for f in faults)
+    assert told == [("K0", "config.data.masks=none")] + [
+        ("K1", f"pics/bad/{kind}/0.png") for kind in ("dent", "hole")
+    ]
 
 
 def test_bad_images_and_masks_do_not_move_the_hold_out(tmp_path):
