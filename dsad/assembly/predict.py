@@ -130,8 +130,14 @@ def read(directory: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         text = (folder / JSON_LINES).read_text() if about["complete"] else ""
         # Not splitlines: names may hold further signs that it takes for ends of lines.
         rows = [json.loads(line) for line in text.split("\n") if line]
-    except (OSError, ValueError, KeyError) as error:
-        raise WorkdirError(f"{folder / JSON_LINES}: cannot be read ({error}).") from error
+        if not all(
+            "error" in r or r["path"] and r["overlay"] and r["score"] < np.inf for r in rows
+        ):
+            raise ValueError("expected path, overlay and score of each image")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WorkdirError(
+            f"{folder / JSON_LINES}: not as dsad predict wrote it ({error!r}). Predict again."
+        ) from error
     if not about["complete"]:
         raise WorkdirError(f"{folder}: predictions that were stopped. Run `dsad predict` again.")
     return about, rows

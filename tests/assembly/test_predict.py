@@ -191,7 +191,7 @@ def test_no_folder_is_left_out_in_silence(tmp_path, monkeypatch):
         pictures.matching([str(top)])
 
 
-def test_names_with_ends_of_lines_are_read_again(folder, tmp_path):
+def test_names_with_ends_of_lines_are_read_again(folder, tmp_path, capsys):
     first = sorted((folder / "wood" / "test" / "good").iterdir())[0]
     names = ["a\u2028b.png", "c\x85d.png", "e\nf.png", os.fsdecode(b"no text \xff.png")]
     (tmp_path / "in").mkdir()
@@ -202,6 +202,9 @@ def test_names_with_ends_of_lines_are_read_again(folder, tmp_path):
     assert sorted(pathlib.Path(row["path"]).name for row in told) == sorted(names)
     assert main.main(["report", f"{tmp_path}/p", f"--out={tmp_path}/page.html"]) == 0
     assert "overlays/no%20text%20%FF.png" in (tmp_path / "page.html").read_text()
+    (tmp_path / "p" / "predictions.jsonl").write_text('{"path": "a.png"}\n')
+    assert main.main(["report", f"{tmp_path}/p"]) == 2
+    assert "not as dsad predict wrote it" in capsys.readouterr().err
 
 
 def test_what_cannot_be_read_is_listed_and_passed_over(folder, tmp_path, capsys):
