@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dsad.data._fields import Noise, Rng, blob, cover, rotate, smooth, stroke
+from dsad.data._fields import Noise, Rng, blob, cover, nearness, rotate, smooth, stroke
 from dsad.data._scenes import Speckle, Washer
 
 #: Blending weight from which a pixel counts as defective.
@@ -112,15 +112,11 @@ def _swirl(
     return np.where(inside, u, x), np.where(inside, v, y)
 
 
-def _near(x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radius: float) -> np.ndarray:
-    return np.clip(1 - ((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / radius**2, 0, 1)
-
-
 def warp(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     """A local displacement of a texture: pulled threads, a buckled board."""
     centre, radius = _place(scene, rng, 0.22), rng.uniform(0.09, 0.14)
     angle, reach = rng.uniform(0, 2 * math.pi), rng.uniform(0.4, 0.65) * radius
-    near = _near(x, y, centre, radius)
+    near = nearness(x, y, centre, radius)
     u, v = _swirl(x, y, centre, near, rng.uniform(0.4, 0.9))
     push = reach * near * near
     return scene.colour(u - push * math.cos(angle), v - push * math.sin(angle)), near
@@ -131,7 +127,7 @@ def bent(scene: Any, x: np.ndarray, y: np.ndarray, rng: Rng) -> Drawn:
     tooth = 2 * math.pi * int(rng.integers(1, scene.teeth)) / scene.teeth
     centre, radius = scene.on_metal(0.40, tooth), 0.10
     angle = tooth + scene.angle + math.pi / 2 * float(rng.choice([-1.0, 1.0]))
-    near = _near(x, y, centre, radius)
+    near = nearness(x, y, centre, radius)
     push = rng.uniform(0.45, 0.7) * radius * near * near
     u, v = x - push * math.cos(angle), y - push * math.sin(angle)
     metal = np.maximum(cover(scene.outline(x, y), 0.02), cover(scene.outline(u, v), 0.02))

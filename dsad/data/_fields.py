@@ -97,3 +97,20 @@ def stroke(
 def cover(distance: np.ndarray, soft: float) -> np.ndarray:
     """Blending weight 0..1 of a signed distance: 1 inside, falling to 0 over ``soft`` about 0."""
     return np.clip(0.5 - distance / soft, 0.0, 1.0)
+
+
+def nearness(
+    x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radius: float
+) -> np.ndarray:
+    """1 at ``centre``, falling with the square of the distance to 0 at ``radius``."""
+    return np.clip(1 - ((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / radius**2, 0, 1)
+
+
+def mix(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Colours of two materials, blended by the weight (h, w) of the second."""
+    return first * (1 - weight[..., None]) + second * weight[..., None]
+
+
+def rgb(*values: float) -> np.ndarray:
+    """A colour."""
+    return np.asarray(values, np.float32)

@@ -10,21 +10,13 @@ from typing import Protocol
 
 import numpy as np
 
-from dsad.data._fields import Noise, Rng, cover, rotate, smooth
+from dsad.data._fields import Noise, Rng, cover, mix, rgb, rotate, smooth
 
 
 class Scene(Protocol):
     """A drawn scene; ``colour`` maps coordinates (h, w) to linear RGB (h, w, 3) float32."""
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray: ...
-
-
-def _mix(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return first * (1 - weight[..., None]) + second * weight[..., None]
-
-
-def _rgb(*values: float) -> np.ndarray:
-    return np.asarray(values, np.float32)
 
 
 class Weave:
@@ -35,8 +27,8 @@ class Weave:
         self.angle = rng.uniform(-0.05, 0.05)
         self.shift = rng.uniform(0, 1, 2).tolist()
         self.wobble, self.tone, self.fibre = Noise(rng), Noise(rng, 64), Noise(rng, 64)
-        self.warp = _rgb(0.66, 0.60, 0.50) + rng.normal(0, 0.006, 3).astype(np.float32)
-        self.weft = _rgb(0.47, 0.49, 0.53) + rng.normal(0, 0.006, 3).astype(np.float32)
+        self.warp = rgb(0.66, 0.60, 0.50) + rng.normal(0, 0.006, 3).astype(np.float32)
+        self.weft = rgb(0.47, 0.49, 0.53) + rng.normal(0, 0.006, 3).astype(np.float32)
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         u, v = rotate(x, y, self.angle)
@@ -52,7 +44,7 @@ class Weave:
         tone_v = 1 + 0.10 * self.tone.cell(0 * j + 7, j) + 0.07 * self.fibre(u * 1.2, v * 6)
         shade_u = (0.50 + 0.50 * across_u * (0.75 + 0.25 * over * across_v)) * tone_u
         shade_v = (0.50 + 0.50 * across_v * (0.75 - 0.25 * over * across_u)) * tone_v
-        return _mix(self.weft * shade_v[..., None], self.warp * shade_u[..., None], top)
+        return mix(self.weft * shade_v[..., None], self.warp * shade_u[..., None], top)
 
 
 class Wood:
@@ -63,8 +55,8 @@ class Wood:
         self.rings = rng.uniform(6.0, 10.0)
         self.bend = rng.uniform(0.25, 0.6)
         self.wave, self.fibre, self.pore = Noise(rng), Noise(rng, 128), Noise(rng, 128)
-        self.light = _rgb(0.80, 0.62, 0.42) + rng.normal(0, 0.008, 3).astype(np.float32)
-        self.dark = _rgb(0.55, 0.37, 0.22) + rng.normal(0, 0.008, 3).astype(np.float32)
+        self.light = rgb(0.80, 0.62, 0.42) + rng.normal(0, 0.008, 3).astype(np.float32)
+        self.dark = rgb(0.55, 0.37, 0.22) + rng.normal(0, 0.008, 3).astype(np.float32)
         self.offset = rng.uniform(0, 30, 2).tolist()
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -76,7 +68,7 @@ class Wood:
         fibre = self.fibre(5 * along, 70 * across) + 0.6 * self.fibre(13 * along + 9, 130 * across)
         pores = smooth((self.pore(9 * along, 90 * across + 40) - 0.55) / 0.3)
         tone = 1 + 0.055 * fibre - 0.16 * pores * (0.4 + late)
-        return _mix(self.light, self.dark, 0.15 + 0.65 * late) * tone[..., None]
+        return mix(self.light, self.dark, 0.15 + 0.65 * late) * tone[..., None]
 
 
 class Tiles:
@@ -87,8 +79,8 @@ class Tiles:
         self.angle = rng.uniform(-0.06, 0.06)
         self.shift = rng.uniform(0, 1, 2).tolist()
         self.tone, self.hue, self.mottle = Noise(rng), Noise(rng), Noise(rng, 64)
-        self.glaze = _rgb(0.36, 0.55, 0.58) + rng.normal(0, 0.006, 3).astype(np.float32)
-        self.grout = _rgb(0.72, 0.70, 0.66) + rng.normal(0, 0.006, 3).astype(np.float32)
+        self.glaze = rgb(0.36, 0.55, 0.58) + rng.normal(0, 0.006, 3).astype(np.float32)
+        self.grout = rgb(0.72, 0.70, 0.66) + rng.normal(0, 0.006, 3).astype(np.float32)
         self.light = rng.uniform(0.5, 1.1)
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -104,9 +96,9 @@ class Tiles:
         facing = math.cos(self.light) * (u - i - 0.5) + math.sin(self.light) * (v - j - 0.5)
         bevel = -0.55 * slope * facing
         tone = 1 + 0.10 * self.tone.cell(i, j) + 0.05 * self.mottle(9 * u, 9 * v) + bevel
-        tint = self.hue.cell(i + 3, j + 5)[..., None] * _rgb(0.03, -0.005, -0.035)
+        tint = self.hue.cell(i + 3, j + 5)[..., None] * rgb(0.03, -0.005, -0.035)
         rough = 1 + 0.10 * self.mottle(30 * x + 7, 30 * y) - 0.22 * cover(distance - 0.03, 0.05)
-        return _mix(self.grout * rough[..., None], self.glaze * tone[..., None] + tint, inside)
+        return mix(self.grout * rough[..., None], self.glaze * tone[..., None] + tint, inside)
 
 
 class Speckle:
@@ -119,7 +111,7 @@ class Speckle:
         self.scale = rng.uniform(1.30, 1.42)
         tint = rng.normal(0, 0.005, 3).astype(np.float32)
         grains = (0.62, 0.58, 0.55), (0.73, 0.69, 0.65), (0.50, 0.47, 0.46), (0.33, 0.31, 0.32)
-        self.colours = [_rgb(*grain) + tint for grain in grains]
+        self.colours = [rgb(*grain) + tint for grain in grains]
 
     def colour(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         x, y = self.scale * x + self.offset[0], self.scale * y + self.offset[1]
@@ -127,10 +119,10 @@ class Speckle:
         base, light, grey, black = self.colours
         coarse = self.large(15 * x + bend, 15 * y - bend)
         fine = self.small(31 * x - bend, 31 * y + bend)
-        out = _mix(np.broadcast_to(base, (*x.shape, 3)), light, smooth(3 * coarse + 0.6))
-        out = _mix(out, grey, smooth(5 * (fine - 0.28)))
+        out = mix(np.broadcast_to(base, (*x.shape, 3)), light, smooth(3 * coarse + 0.6))
+        out = mix(out, grey, smooth(5 * (fine - 0.28)))
         flakes = self.dark(24 * x + 2 * bend, 24 * y - bend)
-        out = _mix(out, black, smooth(7 * (flakes - 0.47)))
+        out = mix(out, black, smooth(7 * (flakes - 0.47)))
         glint = smooth(6 * (self.glint(57 * x, 57 * y) - 0.72))
         return out * (1 + 0.05 * fine)[..., None] + 0.16 * glint[..., None]
 
@@ -149,8 +141,8 @@ class Washer:
         self.scale = rng.uniform(0.98, 1.02)
         self.light = rng.uniform(3.6, 4.2)
         self.belt, self.brush, self.dust = Noise(rng, 64), Noise(rng, 128), Noise(rng, 64)
-        self.metal = _rgb(0.62, 0.62, 0.60) + rng.normal(0, 0.006, 3).astype(np.float32)
-        self.rubber = _rgb(0.155, 0.165, 0.175) + rng.normal(0, 0.004, 3).astype(np.float32)
+        self.metal = rgb(0.62, 0.62, 0.60) + rng.normal(0, 0.006, 3).astype(np.float32)
+        self.rubber = rgb(0.155, 0.165, 0.175) + rng.normal(0, 0.004, 3).astype(np.float32)
         self.missing: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
     def outline(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -190,7 +182,7 @@ class Washer:
         bevel = 0.42 * edge * np.clip(slope / 0.004, -1, 1)
         tone = 1 + 0.10 * rings + sheen + bevel + 0.03 * self.dust(20 * x, 20 * y)
         metal = self.metal * tone[..., None]
-        return _mix(self.rubber * ground[..., None], metal, cover(distance, 0.008))
+        return mix(self.rubber * ground[..., None], metal, cover(distance, 0.008))
 
 
 SCENES = {scene.__name__.lower(): scene for scene in (Speckle, Tiles, Washer, Weave, Wood)}

@@ -203,18 +203,19 @@ def warning(check: str, path: str, message: str) -> Fault:
     return Fault(check=check, severity="warning", path=path, message=message)
 
 
-def variant(config: DataConfig, known: tuple[str, ...] = ()) -> str:
-    """The part of ``config.name`` after the colon; ConfigError unless it is one of ``known``."""
-    name, colon, found = config.name.partition(":")
-    if not known and not colon:
-        return ""
-    if found not in known:
-        options = ", ".join(f"{name}:{k}" for k in known) or name
+def variant(config: DataConfig, known: tuple[str, ...] = ("",)) -> str:
+    """The part of ``config.name`` after the colon, "" without one.
+
+    Raises ConfigError unless it is one of ``known``.
+    """
+    name, colon, part = config.name.partition(":")
+    if part not in known or (colon and not part):
+        options = ", ".join(f"{name}:{k}" if k else name for k in known)
         raise ConfigError(
             f"config.data.name: expected one of {options}; found {config.name!r}."
-            f"{core_config.suggestion(found, known)}"
+            f"{core_config.suggestion(part, known)}"
         )
-    return found
+    return part
 
 
 def chosen(config: DataConfig, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -21,7 +21,8 @@ def count(cfg: PretrainConfig, spec: str, told: int) -> tuple[int | None, int, s
     data = cfg.data
     known = published(data, pathlib.Path(spec.partition(":")[0]).stem)
     images, classes = known or (None, max(1, len(data.categories)))
-    if data.name == "synthetic" or (data.root and os.path.isdir(os.path.expanduser(data.root))):
+    drawn = data.name.partition(":")[0] == "synthetic"
+    if drawn or (data.root and os.path.isdir(os.path.expanduser(data.root))):
         records = data_base.training_source(data_base.load(data), data.split).records
         held = held_out(cfg, records)
         facts = DataFacts.of([records[i] for i in held.training] if held else records)

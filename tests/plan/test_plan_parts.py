@@ -109,6 +109,8 @@ def test_numbers_of_images():
     found = _samples.count(PretrainConfig(data=synthetic), "mae", 0)
     assert found[0] == found[1] * synthetic.synthetic.train
     assert found[2] == "the data set"
+    variant = DataConfig(name="synthetic:development")
+    assert _samples.count(PretrainConfig(data=variant), "mae", 0)[1:] == (4, "the data set")
     tested = DataConfig(name="synthetic", split="test")
     of_tested = _samples.count(PretrainConfig(data=tested), "mae", 0)[0]
     assert of_tested == len(base.load(tested).source("test")) != found[0]
