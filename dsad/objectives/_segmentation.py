@@ -21,6 +21,7 @@ from dsad.ops.resize import match_grid, resize_maps
 
 #: Where a host keeps the head.
 HEAD = "corruption_head"
+_TERM = "config.objective.corrupt"
 
 
 class SegmentationConfig(Settings, place="objective"):
@@ -85,8 +86,6 @@ class Segmentation:
     """A head on maps of the shapes ``maps`` (b, h, w, c), by layer, with views and a loss."""
 
     def __init__(self, cfg: SegmentationConfig, maps: Mapping[str, Any], dtype: Any) -> None:
-        if missing := [name for name in cfg.layers if name not in maps]:
-            raise Refused("layers", f"some of {listed(maps)}", missing)
         self.cfg = cfg
         channels = sum(maps[name].shape[-1] for name in cfg.layers)
         self.head = heads.mlp((channels, cfg.width, 1), dtype=dtype)
@@ -137,13 +136,13 @@ class WithTerm(Trainable):
 
     def __init__(self, host: EncoderObjective, cfg: TermConfig, dtype: Any) -> None:
         self.host, self.cfg = host, cfg
+        maps = map_shapes(host, cfg.view.side)
+        if not set(cfg.layers) <= set(maps):
+            raise Refused(f"{_TERM}.layers", f"some of {listed(maps)}", cfg.layers)
         for name in ("mean", "std"):
             if (value := getattr(cfg.view, name)) != (expected := getattr(host, name)):
-                raise Refused(f"corrupt.view.{name}", f"the method's {expected}", value)
-        try:
-            self.term = Segmentation(cfg, map_shapes(host, cfg.view.side), dtype)
-        except Refused as fault:
-            raise Refused(f"corrupt.{fault.args[0]}", *fault.args[1:]) from fault
+                raise Refused(f"{_TERM}.view.{name}", f"the method's {expected}", value)
+        self.term = Segmentation(cfg, maps, dtype)
         self.traits = dataclasses.replace(host.traits, couples_batch=True)
         self.mean, self.std, self.stage_facts = host.mean, host.std, host.stage_facts
         self.features, self.embed, self.prepare = host.features, host.embed, host.prepare

@@ -1,4 +1,3 @@
-
 from dsad.augment.corruptions import ShapesConfig
 from dsad.objectives._segmentation import TermConfig
 from tests.contracts.objectives.common import CROP, Case
