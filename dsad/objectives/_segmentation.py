@@ -106,8 +106,9 @@ class Segmentation:
 
     def logits(self, params: Any, stats: Any, maps: FeatureMaps) -> tuple[jax.Array, Any]:
         """Logits (b, R, R) f32 of a change at the ``resolution`` R, and new batch statistics."""
-        grid = max(maps[name].shape[1:3] for name in self.cfg.layers)
-        joined = jnp.concatenate([match_grid(maps[n], grid) for n in self.cfg.layers], axis=-1)
+        rows, columns = max(maps[name].shape[1:3] for name in self.cfg.layers)
+        aligned = [match_grid(maps[name], (rows, columns)) for name in self.cfg.layers]
+        joined = jnp.concatenate(aligned, axis=-1)
         out, stats = self.head.apply(params, stats, joined, train=True)
         return resize_maps(out[..., 0], (self.cells, self.cells)), stats
 
