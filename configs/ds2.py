@@ -13,6 +13,7 @@ Variants, after a colon and joined by commas:
     synthetic  the procedural data set, needs no file
     pixpro     PixPro (Xie et al., CVPR 2021): layer4 only, threshold 0.7, no most-similar pair
     published  the quirks of the published code: schedule, coordinates, teacher momentum
+    corrupt    with a second loss: the encoder also segments corruptions, see configs/corrupt.py
     smoke      a few steps on small synthetic images
 """
 
@@ -93,11 +94,18 @@ def _published(config):
     _views(config, coordinates="centres")
 
 
+def _corrupt(config):
+    # Of the encoder's maps those that detectors read; AdamW, as rates of LARS hardly move a head.
+    config.objective.corrupt.update(weight=1.0, layers=("layer2", "layer3"))
+    config.optim.update(name="adamw", lr=1e-3, lr_batch=0, weight_decay=0.0)
+
+
 def _smoke(config):
     _synthetic(config)
     smoke_training(config)
     config.objective.update(hidden=32, out=16)
     _views(config, side=32)
+    config.objective.corrupt.view.side = 64
 
 
 VARIANTS = {
@@ -107,5 +115,6 @@ VARIANTS = {
     "fine": _fine,
     "pixpro": _pixpro,
     "published": _published,
+    "corrupt": _corrupt,
     "smoke": _smoke,
 }

@@ -243,13 +243,14 @@ class Embeds(Protocol):
     """A host of regularisers: whole images as vectors.
 
     ``embed`` gives at least ``pooled`` (b, d), and where the method has them ``z``, the
-    projection, and ``p``, the prediction; with the new extra. With ``views`` > 1 the views of an
-    image follow each other along the batch axis.
+    projection, and ``p``, the prediction; the feature maps that ``layers`` name (b, h, w, c); and
+    the new extra. With ``views`` > 1 the views of an image follow each other along the batch axis.
     """
 
     def embed(
-        self, params: Tree, extra: Tree, images: jax.Array, *, train: bool, views: int = 1
-    ) -> tuple[dict[str, jax.Array], Tree]: ...
+        self, params: Tree, extra: Tree, images: jax.Array, *, train: bool, views: int = 1,
+        layers: tuple[str, ...] = (),
+    ) -> tuple[dict[str, jax.Array], Tree]: ...  # fmt: skip
 
 
 @runtime_checkable

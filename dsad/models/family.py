@@ -81,6 +81,19 @@ class Family(abc.ABC):
     def network(self, arch: str, **options: Any) -> Network:
         """The network; equal arguments give the same object, so that its programs are reused."""
 
+    def fresh(
+        self, arch: str, layers: Sequence[str], *, dtype: str, zero_init_last: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        """A network to train that ends, where it can, behind the deepest of ``layers``.
+
+        And its options. ``dtype`` is the compute type; ``zero_init_last`` starts residual branches
+        at zero where there is a norm that can.
+        """
+        del layers, zero_init_last
+        if dtype != "float32":
+            raise ConfigError(f"{arch}: computes in float32 only, found dtype {dtype!r}.")
+        return self.network(arch), {}
+
     def maps(
         self, network: Any, params: Any, extra: Any, images: Any, layers: tuple[str, ...] | None
     ) -> FeatureMaps:

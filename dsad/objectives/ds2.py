@@ -15,10 +15,11 @@ from dsad.augment.views import ViewConfig, make_view
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import Refused, Settings, field
-from dsad.core.types import EarlierWeights, ObjectiveTraits, RunInfo, Scalars
+from dsad.core.types import EarlierWeights, Objective, ObjectiveTraits, RunInfo, Scalars
 from dsad.models import heads, resnet
 from dsad.models.family import Preprocessing
 from dsad.objectives._dense import Similarity, dense_loss, pair_loss, positive_pairs
+from dsad.objectives._segmentation import TermConfig, with_term
 from dsad.objectives.encoder import EncoderObjective
 from dsad.objectives.teacher import averaged, copied, interleaved, momentum_at
 from dsad.ops.similarity import effective_rank, feature_std, self_attention, unit
@@ -48,6 +49,7 @@ class Config(Settings, place="objective"):
       average_directions: average the two directions at each scale, or add them (PixPro).
       zero_init_last: residual branches start at zero, so that every block is the identity at first.
       dtype: compute type of the networks; parameters, statistics and losses stay f32.
+      corrupt: a term that segments corruptions with the same encoder.
 
     """
 
@@ -69,6 +71,7 @@ class Config(Settings, place="objective"):
     dtype: Literal["float32", "bfloat16"] = "float32"
     view1: ViewConfig = ViewConfig()
     view2: ViewConfig = ViewConfig(blur_probability=0.1)
+    corrupt: TermConfig = TermConfig()
 
     def check(self) -> None:
         if not set(self.layers) <= set(resnet.STRIDES):
@@ -271,6 +274,6 @@ class DS2(EncoderObjective):
         return params, self._with_teacher(params, extra), f"{report}; heads start anew"
 
 
-def build(cfg: Config, run: RunInfo) -> DS2:
+def build(cfg: Config, run: RunInfo) -> Objective:
     """The objective for a run."""
-    return DS2(cfg, run)
+    return with_term(DS2(cfg, run), cfg.corrupt, cfg.dtype)

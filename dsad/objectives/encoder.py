@@ -58,13 +58,16 @@ class EncoderObjective(Trainable):
         return {name: m.astype(jnp.float32) for name, m in maps.items()}
 
     def embed(
-        self, params: Any, extra: Any, images: jax.Array, *, train: bool, views: int = 1
-    ) -> tuple[dict[str, jax.Array], Any]:
-        """``pooled`` (b, d) f32, the encoder's vector of whole images, and the new extra."""
+        self, params: Any, extra: Any, images: jax.Array, *, train: bool, views: int = 1,
+        layers: tuple[str, ...] = (),
+    ) -> tuple[dict[str, jax.Array], Any]:  # fmt: skip
+        """``pooled`` (b, d) f32, the encoder's vector of whole images, maps, and the new extra."""
         trees = self.encoder_trees(params, extra)
-        _, pooled, stats = self.family.run(self.encoder, *trees, images, train=train, views=views)
+        maps, pooled, stats = self.family.run(
+            self.encoder, *trees, images, train=train, views=views, layers=layers
+        )
         _, extra = self.with_encoder({}, extra, (trees[0], stats))
-        return {"pooled": pooled.astype(jnp.float32)}, extra
+        return {**maps, "pooled": pooled.astype(jnp.float32)}, extra
 
     @property
     def stage_facts(self) -> dict[str, Any]:

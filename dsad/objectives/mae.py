@@ -17,12 +17,13 @@ from dsad.core import rng, tree
 from dsad.core.batch import Batch
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError
-from dsad.core.types import EarlierWeights, RunInfo, Scalars
+from dsad.core.types import EarlierWeights, Objective, RunInfo, Scalars
 from dsad.models import transformer, vit
 from dsad.models.decoder import Decoder, DecoderConfig, patchify
 from dsad.models.family import Encoder, Preprocessing
 from dsad.models.transformer import Remat
 from dsad.models.weights.pretrained import mae_trees
+from dsad.objectives._segmentation import TermConfig, with_term
 from dsad.objectives.encoder import EncoderObjective, check_facts
 
 #: Random crop and flip: MAE needs no other augmentation, and colour changes harm it.
@@ -70,6 +71,7 @@ class Config(Settings, place="objective"):
       remat: what blocks keep for the backward pass, see ``models.transformer.POLICIES``.
       dtype: compute type of the networks, also of what runs between their blocks; parameters,
         norms, softmax and the loss stay f32.
+      corrupt: a term that segments corruptions with the same encoder, which sees all patches.
 
     """
 
@@ -82,6 +84,7 @@ class Config(Settings, place="objective"):
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
     view: ViewConfig = CROP
+    corrupt: TermConfig = TermConfig()
 
     def check(self) -> None:
         cells = self.encoder.spec(self.view.side).grid ** 2
@@ -281,6 +284,6 @@ def mae_tensors(
     return Encoder(objective.arch, options, *trees, known), params, extra
 
 
-def build(cfg: Config, run: RunInfo) -> MAE:
+def build(cfg: Config, run: RunInfo) -> Objective:
     """The objective for a run."""
-    return MAE(cfg, run)
+    return with_term(MAE(cfg, run), cfg.corrupt, cfg.dtype)

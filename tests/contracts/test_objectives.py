@@ -87,8 +87,12 @@ class TestObjective:
         if not isinstance(objective, seams.Embeds):
             pytest.skip("embeds nothing")
         images = jnp.asarray(np.random.default_rng(0).normal(size=(4, SIDE, SIDE, 3)), jnp.float32)
-        embed = functools.partial(objective.embed, train=True, views=2)
+        maps = jax.eval_shape(objective.features, params, extra, images)
+        asked = next(name for name in maps if name.startswith(("layer", "block")))
+        embed = functools.partial(objective.embed, train=True, views=2, layers=(asked,))
         vectors, after = jax.eval_shape(embed, params, extra, images)
+        assert vectors.keys() & maps.keys() == {asked}
+        assert vectors[asked].shape == maps[asked].shape
         assert vectors["pooled"].dtype == np.float32
         assert vectors["pooled"].shape[:-1] == (4,)
         like = jax.eval_shape(lambda: extra)

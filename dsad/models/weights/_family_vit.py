@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,12 @@ class ViTs(Family):
 
     def network(self, arch: str, **options: Any) -> vit.ViT:
         return _network(arch, tuple(sorted(options.items())))
+
+    def fresh(
+        self, arch: str, layers: Sequence[str], *, dtype: str, zero_init_last: bool
+    ) -> tuple[vit.ViT, dict[str, Any]]:
+        options = {"depth": 1 + max(int(name.removeprefix("block")) for name in layers)}
+        return vit.ViT(spec_of(arch, options), dtype=dtype), options
 
     def maps(
         self, network: Any, params: Any, extra: Any, images: Any, layers: tuple[str, ...] | None

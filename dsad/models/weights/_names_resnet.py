@@ -1,9 +1,10 @@
 """ResNets under torchvision's names, which timm uses too."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from dsad.core.errors import ConfigError
@@ -74,6 +75,15 @@ class ResNets(Family):
 
     def network(self, arch: str, *, stages: int = 4) -> Functional:
         return resnet.resnet(arch, stages=stages)
+
+    def fresh(
+        self, arch: str, layers: Sequence[str], *, dtype: str, zero_init_last: bool
+    ) -> tuple[Functional, dict[str, Any]]:
+        options = {"stages": max(int(name[-1]) for name in layers)}
+        network = resnet.resnet(
+            arch, **options, zero_init_last=zero_init_last, dtype=jnp.dtype(dtype)
+        )
+        return network, options
 
     def strides(self, arch: str, *, stages: int = 4) -> dict[str, int]:
         return {f"layer{s}": resnet.STRIDES[f"layer{s}"] for s in range(1, stages + 1)}

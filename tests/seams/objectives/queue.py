@@ -44,8 +44,8 @@ class Queue(EncoderObjective):
         names = ("query", "key")
         return {n: make_view(batch, rng.named(key, n), self.cfg.view)["image"] for n in names}
 
-    def embed(self, params, extra, images, *, train, views=1):
-        found, extra = super().embed(params, extra, images, train=train, views=views)
+    def embed(self, params, extra, images, *, train, **options):
+        found, extra = super().embed(params, extra, images, train=train, **options)
         z, _ = self.head.apply(params["head"], {}, found["pooled"], train=train)
         return {**found, "z": unit(z)}, extra
 

@@ -1,0 +1,60 @@
+"""Segmentation of one's own corruptions: ResNet-18 from scratch on the normal images.
+
+    dsad pretrain --config=configs/corrupt.py:mtd --config.data.root=data/mtd --workdir=runs/corrupt
+    dsad evaluate --config.backbone=run:runs/corrupt --config.detector.bank_rows=16000 \
+        --workdir=runs/corrupt-knn
+
+A method of dsad, without a paper. A trial on the magnetic tiles suggested it, and the numbers of
+its shapes come from there. 400 steps take three minutes of processor time on x86; these commands,
+seed 0, gave an AUPRO of 0.569 and a pixel AUROC of 0.636 on the grouped split.
+
+Variants, after a colon and joined by commas:
+    mtd        magnetic tiles, grouped split
+    mvtec      MVTec AD, all categories that config.data.root has, coloured fillings
+    synthetic  the procedural data set, needs no file
+    smoke      a few steps on small synthetic images
+"""
+
+from dsad.assembly.configs import apply_variants, smoke_training
+from dsad.assembly.pretrain import default_config
+
+
+def get_config(variants: str = ""):
+    config = default_config("corrupt")
+    config.data.name = "mvtec"
+    config.data.canvas = 256
+    config.batch_size = 16
+    config.steps = 400
+    config.optim.update(name="adamw", lr=1e-3)
+    config.log_every = 10
+    config.checkpoint.update(every=100, permanent=100)
+    return apply_variants(config, variants, VARIANTS, __file__)
+
+
+def _mtd(config):
+    config.data.name = "mtd:grouped"
+
+
+def _mvtec(config):
+    config.objective.shapes.colour = 0.1
+
+
+def _synthetic(config):
+    config.data.name = "synthetic"
+    config.data.canvas = 128
+    config.objective.shapes.colour = 0.1
+
+
+def _smoke(config):
+    _synthetic(config)
+    smoke_training(config)
+    config.objective.update(layers=("layer1", "layer2"))
+    config.objective.view.side = 64
+
+
+VARIANTS = {
+    "mtd": _mtd,
+    "mvtec": _mvtec,
+    "synthetic": _synthetic,
+    "smoke": _smoke,
+}
