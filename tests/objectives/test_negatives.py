@@ -69,19 +69,22 @@ def loss_of(settings, threshold=0.5):
     return loss
 
 
-@pytest.mark.parametrize("queued", [False, True], ids=["batch", "queue"])
+@pytest.mark.parametrize(("source", "far"), [("batch", 1.2), ("batch", 0.1), ("queue", 1.2)])
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (8, 2)])
-def test_loss_and_gradient_against_float64(devices, fsdp, queued):
-    """Eight images, one or all of them on a device: the negatives are those of the global batch."""
+def test_loss_and_gradient_against_float64(devices, fsdp, source, far):
+    """Eight images, one or all of them on a device: the negatives are those of the global batch.
+
+    A positive is no negative, though some are farther than 0.1.
+    """
     q, k, _, _, qbox, kbox = random_case(4, b=8, s=4)
-    settings = Negatives(source="queue" if queued else "batch", temperature=0.3, distance=1.2)
-    queue = random_case(5, b=1, s=5)[0].reshape(-1, q.shape[-1]) if queued else None
+    settings = Negatives(source=source, temperature=0.3, distance=far)
+    queue = random_case(5, b=1, s=5)[0].reshape(-1, q.shape[-1]) if source == "queue" else None
     want, gradient, positives = oracle(
-        q, k, qbox, kbox, threshold=0.5, far=1.2, temperature=0.3, queue=queue
+        q, k, qbox, kbox, threshold=0.5, far=far, temperature=0.3, queue=queue
     )
     assert 0 < sum(p is None for p in positives.values()) < len(positives)
     arrays = [(x.astype(np.float32), BATCH_SPEC) for x in (q, k, qbox, kbox)]
-    arrays += [(queue.astype(np.float32), P())] if queued else []
+    arrays += [(queue.astype(np.float32), P())] if queue is not None else []
     value, (by_query, by_key) = placed(
         jax.value_and_grad(loss_of(settings), argnums=(0, 1)), devices, fsdp, *arrays
     )
