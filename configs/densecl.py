@@ -7,7 +7,10 @@ by turns, where the published code has one of each.
 
     dsad pretrain --config=configs/densecl.py --config.data.root=MVTEC --workdir=runs/densecl
 
-Meant for accelerators; on a CPU begin with the variant small.
+Meant for accelerators, and not measured there; on a CPU begin with the variant small. With
+mtd and --config.steps=100 (6 minutes of processor time, x86, one run) nearest neighbours of layer2
+and layer3 at 224 px, 16,000 bank rows, go from AUPRO 0.320 to 0.392 and from pixel AUROC 0.634 to
+0.611 on the grouped split.
 
 Variants, after a colon and joined by commas:
     small      ResNet-18, 96 px views, batches of 32, 24 epochs, queues of 1,024: a laptop's size
