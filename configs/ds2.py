@@ -11,8 +11,16 @@ Variants, after a colon and joined by commas:
     fine       with small or mtd: 112 px views, loss on layer2 and layer3, 36 epochs
     mtd        magnetic tiles, grouped split, at the size of small
     synthetic  the procedural data set, needs no file
-    pixpro     PixPro (Xie et al., CVPR 2021): layer4 only, threshold 0.7, no most-similar pair
-    published  the quirks of the published code: schedule, coordinates, teacher momentum
+    pixpro     PixPro (Xie et al., CVPR 2021) as the DS2 code compares with it: layer4 only,
+               threshold 0.7, no most-similar pair
+    pixpro_published  PixPro with its own numbers: solarization 0.2, base rate 1.0, cosine, 100
+               epochs of 1,024 images; the encoder stays ResNet-18
+    adam       Adam at 1e-3 in place of LARS
+    infonce    InfoNCE of cells against those of all other images and far ones, with Adam at 1e-3;
+               without small, layer3 has 50,176² similarities, 10 GB split over the devices
+    published  the quirks of the published code: schedule, coordinates, teacher momentum; images
+               keep their up to 1,024 pixels, of which --config.data.cache=host spares the devices
+               11 GB
     corrupt    with a second loss: the encoder also segments corruptions, see configs/corrupt.py
     smoke      a few steps on small synthetic images
 """
@@ -57,7 +65,7 @@ def _fine(config):
     # At 112 px layer2 and layer3 have the 14 and 7 cells a side that layer3 and layer4 have at the
     # published 224 px, so that the threshold gives as many positive pairs; blur follows the size.
     config.objective.layers = ("layer2", "layer3")
-    _views(config, side=112, blur_sigma=(0.05, 1.0))
+    _views(config, side=112, blur_side=224)
     config.epochs = 36.0
     config.optim.warmup_epochs = 4.0
 
@@ -88,16 +96,35 @@ def _pixpro(config):
     config.objective.view2.solarize_probability = 0.5
 
 
+def _pixpro_published(config):
+    _pixpro(config)
+    config.objective.view2.solarize_probability = 0.2
+    config.optim.update(lr=1.0, schedule="cosine")
+    config.batch_size = 1024
+    config.epochs = 100.0
+
+
+def _adam(config):
+    config.optim.update(name="adamw", lr=1e-3, lr_batch=0, weight_decay=0.0)
+
+
+def _infonce(config):
+    _adam(config)
+    config.objective.update(threshold=0.5, top1="off", propagation=False)
+    config.objective.negatives.source = "batch"
+
+
 def _published(config):
     config.optim.published_schedule = True
     config.objective.momentum_steps = 5670
+    config.data.canvas = 1024
     _views(config, coordinates="centres")
 
 
 def _corrupt(config):
-    # Of the encoder's maps those that detectors read; AdamW, as rates of LARS hardly move a head.
+    _adam(config)  # rates of LARS hardly move a head
+    # Of the encoder's maps those that detectors read.
     config.objective.corrupt.update(weight=1.0, layers=("layer2", "layer3"))
-    config.optim.update(name="adamw", lr=1e-3, lr_batch=0, weight_decay=0.0)
 
 
 def _smoke(config):
@@ -109,12 +136,15 @@ def _smoke(config):
 
 
 VARIANTS = {
+    "published": _published,
+    "pixpro_published": _pixpro_published,
     "small": _small,
     "mtd": _mtd,
     "synthetic": _synthetic,
     "fine": _fine,
     "pixpro": _pixpro,
-    "published": _published,
+    "adam": _adam,
+    "infonce": _infonce,
     "corrupt": _corrupt,
     "smoke": _smoke,
 }

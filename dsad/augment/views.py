@@ -30,7 +30,9 @@ class ViewConfig(Settings, place="view"):
       flip: probability of mirroring left to right.
       jitter: brightness, contrast, saturation (relative) and hue (turns, at most 0.5).
       jitter_probability: of the change of colours.
-      blur_sigma: of the Gaussian in pixels of the view, from and to.
+      blur_sigma: of the Gaussian in pixels of a view of ``blur_side``, from and to.
+      blur_side: the side that ``blur_sigma`` is meant for: in views of another side the Gaussian
+        is smaller or larger in proportion; 0: it is the same in all.
       blur_probability: of the blur.
       grey_probability: of a view without colours.
       solarize_probability: of inverting bright values.
@@ -49,6 +51,7 @@ class ViewConfig(Settings, place="view"):
     jitter: tuple[float, float, float, float] = field((0.4, 0.4, 0.2, 0.1), at_least=0)
     jitter_probability: float = field(0.8, within=(0, 1))
     blur_sigma: tuple[float, float] = field((0.1, 2.0), above=0, rising=True)
+    blur_side: int = field(0, at_least=0)
     blur_probability: float = field(1.0, within=(0, 1))
     grey_probability: float = field(0.0, within=(0, 1))
     solarize_probability: float = field(0.0, within=(0, 1))
@@ -61,6 +64,12 @@ class ViewConfig(Settings, place="view"):
     def check(self) -> None:
         if self.jitter[3] > 0.5:
             raise Refused("jitter[3]", "a hue of at most 0.5 turns", self.jitter[3])
+
+    @property
+    def blur(self) -> tuple[float, float]:
+        """``blur_sigma`` in pixels of this view."""
+        scale = self.side / self.blur_side if self.blur_side else 1.0
+        return self.blur_sigma[0] * scale, self.blur_sigma[1] * scale
 
 
 def draw_crops(batch: Batch, key: jax.Array, config: ViewConfig) -> tuple[jax.Array, jax.Array]:
@@ -113,7 +122,7 @@ def make_view(batch: Batch, key: jax.Array, config: ViewConfig) -> dict[str, Any
         images = to_grey(images, keys("grey"), probability=config.grey_probability)
     if config.blur_probability:
         images = random_blur(
-            images, keys("blur"), sigma=config.blur_sigma, probability=config.blur_probability
+            images, keys("blur"), sigma=config.blur, probability=config.blur_probability
         )
     if config.solarize_probability:
         probability, threshold = config.solarize_probability, config.solarize_threshold

@@ -41,7 +41,7 @@ def torchvision_view(config: ViewConfig) -> View:
             t.RandomHorizontalFlip(config.flip),
             t.RandomApply([t.ColorJitter(*config.jitter)], config.jitter_probability),
             t.RandomGrayscale(config.grey_probability),
-            t.RandomApply([Blur(config.blur_sigma)], config.blur_probability),
+            t.RandomApply([Blur(config.blur)], config.blur_probability),
             t.ToTensor(),
             t.Normalize(config.mean, config.std),
         ]
@@ -66,7 +66,7 @@ class PillowView:
         if random.random() < config.grey_probability:
             image = image.convert("L").convert("RGB")
         if random.random() < config.blur_probability:
-            image = Blur(config.blur_sigma)(image)
+            image = Blur(config.blur)(image)
         pixels = np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(255)
         mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (config.mean, config.std))
         return (pixels - mean) / std

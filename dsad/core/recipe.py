@@ -61,6 +61,13 @@ class OptimConfig(Settings, place="optim"):
 
     def check(self) -> None:
         check_pattern("exempt", self.exempt)
+        if self.published_schedule and self.schedule != "step":
+            expected = f"False with optim.schedule={self.schedule!r}"
+            advice = (
+                "The published counting goes with schedule 'step' alone: set optim.schedule='step' "
+                "or optim.published_schedule=False; a variant may have set either."
+            )
+            raise Refused("published_schedule", expected, True, advice)
         for i, (pattern, *factors, _) in enumerate(self.groups):
             check_pattern(f"groups[{i}][0]", pattern)
             if min(factors) < 0:

@@ -1,15 +1,43 @@
-"""Positive pairs of cells and the dense loss on them, as DS2 and PixPro define them."""
+"""Positive pairs of cells and the dense losses on them, as DS2, PixPro and DenseCL define them."""
 
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError
-from dsad.ops.geometry import spatial_positives
+from dsad.ops.contrast import info_nce
+from dsad.ops.geometry import cell_distances, spatial_positives
 from dsad.ops.similarity import unit
 
 Similarity = Literal["dot", "cosine"]
+
+
+class Negatives(Settings, place="negatives"):
+    """InfoNCE of cells in place of DS2's loss: a query cell is told from others by its positive.
+
+    Attributes:
+      source: "off": none; "batch": the key cells of all other images of the global batch, and those
+        of the own image that are far; "queue": earlier keys, of each image and view the mean of its
+        cells (DenseCL).
+      distance: own cells farther than this are negatives of "batch", in cell diagonals.
+      temperature: of the similarities.
+      queue: number of keys that are kept; a step adds two of every image.
+      whole: weight of a loss that treats the mean of the last stage as one cell, with a projection
+        and a queue of its own (DenseCL: 0.5); the cells have the rest.
+
+    """
+
+    source: Literal["off", "batch", "queue"] = "off"
+    distance: float = field(1.5, at_least=0)
+    temperature: float = field(0.2, above=0)
+    queue: int = field(4096, at_least=1)
+    whole: float = field(0.0, at_least=0, below=1)
+
+    def check(self) -> None:
+        if self.whole and self.source != "queue":
+            raise Refused("whole", "0 unless source is 'queue'", self.whole)
 
 
 def positive_pairs(
@@ -21,13 +49,20 @@ def positive_pairs(
     threshold: float,
     top1: Literal["image", "cell", "off"],
     similarity: Similarity = "dot",
+    nearest: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Union of the two criteria (b, S², S²) bool, and the spatial pairs alone."""
+    """Union of the two criteria (b, S², S²) bool, and the spatial pairs alone.
+
+    With ``nearest`` a query cell has at most one spatial positive, the first of the nearest cells.
+    """
     b, cells, _, channels = query_backbone.shape
     shape = (b, cells**2, cells**2)
     spatial = jnp.zeros(shape, bool)
     if threshold > 0:
         spatial = spatial_positives(query_box, key_box, cells, threshold)
+    if nearest:
+        place = jnp.argmin(cell_distances(query_box, key_box, cells), axis=-1)
+        spatial &= jnp.arange(shape[2])[None, None, :] == place[:, :, None]
     if top1 == "off":
         return spatial, spatial
     q = jax.lax.stop_gradient(query_backbone).reshape(b, -1, channels).astype(jnp.float32)
@@ -103,3 +138,37 @@ def pair_loss(query: jax.Array, key: jax.Array, pairs: jax.Array) -> jax.Array:
     alike = jnp.where(pairs, jnp.einsum("bic,bjc->bij", q, k, precision="highest"), 0.0)
     count = jnp.sum(pairs, axis=(1, 2), dtype=jnp.float32)
     return -2.0 * jnp.mean(jnp.sum(alike, axis=(1, 2)) / (count + 1e-6))
+
+
+def nce_loss(
+    query: jax.Array,
+    key: jax.Array,
+    pairs: jax.Array,
+    boxes: tuple[jax.Array, jax.Array],
+    negatives: Negatives,
+    queue: jax.Array | None,
+) -> jax.Array:
+    """Mean InfoNCE of the query cells of the global batch that have a positive; 0 without any.
+
+    Args:
+      query: unit vectors (b, S, S, c).
+      key: likewise; no gradient flows into them.
+      pairs: (b, S², S²) bool, at most one positive of every query cell.
+      boxes: crop corners (b, 4) of the query view and of the key view.
+      negatives: settings.
+      queue: unit vectors (K, c), the negatives of source "queue".
+
+    """
+    b, cells, _, c = query.shape
+    k = jax.lax.stop_gradient(key).reshape(b, -1, c)
+    positive = jnp.take_along_axis(k, jnp.argmax(pairs, axis=-1)[:, :, None], axis=1)
+    excluded, rows = None, b * cells**2
+    if queue is None:
+        near = ~(cell_distances(*boxes, cells) > negatives.distance) | pairs
+        own = jnp.eye(b, dtype=bool)[:, None, :, None]
+        excluded = (own & near[:, :, None, :]).reshape(rows, rows)
+        queue = k.reshape(rows, c)
+    return info_nce(
+        query.reshape(rows, c), positive.reshape(rows, c), temperature=negatives.temperature,
+        negatives=queue, excluded=excluded, counted=jnp.any(pairs, axis=-1).reshape(rows),
+    )  # fmt: skip

@@ -3,7 +3,8 @@
 He, Erfani, Gong and Ke, "Learning Transferable Representations for Image Anomaly Localization
 Using Dense Pretraining", WACV 2024. It is PixPro (Xie et al., CVPR 2021) on two stages, with a
 stricter spatial criterion and one more positive pair per image: the two cells whose backbone
-features are most similar. There are no negatives; the keys come from a momentum teacher.
+features are most similar. There are no negatives; the keys come from a momentum teacher. With
+``negatives`` the same parts make a dense InfoNCE, and DenseCL (Wang et al., CVPR 2021).
 """
 
 from typing import Any, Literal
@@ -18,10 +19,18 @@ from dsad.core.config import Refused, Settings, field
 from dsad.core.types import EarlierWeights, Objective, ObjectiveTraits, RunInfo, Scalars
 from dsad.models import heads, resnet
 from dsad.models.family import Preprocessing
-from dsad.objectives._dense import Similarity, dense_loss, pair_loss, positive_pairs
+from dsad.objectives._dense import (
+    Negatives,
+    Similarity,
+    dense_loss,
+    nce_loss,
+    pair_loss,
+    positive_pairs,
+)
 from dsad.objectives._segmentation import TermConfig, with_term
 from dsad.objectives.encoder import EncoderObjective
 from dsad.objectives.teacher import averaged, copied, interleaved, momentum_at
+from dsad.ops.contrast import enqueue, make_queue
 from dsad.ops.similarity import effective_rank, feature_std, self_attention, unit
 
 __all__ = ["DS2", "Config", "build", "dense_loss", "positive_pairs"]
@@ -34,6 +43,7 @@ class Config(Settings, place="objective"):
       arch: ResNet of the encoder, see ``models.backbone``.
       layers: stages with a loss; layer3 and layer4 are the paper's C4 and C5.
       hidden: width of the projection's hidden layer.
+      hidden_norm: whether a batch norm follows that layer (DenseCL has none).
       out: values of a projected cell.
       threshold: spatial criterion in cell diagonals; 0 switches it off (PixPro uses 0.7).
       top1: "image" adds the most similar backbone pair of each image as a positive, "cell" the most
@@ -43,9 +53,12 @@ class Config(Settings, place="objective"):
       power: of the similarities in the propagation.
       value_transform: applied to the values of the propagation.
       teacher: "momentum", or "none": keys come from the online network without gradient.
-      momentum: of the teacher at step 0; it rises to 1 along a half cosine.
+      momentum: of the teacher at step 0; it rises along a half cosine.
+      momentum_end: where it rises to.
       momentum_steps: length of that rise, 0 for the run's; the published code's is 5670 where its
         run has 5600.
+      negatives: what the positive of a cell is told from, in another loss; ``threshold`` then takes
+        only the nearest key cell, or ``top1`` "cell" the most similar one.
       average_directions: average the two directions at each scale, or add them (PixPro).
       zero_init_last: residual branches start at zero, so that every block is the identity at first.
       dtype: compute type of the networks; parameters, statistics and losses stay f32.
@@ -56,6 +69,7 @@ class Config(Settings, place="objective"):
     arch: str = "resnet18"
     layers: tuple[str, ...] = field(("layer3", "layer4"), distinct=True, filled=True)
     hidden: int = field(4096, at_least=1)
+    hidden_norm: bool = True
     out: int = field(256, at_least=1)
     threshold: float = field(0.1, at_least=0)
     top1: Literal["image", "cell", "off"] = "image"
@@ -65,7 +79,9 @@ class Config(Settings, place="objective"):
     value_transform: Literal["identity", "linear", "mlp"] = "linear"
     teacher: Literal["momentum", "none"] = "momentum"
     momentum: float = field(0.99, within=(0, 1))
+    momentum_end: float = field(1.0, within=(0, 1))
     momentum_steps: int = field(0, at_least=0)
+    negatives: Negatives = Negatives()
     average_directions: bool = True
     zero_init_last: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -78,6 +94,12 @@ class Config(Settings, place="objective"):
             raise Refused("layers", f"some of {tuple(resnet.STRIDES)}", self.layers)
         if self.threshold == 0 and self.top1 == "off":
             raise Refused("threshold", "more than 0 with top1='off'", self.threshold)
+        if self.negatives.source != "off":
+            one = "A cell told from negatives has one positive."
+            if self.top1 == "image":
+                raise Refused("top1", "'off' or 'cell' with negatives", self.top1, one)
+            if self.top1 == "cell" and self.threshold:
+                raise Refused("threshold", "0 with negatives and top1='cell'", self.threshold, one)
         if self.view1.side != self.view2.side:
             cells = "Both grids must have the same cells."
             raise Refused("view2.side", f"view1's {self.view1.side}", self.view2.side, cells)
@@ -100,9 +122,14 @@ class DS2(EncoderObjective):
         )
         super().__init__(cfg.arch, network, options=options, preprocessing=known)
         spec, self.nets = resnet.arch(cfg.arch), {"encoder": network}
-        for name in cfg.layers:
-            head = heads.projector(spec.channels(name), cfg.hidden, cfg.out, dtype)
-            self.nets[f"projector_{name}"] = head
+        whole, norm = cfg.negatives.whole, "affine" if cfg.hidden_norm else "none"
+        #: Weight of the loss by stage; "whole" is the mean of the last stage, a map of one cell.
+        self.scales = dict.fromkeys(cfg.layers, 1 - whole) | ({"whole": whole} if whole else {})
+        for name in self.scales:
+            channels = spec.channels(cfg.layers[-1] if name == "whole" else name)
+            self.nets[f"projector_{name}"] = heads.mlp(
+                (channels, cfg.hidden, cfg.out), hidden=norm, bias=True, dtype=dtype
+            )
         if cfg.propagation and cfg.value_transform == "linear":
             self.nets["value"] = heads.pointwise(cfg.out, cfg.out, dtype)
         elif cfg.propagation and cfg.value_transform == "mlp":
@@ -112,16 +139,21 @@ class DS2(EncoderObjective):
         """Parameters by network; extra: ``stats``, and with a teacher its weights and stats."""
         made = {n: net.init(rng.named(key, n)) for n, net in self.nets.items()}
         params = {n: m[0] for n, m in made.items()}
-        extra = {"stats": {n: m[1] for n, m in made.items()}}
+        extra: dict[str, Any] = {"stats": {n: m[1] for n, m in made.items()}}
+        if self.cfg.negatives.source == "queue":
+            extra["queue"] = {
+                n: make_queue(rng.named(key, f"queue_{n}"), self.cfg.negatives.queue, self.cfg.out)
+                for n in self.scales
+            }
         return params, self._with_teacher(params, extra)
 
     def _with_teacher(self, params: Any, extra: Any) -> Any:
         if self.cfg.teacher == "none":
-            return {"stats": extra["stats"]}
+            return extra
         # The value transform belongs to the query side only.
         own = [n for n in params if n != "value"]
         return {
-            "stats": extra["stats"],
+            **extra,
             "teacher": copied({n: params[n] for n in own}),
             "teacher_stats": copied({n: extra["stats"][n] for n in own}),
         }
@@ -140,13 +172,16 @@ class DS2(EncoderObjective):
             params["encoder"], stats["encoder"], images.astype(self.cfg.dtype), train=True, views=2
         )
         projected = {}
-        for name in self.cfg.layers:
+        if "whole" in self.scales:
+            mean = jnp.mean(maps[self.cfg.layers[-1]], axis=(1, 2), keepdims=True)
+            maps = {**maps, "whole": mean}
+        for name in self.scales:
             net = f"projector_{name}"
             out, stats[net] = self.nets[net].apply(
                 params[net], stats[net], maps[name], train=True, views=2
             )
             projected[name] = out.astype(jnp.float32)
-        return {n: maps[n] for n in self.cfg.layers}, projected, stats
+        return {n: maps[n] for n in self.scales}, projected, stats
 
     def _queries(self, params: Any, stats: Any, projected: Any) -> tuple[Any, Any]:
         """Unit queries by layer after the propagation, and the new statistics."""
@@ -166,48 +201,68 @@ class DS2(EncoderObjective):
         return queries, stats
 
     def _keys(self, params: Any, extra: Any, images: jax.Array) -> tuple[Any, Any, Any]:
-        """Maps and unit keys of both views from the teacher, and its new statistics."""
+        """Maps and projections of both views from the teacher, and its new statistics."""
         momentum = self.cfg.teacher == "momentum"
         weights = jax.lax.stop_gradient(extra["teacher"] if momentum else params)
         stats = extra["teacher_stats"] if momentum else extra["stats"]
-        maps, projected, stats = self._branch(weights, stats, images)
-        return jax.lax.stop_gradient((maps, {n: unit(z) for n, z in projected.items()}, stats))
+        return jax.lax.stop_gradient(self._branch(weights, stats, images))
 
     def loss(
         self, params: Any, extra: Any, views: Any, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Scalars]]:
-        """Sum over scales of the two directions' losses; −2 per scale is perfect agreement."""
+        """Sum over scales of the two directions' losses; without negatives −2 a scale is best."""
         del key, step  # everything random is in the views
         images = interleaved(views["view1"]["image"], views["view2"]["image"])
         boxes = (views["view1"]["box"], views["view2"]["box"])
         maps, projected, stats = self._branch(params, extra["stats"], images)
         queries, stats = self._queries(params, stats, projected)
         key_maps, keys, key_stats = self._keys(params, extra, images)
-        total, scalars = jnp.float32(0), {}
-        for name in self.cfg.layers:
-            value, monitors = self._scale(
-                queries[name], maps[name], keys[name], key_maps[name], boxes
-            )
-            total += value
-            scalars |= {f"{k}_{name}": v for k, v in monitors.items()}
+        total, scalars = self._total(queries, maps, keys, key_maps, boxes, extra)
         flat = projected[self.cfg.layers[-1]][::2].reshape(-1, self.cfg.out)
         scalars |= {"feature_std": feature_std(flat), "effective_rank": effective_rank(flat)}
-        new = {"stats": stats}
+        new = {**extra, "stats": stats}
         if self.cfg.teacher == "momentum":
-            new |= {"teacher": extra["teacher"], "teacher_stats": key_stats}
+            new["teacher_stats"] = key_stats
+        if "queue" in extra:
+            means = {n: unit(jnp.mean(z, axis=(1, 2))) for n, z in keys.items()}
+            new["queue"] = {n: enqueue(q, means[n]) for n, q in extra["queue"].items()}
         return total, (new, jax.lax.stop_gradient(scalars))
 
-    def _scale(
-        self, queries: jax.Array, maps: jax.Array, keys: jax.Array, key_maps: jax.Array, boxes: Any
+    def _total(
+        self, queries: Any, maps: Any, keys: Any, key_maps: Any, boxes: Any, extra: Any
     ) -> tuple[jax.Array, Scalars]:
+        """The loss, from what the networks gave by stage."""
+        total, scalars = jnp.float32(0), {}
+        for name, weight in self.scales.items():
+            queue = extra["queue"][name]["keys"] if "queue" in extra else None
+            value, monitors = self._scale(
+                queries[name], maps[name], unit(keys[name]), key_maps[name], boxes, queue
+            )
+            total += weight * value
+            scalars |= {f"{k}_{name}": v for k, v in monitors.items()}
+        return total, scalars
+
+    def _pairs(self, maps: jax.Array, key_maps: jax.Array, *boxes: jax.Array) -> Any:
+        return positive_pairs(
+            maps, key_maps, *boxes, threshold=self.cfg.threshold, top1=self.cfg.top1,
+            similarity=self.cfg.top1_similarity, nearest=self.cfg.negatives.source != "off",
+        )  # fmt: skip
+
+    def _scale(
+        self, queries: jax.Array, maps: jax.Array, keys: jax.Array, key_maps: jax.Array, boxes: Any,
+        queue: jax.Array | None,
+    ) -> tuple[jax.Array, Scalars]:  # fmt: skip
         """Loss of both directions at one stage, with the number of positives per image."""
         total, counts, empty = jnp.float32(0), [], []
         for q, k in ((0, 1), (1, 0)):
-            pairs, spatial = positive_pairs(
-                maps[q::2], key_maps[k::2], boxes[q], boxes[k], threshold=self.cfg.threshold,
-                top1=self.cfg.top1, similarity=self.cfg.top1_similarity,
-            )  # fmt: skip
-            total += pair_loss(queries[q::2], keys[k::2], pairs)
+            between = boxes[q], boxes[k]
+            pairs, spatial = self._pairs(maps[q::2], key_maps[k::2], *between)
+            if self.cfg.negatives.source == "off":
+                total += pair_loss(queries[q::2], keys[k::2], pairs)
+            else:
+                total += nce_loss(
+                    queries[q::2], keys[k::2], pairs, between, self.cfg.negatives, queue
+                )
             per_image = jnp.sum(spatial, axis=(1, 2), dtype=jnp.float32)
             counts.append(jnp.mean(per_image))
             empty.append(jnp.mean((per_image == 0).astype(jnp.float32)))
@@ -226,7 +281,7 @@ class DS2(EncoderObjective):
         """
         if self.cfg.teacher == "none":
             return extra
-        m = momentum_at(step, self.cfg.momentum, self.momentum_steps)
+        m = momentum_at(step, self.cfg.momentum, self.momentum_steps, self.cfg.momentum_end)
         online = {n: params[n] for n in extra["teacher"]}
         return {**extra, "teacher": averaged(extra["teacher"], online, m)}
 
@@ -244,11 +299,7 @@ class DS2(EncoderObjective):
 
         def losses(value: Any, projected: Any, maps: Any, keys: Any, key_maps: Any) -> jax.Array:
             queries, _ = self._queries({"value": value}, extra["stats"], projected)
-            scales = [
-                self._scale(queries[n], maps[n], keys[n], key_maps[n], boxes)[0]
-                for n in self.cfg.layers
-            ]
-            return jnp.sum(jnp.stack(scales))
+            return self._total(queries, maps, keys, key_maps, boxes, extra)[0]
 
         _, (maps, projected) = jax.jit(encode)(params)
         key_maps, keys, _ = jax.jit(self._keys)(params, extra, images)

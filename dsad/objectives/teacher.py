@@ -16,10 +16,10 @@ def averaged(teacher: Any, online: Any, momentum: jax.Array | float) -> Any:
     return jax.tree.map(lambda k, q: momentum * k + (1.0 - momentum) * q, teacher, online)
 
 
-def momentum_at(step: jax.Array, start: float, total: int) -> jax.Array:
-    """Momentum 1 − (1 − start)(cos(π step / total) + 1) / 2, held at 1 past the end (BYOL)."""
+def momentum_at(step: jax.Array, start: float, total: int, end: float = 1.0) -> jax.Array:
+    """Momentum end − (end − start)(cos(π step / total) + 1) / 2, held past the end (BYOL: 1)."""
     part = jnp.minimum(step.astype(jnp.float32) / total, 1.0)
-    return 1.0 - (1.0 - start) * (jnp.cos(jnp.pi * part) + 1.0) / 2.0
+    return end - (end - start) * (jnp.cos(jnp.pi * part) + 1.0) / 2.0
 
 
 def interleaved(*views: jax.Array) -> jax.Array:

@@ -51,6 +51,7 @@ def info_nce(
     temperature: float = 0.2,
     negatives: jax.Array | None = None,
     excluded: jax.Array | None = None,
+    counted: jax.Array | None = None,
     split: bool = False,
 ) -> jax.Array:
     """Mean over the queries of −log(exp(q·k⁺ / t) / (exp(q·k⁺ / t) + Σ exp(q·k⁻ / t))).
@@ -66,6 +67,8 @@ def info_nce(
       negatives: unit vectors (K, d), or None.
       excluded: (n, K) bool, pairs that are no negatives, such as those of one class; (n, n) without
         ``negatives``.
+      counted: (n,) bool, the queries that the mean is over, such as those that have a positive;
+        0 if there is none.
       split: the negatives are split over the mesh and stay so: queries are brought to every device,
         which compares all of them with its part. Otherwise every device compares its queries
         with a whole copy.
@@ -94,7 +97,11 @@ def info_nce(
     # Not joined into rows of 1 + K first, which would break the split of the K.
     highest = jax.lax.stop_gradient(jnp.maximum(positive, jnp.max(alike, axis=1)))
     rest = jnp.sum(jnp.exp(alike - highest[:, None]), axis=1)
-    return jnp.mean(jnp.log(jnp.exp(positive - highest) + rest) + highest - positive)
+    losses = jnp.log(jnp.exp(positive - highest) + rest) + highest - positive
+    if counted is None:
+        return jnp.mean(losses)
+    number = jnp.sum(counted, dtype=jnp.float32)
+    return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.maximum(number, 1.0)
 
 
 def make_queue(key: jax.Array, size: int, dim: int) -> Queue:

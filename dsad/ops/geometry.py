@@ -29,11 +29,25 @@ def spatial_positives(
     Distance of the two centres over the larger of the two cell diagonals, strictly below
     ``threshold`` (PixPro, Xie et al. 2021, eq. 1; DS2 uses 0.1). Cells are flattened row-major.
     """
+    squared, diagonal = _squared_distances(query_box, key_box, cells)
+    close = squared < jnp.square(threshold * diagonal)[:, None, None, None, None]
+    return close.reshape(close.shape[0], cells**2, cells**2)
+
+
+def cell_distances(query_box: jax.Array, key_box: jax.Array, cells: int) -> jax.Array:
+    """The distances that ``spatial_positives`` bounds, (b, cells², cells²) in cell diagonals."""
+    squared, diagonal = _squared_distances(query_box, key_box, cells)
+    distances = jnp.sqrt(squared) / diagonal[:, None, None, None, None]
+    return distances.reshape(distances.shape[0], cells**2, cells**2)
+
+
+def _squared_distances(
+    query_box: jax.Array, key_box: jax.Array, cells: int
+) -> tuple[jax.Array, jax.Array]:
+    """Between centres, (b, row, column, row, column), and the larger of the diagonals (b,)."""
     qx, qy = cell_centres(query_box, cells)
     kx, ky = cell_centres(key_box, cells)
     dx = jnp.square(qx[:, :, None] - kx[:, None, :])  # (b, query column, key column)
     dy = jnp.square(qy[:, :, None] - ky[:, None, :])
     squared = dy[:, :, None, :, None] + dx[:, None, :, None, :]
-    diagonal = jnp.maximum(cell_diagonal(query_box, cells), cell_diagonal(key_box, cells))
-    close = squared < jnp.square(threshold * diagonal)[:, None, None, None, None]
-    return close.reshape(close.shape[0], cells**2, cells**2)
+    return squared, jnp.maximum(cell_diagonal(query_box, cells), cell_diagonal(key_box, cells))

@@ -190,6 +190,16 @@ def test_an_operation_that_is_off_is_not_in_the_program():
     assert size(dataclasses.replace(neutral, jitter_probability=1.0)) == bare
 
 
+def test_a_blur_meant_for_another_side_scales_with_the_view():
+    batch = make_batch(4)
+    plain = dataclasses.replace(GEOMETRY, blur_probability=1.0)
+    meant = dataclasses.replace(plain, blur_sigma=(0.2, 4.0), blur_side=64)
+    found, expected = view(batch, meant)["image"], view(batch, plain)["image"]
+    np.testing.assert_array_equal(found, expected)
+    own = dataclasses.replace(plain, blur_side=32)
+    np.testing.assert_array_equal(view(batch, own)["image"], expected)
+
+
 def test_flip_probability_and_coordinates():
     count = 2000
     many = {

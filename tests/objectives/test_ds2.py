@@ -184,6 +184,8 @@ def test_the_gradient_at_zero_vectors_is_finite():
 @pytest.mark.parametrize(("step", "want"), [(0, 0.99), (2835, 0.995), (5670, 1.0), (9999, 1.0)])
 def test_momentum(step, want):
     assert float(teacher.momentum_at(jnp.int32(step), 0.99, 5670)) == pytest.approx(want, abs=1e-6)
+    level = teacher.momentum_at(jnp.int32(step), 0.999, 5670, 0.999)
+    assert float(level) == pytest.approx(0.999, abs=1e-6)
 
 
 # --- shapes and counts

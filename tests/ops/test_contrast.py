@@ -120,6 +120,17 @@ def test_published_values():
     assert nothing == pytest.approx(0, abs=1e-7)
 
 
+def test_queries_that_are_not_counted_leave_the_mean():
+    query, key, queue = units(4, N, D), units(5, N, D), units(6, K, D)
+    counted = np.arange(N) % 3 == 0
+    found = jax.value_and_grad(info_nce)(query, key, negatives=queue, counted=jnp.asarray(counted))
+    loss, gradient = jax.value_and_grad(info_nce)(query[counted], key[counted], negatives=queue)
+    assert found[0] == pytest.approx(float(loss), rel=1e-6)
+    np.testing.assert_allclose(found[1][counted], gradient, rtol=1e-5, atol=1e-7)
+    assert not found[1][~counted].any()
+    assert info_nce(query, key, negatives=queue, counted=jnp.zeros(N, bool)) == 0
+
+
 def test_large_similarities_do_not_overflow():
     query = 100 * jnp.eye(4, 8)
     loss, gradient = jax.value_and_grad(info_nce)(query, -query, negatives=100 * jnp.eye(8)[4:])

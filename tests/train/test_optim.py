@@ -43,6 +43,16 @@ def test_published_schedule(step, want):
     assert float(schedule(jnp.int32(step))) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "periodic", "constant"])
+def test_the_published_counting_is_refused_with_other_schedules(schedule):
+    message = (
+        rf"optim\.published_schedule: expected False with optim\.schedule='{schedule}', found "
+        r"True\. .* set optim\.schedule='step' or optim\.published_schedule=False"
+    )
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(DS2, schedule=schedule, published_schedule=True)
+
+
 def test_cosine_schedule_ends_at_its_minimum():
     schedule = make_schedule(dataclasses.replace(DS2, schedule="cosine"), **RECIPE)
     assert float(schedule(jnp.int32(70))) == pytest.approx(2.0)

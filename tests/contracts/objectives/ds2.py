@@ -3,22 +3,18 @@ import dataclasses
 import jax.numpy as jnp
 
 from dsad.objectives import ds2
-from dsad.objectives._dense import positive_pairs
 from tests.contracts.objectives.common import VIEW, Case
 
 
 class RecordedDS2(ds2.DS2):
     """DS2 whose scalars also hold the pairs it chose, (2, b, S², S²) bool at each stage."""
 
-    def _scale(self, queries, maps, keys, key_maps, boxes):
-        total, monitors = super()._scale(queries, maps, keys, key_maps, boxes)
+    def _scale(self, queries, maps, keys, key_maps, boxes, queue):
+        total, monitors = super()._scale(queries, maps, keys, key_maps, boxes, queue)
         pairs = [
-            positive_pairs(
-                maps[q::2], key_maps[k::2], boxes[q], boxes[k], threshold=self.cfg.threshold,
-                top1=self.cfg.top1, similarity=self.cfg.top1_similarity,
-            )[0]
+            self._pairs(maps[q::2], key_maps[k::2], boxes[q], boxes[k])[0]
             for q, k in ((0, 1), (1, 0))
-        ]  # fmt: skip
+        ]
         return total, {**monitors, "chosen": jnp.stack(pairs)}
 
 
