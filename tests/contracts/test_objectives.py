@@ -51,8 +51,9 @@ def views_on(name, devices=1, epoch=0, key=5):
     return flatten(jax.device_get(views))
 
 
-#: "steady" is "queue" and a term; ISSTAD has oracles of its own, and is an MAE to the mesh.
-LATER = ("steady", "isstad")
+#: "steady" is "queue" and a term; ISSTAD and CutPaste have oracles of their own, and are an MAE and
+#: a DS2 to the mesh.
+LATER = ("steady", "isstad", "cutpaste")
 NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in cases()]
 
 
