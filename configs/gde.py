@@ -18,8 +18,11 @@ classes (200 components), one for all positions otherwise (500); at most 350 nor
     loco_aligned    breakfast_box, juice_bottle, pushpins of MVTec LOCO, per position
     loco_free       screw_bag, splicing_connectors of MVTec LOCO: one Gaussian
     ksdd2           one Gaussian, 1,000 images
+    cutpaste_aligned  CutPaste on MVTec AD: its eight aligned classes, per position, no PCA
+    cutpaste_free   its other seven, one Gaussian each, no PCA
+    cutpaste_image  one Gaussian of whole images, scores of images only; with any other variant
     smoke           a random network on a few small synthetic images, in seconds
-The three before smoke leave config.data.name to you.
+loco_aligned, loco_free, ksdd2 and cutpaste_image leave config.data.name to you.
 """
 
 import functools
@@ -31,6 +34,9 @@ OBJECTS = (
     "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "transistor", "zipper",
 )  # fmt: skip
 TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
+#: CutPaste has other classes per position than DS2.
+FREE = ("hazelnut", "screw", *TEXTURES)
+ALIGNED = (*sorted({*OBJECTS, "toothbrush"} - {*FREE}),)
 
 
 def get_config(variants: str = ""):
@@ -48,6 +54,12 @@ def _model(row, config):
     config.detector.update(per_position=per_position, components=components, images=images)
 
 
+def _image(config):
+    # One patch, the whole image.
+    config.backbone = "patches:256/256:resnet18"
+    config.detector.update(patch=256, stride=256, per_position=False, components=0, images=0)
+
+
 def _smoke(config):
     smoke_evaluation(config)
     config.backbone = "patches:32/8:resnet18"
@@ -63,8 +75,11 @@ PUBLISHED = {
     "loco_free": ("", ("screw_bag", "splicing_connectors"), False, 500, 350),
     "ksdd2": ("", (), False, 500, 1000),
     "mtd": ("mtd:random", (), False, 500, 1000),
+    "cutpaste_aligned": ("mvtec", ALIGNED, True, 0, 0),
+    "cutpaste_free": ("mvtec", FREE, False, 0, 0),
 }
 VARIANTS = {
     **{name: functools.partial(_model, row) for name, row in PUBLISHED.items()},
+    "cutpaste_image": _image,
     "smoke": _smoke,
 }
