@@ -131,7 +131,7 @@ def read(directory: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         # Not splitlines: names may hold further signs that it takes for ends of lines.
         rows = [json.loads(line) for line in text.split("\n") if line]
         if not all(
-            "error" in r or r["path"] and r["overlay"] and r["score"] < np.inf for r in rows
+            "error" in r or (r["path"] and r["overlay"] and r["score"] < np.inf) for r in rows
         ):
             raise ValueError("expected path, overlay and score of each image")
     except (OSError, ValueError, KeyError, TypeError) as error:
