@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from dsad.assembly import runs, workdir
+from dsad.assembly import runs, unfolding, workdir
 from dsad.assembly.pretrain import DataFacts, Run, assemble, held_out, parse, use_settings
 from dsad.core import distributed, hosts
 from dsad.core.batch import Batch
@@ -256,6 +256,10 @@ def first_state(training: Training, earlier: EarlierWeights | None, out: Console
     state = initial_state(run.objective, run.tx, run.abstract, run.config.seed)
     params, extra = state.params, state.extra
     if earlier is not None:
+        if unfolding.is_folded(earlier):
+            side = runs.image_size(run.objective) or run.config.data.canvas
+            earlier = unfolding.unfolded(earlier, run.objective, passes(training), side)
+            out.print(f"{earlier.origin}: its folded batch norms have statistics of the data again")
         params, extra, report = run.objective.adopt(earlier, params, extra)
         out.print(f"from {earlier.origin}: {report}")
     extra = run.objective.prepare(params, extra, lambda: passes(training))
