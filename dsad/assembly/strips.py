@@ -8,6 +8,7 @@ import io
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from etils import epath
@@ -36,10 +37,12 @@ class Strips:
         self.folder, self._titles = folder / FOLDER, list[str]()
 
         def draw(params: Tree, extra: Tree) -> list[jax.Array]:
-            views = rng.named(jax.random.wrap_key_data(words), "views")  # as the step draws them
+            views = rng.named(
+                jax.random.wrap_key_data(jnp.asarray(words)), "views"
+            )  # as the step draws them
             drawn = objective.pictures(params, extra, cut, views)
             self._titles = list(drawn)  # a compiled function would sort them
-            return [jax.numpy.clip(x, 0, 1) for x in drawn.values()]
+            return [jnp.clip(x, 0, 1) for x in drawn.values()]
 
         # What runs twice is compiled in a hurry; other devices keep the options of the step.
         hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

@@ -260,13 +260,15 @@ class DS2(EncoderObjective):
         """Both views, and their positive pairs at the first stage in colours of view 1's places."""
         one, two = (views := self.views(batch, key))["view1"], views["view2"]
         name = self.cfg.layers[0]
-        maps = [self.features(params, extra, v["image"], (name,))[name] for v in (one, two)]
+        first, second = (
+            self.features(params, extra, v["image"], (name,))[name] for v in (one, two)
+        )
         pairs, _ = positive_pairs(
-            *maps, one["box"], two["box"], threshold=self.cfg.threshold, top1=self.cfg.top1,
+            first, second, one["box"], two["box"], threshold=self.cfg.threshold, top1=self.cfg.top1,
             similarity=self.cfg.top1_similarity,
         )  # fmt: skip
         pairs, side = pairs.astype(jnp.float32), one["image"].shape[1]
-        cells, place = maps[0].shape[1], jnp.linspace(0.0, 1.0, maps[0].shape[1])
+        cells, place = first.shape[1], jnp.linspace(0.0, 1.0, first.shape[1])
         down, right = (x.reshape(-1) for x in jnp.meshgrid(place, place, indexing="ij"))
         colours = jnp.stack([right, down, 1 - (right + down) / 2], axis=-1)
 
