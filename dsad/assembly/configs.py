@@ -60,6 +60,7 @@ def smoke_training(config: Any) -> None:
     config.batch_size = 8
     config.steps = 4
     config.log_every = 1
+    config.pictures = 0
 
 
 def smoke_evaluation(config: Any) -> None:

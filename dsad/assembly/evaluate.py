@@ -19,7 +19,7 @@ from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, CanvasSource, Dataset, Progress
 from dsad.data import base as data_base
 from dsad.data import files, heldout
-from dsad.evaluation import fitting
+from dsad.evaluation import fitting, recalibration
 from dsad.evaluation.localize import EvalConfig, Results, localize, write_results
 from dsad.evaluation.parts import Parts
 from dsad.evaluation.support import AS_DRAWN, Sampling, Sets, SupportConfig, subset
@@ -202,6 +202,8 @@ def prepare(
         network = wrappers.unwrap(cfg.backbone).network
         backbone = runs.backbone(network, cfg.weights, cfg.seed)
         side = backbone.image_size
+        if cfg.evaluation.recalibrate:
+            recalibration.check(backbone)
     if not cfg.evaluation.image_size:
         if not side:
             raise ConfigError(

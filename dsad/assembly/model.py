@@ -30,7 +30,7 @@ from dsad.core.detection import Detector, MapWrapper, Prepares
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.tree import rebuilt
-from dsad.core.types import Backbone, RunInfo, Source
+from dsad.core.types import Backbone, HasEncoder, RunInfo, Source
 from dsad.evaluation.batches import HostBatch, Picture
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
@@ -257,9 +257,10 @@ class Saved:
         else:
             _, module, method = parse_run(entry["config"])
             info = core_config.build_dataclass(RunInfo, entry["info"], "info")
-            function = runs.features_of(module, method, info.classes)
+            objective = runs.frozen(module, method, info.classes)
+            encoder = objective.encoder_weights if isinstance(objective, HasEncoder) else None
             network = runs.RunBackbone(
-                params=params, extra=extra, function=function,
+                params=params, extra=extra, function=objective.features, encoder=encoder,
                 stored=json.dumps({n: entry[n] for n in ("directory", "config", "info")}), **about,
             )  # fmt: skip
         wrap = wrappers.unwrap(self.index["config"]["backbone"]).images
@@ -268,7 +269,7 @@ class Saved:
     def fitted(self, title: str) -> Fitted:
         """What was fitted, as arrays of the host."""
         tree = self._arrays(self.index["categories"][title])
-        return Fitted(tuple(tree["banks"]), tree["state"])
+        return Fitted(tuple(tree["banks"]), tree["state"], tree["statistics"])
 
     def threshold(self, category: str) -> dict[str, Any]:
         """What set the thresholds of a category; of its fit's test images nothing."""

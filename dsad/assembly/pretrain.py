@@ -43,6 +43,8 @@ class PretrainConfig(Settings, place="config"):
       steps: length of the training in updates; 0: ``epochs`` sets it.
       accumulate: parts that a batch is computed in, one after the other, to save memory.
       log_every: updates per line of metrics.
+      pictures: images that the report of the run shows as the objective sees them, at the first and
+        at the last update; 0: none.
       init_from: earlier weights to start from: a run, a file, or a hub name; empty: none.
       precision: of matrix products in float32: "default" is the device's fastest.
       compilation_cache: folder that keeps compiled programs for the next start; empty: none.
@@ -55,6 +57,7 @@ class PretrainConfig(Settings, place="config"):
     steps: int = field(0, at_least=0)
     accumulate: int = field(1, at_least=1)
     log_every: int = field(10, at_least=1)
+    pictures: int = field(4, at_least=0)
     init_from: str = ""
     precision: Literal["default", "high", "highest"] = "default"
     compilation_cache: str = ""

@@ -32,7 +32,7 @@ from dsad.core.types import (
     ReadsTensors,
     RunInfo,
 )
-from dsad.models import registry, wrappers
+from dsad.models import registry, statistics, wrappers
 from dsad.models.family import Encoder
 from dsad.models.weights import export, pretrained
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
@@ -103,7 +103,7 @@ class OpenedRun:
     directory: str
     config: PretrainConfig
     objective: Objective
-    features: Callable[..., FeatureMaps]
+    frozen: Objective
     stored: Mapping[str, Any]
 
     def weights(self, step: int | None) -> tuple[Any, Any, int]:
@@ -144,19 +144,19 @@ def opened(directory: str) -> OpenedRun:
     info = core_config.build_dataclass(RunInfo, stored["info"], "info")
     return OpenedRun(
         directory=directory, config=config, objective=module.build(method, info),
-        features=features_of(module, method, info.classes),
+        frozen=frozen(module, method, info.classes),
         stored={name: stored[name] for name in ("config", "info")},
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)
-def features_of(module: Any, method: Any, classes: int) -> Callable[..., FeatureMaps]:
-    """One function for all runs of one objective config, so that they share compiled programs.
+def frozen(module: Any, method: Any, classes: int) -> Objective:
+    """One objective for the encoders of all runs of one config, which share compiled programs.
 
     Neither a run's length nor its number of images shapes its feature maps.
     """
     info = RunInfo(total_steps=1, batch_size=1, samples=1, classes=classes)
-    return module.build(method, info).features
+    return module.build(method, info)
 
 
 # --- earlier weights
@@ -241,6 +241,7 @@ def _read(weights: pretrained.Weights, objective: Objective, spec: str) -> tuple
         "stored",
         "layers",
         "tokens",
+        "encoder",
     ],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,7 +250,8 @@ class RunBackbone:
 
     ``stored`` is the JSON text of the run's directory, config and info, to build ``function`` again
     where the run is gone. ``layers``, unless None, are the only maps it computes. ``tokens`` are
-    the vectors of whole images that ``only`` can name as well.
+    the vectors of whole images that ``only`` can name as well. ``encoder`` is the objective's
+    ``encoder_weights``.
     """
 
     # Not shown: jax asks for the text of what it compiles, and hides an interrupt meanwhile.
@@ -264,6 +266,27 @@ class RunBackbone:
     stored: str = ""
     layers: tuple[str, ...] | None = None
     tokens: tuple[str, ...] = ()
+    encoder: Callable[[Any, Any], Encoder] | None = None
+
+    @property
+    def statistics(self) -> Any:
+        """The encoder's; see ``models.statistics.HasStatistics``, as for the next two."""
+        network = self.encoder(self.params, self.extra) if self.encoder else None
+        return statistics.present(network.extra) if network else {}
+
+    def with_statistics(self, statistics: Any) -> "RunBackbone":
+        assert self.encoder is not None
+        leaves, structure = jax.tree.flatten(self.extra)
+        numbers = jax.tree.unflatten(structure, range(len(leaves)))
+        places = jax.tree.leaves(self.encoder(self.params, numbers).extra)
+        for place, values in zip(places, jax.tree.leaves(statistics), strict=True):
+            leaves[place] = values
+        return dataclasses.replace(self, extra=jax.tree.unflatten(structure, leaves))
+
+    def measured(self, images: jax.Array) -> Any:
+        assert self.encoder is not None
+        network = self.encoder(self.params, self.extra)
+        return statistics.measured(network, images, applied=True)
 
     def only(self, layers: Sequence[str]) -> "RunBackbone":
         """One that computes just these maps and tokens."""
@@ -306,15 +329,18 @@ def backbone(spec: str, weights: str, seed: int) -> Any:
     run = opened(place(spec).directory)
     params, extra, step = run.weights(place(spec).step)
     params, extra = jax.tree.map(jnp.asarray, (params, extra))
-    objective, arch, tokens = run.objective, type(run.objective).__name__, ()
+    objective, arch, tokens = run.frozen, type(run.objective).__name__, ()
+    encoder = None
     if isinstance(objective, HasEncoder):
+        encoder = objective.encoder_weights
         network = objective.encoder_weights(params, extra)
         arch = network.arch
         tokens = registry.family_of(arch).tokens(arch, **network.options)
     return RunBackbone(
-        params=params, extra=extra, function=run.features, mean=objective.mean, std=objective.std,
-        arch=arch, image_size=image_size(objective), description=run.described(step),
-        stored=json.dumps({"directory": run.directory, **run.stored}), tokens=tokens,
+        params=params, extra=extra, function=objective.features, mean=objective.mean,
+        std=objective.std, arch=arch, image_size=image_size(objective),
+        description=run.described(step), tokens=tokens, encoder=encoder,
+        stored=json.dumps({"directory": run.directory, **run.stored}),
     )  # fmt: skip
 
 

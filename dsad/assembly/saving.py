@@ -24,7 +24,7 @@ from dsad.evaluation.stamp import plain
 from dsad.models import wrappers
 
 #: Of the files; another one cannot be read.
-FORMAT = 4
+FORMAT = 5
 INDEX = "model.json"
 #: In the index: the SHA-256 of everything else there.
 DIGEST = "index_sha256"
@@ -85,7 +85,7 @@ class Writer:
             "file": file,
             "categories": list(categories),
             "backbone": len(self._index["backbones"]) - 1,
-            "tree": self._write(file, {"banks": fitted.banks, "state": fitted.state}),
+            "tree": self._write(file, fitted._asdict()),
             "thresholds": {c: t for c, t in results.thresholds.items() if c in categories},
             "scales": {c: s for c, s in results.scales.items() if c in categories},
         }

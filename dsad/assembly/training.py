@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -11,15 +11,24 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from dsad.assembly import runs, workdir
+from dsad.assembly import runs, unfolding, workdir
 from dsad.assembly.pretrain import DataFacts, Run, assemble, held_out, parse, use_settings
+from dsad.assembly.strips import Strips
 from dsad.core import distributed, hosts
 from dsad.core.batch import Batch
 from dsad.core.chips import chip_of
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import place_batch, replicated
-from dsad.core.types import Dataset, EarlierWeights, PerSample, Progress, Record, Source
+from dsad.core.types import (
+    Dataset,
+    EarlierWeights,
+    HasPictures,
+    PerSample,
+    Progress,
+    Record,
+    Source,
+)
 from dsad.data import base as data_base
 from dsad.data.pipeline import Pipeline, make_pipeline
 from dsad.evaluation.probe import HeldOut, Probe, default_layers
@@ -205,6 +214,9 @@ def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) 
             out.print("no complete checkpoint yet: starting at step 0")
         state = first_state(training, training.earlier or runs.checked_weights(run), out)
     training = with_features(training, state, out)
+    strips = _strips(training, path)
+    if strips and not int(state.step):
+        strips.write(state)
     batches: Any = training.pipeline.iterator()
     if position is not None:
         batches.set_state(position)
@@ -224,11 +236,25 @@ def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) 
                 probe_every=run.config.probe.every,
             )  # fmt: skip
             state, complete = train(loop, state)
+        if strips and complete:
+            strips.write(state)
     finally:
         batches.close()
         writer.close()
         checkpointer.close()
     return complete
+
+
+def _strips(training: Training, path: epath.Path) -> Strips | None:
+    """What draws the first images of the run, where its objective shows some."""
+    run, count = training.run, training.run.config.pictures
+    if not count or not isinstance(run.objective, HasPictures):
+        return None
+    batches = passes(training)
+    try:
+        return Strips(run.objective, next(batches), run.key, path, count)
+    finally:
+        batches.close()
 
 
 def _told(tell: Progress, out: Console) -> Callable[[int, int, dict[str, float]], None]:
@@ -256,6 +282,10 @@ def first_state(training: Training, earlier: EarlierWeights | None, out: Console
     state = initial_state(run.objective, run.tx, run.abstract, run.config.seed)
     params, extra = state.params, state.extra
     if earlier is not None:
+        if unfolding.is_folded(earlier):
+            side = runs.image_size(run.objective) or run.config.data.canvas
+            earlier = unfolding.unfolded(earlier, run.objective, passes(training), side)
+            out.print(f"{earlier.origin}: its folded batch norms have statistics of the data again")
         params, extra, report = run.objective.adopt(earlier, params, extra)
         out.print(f"from {earlier.origin}: {report}")
     extra = run.objective.prepare(params, extra, lambda: passes(training))
@@ -263,7 +293,7 @@ def first_state(training: Training, earlier: EarlierWeights | None, out: Console
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, run.abstract))
 
 
-def passes(training: Training) -> Iterator[Batch]:
+def passes(training: Training) -> Generator[Batch]:
     """Batches in which every sample occurs exactly once; the last one is cut to its samples."""
     run, (fetch, cut) = training.run, training.pass_functions
     for inputs, rows in training.pipeline.one_pass():

@@ -1,4 +1,4 @@
-"""``dsad report``: one self-contained page from one or more evaluations, or from predictions."""
+"""``dsad report``: one self-contained page of evaluations, of predictions, or of a pretraining."""
 
 import os
 import runpy
@@ -10,7 +10,7 @@ from dsad.assembly import predict, runs, workdir
 from dsad.assembly.fit import FALSE_ALARM_RATE
 from dsad.core import paths
 from dsad.core.errors import ConfigError
-from dsad.evaluation.report.page import write_report
+from dsad.evaluation.report.page import write_report, write_training
 from dsad.evaluation.report.predicted import write_predictions
 from dsad.terminal import flags
 
@@ -18,7 +18,8 @@ from dsad.terminal import flags
 def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
-        "report", "DIR [DIR ...]: write report.html of evaluations, side by side, or predictions.",
+        "report", "DIR [DIR ...]: write report.html of evaluations, side by side, or of "
+        "predictions or a pretraining run.",
         positional=True,
     )  # fmt: skip
     command.string("out", "", "File to write; default report.html in the first directory.")
@@ -27,15 +28,23 @@ def main(argv: list[str]) -> int:
     command.switch("allow_different", "Show runs together although their protocols differ.")
     _, values, rest = command.parse(argv)
     if not rest:
-        raise ConfigError("dsad report: name a directory written by dsad evaluate or predict.")
+        raise ConfigError(
+            "dsad report: name a directory written by dsad evaluate, predict or pretrain."
+        )
     out = values.out or os.path.join(rest[0], "report.html")
     paths.check_place(out, "Give another --out=FILE.", file=True)
     kwargs: dict[str, Any] = {"title": values.title} if values.title else {}
     predictions = [read for d in rest if (read := predict.read(d))]
-    if predictions and len(rest) > 1:
-        raise ConfigError("dsad report: expected evaluations, or one directory of predictions.")
+    pretrained = not predictions and any(_is_pretraining(d) for d in rest)
+    if (predictions or pretrained) and len(rest) > 1:
+        raise ConfigError(
+            "dsad report: expected evaluations, or one directory of predictions or of a "
+            "pretraining run, whose curves --training=DIR shows beside evaluations."
+        )
     if predictions:
         write_predictions(out, paths.directory(rest[0]), *predictions[0], **kwargs)
+    elif pretrained:
+        write_training(out, rest[0], **kwargs)
     else:
         write_report(
             out, [(_name(d, rest), d) for d in rest],
@@ -45,6 +54,10 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
     print(f"written: {out}")
     return 0
+
+
+def _is_pretraining(directory: str) -> bool:
+    return workdir.holds_run(directory) and workdir.read(directory)["command"] == "pretrain"
 
 
 def _name(directory: str, all_: list[str]) -> str:

@@ -264,6 +264,21 @@ class PerSample(Protocol):
 
 
 @runtime_checkable
+class HasPictures(Protocol):
+    """An objective that shows people what it trains on; see ``assembly.strips``.
+
+    ``pictures`` is pure and jittable: by title, in the order in which they are shown, RGB pixels
+    (b, h, w, 3) f32 in [0, 1] (clipped to it), of which row i is of sample i. Titles are letters,
+    digits, spaces and hyphens. ``key`` is the one that ``views`` gets, so that the views are those
+    of the training; a batch holds what it does in ``prepare``.
+    """
+
+    def pictures(
+        self, params: Tree, extra: Tree, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]: ...
+
+
+@runtime_checkable
 class HasParts(Protocol):
     """An objective whose loss ``dsad bench step`` can take apart."""
 

@@ -16,11 +16,12 @@ from dsad.core.detection import Detector, DetectorTraits, HasPanels, MapWrapper,
 from dsad.core.hosts import own_part, own_rows, put
 from dsad.core.mesh import batch_sharding, replicated
 from dsad.core.types import Backbone, FeatureMaps, Tree
-from dsad.evaluation import stamp, stored
+from dsad.evaluation import recalibration, stamp, stored
 from dsad.evaluation.batches import HostBatch
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.extract import Extractor, placed
 from dsad.evaluation.hosts import Hosts
+from dsad.models.statistics import HasStatistics
 from dsad.ops import resize
 from dsad.ops.resize import top_count
 
@@ -55,10 +56,14 @@ def transformed(
 
 
 class Fitted(NamedTuple):
-    """What one support set gave: the banks of the map wrappers, and the detector's state."""
+    """What one support set gave: the banks of the map wrappers, and the detector's state.
+
+    ``statistics`` are the encoder's that were measured on the support set, {} if none were.
+    """
 
     banks: tuple[Tree, ...]
     state: Tree
+    statistics: Tree
 
 
 class Device:
@@ -108,7 +113,20 @@ class Device:
 
     def use(self, backbone: Backbone) -> None:
         """Take another backbone; one of the same architecture needs no new program."""
-        about = stamp.describe_backbone(backbone)
+        self.backbone, self._statistics = backbone, None
+        self._use(backbone, stamp.describe_backbone(backbone))
+
+    def recalibrate(self, statistics: Tree) -> bool:
+        """Take the backbone with these statistics; False if it has the very same already."""
+        if not statistics or statistics is self._statistics:
+            return False
+        assert isinstance(self.backbone, HasStatistics)
+        about = {**stamp.describe_backbone(self.backbone), "batch_norm": recalibration.RULE}
+        self._use(self.backbone.with_statistics(statistics), about)
+        self._statistics = statistics
+        return True
+
+    def _use(self, backbone: Backbone, about: dict[str, Any]) -> None:
         backbone = placed(backbone, self.mesh)  # once for both
         self._features.use(backbone)
         self.store = self.hosts.together(lambda: self._opened(self._features, about))

@@ -32,6 +32,8 @@ class EvalConfig(Settings, place="evaluation"):
         scale.
       cache_mb: features of one category that stay on the devices for further passes and seeds, in
         MiB.
+      recalibrate: the batch norms of the encoder get the mean and variance of the images that the
+        detector is fitted on, for each category and seed; see ``evaluation.recalibration``.
       feature_cache: folder that keeps features for other detectors, scores and runs; empty: they
         are not kept.
 
@@ -48,6 +50,7 @@ class EvalConfig(Settings, place="evaluation"):
     holdout: int = field(5, at_least=2)
     save_maps: Literal["none", "tiff", "png"] = "none"
     cache_mb: int = field(1024, at_least=0)
+    recalibrate: bool = False
     feature_cache: str = ""
 
     def check(self) -> None:

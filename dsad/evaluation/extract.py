@@ -59,13 +59,13 @@ class Extractor:
 
         Raises ConfigError, with all the maps that it has, for a layer that it does not have.
         """
-        like = jax.tree.structure(_untitled(backbone)) if _is_arrays(backbone) else None
+        like = jax.tree.structure(untitled(backbone)) if _is_arrays(backbone) else None
         if like is None or self._like is None or like != self._like:
             self._check(backbone)
         backbone = backbone.only(self.layers)
         self.network, self._like = None, like
         if like is not None:
-            self.network = network = placed(_untitled(backbone), self.mesh)
+            self.network = network = placed(untitled(backbone), self.mesh)
             self._run: Callable[[jax.Array], Any] = functools.partial(self._with_tree, network)
         else:
             forward = functools.partial(self._forward, backbone)
@@ -128,11 +128,16 @@ class Extractor:
         return digest.hexdigest()
 
     def _forward(self, network: Any, images: jax.Array) -> Any:
-        mean = jnp.asarray(network.mean, jnp.float32)[None, None, None, :]
-        std = jnp.asarray(network.std, jnp.float32)[None, None, None, :]
-        maps = network((images.astype(jnp.float32) / 255.0 - mean) / std)
+        maps = network(normalised(network, images))
         found = {n: maps[n].astype(jnp.float32) for n in self.layers}
         return self.then(found) if self.then else found
+
+
+def normalised(network: Backbone, images: jax.Array) -> jax.Array:
+    """What a network takes of uint8 images (b, H, W, 3)."""
+    mean = jnp.asarray(network.mean, jnp.float32)[None, None, None, :]
+    std = jnp.asarray(network.std, jnp.float32)[None, None, None, :]
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def placed(backbone: Backbone, mesh: Mesh) -> Backbone:
@@ -164,7 +169,7 @@ def _is_arrays(backbone: Backbone) -> bool:
     return bool(leaves) and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves)
 
 
-def _untitled(backbone: Any) -> Any:
+def untitled(backbone: Any) -> Any:
     """The backbone without the text about its weights, also inside wrappers.
 
     The text is part of the tree's structure, and would make another program of other weights.
@@ -177,5 +182,5 @@ def _untitled(backbone: Any) -> Any:
         if field.name in ("description", "directory"):
             changed[field.name] = ""
         elif isinstance(value, Backbone):
-            changed[field.name] = _untitled(value)
+            changed[field.name] = untitled(value)
     return dataclasses.replace(backbone, **changed)

@@ -161,6 +161,7 @@ def _test_images(
         ("shots", sampling.shots, 0),
         ("evaluation.false_alarm_rate", config.false_alarm_rate, 0),
         ("support.rotations", sampling.support.rotations, 1),
+        ("evaluation.recalibrate", config.recalibrate, False),
     ):
         if value != alone:
             raise ConfigError(

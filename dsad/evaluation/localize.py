@@ -19,7 +19,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.hosts import spans
 from dsad.core.rng import named
 from dsad.core.types import Backbone, Dataset, Progress, Source, Tree, silent
-from dsad.evaluation import fitting, maps, numbers, stamp, support, thresholds, ticks
+from dsad.evaluation import fitting, maps, numbers, recalibration, stamp, support, thresholds, ticks
 from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
@@ -135,8 +135,12 @@ def localize(
     for group in groups:
         network = backbone_of(group[0]) if backbone_of else backbone
         assert network is not None, "expected a backbone, or backbone_of"
+        if config.recalibrate and not given:
+            recalibration.check(network)
         if run.device is None:
             run.device = Device(network, detector, config, mesh, tuple(run.map_wrappers.values()))
+            if config.recalibrate:
+                protocol["backbone"] = {"batch_norm": recalibration.RULE}
             protocol = stamp.make_stamp(
                 dataset, chosen, config=config, detector=detector, backbone=network, key=key,
                 name=name, details={**protocol, **(details or {})},
@@ -190,6 +194,7 @@ class _Run:
     ticks: Ticks
     measured: bool = True
     device: Device | None = None
+    statistics: dict[tuple[str, ...], Tree] = dataclasses.field(default_factory=dict)
     version: str = ""  # of the files of the categories at hand
     made: Results = dataclasses.field(default_factory=Results)
 
@@ -270,16 +275,19 @@ class _Run:
         out = {p for c in group for p in sets[c][seed].held_out} if split else set()
         chosen = {c: support.subset(x, sets[c][seed].bank) for c, x in sources.items()}
         parts = [(c, config.applied(x)) for c, x in chosen.items()]
+        paths_of = {c: [p for p in sets[c][seed].bank if p not in out] for c in group}
+        rest = [config.applied(support.subset(sources[c], p)) for c, p in paths_of.items()]
         what = f"{which} features" + (" of the split fit" if split else "")
         tick = self.tick(title, what, "features")
         start, done = time.perf_counter(), self.ticks.done
+        statistics = self._recalibrated(reader, rest)
+        spent = time.perf_counter() - start
         # Seed 0 keeps the key that a category has without seeds.
         key = named(self.key, f"{title}, seed {seed}" if seed else title)
         read = functools.partial(
             Features, reader, parts, split=which, left_out=out, rotations=config.rotations
         )
         banks: tuple[Tree, ...] = ()
-        spent = 0.0
         for name, wrapper in self.map_wrappers.items():
             source = read(ticks.quiet if banks else tick, banks=banks, by_image=True)
             bank = wrapper.adapt(source, mesh=reader.device.mesh, key=named(key, name))
@@ -289,8 +297,6 @@ class _Run:
         told = self.ticks.fitting(f"{title}, split fit" if split else title)
         trained = None
         if self.train and self.detector.traits.trains_on:
-            paths_of = {c: [p for p in sets[c][seed].bank if p not in out] for c in group}
-            rest = [config.applied(support.subset(sources[c], p)) for c, p in paths_of.items()]
             data = fitting.training_data(
                 self.detector, reader.device, self.config, self.made.stamp, features, rest,
                 title=title, seed=seed, key=key, folder=self.folder, version=self.version,
@@ -300,10 +306,21 @@ class _Run:
         state = self.detector.fit(
             features, mesh=reader.device.mesh, key=key, progress=told, trained=trained
         )
-        fitted = Fitted(banks, jax.block_until_ready(reader.device.place(state)))
+        fitted = Fitted(banks, jax.block_until_ready(reader.device.place(state)), statistics)
         self.ticks.done = done + sum(features.images)  # also where none was read
         spent += features.seconds
         return fitted, {"features": spent, "fit": time.perf_counter() - start - spent}
+
+    def _recalibrated(self, reader: Reader, sources: Sequence[Source]) -> Tree:
+        """The encoder's statistics on these images, which it has from now on; {} leaves them."""
+        if not self.config.recalibrate:
+            return {}
+        device, images = reader.device, tuple(r.path for x in sources for r in x.records)
+        if images not in self.statistics:  # seeds may share them
+            statistics = recalibration.measured(device.backbone, sources, self.config)
+            self.statistics[images] = device.place(statistics)
+        reader.use(self.statistics[images])
+        return self.statistics[images]
 
     def _category(
         self,

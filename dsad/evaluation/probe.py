@@ -208,7 +208,7 @@ class Probe:
         state = self.detector.fit(
             features, mesh=self.mesh, key=jax.random.key(0), progress=silent
         )  # its bank holds every row: nothing is drawn
-        fitted = Fitted((), reader.device.place(state))
+        fitted = Fitted((), reader.device.place(state), {})
         name = f"{category}/queries"
         scored = score(reader, fitted, queries, name, _untold, keep=False)
         return numbers.measure(scored, self.config, category, curve_points=0)[0]

@@ -26,6 +26,12 @@ class Reader:
         self.recomputed: set[str] = set()
         self._kept: dict[tuple[str, tuple[str, ...]], list[tuple[HostBatch, FeatureMaps]]] = {}
 
+    def use(self, statistics: Tree) -> None:
+        """Read features of the encoder with these statistics; {} leaves it as it is."""
+        if self.device.recalibrate(statistics):
+            self._kept.clear()
+            self.kept_bytes = 0
+
     def read(
         self, source: Source, name: str, *, keep: bool, picture: Picture | None = None
     ) -> Iterator[tuple[HostBatch, FeatureMaps]]:

@@ -141,6 +141,7 @@ def stream(
     picture: Picture | None = None,
 ) -> Iterator[tuple[HostBatch, np.ndarray, np.ndarray]]:
     """Batches with maps on the network's input and scores, of the own rows."""
+    reader.use(fitted.statistics)
     for host, features in reader.read(source, name, keep=keep, picture=picture):
         yield host, *reader.device.score(fitted, features, host)
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
 from dsad.core.pixels import IMAGENET_MEAN, IMAGENET_STD
-from dsad.core.types import FeatureMaps
-from dsad.models import registry
-from dsad.models.family import OtherArchitecture
+from dsad.core.types import FeatureMaps, Tree
+from dsad.models import registry, statistics
+from dsad.models.family import Encoder, OtherArchitecture
 from dsad.models.weights import imagenet, pretrained
 
 
@@ -80,6 +80,19 @@ class Backbone:
                     f"{suggestion(name, have)} It has: {listed(have)}."
                 )
         return dataclasses.replace(self, layers=tuple(layers))
+
+    @property
+    def statistics(self) -> Tree:
+        """See ``models.statistics.HasStatistics``, as for the next two."""
+        return statistics.present(self.extra)
+
+    def with_statistics(self, statistics: Tree) -> "Backbone":
+        return dataclasses.replace(self, extra=statistics)
+
+    def measured(self, images: jax.Array) -> Tree:
+        known = registry.family_of(self.arch).preprocessing(self.arch)
+        encoder = Encoder(self.arch, dict(self.options), self.params, self.extra, known)
+        return statistics.measured(encoder, images, applied=True)
 
     def __call__(self, images: jax.Array) -> FeatureMaps:
         family = registry.family_of(self.arch)

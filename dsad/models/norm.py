@@ -1,5 +1,8 @@
 """Batch normalisation with separate statistics for the views that share a batch."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,6 +12,23 @@ from flax import nnx
 #: As published: PyTorch's momentum 0.1 is 0.9 here.
 EPSILON = 1e-5
 MOMENTUM = 0.9
+
+_measuring: contextvars.ContextVar[bool | None] = contextvars.ContextVar("_measuring", default=None)
+
+
+@contextlib.contextmanager
+def measuring(*, applied: bool) -> Iterator[None]:
+    """In inference, norms replace their statistics by those of the batch at hand, within this.
+
+    With ``applied`` they normalise by these, as in training; otherwise by those they had, so that
+    what the network computes does not change. It acts while a program is traced: enter it in the
+    function that is compiled.
+    """
+    token = _measuring.set(applied)
+    try:
+        yield
+    finally:
+        _measuring.reset(token)
 
 
 class BatchNorm(nnx.Module):
@@ -44,8 +64,14 @@ class BatchNorm(nnx.Module):
         scale = self.scale[...] if self.affine else jnp.ones((c,), jnp.float32)
         bias = self.bias[...] if self.affine else jnp.zeros((c,), jnp.float32)
         if not train:
-            factor = scale * jax.lax.rsqrt(self.var[...] + EPSILON)
-            shift = bias - self.mean[...] * factor
+            mean, var = self.mean[...], self.var[...]
+            if (applied := _measuring.get()) is not None:
+                batch = _moments(x.astype(jnp.float32).reshape(1, 1, -1, c))
+                self.mean.set_value(batch[0][0])
+                self.var.set_value(batch[2][0])
+                mean, var = (batch[0][0], batch[2][0]) if applied else (mean, var)
+            factor = scale * jax.lax.rsqrt(var + EPSILON)
+            shift = bias - mean * factor
             wide = (1,) * (x.ndim - 1) + (c,)
             return (x * factor.reshape(wide) + shift.reshape(wide)).astype(self.dtype)
         split = x.astype(jnp.float32).reshape(x.shape[0] // views, views, -1, c)
@@ -67,10 +93,15 @@ def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Ar
     return _forward(x, scale, bias)[0]
 
 
-def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[Any, Any]:
+def _moments(x: jax.Array) -> tuple[jax.Array, ...]:
+    """Mean (v, c), x minus it, and biased variance (v, c)."""
     mean = jnp.mean(x, axis=(0, 2))
     centred = x - mean[None, :, None]
-    var = jnp.mean(jnp.square(centred), axis=(0, 2))
+    return mean, centred, jnp.mean(jnp.square(centred), axis=(0, 2))
+
+
+def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[Any, Any]:
+    mean, centred, var = _moments(x)
     inverse = jax.lax.rsqrt(var + EPSILON)
     y = centred * (scale[None] * inverse)[None, :, None] + bias[None, None, None]
     return (y, mean, var), (x, mean, inverse, scale)

@@ -15,7 +15,8 @@ from jax import lax
 
 from dsad.core.detection import MapWrapper
 from dsad.core.errors import ConfigError
-from dsad.core.types import Backbone, FeatureMaps
+from dsad.core.types import Backbone, FeatureMaps, Tree
+from dsad.models.statistics import HasStatistics
 from dsad.ops.similarity import unit
 
 
@@ -44,6 +45,16 @@ class Wrapped:
     def layers(self) -> tuple[str, ...] | None:
         """The maps it computes, None for all of the encoder's."""
         return self.encoder.layers
+
+    @property
+    def statistics(self) -> Tree:
+        """The encoder's; see ``models.statistics.HasStatistics``."""
+        return self.encoder.statistics if isinstance(self.encoder, HasStatistics) else {}
+
+    def with_statistics(self, statistics: Tree) -> Self:
+        """The same around an encoder with other statistics."""
+        assert isinstance(self.encoder, HasStatistics)
+        return dataclasses.replace(self, encoder=self.encoder.with_statistics(statistics))
 
     def only(self, layers: Sequence[str]) -> Self:
         """The same around an encoder that computes just these maps."""
@@ -82,19 +93,31 @@ class Patches(Wrapped):
         One row of patches at a time, so that memory is that of gw patches per image. Raises
         ConfigError if patches do not end at the image's border.
         """
-        height, width = (self._cells(n) for n in images.shape[1:3])
         batch = images.shape[0]
+
+        def row(patches: jax.Array) -> FeatureMaps:
+            maps = self.encoder(patches)
+            means = {n: jnp.mean(m.astype(jnp.float32), axis=(1, 2)) for n, m in maps.items()}
+            return {n: unit(m).reshape(batch, len(patches) // batch, -1) for n, m in means.items()}
+
+        return {n: jnp.moveaxis(m, 0, 1) for n, m in self._by_row(row, images).items()}
+
+    def measured(self, images: jax.Array) -> Tree:
+        """Statistics (gh, c) of every row of patches."""
+        assert isinstance(self.encoder, HasStatistics)
+        return self._by_row(self.encoder.measured, images)
+
+    def _by_row(self, function: Callable[[jax.Array], Tree], images: jax.Array) -> Tree:
+        """What a function makes of the patches (b · gw, size, size, 3) of each row."""
+        height, width = (self._cells(n) for n in images.shape[1:3])
         columns = self.stride * jnp.arange(width)[:, None] + jnp.arange(self.size)[None, :]
 
-        def row(top: jax.Array) -> FeatureMaps:
+        def row(top: jax.Array) -> Tree:
             band = lax.dynamic_slice_in_dim(images, top, self.size, axis=1)
             patches = jnp.moveaxis(jnp.take(band, columns, axis=2), 2, 1)
-            maps = self.encoder(patches.reshape(batch * width, self.size, self.size, 3))
-            means = {n: jnp.mean(m.astype(jnp.float32), axis=(1, 2)) for n, m in maps.items()}
-            return {n: unit(m).reshape(batch, width, -1) for n, m in means.items()}
+            return function(patches.reshape(-1, self.size, self.size, 3))
 
-        found = lax.map(row, self.stride * jnp.arange(height))
-        return {n: jnp.moveaxis(m, 0, 1) for n, m in found.items()}
+        return lax.map(row, self.stride * jnp.arange(height))
 
     def _cells(self, side: int) -> int:
         if side < self.size or (side - self.size) % self.stride:

@@ -310,6 +310,39 @@ class DS2(EncoderObjective):
             "losses": (jax.value_and_grad(losses, argnums=(0, 1)), inputs),
         }
 
+    def pictures(self, params: Any, extra: Any, batch: Batch, key: jax.Array) -> Any:
+        """Both views, and their positive pairs at the first stage in colours of view 1's places."""
+        one, two = (views := self.views(batch, key))["view1"], views["view2"]
+        name = self.cfg.layers[0]
+        first, second = (
+            self.features(params, extra, v["image"], (name,))[name] for v in (one, two)
+        )
+        pairs, _ = positive_pairs(
+            first, second, one["box"], two["box"], threshold=self.cfg.threshold, top1=self.cfg.top1,
+            similarity=self.cfg.top1_similarity,
+        )  # fmt: skip
+        pairs, side = pairs.astype(jnp.float32), one["image"].shape[1]
+        cells, place = first.shape[1], jnp.linspace(0.0, 1.0, first.shape[1])
+        down, right = (x.reshape(-1) for x in jnp.meshgrid(place, place, indexing="ij"))
+        colours = jnp.stack([right, down, 1 - (right + down) / 2], axis=-1)
+
+        def tinted(image: jax.Array, paired: jax.Array, colour: jax.Array) -> jax.Array:
+            layers = jnp.concatenate([jnp.broadcast_to(colour, (*paired.shape, 3)),
+                                      (paired > 0)[..., None]], axis=-1)  # fmt: skip
+            layers = layers.reshape(-1, cells, cells, 4)
+            layers = jax.image.resize(layers, (len(image), side, side, 4), "nearest")
+            share = 0.6 * layers[..., 3:]
+            return (1 - share) * self.pixels(image) + share * layers[..., :3]
+
+        count = jnp.sum(pairs, axis=1)
+        of_two = jnp.einsum("bij,ic->bjc", pairs, colours) / jnp.maximum(count, 1)[..., None]
+        return {
+            "view 1": self.pixels(one["image"]),
+            "view 2": self.pixels(two["image"]),
+            "positive cells of view 1": tinted(one["image"], jnp.sum(pairs, axis=2), colours[None]),
+            "positive cells of view 2": tinted(two["image"], count, of_two),
+        }
+
     def encoder_trees(self, params: Any, extra: Any) -> tuple[Any, Any]:
         """The online encoder; stages behind the last layer with a loss do not exist."""
         return params["encoder"], extra["stats"]["encoder"]

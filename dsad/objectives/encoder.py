@@ -69,6 +69,12 @@ class EncoderObjective(Trainable):
         _, extra = self.with_encoder({}, extra, (trees[0], stats))
         return {**maps, "pooled": pooled.astype(jnp.float32)}, extra
 
+    def pixels(self, images: jax.Array) -> jax.Array:
+        """Normalised images as RGB in [0, 1], to be looked at."""
+        wide = (1,) * (images.ndim - 1) + (3,)
+        mean, std = (jnp.asarray(x, jnp.float32).reshape(wide) for x in (self.mean, self.std))
+        return images.astype(jnp.float32) * std + mean
+
     @property
     def stage_facts(self) -> dict[str, Any]:
         """What a later stage has to share with this one, and no tensor's shape tells."""

@@ -19,7 +19,7 @@ from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError
 from dsad.core.types import EarlierWeights, Objective, RunInfo, Scalars
 from dsad.models import transformer, vit
-from dsad.models.decoder import Decoder, DecoderConfig, patchify
+from dsad.models.decoder import Decoder, DecoderConfig, patchify, unpatchify
 from dsad.models.family import Encoder, Preprocessing
 from dsad.models.transformer import Remat
 from dsad.models.weights.pretrained import mae_trees
@@ -233,6 +233,26 @@ class MAE(EncoderObjective):
         return {
             "encoder": (jax.value_and_grad(encode), (params["encoder"],)),
             "decoder": (jax.value_and_grad(decode, argnums=(0, 1)), (params["decoder"], *inputs)),
+        }
+
+    def pictures(self, params: Any, extra: Any, batch: Batch, key: jax.Array) -> Any:
+        """The view, what the encoder sees of it, and the view with its hidden patches predicted."""
+        views, patch = self.views(batch, key), self.encoder.spec.patch
+        latent, restore, mask = self.encode(params, extra, views)
+        pred = self.decode(params, extra, latent, restore).astype(jnp.float32)
+        target = patch_targets(views["image"], patch, False)
+        if self.cfg.norm_pix:  # each patch gets its own mean and deviation back
+            spread = jnp.sqrt(jnp.var(target, axis=-1, keepdims=True, ddof=1) + 1e-6)
+            pred = pred * spread + jnp.mean(target, axis=-1, keepdims=True)
+        hidden, grid = mask[:, :, None], (self.encoder.spec.grid,) * 2
+
+        def filled(patches: jax.Array) -> jax.Array:
+            return unpatchify((1 - hidden) * target + hidden * patches, patch, grid)
+
+        return {
+            "input": self.pixels(views["image"]),
+            "seen by the encoder": self.pixels(filled(jnp.zeros_like(pred))),
+            "hidden patches predicted": self.pixels(filled(pred)),
         }
 
     @property

@@ -146,7 +146,7 @@ def test_scoring_leaves_no_feature_cache(folder, tmp_path):
 
 def test_a_category_may_be_called_like_a_file_of_the_network(tmp_path):
     network, writer = models.backbone("resnet18"), Writer(str(tmp_path / "m"), overwrite=False)
-    writer.keep("backbone-0", ["backbone-0"], network, Fitted((), np.arange(3.0)), Results())
+    writer.keep("backbone-0", ["backbone-0"], network, Fitted((), np.arange(3.0), {}), Results())
     writer.finish({"backbone": "resnet18"}, Results(), {})
     saved = Saved.read(tmp_path / "m")
     np.testing.assert_array_equal(saved.fitted("backbone-0").state, np.arange(3.0))
@@ -294,7 +294,7 @@ def test_what_a_kill_left_blocks_no_model(tmp_path):
     left.write_text("half")
     writer = Writer(str(tmp_path), overwrite=False)
     network = models.backbone("resnet18", None, seed=0)
-    writer.keep("a", ["a"], network, Fitted((), {"x": np.zeros(3)}), Results())
+    writer.keep("a", ["a"], network, Fitted((), {"x": np.zeros(3)}, {}), Results())
     assert not left.exists()
     writer.discard()
     assert not list(tmp_path.iterdir())
@@ -302,7 +302,7 @@ def test_what_a_kill_left_blocks_no_model(tmp_path):
 
 def test_what_cannot_be_saved_costs_no_older_model(tmp_path):
     network = models.backbone("resnet18", None, seed=0)
-    fitted = Fitted((), {"x": np.zeros(3)})
+    fitted = Fitted((), {"x": np.zeros(3)}, {})
     writer = Writer(str(tmp_path), overwrite=False)
     writer.keep("a", ["a"], network, fitted, Results())
     writer.finish({}, Results(), {})

@@ -2,22 +2,19 @@
 
 import io
 import itertools
-import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import numpy as np
 import PIL.Image
 from etils import epath
 
 from dsad.core import paths
-from dsad.core.errors import ConfigError, WorkdirError
-from dsad.core.metric_files import read_metrics
+from dsad.core.errors import ConfigError
 from dsad.evaluation import stamp, thresholds
 from dsad.evaluation.report import cases, comparison, decisions, figures, gallery, panels
 from dsad.evaluation.report.comparison import Run
+from dsad.evaluation.report.training import pretraining
 from dsad.evaluation.results import read_results
 
 #: Largest page in bytes; the gallery shrinks until it fits.
@@ -33,15 +30,6 @@ _LABELS = {
     "pixel_auroc": "Pixel AUROC",
     "pixel_ap": "Pixel AP",
     "pixel_f1_max": "Pixel F1-max",
-}
-_TRAINING = {
-    "loss": "Loss",
-    "lr": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "feature_std": "Feature standard deviation",
-    "effective_rank": "Effective rank",
-    "probe_aupro": "AUPRO of the probe",
-    "images_per_s": "Images per second",
 }
 
 
@@ -63,7 +51,8 @@ def write_report(
       evaluations: (name, folder with results.json) per run, side by side in this order; of two
         runs differences are shown, and images that either localizes better; the gallery's other
         cases are chosen by the first.
-      training_dir: folder with ``metrics.jsonl`` and ``config.json`` of a pretraining run.
+      training_dir: folder of a pretraining run, with ``metrics.jsonl``, ``config.json`` and, where
+        its objective shows some, ``pictures``.
       title: heading of the page.
       allow_different: show runs whose stamps differ in meaning, with a notice, instead of refusing.
       commands: by run, what gives it thresholds, shown where it has none.
@@ -87,7 +76,22 @@ def write_report(
             "Evaluate the runs under one protocol, or ask for the comparison all the same with "
             "--allow-different."
         )
-    page = _render(runs, title, notices, _training(training_dir), commands or {})
+    page = _render(
+        runs, title, notices, pretraining(training_dir) if training_dir else {}, commands or {}
+    )
+    return paths.write_whole(out_path, page, "Give another --out=FILE.")
+
+
+def write_training(
+    out_path: str | epath.PathLike, folder: str | epath.PathLike, *, title: str = ""
+) -> epath.Path:
+    """Write the page of a pretraining run by itself and return its path.
+
+    Without a ``title`` it has the folder's name.
+    Raises WorkdirError for a folder of anything else, or a page that cannot be written.
+    """
+    training = pretraining(folder)
+    page = template("training").render(title=title or training["folder"], training=training)
     return paths.write_whole(out_path, page, "Give another --out=FILE.")
 
 
@@ -216,35 +220,3 @@ def _scale(run: Run, category: str) -> dict[str, Any]:
     ticks = [scale["median"] + units * spread for units in (0, 1, figures.TOP)]
     at = None if level is None else 100 * min(max(level / figures.TOP, 0.0), 1.0)
     return {"run": run, "ticks": [f"{t:.4g}" for t in ticks], "contour": at}
-
-
-def _training(folder: str | epath.PathLike | None) -> dict[str, Any]:
-    """Charts and config of a pretraining run; empty without one."""
-    if folder is None:
-        return {}
-    directory = paths.directory(folder)
-    config = directory / "config.json"
-    for file in (directory / "metrics.jsonl", config):
-        if not file.is_file():
-            raise WorkdirError(f"{file}: no such file; expected the workdir of `dsad pretrain`.")
-    rows = read_metrics(directory / "metrics.jsonl")
-    charts = []
-    for name, title in _TRAINING.items():
-        points = [(r["step"], r[name]) for r in rows if _finite(r.get(name))]
-        if len(points) > 1:
-            x, y = np.array(points, np.float64).T
-            keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), 600)).astype(int))
-            svg = figures.series_chart(x[keep], y[keep], title, name=f"training-{name}")
-            charts.append(svg)
-    try:
-        content = json.loads(config.read_text())
-    except ValueError as error:
-        raise WorkdirError(f"{config}: not valid JSON ({error}).") from error
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    last = rows[-1]["step"] if rows else None
-    return {"charts": charts, "config": text, "steps": last, "folder": directory.name}
-
-
-def _finite(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
