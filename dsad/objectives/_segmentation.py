@@ -14,7 +14,14 @@ from dsad.augment.views import ViewConfig, make_view
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import Refused, Settings, field, listed
-from dsad.core.types import EarlierWeights, FeatureMaps, ReadsTensors, Scalars, Trainable
+from dsad.core.types import (
+    EarlierWeights,
+    FeatureMaps,
+    HasPictures,
+    ReadsTensors,
+    Scalars,
+    Trainable,
+)
 from dsad.models import heads
 from dsad.objectives.encoder import EncoderObjective
 from dsad.ops.resize import match_grid, resize_maps
@@ -127,6 +134,21 @@ class Segmentation:
         scalars = {"iou": both / jnp.maximum(either, 1), "changed": jnp.mean(labels)}
         return loss, (stats, jax.lax.stop_gradient(scalars))
 
+    def pictures(
+        self, host: EncoderObjective, trees: tuple[Any, Any], head: tuple[Any, Any], batch: Batch,
+        key: jax.Array,
+    ) -> dict[str, jax.Array]:  # fmt: skip
+        """For ``HasPictures``: corrupted views, where they were changed, where the head says so.
+
+        ``trees`` are the host's params and extra, ``head`` those of the head.
+        """
+        views = self.views(batch, key)
+        maps, _ = host.embed(*trees, views["image"], train=True, layers=self.cfg.layers)
+        logits, _ = self.logits(*head, maps)
+        told = {"changed pixels": views["label"], "changes seen": jax.nn.sigmoid(logits)}
+        grey = {n: jnp.repeat(x[..., None].astype(jnp.float32), 3, -1) for n, x in told.items()}
+        return {"corrupted view": host.pixels(views["image"])} | grey
+
 
 class WithTerm(Trainable):
     """A host whose encoder segments corruptions as well; its own views and loss stay as they are.
@@ -177,6 +199,18 @@ class WithTerm(Trainable):
         scalars |= {f"corruption_{n}": v for n, v in more.items()}
         scalars["corruption_loss"] = jax.lax.stop_gradient(term)
         return total + self.cfg.weight * term, ({**new, HEAD: stats}, scalars)
+
+    def pictures(
+        self, params: Any, extra: Any, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """The host's, if it has some, and the term's."""
+        shown = {}
+        if isinstance(self.host, HasPictures):
+            shown = self.host.pictures(params, extra, batch, key)
+        return shown | self.term.pictures(
+            self.host, (params, extra), (params[HEAD], extra[HEAD]), batch,
+            rng.named(key, "corruption"),
+        )  # fmt: skip
 
     def adopt(self, earlier: EarlierWeights, params: Any, extra: Any) -> tuple[Any, Any, str]:
         """As the host does; the head starts anew."""

@@ -79,6 +79,13 @@ class Corrupt(EncoderObjective):
         )
         return loss, ({**new, "head": stats}, scalars)
 
+    def pictures(
+        self, params: Any, extra: Any, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Corrupted views, where they were changed, and where the head says so."""
+        head = params["head"], extra["head"]
+        return self.segmentation.pictures(self, (params, extra), head, batch, key)
+
 
 def build(cfg: Config, run: RunInfo) -> Corrupt:
     """The objective for a run."""

@@ -99,6 +99,13 @@ class CutPaste(EncoderObjective):
         scalars = {f"accuracy_{name}": right[i] for i, name in enumerate(CLASSES)}
         return loss, ({"encoder": stats, "head": head}, {"accuracy": jnp.mean(right), **scalars})
 
+    def pictures(
+        self, params: Any, extra: Any, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """The three classes of each image."""
+        del params, extra
+        return {name: self.pixels(image) for name, image in self.views(batch, key).items()}
+
 
 def cross_entropy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean loss of logits (b, k, k), row i of which belong to class i, and accuracies (k,)."""

@@ -19,6 +19,7 @@ from dsad.core import rng
 from dsad.core.errors import WorkdirError
 from dsad.core.mesh import make_mesh
 from dsad.core.metric_files import read_metrics
+from dsad.core.types import HasPictures
 from dsad.evaluation.report.page import write_training
 from dsad.objectives.mae import patch_targets, random_masking
 from tests.assembly.test_runs import SMALL
@@ -150,6 +151,25 @@ def test_positive_cells_have_the_colour_of_their_place(tmp_path):
     expected = np.array([[0, 0, 1], [1, 0, 0.5], [0, 1, 0.5], [1, 1, 0]])  # of the corners
     corners = np.asarray(tint)[:, [2, 2, -2, -2], [2, -2, 2, -2]]
     np.testing.assert_allclose(corners, np.broadcast_to(expected, corners.shape), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["corrupt", pytest.param("ds2", marks=pytest.mark.slow)])
+def test_corruptions_are_shown_with_their_labels(name):
+    term = {"layers": ("layer1",), "view": {"side": 64}}
+    if name == "ds2":
+        term = {"hidden": 8, "out": 4, "layers": ("layer2",), "corrupt": {"weight": 1.0, **term}}
+    made = training.build(config_of(name, **term))
+    objective, batch = made.run.objective, next(training.passes(made))
+    assert isinstance(objective, HasPictures)
+    state, key = jax.jit(objective.init)(jax.random.key(0)), jax.random.key(1)
+    drawn = jax.jit(objective.pictures)(*state, batch, key)
+    views = jax.jit(objective.views)(batch, key)
+    assert ("view 1" in drawn) == (name == "ds2")
+    views = views.get("corruption", views)
+    np.testing.assert_array_equal(drawn["changed pixels"][..., 1], views["label"])
+    image = np.asarray(views["image"]) * objective.std + objective.mean
+    np.testing.assert_allclose(drawn["corrupted view"], image, atol=1e-6)
+    assert drawn["changes seen"].shape == drawn["corrupted view"].shape
 
 
 def test_order_and_clipping(tmp_path):
