@@ -24,9 +24,9 @@ from dsad.core.flops import model_flops
 from dsad.core.types import silent
 from dsad.terminal import console, flags
 
-DSAD, TORCH = "dsad", "plain torch"
+DSAD, TORCH = "dsad", "torch"
 #: The command with overlays, tables and regions.
-WRITTEN = "dsad predict, all files written"
+WRITTEN = "dsad predict"
 #: Scores and maps of both may differ by this share.
 TOLERANCE = 1e-3
 _SIZE = 256  # of drawn images, as those of the reduced bottle
@@ -149,7 +149,7 @@ def _print(
     out: Any, model: FittedModel, files: Sequence[str], made: dict[str, Measured],
     place: pathlib.Path, batch: int, rounds: int,
 ) -> None:  # fmt: skip
-    columns = ("", "images/s", "CPU ms", "p50 ms", "p95 ms", "MB", "× rate", "× CPU", "× p50")
+    columns = ("", "images\n/s", "CPU\nms", "p50\nms", "p95\nms", "MB", "×\nrate", "×\nCPU", "×\np50")
     table = console.table(*columns, whole=True)
     base = made.get(TORCH)
     for name, row in made.items():

@@ -15,18 +15,18 @@ def test_prints_dsad_alone_where_there_is_no_torch(capsys, monkeypatch):
     assert bench.main(TINY) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Drawn images and a small bank: give --bottle=DIR --weights=FILE" in text
-    assert 'plain torch: not installed: pip install torch, or the extra "dsad[torch]"' in text
-    for part in ("│ dsad │", "dsad predict, all files written", "bank 12 × 384", "MB on disk",
+    assert 'torch: not installed: pip install torch, or the extra "dsad[torch]"' in text
+    for part in ("│ dsad │", "│ dsad predict │", "bank 12 × 384", "MB on disk",
                  "2 files, batches of 2", "Floor of float32 operations"):  # fmt: skip
         assert part in text, part
-    assert "│ plain torch │" not in text
+    assert "│ torch │" not in text
 
 
 def test_the_peer_computes_the_same(capsys, monkeypatch):
     """Scores and maps are compared before anything is timed."""
     pytest.importorskip("torch")
     assert bench.main(TINY) == 0
-    assert "│ plain torch │" in " ".join(capsys.readouterr().out.split())
+    assert "│ torch │" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr(predict, "TOLERANCE", 1e-9)
     with pytest.raises(DsadError, match="nothing was timed"):
         bench.main(TINY)
