@@ -149,7 +149,7 @@ def _print(
     out: Any, model: FittedModel, files: Sequence[str], made: dict[str, Measured],
     place: pathlib.Path, batch: int, rounds: int,
 ) -> None:  # fmt: skip
-    columns = ("", "images\n/s", "CPU\nms", "p50\nms", "p95\nms", "MB", "×\nrate", "×\nCPU", "×\np50")
+    columns = "", "images\n/s", "CPU\nms", "p50\nms", "p95\nms", "MB", "×\nrate", "×\nCPU", "×\np50"
     table = console.table(*columns, whole=True)
     base = made.get(TORCH)
     for name, row in made.items():
