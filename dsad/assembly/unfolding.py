@@ -16,7 +16,8 @@ from dsad.models import statistics
 
 def is_folded(earlier: EarlierWeights) -> bool:
     """Whether the encoder's batch norms are folded, see ``statistics.is_folded``."""
-    return earlier.encoder is not None and statistics.is_folded(earlier.encoder.extra)
+    encoder = earlier.encoder
+    return encoder is not None and statistics.is_folded(statistics.present(encoder.extra))
 
 
 def unfolded(

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsad import models
 from dsad.models import statistics, wrappers
@@ -82,6 +83,7 @@ def test_moments_are_those_of_the_union():
     np.testing.assert_allclose(found["var"], whole.var(0), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_patches_are_measured_in_rows():
     inner = models.backbone("resnet18")
     outer = wrappers.Patches(encoder=inner, size=32, stride=8)

@@ -154,6 +154,7 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_densecl_is_half_of_cells_and_half_of_whole_images():
     """From one pass of each network and view; then four of the ten keys are new, in their order."""
     objective = ds2.build(ds2.Config(**SMALL, **DENSECL), RUN)
