@@ -245,7 +245,7 @@ def test_an_evaluation_in_a_bucket_is_that_on_a_disk(store, tmp_path, monkeypatc
     for place in (remote, local):
         argv = [a.replace("layer1", "block1") for a in SMALL]
         argv += ["--config.data.categories=('wood',)", "--config.evaluation.save_maps=png"]
-        argv += [f"--config.backbone=run:{RUN}@0", f"--workdir={place}"]
+        argv += [f"--config.backbone=run:{RUN}@0", "--config.weights=", f"--workdir={place}"]
         assert main.main(["evaluate", *argv]) == 0
     with pytest.raises(WorkdirError, match="in use"):
         workdir.claim(remote, "evaluate", {})
