@@ -187,7 +187,9 @@ def test_the_encoder_of_a_run_needs_its_directory_no_more(tmp_path):
         run(f"--model={tmp_path / model}", *only, f"--workdir={tmp_path / place}")
     same(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
     copied, live = read_results(tmp_path / "c"), read_results(tmp_path / "a")
-    assert copied.categories["wood"] == live.categories["wood"]
+    left, right = dict(copied.categories["wood"]), dict(live.categories["wood"])
+    assert left.pop("seconds").keys() == right.pop("seconds").keys()  # times differ from run to run
+    assert left == right
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def test_a_failure_of_one_process_ends_all_with_its_message(tmp_path, images, ca
     for number in (0, 1):
         told = [line for line in out.splitlines() if line.startswith(f"[{number}] error:")]
         assert len(told) == 1, out
-        assert "a/07.png: [K8] cannot be decoded" in told[0]
+        assert f"[{number}]   a/07.png: [K8] cannot be decoded" in out, out
 
 
 SPLIT_STORE = """
