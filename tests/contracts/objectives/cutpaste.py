@@ -5,7 +5,7 @@ from tests.contracts.objectives.common import SIDE, Case
 
 CASE = Case(
     config={
-        "hidden": (16, 8),
+        "hidden": (64, 32),
         "view": dataclasses.replace(cutpaste.CROP, side=SIDE, area=(0.5, 0.5)),
     },
     # Biases in front of a batch norm.
