@@ -1,5 +1,6 @@
 """What a terminal of 80 columns shows, and what a pipe gets instead."""
 
+import dataclasses
 import io
 import re
 
@@ -8,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dsad.cli import main
-from dsad.cli.demo import comparison
+from dsad.cli.demo import UNLIKE, comparison, gains
 from dsad.cli.evaluate import decisions, table, threshold_table
 from dsad.terminal import console
 from tests.evaluation.test_localize import Planted
@@ -162,7 +163,7 @@ def test_a_wrong_flag_beside_the_short_name_of_a_config_is_the_fault(tmp_path, c
 def test_the_demo_compares_its_encoders_in_80_columns():
     results = run(Planted(categories=("[speckle]", "washer"), strength=9))
     out = io.StringIO()
-    named = {"pretrained": results, "untrained": results}
+    named = {"untrained": results, "pretrained": results}
     Console(file=out, width=COLUMNS, markup=False).print(comparison(named))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= COLUMNS
@@ -170,3 +171,17 @@ def test_the_demo_compares_its_encoders_in_80_columns():
     assert len(rows) == 3
     for metric in ("image_auroc", "pixel_auroc", "aupro_30"):
         assert f"{results.mean[metric]:.3f}" in rows[-1]
+
+
+def test_the_demo_says_what_was_gained_and_keeps_unlike_defects_apart():
+    first = run(Planted(categories=("speckle", "washer"), strength=9))
+    kinds = [{"a": {UNLIKE: {"aupro_30": x}}, "b": {UNLIKE: {"aupro_30": 0.5}}} for x in (0.5, 0.3)]
+    before, after = (
+        dataclasses.replace(first, mean={**first.mean, "aupro_30": x}, kinds=k)
+        for x, k in zip((0.25, 0.5), kinds, strict=True)
+    )
+    assert gains(before, after) == [
+        "Pretraining, mean of all classes: AUPRO 0.250 before, 0.500 after (+0.250)",
+        f"Defects unlike any corruption ({UNLIKE}): AUPRO 0.500 before, 0.400 after (-0.100)",
+    ]
+    assert len(gains(first, first)) == 1

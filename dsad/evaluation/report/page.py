@@ -41,6 +41,7 @@ def write_report(
     title: str = "Defect localization",
     allow_different: bool = False,
     commands: Mapping[str, str] | None = None,
+    lead: Sequence[str] = (),
 ) -> epath.Path:
     """Write the page and return its path; nothing in it refers to another file or to a server.
 
@@ -56,6 +57,7 @@ def write_report(
       title: heading of the page.
       allow_different: show runs whose stamps differ in meaning, with a notice, instead of refusing.
       commands: by run, what gives it thresholds, shown where it has none.
+      lead: sentences that come first.
 
     Raises:
       ConfigError: no run, two runs of one name, or stamps that differ in meaning.
@@ -76,9 +78,8 @@ def write_report(
             "Evaluate the runs under one protocol, or ask for the comparison all the same with "
             "--allow-different."
         )
-    page = _render(
-        runs, title, notices, pretraining(training_dir) if training_dir else {}, commands or {}
-    )
+    training = pretraining(training_dir) if training_dir else {}
+    page = _render(runs, title, notices, training, commands or {}, lead)
     return paths.write_whole(out_path, page, "Give another --out=FILE.")
 
 
@@ -110,6 +111,7 @@ def _render(
     notices: Sequence[str],
     training: dict[str, Any],
     commands: Mapping[str, str],
+    lead: Sequence[str],
 ) -> str:
     metrics = list(dict.fromkeys(m for run in runs for m in run.results.metric_names))
     names = comparison.categories(runs)
@@ -118,6 +120,7 @@ def _render(
         "title": title,
         "runs": runs,
         "notices": notices,
+        "lead": lead,
         "verdicts": decisions.verdicts(runs),
         "undecided": undecided,
         "commands": [command for name in undecided if (command := commands.get(name))],
