@@ -25,7 +25,7 @@ def get_config(variants: str = ""):
     config.data.canvas = 256
     config.batch_size = 16
     config.steps = 400
-    config.optim.update(name="adamw", lr=1e-3)
+    config.optim.update(name="adamw", lr=1e-3, schedule="cosine")
     config.log_every = 10
     config.checkpoint.update(every=100, permanent=100)
     return apply_variants(config, variants, VARIANTS, __file__)
@@ -42,13 +42,19 @@ def _mvtec(config):
 def _synthetic(config):
     config.data.name = "synthetic"
     config.data.canvas = 128
-    config.objective.shapes.colour = 0.1
+    config.batch_size = 8
+    config.steps = 800
+    config.objective.layers = ("layer1", "layer2")
+    config.objective.view.area = (0.4, 0.8)
+    config.objective.shapes.update(
+        rectangle=(4.0, 16.0), scar_width=(1.5, 4.0), scar_length=(8.0, 40.0), blob=(2.0, 9.0),
+        colour=0.1,
+    )  # fmt: skip
 
 
 def _smoke(config):
     _synthetic(config)
     smoke_training(config)
-    config.objective.update(layers=("layer1", "layer2"))
     config.objective.view.side = 64
 
 

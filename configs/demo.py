@@ -1,4 +1,4 @@
-"""The demo: DS2 on procedural images, then localization before and after. No file needed.
+"""The demo: segmentation of corruptions, then localization before and after. No file needed.
 
 dsad demo                 about three minutes on two CPU cores
 dsad demo --config=configs/demo.py:smoke --workdir=smoke      seconds, for tests
@@ -11,24 +11,22 @@ from dsad.assembly.configs import apply_variants
 
 
 def get_config(variants: str = ""):
-    train = pretrain.default_config("ds2")
+    train = pretrain.default_config("corrupt")
     train.data.name = "synthetic"
     train.data.canvas = 128
     train.data.synthetic.train = 32
-    train.batch_size = 32
-    train.steps = 80
-    train.log_every = 10
-    train.optim.update(
-        name="lars", lr=2.0, lr_batch=256, weight_decay=1e-5, schedule="cosine", min_lr=1e-6,
-        warmup_epochs=2.0, warmup_multiplier=100.0, milestones=(120.0, 160.0, 200.0),
-    )  # fmt: skip
-    train.objective.hidden = 512
-    # At 64 px layer1 and layer2 have 16 and 8 cells a side, near the 14 and 7 of the published DS2;
-    # deeper stages have too few, and at 128 px their cells are larger than the defects.
+    train.batch_size = 8
+    train.steps = 800
+    train.log_every = 20
+    train.optim.update(name="adamw", lr=1e-3, schedule="cosine")
+    # Cells of 4 and 8 pixels, as the nearest neighbours below compare them, and views and shapes of
+    # about the size that they have in the test images.
     train.objective.layers = ("layer1", "layer2")
-    for view in (train.objective.view1, train.objective.view2):
-        view.side = 64
-        view.area = (0.2, 1.0)
+    train.objective.view.area = (0.4, 0.8)
+    train.objective.shapes.update(
+        rectangle=(4.0, 16.0), scar_width=(1.5, 4.0), scar_length=(8.0, 40.0), blob=(2.0, 9.0),
+        colour=0.1,
+    )  # fmt: skip
     test = evaluate.default_config("knn")
     test.evaluation.image_size = 128
     test.detector.layers = ("layer1", "layer2")
@@ -41,6 +39,6 @@ def _smoke(config):
     train.data.synthetic.update(size=48, train=4, good=2, bad=1)
     train.data.canvas = 48
     train.batch_size, train.steps, train.log_every = 8, 3, 1
-    train.objective.update(hidden=16, out=8)
-    train.objective.view1.side = train.objective.view2.side = 32
+    train.objective.width = 8
+    train.objective.view.side = 48
     config.evaluate.evaluation.image_size = 48
