@@ -246,13 +246,15 @@ def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) 
 
 
 def _strips(training: Training, path: epath.Path) -> Strips | None:
-    """What draws the first images of the run, where its objective shows some."""
+    """What draws the first images that the run trains on, where its objective shows some."""
     run, count = training.run, training.run.config.pictures
     if not count or not isinstance(run.objective, HasPictures):
         return None
-    batches = passes(training)
+    batches: Any = training.pipeline.iterator()
     try:
-        return Strips(run.objective, next(batches), run.key, path, count)
+        fetch, _ = training.pass_functions
+        batch = fetch(training.store, place_batch(next(batches), run.mesh))
+        return Strips(run.objective, batch, run.key, path, count)
     finally:
         batches.close()
 

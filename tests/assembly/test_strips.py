@@ -17,7 +17,7 @@ from dsad.assembly.strips import Strips
 from dsad.cli import main
 from dsad.core import rng
 from dsad.core.errors import WorkdirError
-from dsad.core.mesh import make_mesh
+from dsad.core.mesh import make_mesh, place_batch
 from dsad.core.metric_files import read_metrics
 from dsad.core.types import HasPictures
 from dsad.evaluation.report.page import write_training
@@ -85,7 +85,12 @@ def test_strips_show_the_views_of_the_first_epoch(runs):
     titles = ["0 input", "1 seen by the encoder", "2 hidden patches predicted"]
     assert sorted(found) == [f"{s:08d} {t}.png" for s in (0, 2) for t in titles]
     made = training.build(mae())
-    batch = jax.tree.map(lambda x: np.asarray(x)[:3], next(training.passes(made)))
+    batches = made.pipeline.iterator()
+    placed = place_batch(next(batches), made.run.mesh)
+    batches.close()
+    batch = made.pass_functions[0](made.store, placed)
+    assert list(batch["index"]) != list(range(8))  # as shuffled, not by category
+    batch = jax.tree.map(lambda x: np.asarray(x)[:3], batch)
     views = jax.jit(made.run.objective.views)(batch, rng.named(made.run.key, "views"))
     objective = made.run.objective
     mean, std = (np.asarray(x, np.float32) for x in (objective.mean, objective.std))
