@@ -83,7 +83,8 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
         "Next, with your own images in MVTec layout (CATEGORY/train/good, CATEGORY/test/KIND, "
         "CATEGORY/ground_truth/KIND):\n"
         "  dsad check-data --config.data.name=mvtec --config.data.root=DIR\n"
-        "  dsad pretrain --config=configs/corrupt.py:mvtec --config.data.root=DIR --workdir=runs/mine\n"
+        "  dsad pretrain --config=configs/corrupt.py:mvtec --config.data.root=DIR "
+        "--workdir=runs/mine\n"
         "  dsad evaluate --config.backbone=run:runs/mine --workdir=runs/mine-knn\n"
         "  dsad report runs/mine-knn"
     )
@@ -91,7 +92,7 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
 
 
 def gains(before: Results, after: Results) -> list[str]:
-    """What training changed: the mean AUPRO, and that of the defects which no corruption is like."""
+    """What training changed: mean AUPRO, and that of the defects which no corruption is like."""
 
     def change(what: str, pair: Sequence[float]) -> str:
         return f"{what}: AUPRO {pair[0]:.3f} before, {pair[1]:.3f} after ({pair[1] - pair[0]:+.3f})"
