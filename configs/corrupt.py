@@ -23,11 +23,13 @@ def get_config(variants: str = ""):
     config = default_config("corrupt")
     config.data.name = "mvtec"
     config.data.canvas = 256
-    config.batch_size = 16
-    config.steps = 400
-    config.optim.update(name="adamw", lr=1e-3, schedule="cosine")
-    config.log_every = 10
-    config.checkpoint.update(every=100, permanent=100)
+    config.batch_size = 8
+    config.steps = 2400
+    config.optim.update(name="adamw", lr=3e-3, schedule="cosine")
+    # 96 pixels of an image whose longer side is 170 to 280: about what detectors see at 224.
+    config.objective.view.area = (0.12, 0.3)
+    config.log_every = 20
+    config.checkpoint.update(every=600, permanent=600)
     return apply_variants(config, variants, VARIANTS, __file__)
 
 
@@ -42,8 +44,7 @@ def _mvtec(config):
 def _synthetic(config):
     config.data.name = "synthetic"
     config.data.canvas = 128
-    config.batch_size = 8
-    config.steps = 800
+    config.steps = 1200
     config.objective.layers = ("layer1", "layer2")
     config.objective.view.area = (0.4, 0.8)
     config.objective.shapes.update(
