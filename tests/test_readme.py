@@ -28,6 +28,7 @@ SHORT = {
         "--config.objective.hidden=8", "--config.objective.out=4",
         "--config.objective.view1.side=32", "--config.objective.view2.side=32",
     ],
+    "pretrain --config=configs/corrupt.py": ["--config.objective.view.side=64"],
     "pretrain --config=configs/mae.py": [
         "--config.objective.encoder.width=24", "--config.objective.encoder.patch=8",
         "--config.objective.decoder.width=24", "--config.objective.view.side=32",
@@ -67,7 +68,7 @@ SHORT = {
     "--stream=100000": ["--stream=402"],
 }  # fmt: skip
 #: The run that other blocks take their encoder from; they may be tested in another process.
-BASE = "--workdir=runs/ds2"
+BASE = "--workdir=runs/mine"
 
 
 def shortened(words: list[str]) -> list[str]:
@@ -126,7 +127,7 @@ def test_block(block, folder):
     """A block's commands in order, as they build on each other."""
     every = commands(block)
     needed = f"run:{BASE.partition('=')[2]} " in block and BASE not in block.split()
-    if needed and not (folder / "runs" / "ds2").exists():
+    if needed and not (folder / "runs" / "mine").exists():
         every = [next(c for c in ALL if BASE in c.split()), *every]
     for line in every:
         words = shlex.split(line)
