@@ -1,6 +1,6 @@
 """The demo: segmentation of corruptions, then localization before and after. No file needed.
 
-dsad demo                 about three minutes on two CPU cores
+dsad demo                 three and a half minutes on two CPU cores
 dsad demo --config=configs/demo.py:smoke --workdir=smoke      seconds, for tests
 """
 

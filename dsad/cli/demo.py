@@ -1,7 +1,6 @@
 """``dsad demo``: the whole way once, on procedural images, in a few minutes on a CPU."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from dsad.terminal import console, flags
 from dsad.train.stop import StopSignal
 
 COMMAND_CONFIG = "configs/demo.py"
-#: The kind of defect that resembles none of the shapes that images are corrupted with.
-UNLIKE = "warp"
+#: Kinds of defects that resemble none of the shapes which images are corrupted with.
+UNLIKE = ("warp", "bent", "missing")
 
 
 def main(argv: list[str]) -> int:
@@ -92,16 +91,17 @@ def run(config: Any, path: epath.Path, out: Console) -> dict[str, Results]:
 
 
 def gains(before: Results, after: Results) -> list[str]:
-    """What training changed: mean AUPRO, and that of the defects which no corruption is like."""
-
-    def change(what: str, pair: Sequence[float]) -> str:
-        return f"{what}: AUPRO {pair[0]:.3f} before, {pair[1]:.3f} after ({pair[1] - pair[0]:+.3f})"
-
-    both = before, after
-    lines = [change("Pretraining, mean of all classes", [r.mean["aupro_30"] for r in both])]
-    warps = [[k[UNLIKE]["aupro_30"] for k in r.kinds.values() if UNLIKE in k] for r in both]
-    if all(warps):
-        lines.append(change(f"Defects unlike any corruption ({UNLIKE})", np.mean(warps, axis=1)))
+    """What training changed: mean AUPRO, and that of the kinds which no corruption is like."""
+    metric, both = "aupro_30", (before, after)
+    first, last = (r.mean[metric] for r in both)
+    lines = [f"Pretraining: mean AUPRO {first:.3f} before, {last:.3f} after ({last - first:+.3f})"]
+    unlike = []
+    for kind in UNLIKE:
+        numbers = [[k[kind][metric] for k in r.kinds.values() if kind in k] for r in both]
+        if all(numbers):
+            unlike.append(f"{kind} {np.mean(numbers[0]):.3f} → {np.mean(numbers[1]):.3f}")
+    if unlike:
+        lines.append(f"Defects unlike any corruption: {', '.join(unlike)}")
     return lines
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dsad.cli import main
-from dsad.cli.demo import UNLIKE, comparison, gains
+from dsad.cli.demo import comparison, gains
 from dsad.cli.evaluate import decisions, table, threshold_table
 from dsad.terminal import console
 from tests.evaluation.test_localize import Planted
@@ -175,13 +175,19 @@ def test_the_demo_compares_its_encoders_in_80_columns():
 
 def test_the_demo_says_what_was_gained_and_keeps_unlike_defects_apart():
     first = run(Planted(categories=("speckle", "washer"), strength=9))
-    kinds = [{"a": {UNLIKE: {"aupro_30": x}}, "b": {UNLIKE: {"aupro_30": 0.5}}} for x in (0.5, 0.3)]
+    kinds = [
+        {
+            "a": {"warp": {"aupro_30": x}, "spot": {"aupro_30": 1.0}},
+            "b": {"warp": {"aupro_30": 0.5}},
+        }
+        for x in (0.5, 0.3)
+    ]
     before, after = (
         dataclasses.replace(first, mean={**first.mean, "aupro_30": x}, kinds=k)
         for x, k in zip((0.25, 0.5), kinds, strict=True)
     )
     assert gains(before, after) == [
-        "Pretraining, mean of all classes: AUPRO 0.250 before, 0.500 after (+0.250)",
-        f"Defects unlike any corruption ({UNLIKE}): AUPRO 0.500 before, 0.400 after (-0.100)",
+        "Pretraining: mean AUPRO 0.250 before, 0.500 after (+0.250)",
+        "Defects unlike any corruption: warp 0.500 → 0.400",
     ]
     assert len(gains(first, first)) == 1
