@@ -26,7 +26,7 @@ def get_config(variants: str = ""):
     config.batch_size = 8
     config.steps = 2400
     config.optim.update(name="adamw", lr=3e-3, schedule="cosine")
-    # 96 pixels of an image whose longer side is 170 to 280: about what detectors see at 224.
+    # 96 pixels of an image of 175 to 280, if it is square: about what detectors see at 224.
     config.objective.view.area = (0.12, 0.3)
     config.log_every = 20
     config.checkpoint.update(every=600, permanent=600)

@@ -137,12 +137,12 @@ def _smoke(config):
 
 VARIANTS = {
     "published": _published,
-    "pixpro_published": _pixpro_published,
     "small": _small,
     "mtd": _mtd,
     "synthetic": _synthetic,
     "fine": _fine,
     "pixpro": _pixpro,
+    "pixpro_published": _pixpro_published,
     "adam": _adam,
     "infonce": _infonce,
     "corrupt": _corrupt,

@@ -26,13 +26,14 @@ GAP = 4
 class Strips:
     """Writes the pictures of one batch for any state of a run; nothing else of the run changes.
 
-    ``key`` is the run's; ``count`` images of the batch are drawn, on one device of process 0.
+    ``key`` is the run's; ``count`` images of the batch are drawn, on one device of process 0. The
+    one before the first of them is there as well: some views are filled from it.
     """
 
     def __init__(
         self, objective: HasPictures, batch: Batch, key: jax.Array, folder: epath.Path, count: int
     ) -> None:
-        cut = jax.tree.map(lambda x: hosts.whole(x)[:count], batch)
+        cut = jax.tree.map(lambda x: hosts.whole(x)[: count + 1], batch)
         words = hosts.whole(jax.random.key_data(key))
         self.folder, self._titles = folder / FOLDER, list[str]()
 
@@ -42,7 +43,7 @@ class Strips:
             )  # as the step draws them
             drawn = objective.pictures(params, extra, cut, views)
             self._titles = list(drawn)  # a compiled function would sort them
-            return [jnp.clip(x, 0, 1) for x in drawn.values()]
+            return [jnp.clip(x[-count:], 0, 1) for x in drawn.values()]
 
         # What runs twice is compiled in a hurry; other devices keep the options of the step.
         hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

@@ -285,7 +285,8 @@ def first_state(training: Training, earlier: EarlierWeights | None, out: Console
     params, extra = state.params, state.extra
     if earlier is not None:
         if unfolding.is_folded(earlier):
-            side = runs.image_size(run.objective) or run.config.data.canvas
+            # Views show an image larger than a view is: its canvas is nearer to their scale.
+            side = run.config.data.canvas
             earlier = unfolding.unfolded(earlier, run.objective, passes(training), side)
             out.print(f"{earlier.origin}: its folded batch norms have statistics of the data again")
         params, extra, report = run.objective.adopt(earlier, params, extra)

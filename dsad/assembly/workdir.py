@@ -18,7 +18,7 @@ _ADVICE = "Choose another --workdir, or mend this one."
 #: What a resumed run may change: where and how the same training is computed, kept and measured.
 #: That a probe holds out the same images is seen by their number: more of them include the fewer.
 FREE = (
-    "config.mesh", "config.checkpoint", "config.log_every", "config.pictures", "config.probe",
+    "config.mesh", "config.checkpoint", "config.log_every", "config.probe",
     "config.compilation_cache", "config.data.cache", "config.data.workers", "config.data.prefetch",
 )  # fmt: skip
 

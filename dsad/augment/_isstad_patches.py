@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsad.augment._isstad_regions import integers, uniforms
+from dsad.augment._draws import integers, uniforms
 from dsad.augment.blur import NO_BLUR, TRUNCATE, along_both, taps
 from dsad.augment.color import JitterDraws, adjust_saturation, apply_jitter, draw_jitter
 from dsad.core.rng import named

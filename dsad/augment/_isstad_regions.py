@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsad.augment._draws import integers, uniforms
 from dsad.augment.blur import NO_BLUR, along_both, blur_matrix
 from dsad.augment.color import JitterDraws, adjust_saturation, apply_jitter, draw_jitter
 from dsad.core.rng import named
@@ -56,19 +57,6 @@ class Change(NamedTuple):
     mirror: jax.Array
     noise: jax.Array
     noise_key: jax.Array
-
-
-def uniforms(keys: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform float32 (b, *shape) in [0, 1) of a named purpose, one key per sample (b,)."""
-    return jax.vmap(lambda k: jax.random.uniform(named(k, name), shape, jnp.float32))(keys)
-
-
-def integers(uniform: jax.Array, low: jax.Array | int, high: jax.Array | int) -> jax.Array:
-    """Integers int32, both ends included, from uniform numbers in [0, 1)."""
-    low, high = jnp.asarray(low, jnp.int32), jnp.asarray(high, jnp.int32)
-    span = (high - low).astype(jnp.float32)
-    # u < 1, but u * (span + 1) may round up to span + 1.
-    return low + jnp.minimum(jnp.floor(uniform * (span + 1)), span).astype(jnp.int32)
 
 
 def draw_shapes(keys: jax.Array, box: jax.Array, n_max: int) -> Shapes:

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsad.augment._isstad_regions import integers, uniforms
+from dsad.augment._draws import between, integers, uniforms
 from dsad.augment.isstad_corruption import HALF_STEP
 from dsad.core.config import Refused, Settings, field
 
 RECTANGLE, SCAR, BLOB = range(3)
 KINDS = {"rectangle": RECTANGLE, "scar": SCAR, "blob": BLOB}
-SOURCES = {"own": 0, "other": 1, "noise": 2}
 #: Waves around a blob's outline.
 WAVES = (2, 3, 5)
 #: Softness in pixels of an edge that is hard.
@@ -82,8 +81,8 @@ class Shapes(NamedTuple):
     ``kind`` (b, n); ``centre`` (b, n, 2): y, x in pixels, where the first pixel's centre is 0.5;
     ``semi`` (b, n, 2): half of the sides across and along ``angle`` (b, n), radii of a blob;
     ``phase`` (b, n, 3): of the ``WAVES`` of a blob; ``soft`` (b, n): width of the edge; ``source``
-    (b, n); ``shift`` (b, n, 2): from a pixel to the one that fills it; ``gain`` (b, n); ``offset``
-    (b, n, 3) by channel; ``used`` (b, n) bool.
+    (b, n): place in the config's ``sources``; ``shift`` (b, n, 2): from a pixel to the one that
+    fills it; ``gain`` (b, n); ``offset`` (b, n, 3) by channel; ``used`` (b, n) bool.
     """
 
     kind: jax.Array
@@ -97,10 +96,6 @@ class Shapes(NamedTuple):
     gain: jax.Array
     offset: jax.Array
     used: jax.Array
-
-
-def _between(uniform: jax.Array, ends: tuple[float, float]) -> jax.Array:
-    return ends[0] + (ends[1] - ends[0]) * uniform
 
 
 def _one_of(uniform: jax.Array, values: list[int]) -> jax.Array:
@@ -117,10 +112,10 @@ def draw_shapes(keys: jax.Array, config: ShapesConfig, side: int) -> Shapes:
     kind = _one_of(u[..., 0], [KINDS[name] for name in config.kinds])[..., None]
     across = jnp.stack([u[..., 1], u[..., 2]], axis=-1)
     scar = jnp.stack(
-        [_between(u[..., 1], config.scar_width), _between(u[..., 2], config.scar_length)], axis=-1
+        [between(u[..., 1], config.scar_width), between(u[..., 2], config.scar_length)], axis=-1
     )
-    rectangle = _between(across, config.rectangle)
-    radius = _between(across[..., :1], config.blob)
+    rectangle = between(across, config.rectangle)
+    radius = between(across[..., :1], config.blob)
     semi = jnp.where(kind == RECTANGLE, rectangle / 2, jnp.where(kind == SCAR, scar / 2, radius))
     kind = kind[..., 0]
     angle = jnp.where(kind == SCAR, jnp.pi * u[..., 3], 0.0)
@@ -132,7 +127,7 @@ def draw_shapes(keys: jax.Array, config: ShapesConfig, side: int) -> Shapes:
     room = side - 2 * reach
     centre, place = reach + room * u[..., 4:6], reach + room * u[..., 6:8]
     more = uniforms(keys, "filling", (n, 8 + len(WAVES)))
-    offset = _between(more[..., 2:3], config.offset)
+    offset = between(more[..., 2:3], config.offset)
     number = integers(uniforms(keys, "number", ()), 1, n)
     corrupted = uniforms(keys, "corrupted", ()) < config.probability
     return Shapes(
@@ -141,10 +136,10 @@ def draw_shapes(keys: jax.Array, config: ShapesConfig, side: int) -> Shapes:
         semi=semi,
         angle=angle,
         phase=2 * jnp.pi * more[..., 8:],
-        soft=_between(u[..., 8], config.soft),
-        source=_one_of(more[..., 0], [SOURCES[name] for name in config.sources]),
+        soft=between(u[..., 8], config.soft),
+        source=integers(more[..., 0], 0, len(config.sources) - 1),
         shift=jnp.round(place - centre).astype(jnp.int32),
-        gain=_between(more[..., 1], config.gain),
+        gain=between(more[..., 1], config.gain),
         offset=offset + config.colour * (2 * more[..., 3:6] - 1),
         used=(jnp.arange(n)[None, :] < number[:, None]) & corrupted[:, None],
     )
@@ -169,6 +164,12 @@ def coverage(shape: Shapes, side: int, irregularity: float) -> jax.Array:
     return jnp.where(shape.used, share, 0)
 
 
+def _source(name: str, images: jax.Array, others: jax.Array, keys: jax.Array) -> jax.Array:
+    if name == "noise":
+        return jnp.broadcast_to(uniforms(keys, "noise", (*images.shape[1:3], 1)), images.shape)
+    return images if name == "own" else others
+
+
 def corrupt_shapes(
     images: jax.Array, others: jax.Array, keys: jax.Array, config: ShapesConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -186,8 +187,9 @@ def corrupt_shapes(
     """
     side = images.shape[1]
     shapes = draw_shapes(keys, config, side)
-    noise = jnp.broadcast_to(uniforms(keys, "noise", (side, side, 1)), images.shape)
-    pool = jnp.stack([images, others, noise], axis=1)
+    pool = jnp.stack([
+        _source(name, images, others, keys) for name in config.sources
+    ], axis=1)  # fmt: skip
     at = jnp.arange(side)
 
     def painted_on(painted: jax.Array, pool: jax.Array, shape: Shapes) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsad.augment._isstad_regions import integers, uniforms
+from dsad.augment._draws import between, integers, uniforms
 from dsad.augment.color import JitterDraws, apply_jitter, draw_jitter
 from dsad.augment.views import JITTERED
 from dsad.core.config import Settings, field
@@ -78,8 +78,8 @@ class Pieces(NamedTuple):
 def draw_cutpaste(keys: jax.Array, side: int, config: CutPasteConfig) -> Pieces:
     """One upright piece for each image (b,) of ``side`` pixels, keys (b,)."""
     u = uniforms(keys, "cutpaste", (2,))
-    pixels = side**2 * _between(u[:, 0], config.area)
-    ratio = jnp.exp(_between(u[:, 1], (math.log(config.aspect[0]), math.log(config.aspect[1]))))
+    pixels = side**2 * between(u[:, 0], config.area)
+    ratio = jnp.exp(between(u[:, 1], (math.log(config.aspect[0]), math.log(config.aspect[1]))))
     extent = jnp.sqrt(jnp.stack([pixels / ratio, pixels * ratio], axis=1))
     return _placed(keys, side, extent, jnp.zeros_like(ratio), config.jitter)
 
@@ -88,13 +88,9 @@ def draw_scar(keys: jax.Array, side: int, config: CutPasteConfig) -> Pieces:
     """One narrow, turned piece for each image (b,), keys (b,); its width is that before turning."""
     u = uniforms(keys, "scar", (3,))
     widths, lengths = config.scar_ranges(side)
-    extent = jnp.stack([_between(u[:, 0], lengths), _between(u[:, 1], widths)], axis=1)
+    extent = jnp.stack([between(u[:, 0], lengths), between(u[:, 1], widths)], axis=1)
     most = math.radians(config.scar_rotation)
-    return _placed(keys, side, extent, _between(u[:, 2], (-most, most)), config.jitter)
-
-
-def _between(uniform: jax.Array, ends: tuple[float, float]) -> jax.Array:
-    return ends[0] + (ends[1] - ends[0]) * uniform
+    return _placed(keys, side, extent, between(u[:, 2], (-most, most)), config.jitter)
 
 
 def _placed(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsad.augment import _isstad_patches, _isstad_regions
+from dsad.augment._draws import integers, uniforms
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
 
@@ -66,7 +67,7 @@ class CorruptionConfig(Settings, place="corruption"):
 
 def drawn(keys: jax.Array, most_draw: int) -> jax.Array:
     """Which samples are corrupted (b,) bool: an integer uniform in 0 .. ``most_draw`` is not 0."""
-    return _isstad_regions.integers(_isstad_regions.uniforms(keys, "corrupt", ()), 0, most_draw) > 0
+    return integers(uniforms(keys, "corrupt", ()), 0, most_draw) > 0
 
 
 def corrupt(

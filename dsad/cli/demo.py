@@ -17,8 +17,8 @@ from dsad.terminal import console, flags
 from dsad.train.stop import StopSignal
 
 COMMAND_CONFIG = "configs/demo.py"
-#: Kinds of defects that resemble none of the shapes which images are corrupted with.
-UNLIKE = ("warp", "bent", "missing")
+#: Kinds of defects that are drawn unlike any corruption: pixels move smoothly, an object is bent.
+UNLIKE = ("warp", "bent")
 
 
 def main(argv: list[str]) -> int:
@@ -94,6 +94,8 @@ def gains(before: Results, after: Results) -> list[str]:
     """What training changed: mean AUPRO, and that of the kinds which no corruption is like."""
     metric, both = "aupro_30", (before, after)
     first, last = (r.mean[metric] for r in both)
+    if first is None or last is None:  # no defect
+        return []
     lines = [f"Pretraining: mean AUPRO {first:.3f} before, {last:.3f} after ({last - first:+.3f})"]
     unlike = []
     for kind in UNLIKE:
@@ -101,7 +103,7 @@ def gains(before: Results, after: Results) -> list[str]:
         if all(numbers):
             unlike.append(f"{kind} {np.mean(numbers[0]):.3f} → {np.mean(numbers[1]):.3f}")
     if unlike:
-        lines.append(f"Defects unlike any corruption: {', '.join(unlike)}")
+        lines.append(f"Defects drawn unlike any corruption: {', '.join(unlike)}")
     return lines
 
 

@@ -1,4 +1,7 @@
-"""The defects for development, drawn by no pasting, scar, blob or change of tone.
+"""The defects for development, drawn by other procedures than any corruption.
+
+A crack is a branching line, where corruptions have straight scars; it is darker than its place, and
+a fold shows pixels from beside it, as fillings may be and do. Absent elements and blur are neither.
 
 Each function gets a drawn ``Development`` scene and returns what those of ``_defects`` do: the
 image with the defect, (h, w, 3), and its blending weight (h, w) in 0..1. Where the weight is 0 the

@@ -140,7 +140,7 @@ def localize(
         if run.device is None:
             run.device = Device(network, detector, config, mesh, tuple(run.map_wrappers.values()))
             if config.recalibrate:
-                protocol["backbone"] = {"batch_norm": recalibration.RULE}
+                protocol["batch_norm"] = recalibration.RULE
             protocol = stamp.make_stamp(
                 dataset, chosen, config=config, detector=detector, backbone=network, key=key,
                 name=name, details={**protocol, **(details or {})},

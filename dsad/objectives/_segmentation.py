@@ -14,10 +14,12 @@ from dsad.augment.views import ViewConfig, make_view
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import Refused, Settings, field, listed
+from dsad.core.errors import ConfigError
 from dsad.core.types import (
     EarlierWeights,
     FeatureMaps,
     HasPictures,
+    Objective,
     ReadsTensors,
     Scalars,
     Trainable,
@@ -38,15 +40,12 @@ class SegmentationConfig(Settings, place="objective"):
       layers: maps that the head sees, brought to the grid of the finest.
       width: channels of the head's hidden layer.
       positive_weight: of changed pixels in the cross-entropy.
-      resolution: side in cells of the maps that are compared, labels as shares of changed pixels; 0
-        compares the view's pixels.
 
     """
 
     layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)
     width: int = field(64, at_least=1)
     positive_weight: float = field(4.0, above=0)
-    resolution: int = field(0, at_least=0)
     view: ViewConfig = ViewConfig(
         side=96, area=(0.2, 1.0), jitter_probability=0.0, blur_probability=0.0
     )
@@ -54,8 +53,6 @@ class SegmentationConfig(Settings, place="objective"):
 
     def check(self) -> None:
         self.shapes.fits(self.view.side)
-        if self.resolution > self.view.side:
-            raise Refused("resolution", f"at most the view's {self.view.side}", self.resolution)
 
 
 class TermConfig(SegmentationConfig, place="objective.corrupt"):
@@ -70,23 +67,13 @@ class TermConfig(SegmentationConfig, place="objective.corrupt"):
 
 
 def segmentation_loss(logits: jax.Array, labels: jax.Array, positive_weight: float) -> jax.Array:
-    """Mean cross-entropy of logits and shares of changed pixels in [0, 1], changed ones weighted.
+    """Mean cross-entropy of logits and labels (1: changed), those of changed pixels weighted.
 
     Arrays are of one shape; the mean is over all values, not over their weights.
     """
     logits, labels = logits.astype(jnp.float32), labels.astype(jnp.float32)
     weighted = positive_weight * labels * jax.nn.softplus(-logits)
     return jnp.mean(weighted + (1 - labels) * jax.nn.softplus(logits))
-
-
-def shares(labels: jax.Array, cells: int) -> jax.Array:
-    """Share of True pixels (b, cells, cells) f32 in each cell of labels (b, S, S)."""
-    side, last = labels.shape[1], np.arange(labels.shape[1]) + 1
-    end = (np.arange(cells)[:, None] + 1) * side / cells
-    overlap = np.minimum(end, last) - np.maximum(end - side / cells, last - 1)
-    weights = jnp.asarray(np.maximum(overlap, 0) * cells / side, jnp.float32)
-    values = labels.astype(jnp.float32)
-    return jnp.einsum("rh,bhw,cw->brc", weights, values, weights, precision="highest")
 
 
 class Segmentation:
@@ -96,7 +83,6 @@ class Segmentation:
         self.cfg = cfg
         channels = sum(maps[name].shape[-1] for name in cfg.layers)
         self.head = heads.mlp((channels, cfg.width, 1), dtype=dtype)
-        self.cells = cfg.resolution or cfg.view.side
 
     def views(self, batch: Batch, key: jax.Array) -> Any:
         """``image`` (b, S, S, 3) f32, normalised, and ``label`` (b, S, S) bool.
@@ -105,6 +91,11 @@ class Segmentation:
         every epoch: on any mesh the same, and only one image leaves each device.
         """
         cfg = self.cfg
+        if len(batch["index"]) == 1 and "other" in cfg.shapes.sources:
+            raise ConfigError(
+                "shapes.sources: expected no 'other' with batches of a single image, found "
+                f"{cfg.shapes.sources}. Take a larger batch, or 'own' and 'noise' alone."
+            )
         plain = dataclasses.replace(cfg.view, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         images = make_view(batch, rng.named(key, "view"), plain)["image"]
         keys = rng.sample_keys(rng.named(key, "corruptions"), batch["epoch"], batch["index"])
@@ -112,12 +103,13 @@ class Segmentation:
         return {"image": normalize(images, cfg.view.mean, cfg.view.std), "label": label}
 
     def logits(self, params: Any, stats: Any, maps: FeatureMaps) -> tuple[jax.Array, Any]:
-        """Logits (b, R, R) f32 of a change at the ``resolution`` R, and new batch statistics."""
+        """Logits (b, S, S) of a change in the view's pixels, and new batch statistics."""
         rows, columns = max(maps[name].shape[1:3] for name in self.cfg.layers)
         aligned = [match_grid(maps[name], (rows, columns)) for name in self.cfg.layers]
         joined = jnp.concatenate(aligned, axis=-1)
         out, stats = self.head.apply(params, stats, joined, train=True)
-        return resize_maps(out[..., 0], (self.cells, self.cells)), stats
+        side = self.cfg.view.side
+        return resize_maps(out[..., 0], (side, side)), stats
 
     def loss(
         self, params: Any, stats: Any, maps: FeatureMaps, label: jax.Array
@@ -127,11 +119,11 @@ class Segmentation:
         ``iou``: of the pixels called changed and those that are; ``changed``: their share.
         """
         logits, stats = self.logits(params, stats, maps)
-        labels = shares(label, self.cells) if self.cfg.resolution else label.astype(jnp.float32)
-        loss = segmentation_loss(logits, labels, self.cfg.positive_weight)
-        called, real = logits > 0, labels >= 0.5
-        both, either = (jnp.sum(x, dtype=jnp.float32) for x in (called & real, called | real))
-        scalars = {"iou": both / jnp.maximum(either, 1), "changed": jnp.mean(labels)}
+        loss = segmentation_loss(logits, label, self.cfg.positive_weight)
+        called = logits > 0
+        both, either = (jnp.sum(x, dtype=jnp.float32) for x in (called & label, called | label))
+        changed = jnp.mean(label, dtype=jnp.float32)
+        scalars = {"iou": both / jnp.maximum(either, 1), "changed": changed}
         return loss, (stats, jax.lax.stop_gradient(scalars))
 
     def pictures(
@@ -219,7 +211,7 @@ class WithTerm(Trainable):
         return {**taken, HEAD: params[HEAD]}, {**held, HEAD: extra[HEAD]}, report
 
 
-def with_term(host: EncoderObjective, cfg: TermConfig, dtype: Any) -> Any:
+def with_term(host: EncoderObjective, cfg: TermConfig, dtype: Any) -> Objective:
     """The host itself at weight 0, else with the term beside its loss."""
     return WithTerm(host, cfg, dtype) if cfg.weight else host
 

@@ -26,6 +26,7 @@ from dsad.objectives.teacher import interleaved
 CLASSES = ("normal", "cutpaste", "scar")
 
 #: A sixteenth of the image, undistorted: 64 of 256 pixels, which are no more than lightly coloured.
+#: The published code colours the whole image first, whose mean its contrast then refers to.
 CROP = ViewConfig(
     side=64, area=(1 / 16, 1 / 16), aspect=(1.0, 1.0), flip=0.0, jitter=(0.1, 0.1, 0.1, 0.1),
     jitter_probability=0.5, blur_probability=0.0,

@@ -100,6 +100,9 @@ class Config(Settings, place="objective"):
                 raise Refused("top1", "'off' or 'cell' with negatives", self.top1, one)
             if self.top1 == "cell" and self.threshold:
                 raise Refused("threshold", "0 with negatives and top1='cell'", self.threshold, one)
+            if self.negatives.whole and self.top1 != "cell":
+                few = "Whole images are seldom near enough to be spatial pairs."
+                raise Refused("top1", "'cell' with negatives.whole", self.top1, few)
         if self.view1.side != self.view2.side:
             cells = "Both grids must have the same cells."
             raise Refused("view2.side", f"view1's {self.view1.side}", self.view2.side, cells)
@@ -311,16 +314,16 @@ class DS2(EncoderObjective):
         }
 
     def pictures(self, params: Any, extra: Any, batch: Batch, key: jax.Array) -> Any:
-        """Both views, and their positive pairs at the first stage in colours of view 1's places."""
+        """Both views, and their positive pairs at the first stage in colours of view 1's places.
+
+        Most similar pairs are those of the encoder in inference mode, not of the teacher.
+        """
         one, two = (views := self.views(batch, key))["view1"], views["view2"]
         name = self.cfg.layers[0]
         first, second = (
             self.features(params, extra, v["image"], (name,))[name] for v in (one, two)
         )
-        pairs, _ = positive_pairs(
-            first, second, one["box"], two["box"], threshold=self.cfg.threshold, top1=self.cfg.top1,
-            similarity=self.cfg.top1_similarity,
-        )  # fmt: skip
+        pairs, _ = self._pairs(first, second, one["box"], two["box"])
         pairs, side = pairs.astype(jnp.float32), one["image"].shape[1]
         cells, place = first.shape[1], jnp.linspace(0.0, 1.0, first.shape[1])
         down, right = (x.reshape(-1) for x in jnp.meshgrid(place, place, indexing="ij"))

@@ -50,7 +50,7 @@ def test_a_model_of_a_run_keeps_its_statistics(tmp_path):
     assert main.main(["evaluate", f"--model={place}/m", f"--workdir={again}"]) == 0
     found = read_results(live)
     same(found, read_results(again))
-    assert "batch_norm" in found.stamp["backbone"]
+    assert "batch_norm" in found.stamp
     # The fit alone, loaded, scores like the evaluation.
     assert main.main(["fit", "--config=knn", *argv, f"--out={place}/fit"]) == 0
     assert Saved.read(f"{place}/fit").index["sha256"] == Saved.read(f"{place}/m").index["sha256"]
@@ -98,7 +98,7 @@ def test_training_from_folded_weights_begins_with_statistics_of_the_data(tmp_pat
     assert not statistics.is_folded(encoder.extra)
     # The first norm has the moments of whole training images, as Pillow resizes them.
     source = base.load(prepared.run.config.data).source("train")
-    side = prepared.run.objective.preprocessing.image_size
+    side = prepared.run.config.data.canvas
     images = np.stack([
         np.asarray(PIL.Image.fromarray(source[i].image).resize((side, side), 2), np.float32)
         for i in range(len(source))

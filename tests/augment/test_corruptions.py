@@ -1,5 +1,7 @@
 """Small corruptions against a float64 rendering of their draws, and what is drawn."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,27 +140,34 @@ def test_how_many_of_which_kind():
         for value in range(3):
             assert np.mean(values == value) == pytest.approx(1 / 3, abs=0.02)
     only = drawn(50, ShapesConfig(probability=1.0, kinds=("scar",), sources=("other",), most=1))
-    assert {*only.kind.flat, *only.source.flat, *only.used.flat} == {1.0}
+    assert {*only.kind.flat, *only.used.flat} == {1.0}
+    assert {*only.source.flat} == {0.0}  # the only one of its sources
 
 
-def test_no_draw_is_used_twice():
+@pytest.mark.parametrize("kind", [None, "rectangle", "scar", "blob"])
+def test_no_draw_is_used_twice(kind):
     """Between images, epochs and shapes, nor for two purposes."""
-    both = [drawn(400, epoch=e) for e in (0, 1)]
-    columns = []
-    for name in ("centre", "gain", "offset", "soft", "phase", "shift"):
+    config = ALL if kind is None else dataclasses.replace(ALL, kinds=(kind,))
+    both = [drawn(400, config, epoch=e) for e in (0, 1)]
+    names = ["centre", "gain", "offset", "soft", "phase", "shift", "source"]
+    names += {None: ["kind"], "scar": ["semi", "angle"]}.get(kind, ["semi"])
+    columns, owner = [], []
+    for name in names:
         values = np.concatenate([getattr(s, name).reshape(400, -1) for s in both])
+        if (name, kind) == ("semi", "blob"):
+            values = values[:, ::2]  # one radius
         columns.append(values.astype(np.float64))
-        if name != "shift":  # which are whole numbers
+        owner += [name] * values.shape[1]
+        if name not in ("shift", "source", "kind"):  # which are whole numbers
             repeated = values.size - len(np.unique(values))
             by_chance = values.size**2 / 2**24  # floats have 2²³ values in [0, 1)
             assert repeated <= 2 + by_chance + 4 * by_chance**0.5, name
     columns = np.concatenate(columns, axis=1)
     related = np.corrcoef(columns.T) - np.eye(columns.shape[1])
     # Offsets of the channels share a part, and a shift begins at its centre.
-    names = np.repeat(["centre", "gain", "offset", "soft", "phase", "shift"], [6, 3, 9, 3, 9, 6])
     pairs = [{"offset"}, {"centre", "shift"}]
     for i, j in zip(*np.nonzero(np.abs(related) > 0.2), strict=True):
-        assert {names[i], names[j]} in pairs, (names[i], names[j])
+        assert {owner[i], owner[j]} in pairs, (owner[i], owner[j])
 
 
 def test_a_sample_is_the_same_anywhere_in_a_batch():

@@ -186,7 +186,7 @@ def test_demo_writes_everything(tmp_path):
         assert keys <= set(results["mean"])
         assert name in page
     assert results["stamp"]["pixels"] == "original"
-    told = [x for x in done.stdout.splitlines() if "mean AUPRO" in x or "unlike any" in x]
+    told = [x for x in done.stdout.splitlines() if "mean AUPRO" in x or "drawn unlike" in x]
     assert len(told) == 2
     assert all(line in page for line in told)
     again = command(*argv, cwd=tmp_path)

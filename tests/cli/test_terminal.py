@@ -188,6 +188,8 @@ def test_the_demo_says_what_was_gained_and_keeps_unlike_defects_apart():
     )
     assert gains(before, after) == [
         "Pretraining: mean AUPRO 0.250 before, 0.500 after (+0.250)",
-        "Defects unlike any corruption: warp 0.500 → 0.400",
+        "Defects drawn unlike any corruption: warp 0.500 → 0.400",
     ]
     assert len(gains(first, first)) == 1
+    without = dataclasses.replace(first, mean={**first.mean, "aupro_30": None})
+    assert gains(without, without) == []

@@ -85,8 +85,8 @@ def test_it_is_the_evaluation_with_the_moments_of_the_training_images(devices, t
             assert b["score"] == pytest.approx(a["score"], rel=1e-4)
     assert found.categories["disc"]["features_from_cache"] == {"train": 7, "test": 11}
     assert plain.images["disc"][0]["score"] != pytest.approx(found.images["disc"][0]["score"])
-    assert found.stamp["backbone"]["batch_norm"] == recalibration.RULE
-    assert "batch_norm" not in plain.stamp["backbone"]
+    assert found.stamp["batch_norm"] == recalibration.RULE
+    assert "batch_norm" not in plain.stamp
     # A cache that the plain network fills too serves neither the other's features.
     run(normed(), config=dataclasses.replace(config, recalibrate=False))
     assert found.images == run(normed(), devices, config=config).images

@@ -10,6 +10,7 @@ import pytest
 from dsad.augment.views import make_view
 from dsad.core import rng
 from dsad.core.config import Refused
+from dsad.core.errors import ConfigError
 from dsad.models.norm import EPSILON
 from dsad.objectives import corrupt, ds2, mae
 from dsad.objectives._segmentation import (
@@ -18,7 +19,6 @@ from dsad.objectives._segmentation import (
     SegmentationConfig,
     WithTerm,
     segmentation_loss,
-    shares,
 )
 from tests.contracts.objectives import common
 from tests.contracts.objectives.corrupt import SETTINGS, TERM
@@ -35,14 +35,6 @@ def test_the_loss_is_the_weighted_cross_entropy():
     assert segmentation_loss(logits, labels, 4.0) == pytest.approx(expected, rel=1e-6)
     extreme = segmentation_loss(jnp.array([300.0, -300.0]), jnp.array([0, 1]), 4.0)
     assert extreme == pytest.approx((300 + 4 * 300) / 2)
-
-
-@pytest.mark.parametrize(("side", "cells"), [(12, 4), (10, 4), (7, 5), (6, 6)])
-def test_shares_of_changed_pixels(side, cells):
-    labels = G.uniform(size=(2, side, side)) < 0.3
-    fine = labels.repeat(cells, 1).repeat(cells, 2).astype(np.float64)
-    expected = fine.reshape(2, cells, side, cells, side).mean((2, 4))
-    np.testing.assert_allclose(shares(labels, cells), expected, atol=1e-6)
 
 
 def bilinear(maps, size):
@@ -92,11 +84,8 @@ def test_views_are_corrupted_crops_and_know_where():
     assert {*np.flatnonzero(differ)} <= {3, 4}
 
 
-def test_a_resolution_compares_shares_of_cells():
-    """The scalars, too: of two cells that are called and one that is, half are shared."""
-    cfg = SegmentationConfig(
-        layers=("a",), resolution=4, view=common.CROP, shapes=SETTINGS["shapes"]
-    )
+def test_scalars_of_the_segmentation():
+    cfg = SegmentationConfig(layers=("a",), view=common.CROP, shapes=SETTINGS["shapes"])
     maps = {"a": jnp.asarray(G.standard_normal((2, 4, 4, 3)), jnp.float32)}
     segmentation = Segmentation(cfg, maps, jnp.float32)
     params, stats = segmentation.head.init(jax.random.key(0))
@@ -104,11 +93,17 @@ def test_a_resolution_compares_shares_of_cells():
     label[0, :8, :8] = label[1, 9:12, :2] = True
     loss, (_, scalars) = segmentation.loss(params, stats, maps, jnp.asarray(label))
     logits, _ = segmentation.logits(params, stats, maps)
-    assert loss == pytest.approx(float(segmentation_loss(logits, shares(label, 4), 4.0)))
-    called, real = np.asarray(logits) > 0, np.asarray(shares(label, 4)) >= 0.5
-    assert real.sum() == 1
-    assert scalars["iou"] == pytest.approx((called & real).sum() / (called | real).sum())
+    assert loss == pytest.approx(float(segmentation_loss(logits, label, 4.0)))
+    called = np.asarray(logits) > 0
+    assert scalars["iou"] == pytest.approx((called & label).sum() / (called | label).sum())
     assert scalars["changed"] == pytest.approx(label.mean())
+
+
+def test_another_image_needs_a_batch_of_two():
+    objective, batch = common.build("corrupt"), common.batch("corrupt")
+    one = jax.tree.map(lambda x: x[:1], batch)
+    with pytest.raises(ConfigError, match=r"shapes\.sources: expected no 'other' .* single image"):
+        jax.eval_shape(objective.views, one, jax.random.key(0))
 
 
 def test_a_transformer_ends_behind_its_deepest_layer_and_learns():
@@ -139,7 +134,6 @@ def test_a_transformer_ends_behind_its_deepest_layer_and_learns():
     [
         ({"layers": ("layer5",)}, "objective.layers: expected some of layer1, layer2"),
         ({"arch": "vit_tiny_patch16_224"}, "objective.layers: expected some of block0, block1"),
-        ({"resolution": 33}, "objective.resolution: expected at most the view's 32"),
         ({"shapes": corrupt.Config().shapes}, r"objective.shapes.scar_length: expected shapes"),
     ],
 )

@@ -12,7 +12,6 @@ TERM = TermConfig(weight=0.5, **SETTINGS)
 
 CASE = Case(
     config=SETTINGS,
-    # A bias in front of a batch norm would have none; the head has no such bias.
     collectives=frozenset({"all-reduce", "collective-permute"}),
     summed=0.1,
 )
