@@ -172,9 +172,14 @@ def test_no_draw_is_used_twice(monkeypatch):
     recording("draw_scar", lambda keys, *_: keys)
     recording("make_view", lambda batch, key, _: sample_keys(key, batch["epoch"], batch["index"]))
     objective, batch = common.build("cutpaste"), common.batch("cutpaste")
-    for epoch in range(2):
+
+    @jax.jit
+    def words_of(epoch):
+        seen.clear()
         objective.views({**batch, "epoch": batch["epoch"] * 0 + epoch}, jax.random.key(0))
-    words = np.concatenate(seen)
+        return list(seen)
+
+    words = np.concatenate([w for epoch in range(2) for w in words_of(epoch)])
     assert len(np.unique(words, axis=0)) == len(words) == 6 * len(batch["index"])
 
 
