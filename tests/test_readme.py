@@ -116,7 +116,7 @@ def case(block: str):
     long = (
         "runs/ds2-mtd", "bottle-patchcore", "runs/mae-bottle", "config.shots", "dsad bench",
         "dsad plan", "runs/pixpro", "runs/pics", "runs/good-bad",
-        "check-data --config.data.name=mvtec",
+        "check-data --config.data.name=mvtec", "dsad export",
     )  # fmt: skip
     marks = [pytest.mark.slow] if any(part in block for part in long) else []
     return pytest.param(block, marks=marks, id=commands(block)[0][:60])

@@ -98,7 +98,7 @@ def test_without_affine_it_is_the_norm_of_unit_scale(train):
         net = Functional(
             lambda rngs: BatchNorm(CHANNELS, dtype=jnp.float32, rngs=rngs, affine=affine)
         )
-        params, extra = net.init(jax.random.key(0))
+        params, extra = jax.jit(net.init)(jax.random.key(0))
         return params, net.apply(params, extra, inputs()[0], train=train, views=VIEWS)
 
     params, found = applied(affine=False)

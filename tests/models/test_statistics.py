@@ -39,6 +39,19 @@ def folded():
     return models.backbone("resnet18", folded_state())
 
 
+def in_training(network, params, extra, images):
+    """Maps and running statistics of a pass that normalises by the batch."""
+    family = models.registry.family_of(network.arch)
+    function = family.network(network.arch, **dict(network.options))
+
+    @jax.jit
+    def run(params, extra, images):
+        maps, *_, running = family.run(function, params, extra, images, train=True)
+        return maps, running
+
+    return run(params, extra, images)
+
+
 def first_convolution(network, images=IMAGES):
     """What comes into the first norm, in float64."""
     kernel = np.asarray(network.params["conv1"]["kernel"], np.float64)
@@ -55,19 +68,13 @@ def test_each_norm_gets_the_moments_of_its_own_input():
     np.testing.assert_allclose(got["norm1"]["var"], direct.var((0, 1, 2)), rtol=1e-4)
     # As in training, every norm passes on what it normalised: its running statistics, started at
     # zero, are a tenth of it.
-    family = models.registry.family_of("resnet18")
     zeros = jax.tree.map(jnp.zeros_like, network.extra)
-    *_, running = family.run(
-        family.network("resnet18"), network.params, zeros, jnp.asarray(IMAGES), train=True
-    )
+    maps, running = in_training(network, network.params, zeros, jnp.asarray(IMAGES))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, 10 * b, rtol=2e-3, atol=1e-4), got, running
     )
     # With them, inference gives what training gives for this batch.
     again = network.with_statistics(got)
-    maps, *_ = family.run(
-        family.network("resnet18"), network.params, zeros, jnp.asarray(IMAGES), train=True
-    )
     np.testing.assert_allclose(
         again(jnp.asarray(IMAGES))["layer2"], maps["layer2"], rtol=1e-3, atol=1e-3
     )
@@ -119,12 +126,10 @@ def check_unfolding(network, images, layer):
     assert not statistics.is_folded(after.statistics)
     scale = float(jnp.std(before))
     np.testing.assert_allclose(after(images)[layer], before, atol=2e-4 * scale, rtol=1e-4)
-    family = models.registry.family_of(network.arch)
-    function = family.network(network.arch, **dict(network.options))
-    trained, *_ = family.run(function, params, extra, images, train=True)
+    trained, _ = in_training(network, params, extra, images)
     # On batch statistics it computes the same on the images that were measured.
     np.testing.assert_allclose(trained[layer], before, atol=2e-2 * scale, rtol=1e-2)
-    broken, *_ = family.run(function, network.params, network.extra, images, train=True)
+    broken, _ = in_training(network, network.params, network.extra, images)
     assert float(jnp.mean(jnp.abs(broken[layer] - before))) > 0.1 * scale
     return measured
 

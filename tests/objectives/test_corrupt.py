@@ -53,7 +53,7 @@ def test_the_head_is_that_of_its_description():
         layers=("a", "b"), width=6, view=common.CROP, shapes=SETTINGS["shapes"]
     )
     segmentation = Segmentation(cfg, maps, jnp.float32)
-    params, stats = segmentation.head.init(jax.random.key(0))
+    params, stats = jax.jit(segmentation.head.init)(jax.random.key(0))
     params = jax.tree.map(lambda v: v + 0.1 * jnp.arange(v.size).reshape(v.shape) % 1, params)
     single = {n: jnp.asarray(m, jnp.float32) for n, m in maps.items()}
     logits, after = segmentation.logits(params, stats, single)
@@ -88,7 +88,7 @@ def test_scalars_of_the_segmentation():
     cfg = SegmentationConfig(layers=("a",), view=common.CROP, shapes=SETTINGS["shapes"])
     maps = {"a": jnp.asarray(G.standard_normal((2, 4, 4, 3)), jnp.float32)}
     segmentation = Segmentation(cfg, maps, jnp.float32)
-    params, stats = segmentation.head.init(jax.random.key(0))
+    params, stats = jax.jit(segmentation.head.init)(jax.random.key(0))
     label = np.zeros((2, common.SIDE, common.SIDE), bool)
     label[0, :8, :8] = label[1, 9:12, :2] = True
     loss, (_, scalars) = segmentation.loss(params, stats, maps, jnp.asarray(label))

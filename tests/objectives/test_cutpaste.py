@@ -147,7 +147,8 @@ def test_the_forms_come_from_one_view():
     objective = cutpaste.build(cutpaste.Config(view=plain, patches=patches), RUN)
     batch, key = common.batch("cutpaste"), jax.random.key(5)
     views = jax.device_get(jax.jit(objective.views)(batch, key))
-    normal = make_view(batch, named(key, "view"), objective.cfg.view)["image"]
+    view = jax.jit(lambda batch: make_view(batch, named(key, "view"), objective.cfg.view))
+    normal = view(batch)["image"]
     np.testing.assert_allclose(views["normal"], normal, atol=1e-5)
     for name, most in (("cutpaste", 0.17), ("scar", 0.1)):
         changed = (views[name] != views["normal"]).any(axis=-1).mean(axis=(1, 2))

@@ -212,7 +212,7 @@ class TestAdopt:
         view = dataclasses.replace(mae.CROP, side=32)
         cfg = mae.Config(encoder=ENCODER, decoder=decoder, view=view)
         objective = mae.build(cfg, RUN)
-        params, extra = objective.init(jax.random.key(7))
+        params, extra = jax.jit(objective.init)(jax.random.key(7))
         return earlier_weights(objective, params, extra)
 
     def test_encoder_is_frozen_and_decoder_grows(self):

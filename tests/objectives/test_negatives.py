@@ -66,7 +66,7 @@ def loss_of(settings, threshold=0.5):
         )
         return nce_loss(q, k, pairs, (qbox, kbox), settings, queue)
 
-    return loss
+    return jax.jit(loss)
 
 
 @pytest.mark.parametrize(("source", "far"), [("batch", 1.2), ("batch", 0.1), ("queue", 1.2)])

@@ -12,9 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import BATCH_SPEC, MeshConfig, make_mesh
-from dsad.ops.contrast import enqueue, info_nce, make_queue, nt_xent
+from dsad.ops import contrast
+from dsad.ops.contrast import enqueue, make_queue
 from dsad.plan.hlo import collectives
 
+info_nce = jax.jit(contrast.info_nce, static_argnames="split")
+nt_xent = jax.jit(contrast.nt_xent)
 N, D, K = 16, 12, 40
 MESHES = [(1, 1), (2, 1), (4, 2), (8, 8)]
 
