@@ -29,6 +29,9 @@ SHORT = {
         "--config.objective.view1.side=32", "--config.objective.view2.side=32",
     ],
     "pretrain --config=configs/corrupt.py": ["--config.objective.view.side=64"],
+    "pretrain --config=configs/cutpaste.py": [
+        "--config.objective.hidden=(32, 16)", "--config.objective.view.side=32",
+    ],
     "pretrain --config=configs/mae.py": [
         "--config.objective.encoder.width=24", "--config.objective.encoder.patch=8",
         "--config.objective.decoder.width=24", "--config.objective.view.side=32",
@@ -114,7 +117,8 @@ RUNNABLE = [block for block in BLOCKS if not set(commands(block)) <= SETUP]
 def case(block: str):
     """The long blocks, all results and the benchmarks, are left to the slow run."""
     long = (
-        "runs/ds2-mtd", "bottle-patchcore", "runs/mae-bottle", "config.shots", "dsad bench",
+        "runs/ds2-mtd", "runs/corrupt-bottle", "bottle-patchcore", "runs/mae-bottle",
+        "config.shots", "dsad bench",
         "dsad plan", "runs/pixpro", "runs/pics", "runs/good-bad",
         "check-data --config.data.name=mvtec", "dsad export",
     )  # fmt: skip
