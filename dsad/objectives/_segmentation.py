@@ -15,16 +15,9 @@ from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import Refused, Settings, field, listed
 from dsad.core.errors import ConfigError
-from dsad.core.types import (
-    EarlierWeights,
-    FeatureMaps,
-    HasPictures,
-    Objective,
-    ReadsTensors,
-    Scalars,
-    Trainable,
-)
+from dsad.core.types import FeatureMaps, Objective, Scalars
 from dsad.models import heads
+from dsad.objectives._term import Term, WithTerm, check_pixels
 from dsad.objectives.encoder import EncoderObjective
 from dsad.ops.resize import match_grid, resize_maps
 
@@ -142,78 +135,45 @@ class Segmentation:
         return {"corrupted view": host.pixels(views["image"])} | grey
 
 
-class WithTerm(Trainable):
-    """A host whose encoder segments corruptions as well; its own views and loss stay as they are.
+class CorruptionTerm(Term):
+    """The same as a term of a host; its views are normalised as the host's."""
 
-    What the host offers, it still offers, but for ``parts`` and the cost that it states, which are
-    not those of the whole. Batch statistics follow the host's views, then the corrupted ones.
-    """
+    name, head_name = "corruption", HEAD
 
     def __init__(self, host: EncoderObjective, cfg: TermConfig, dtype: Any) -> None:
-        self.host, self.cfg = host, cfg
         maps = map_shapes(host, cfg.view.side)
         if not set(cfg.layers) <= set(maps):
             raise Refused(f"{_TERM}.layers", f"some of {listed(maps)}", cfg.layers)
-        for name in ("mean", "std"):
-            if (value := getattr(cfg.view, name)) != (expected := getattr(host, name)):
-                raise Refused(f"{_TERM}.view.{name}", f"the method's {expected}", value)
-        self.term = Segmentation(cfg, maps, dtype)
-        self.traits = dataclasses.replace(host.traits, couples_batch=True)
-        self.mean, self.std, self.stage_facts = host.mean, host.std, host.stage_facts
-        self.features, self.embed, self.prepare = host.features, host.embed, host.prepare
-        self.encoder_weights, self.after_update = host.encoder_weights, host.after_update
-        if isinstance(host, ReadsTensors):
-            self.read_tensors = host.read_tensors
-
-    def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """The host's, and the head beside them."""
-        params, extra = self.host.init(key)
-        head, stats = self.term.head.init(rng.named(key, HEAD))
-        return {**params, HEAD: head}, {**extra, HEAD: stats}
+        check_pixels(host, cfg.view, f"{_TERM}.view")
+        self.segmentation = Segmentation(cfg, maps, dtype)
+        self.head = self.segmentation.head
 
     def views(self, batch: Batch, key: jax.Array) -> Any:
-        """The host's, and ``corruption``, see ``Segmentation.views``."""
-        return {
-            **self.host.views(batch, key),
-            "corruption": self.term.views(batch, rng.named(key, "corruption")),
-        }
+        """See ``Segmentation.views``."""
+        return self.segmentation.views(batch, key)
 
     def loss(
-        self, params: Any, extra: Any, views: Any, *, key: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Scalars]]:
-        """The host's loss and ``weight`` times the term, which is logged by itself."""
-        total, (new, scalars) = self.host.loss(params, extra, views, key=key, step=step)
-        corrupted = views["corruption"]
-        maps, new = self.host.embed(
-            params, new, corrupted["image"], train=True, layers=self.cfg.layers
-        )
-        term, (stats, more) = self.term.loss(params[HEAD], extra[HEAD], maps, corrupted["label"])
-        scalars |= {f"corruption_{n}": v for n, v in more.items()}
-        scalars["corruption_loss"] = jax.lax.stop_gradient(term)
-        return total + self.cfg.weight * term, ({**new, HEAD: stats}, scalars)
+        self, host: EncoderObjective, trees: tuple[Any, Any], head: tuple[Any, Any], views: Any
+    ) -> tuple[jax.Array, Any, Any, Scalars]:
+        """See ``Segmentation.loss``."""
+        layers = self.segmentation.cfg.layers
+        maps, extra = host.embed(*trees, views["image"], train=True, layers=layers)
+        loss, (stats, scalars) = self.segmentation.loss(*head, maps, views["label"])
+        return loss, extra, stats, scalars
 
     def pictures(
-        self, params: Any, extra: Any, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
-        """The host's, if it has some, and the term's."""
-        shown = {}
-        if isinstance(self.host, HasPictures):
-            shown = self.host.pictures(params, extra, batch, key)
-        return shown | self.term.pictures(
-            self.host, (params, extra), (params[HEAD], extra[HEAD]), batch,
-            rng.named(key, "corruption"),
-        )  # fmt: skip
-
-    def adopt(self, earlier: EarlierWeights, params: Any, extra: Any) -> tuple[Any, Any, str]:
-        """As the host does; the head starts anew."""
-        alone = ({n: v for n, v in tree.items() if n != HEAD} for tree in (params, extra))
-        taken, held, report = self.host.adopt(earlier, *alone)
-        return {**taken, HEAD: params[HEAD]}, {**held, HEAD: extra[HEAD]}, report
+        self, host: EncoderObjective, trees: tuple[Any, Any], head: tuple[Any, Any], batch: Batch,
+        key: jax.Array,
+    ) -> dict[str, jax.Array]:  # fmt: skip
+        """See ``Segmentation.pictures``."""
+        return self.segmentation.pictures(host, trees, head, batch, key)
 
 
 def with_term(host: EncoderObjective, cfg: TermConfig, dtype: Any) -> Objective:
     """The host itself at weight 0, else with the term beside its loss."""
-    return WithTerm(host, cfg, dtype) if cfg.weight else host
+    if not cfg.weight:
+        return host
+    return WithTerm(host, CorruptionTerm(host, cfg, dtype), cfg.weight)
 
 
 def map_shapes(objective: EncoderObjective, side: int) -> Mapping[str, jax.ShapeDtypeStruct]:

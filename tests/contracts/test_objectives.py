@@ -54,7 +54,13 @@ def views_on(name, devices=1, epoch=0, key=5):
 #: "steady" is "queue" and a term; ISSTAD and CutPaste have oracles of their own, and are an MAE and
 #: a DS2 to the mesh; the two others are DS2 with another loss, tested on one and eight devices.
 LATER = ("steady", "isstad", "cutpaste", "infonce", "densecl")
-NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in cases()]
+
+
+def later(name):
+    return name in LATER or name.endswith("+spd")
+
+
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if later(n) else n for n in cases()]
 
 
 @pytest.mark.parametrize("name", NAMES)

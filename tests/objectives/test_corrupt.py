@@ -17,9 +17,9 @@ from dsad.objectives._segmentation import (
     HEAD,
     Segmentation,
     SegmentationConfig,
-    WithTerm,
     segmentation_loss,
 )
+from dsad.objectives._term import WithTerm
 from tests.contracts.objectives import common
 from tests.contracts.objectives.corrupt import SETTINGS, TERM
 from tests.helpers import earlier_weights

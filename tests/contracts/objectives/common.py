@@ -73,12 +73,18 @@ class Member(NamedTuple):
 def cases() -> dict[str, Member]:
     """By name: the members of dsad.objectives, and the miniatures in tests/seams/objectives."""
     of_members = [
-        Member(n, core_config.resolve("objectives", n), _module(f"contracts.objectives.{n}").CASE)
+        Member(n + suffix, core_config.resolve("objectives", n), case)
         for n in core_config.members("objectives")
+        for suffix, case in _cases(_module(f"contracts.objectives.{n}"))
     ]
     files = [m.name for m in pkgutil.iter_modules(seams.__path__)]
     miniatures = [Member(n, module := _module(f"seams.objectives.{n}"), module.CASE) for n in files]
     return {member.name: member for member in of_members + miniatures}
+
+
+def _cases(module):
+    """The case of a member, and the one with SPD of a host, by what is added to the name."""
+    return [("", module.CASE), *([("+spd", module.SPD)] if hasattr(module, "SPD") else [])]
 
 
 def _module(name):
