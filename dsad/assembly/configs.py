@@ -71,3 +71,25 @@ def smoke_evaluation(config: Any) -> None:
     config.data.synthetic.update(size=64, train=4, good=2, bad=1)
     config.evaluation.image_size = 64
     config.evaluation.batch_size = 8
+
+
+def imagenet_training(config: Any) -> None:
+    """ImageNet, images of which a canvas holds 256 pixels; torch's SGD, which decays everything."""
+    config.data.name = "imagenet"
+    config.data.canvas = 256
+    config.data.lossy = ("CMYK",)
+    config.batch_size = 256
+    config.optim.update(
+        name="sgd", lr_batch=256, momentum=0.9, weight_decay=1e-4, exempt="$^", schedule="cosine"
+    )
+    config.checkpoint.every = 5000
+
+
+def small_training(config: Any) -> None:
+    """ResNet-18 and views of 48 pixels of images of 64: minutes on a laptop."""
+    config.objective.arch = "resnet18"
+    config.data.canvas = 64
+    config.batch_size = 64
+    config.epochs = 1.0
+    config.log_every = 10
+    config.checkpoint.every = 100
