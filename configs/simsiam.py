@@ -12,13 +12,14 @@ Variants, after a colon and joined by commas:
     imagenet   what no variant takes, by name
     spd        with SPD, the loss on triplets with a small local change
     predictor  SPD on predictions, as a third-party code has it
-    small      ResNet-18, views of 48 px, one epoch of 64 images: minutes on a laptop, see README
+    small      ResNet-18, views of 48 px, 250 steps of 32 images with Adam: minutes on a laptop
     smoke      a few steps on small synthetic images
 """
 
 from dsad.assembly.configs import (
     apply_variants,
     imagenet_training,
+    small_spd,
     small_training,
     smoke_training,
 )
@@ -37,7 +38,7 @@ def get_config(variants: str = ""):
 def _views(config, side):
     for view in (config.objective.view1, config.objective.view2):
         view.side = side
-    config.objective.spd.triplet.view.side = side
+    small_spd(config, side)
 
 
 def _spd(config):

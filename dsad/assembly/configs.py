@@ -86,10 +86,22 @@ def imagenet_training(config: Any) -> None:
 
 
 def small_training(config: Any) -> None:
-    """ResNet-18 and views of 48 pixels of images of 64: minutes on a laptop."""
+    """ResNet-18 and views of 48 pixels of images of 64: minutes on a laptop.
+
+    Adam, because rates of SGD that long runs take hardly move a network in so few steps.
+    """
     config.objective.arch = "resnet18"
     config.data.canvas = 64
-    config.batch_size = 64
-    config.epochs = 1.0
+    config.batch_size = 32
+    config.steps = 250
+    config.optim.update(
+        name="adamw", lr=1e-3, lr_batch=0, weight_decay=0.0, schedule="cosine", groups=()
+    )
     config.log_every = 10
-    config.checkpoint.every = 100
+    config.checkpoint.every = 50
+
+
+def small_spd(config: Any, side: int) -> None:
+    """SPD's views of ``side`` pixels, few enough for CutPaste's pieces: its own are 4 of 48."""
+    config.objective.spd.triplet.view.side = side
+    config.objective.spd.triplet.blend.area = (0.02, 0.15)
