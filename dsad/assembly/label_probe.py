@@ -169,11 +169,11 @@ def evaluate(parts: LabelProbe, path: epath.Path, out: Console, *, name: str = "
             vectors = encoder(parts.source, kept, tell)
         label_probe.check_finite(vectors, parts.layer)
         tally = _probed(parts, vectors, mesh, out)
-        made = tally.results(_stamp(parts, encoder.pooling, name))
-        distributed.together(lambda: _written(parts, made, path) if distributed.is_main() else None)
+        results = tally.results(_stamp(parts, encoder.pooling, name))
+        distributed.on_main(lambda: _written(parts, results, path))
         if kept:
             kept.remove()
-    return made
+    return results
 
 
 def _probed(parts: LabelProbe, vectors: np.ndarray, mesh: Mesh, out: Console) -> Tally:
@@ -189,9 +189,9 @@ def _probed(parts: LabelProbe, vectors: np.ndarray, mesh: Mesh, out: Console) ->
     return tally
 
 
-def _written(parts: LabelProbe, made: LabelResults, path: epath.Path) -> None:
-    small = label_results.pictures(made.mistakes, parts.source)
-    label_results.write(dataclasses.replace(made, pictures=small), path)
+def _written(parts: LabelProbe, results: LabelResults, path: epath.Path) -> None:
+    small = label_results.pictures(results.mistakes, parts.source)
+    label_results.write(dataclasses.replace(results, pictures=small), path)
 
 
 def _stamp(parts: LabelProbe, pooling: str, name: str) -> dict[str, Any]:

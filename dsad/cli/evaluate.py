@@ -97,13 +97,13 @@ def probe_table(results: LabelResults) -> Table:
     rows = {**PROBES, "chance": "chance (the most frequent classes)"}
     columns = [f"top-{best}" for best in results.tops]
     about = results.stamp
-    made = console.table(
+    shares = console.table(
         "share of test images that are right", *columns, title=about["name"],
         title_justify="left",
     )  # fmt: skip
     for name, title in rows.items():
         cells = [_cells(results.mean, [f"{name}_top{n}"], results.std)[0] for n in results.tops]
-        made.add_row(title, *cells)
+        shares.add_row(title, *cells)
     counts = results.counts
     lines = [
         f"{about['classes']} classes, {counts['train']} training and {counts['test']} test images "
@@ -116,8 +116,8 @@ def probe_table(results: LabelResults) -> Table:
             f"mean ± sample standard deviation over {len(results.seeds)} splits "
             f"(seeds {', '.join(results.seeds)})"
         )
-    made.caption = "\n".join(lines)
-    return made
+    shares.caption = "\n".join(lines)
+    return shares
 
 
 def _probe(config: Any, values: Any, out: Console) -> int:

@@ -180,9 +180,9 @@ def _likely(logits: jax.Array, true: jax.Array) -> tuple[jax.Array, ...]:
 
 def _ranked(scores: jax.Array, true: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The best class, the rank of the true one, and the best score, of scores (b, c)."""
-    own = jnp.take_along_axis(scores, true[:, None], axis=1)
+    right = jnp.take_along_axis(scores, true[:, None], axis=1)
     before = jnp.arange(scores.shape[1])[None, :] < true[:, None]
-    rank = jnp.sum((scores > own) | ((scores == own) & before), axis=1)
+    rank = jnp.sum((scores > right) | ((scores == right) & before), axis=1)
     return jnp.argmax(scores, axis=1), rank, jnp.max(scores, axis=1)
 
 

@@ -56,7 +56,7 @@ class LabelResults:
         """Images and neighbours (``train``, ``test``, ``k``); of several seeds all that occur."""
         rows = list(self.seeds.values())
         values = {name: sorted({row[name] for row in rows}) for name in ("train", "test", "k")}
-        return {name: " or ".join(map(str, found)) for name, found in values.items()}
+        return {name: " or ".join(map(str, several)) for name, several in values.items()}
 
     @property
     def warnings(self) -> list[str]:
@@ -129,12 +129,12 @@ class Tally:
     def _by_class(self) -> dict[str, dict[str, Any]]:
         tested = self._counts["linear"].rows()
         rights = {name: counts.diagonal() for name, counts in self._counts.items()}
-        made = {}
+        rows = {}
         for i, name in enumerate(self.names):
             count = int(tested[i])
             shares = {p: int(right[i]) / count if count else None for p, right in rights.items()}
-            made[name] = {"test": count, **shares}
-        return made
+            rows[name] = {"test": count, **shares}
+        return rows
 
     def _confused(self, counts: "_Sparse") -> list[list[Any]]:
         few = len(self.names) <= ALL
@@ -184,12 +184,12 @@ class _Sparse:
 def pictures(mistakes: Sequence[Mapping[str, Any]], source: Source) -> dict[str, np.ndarray]:
     """Small pictures of the mistakes among the samples of a source, by their number."""
     places = {record.path: i for i, record in enumerate(source.records)}
-    made = {}
+    small = {}
     for number, row in enumerate(mistakes):
         image = source[places[row["path"]]].image
         packed = gallery.jpeg(gallery.shrunk(image, SIDE), 84)
-        made[str(number)] = np.frombuffer(packed, np.uint8)
-    return made
+        small[str(number)] = np.frombuffer(packed, np.uint8)
+    return small
 
 
 def write(results: LabelResults, workdir: str | epath.PathLike) -> epath.Path:

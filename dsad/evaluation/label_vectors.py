@@ -116,12 +116,12 @@ class Encoder:
         return np.concatenate(parts)
 
     def _made(self, source: Source, start: int, total: int, progress: Progress) -> np.ndarray:
-        made, done = [], start
+        vectors, done = [], start
         for host in batches(source, self.config, self.mesh, self.batch):
-            made.append(np.asarray(self._extractor(host.images), np.float32)[host.valid])
-            done += len(made[-1])
+            vectors.append(np.asarray(self._extractor(host.images), np.float32)[host.valid])
+            done += len(vectors[-1])
             progress(done, total, "")
-        return np.concatenate(made)
+        return np.concatenate(vectors)
 
 
 def _read(path: epath.Path, count: int) -> np.ndarray | None:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsad.core.hosts import put, whole
 from dsad.core.mesh import BATCH_SPEC, replicated
 from dsad.core.types import Progress, silent
+from dsad.ops.gaussian import one_blas_thread
 
 #: Logits of samples × classes that exist at once over all devices, at most.
 LOGITS = 2**22
@@ -73,8 +74,8 @@ class Standard(NamedTuple):
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Vectors (n, d) float32 in these units."""
-        made = [((part - self.mean) / self.std).astype(np.float32) for part in _parts(rows)]
-        return np.concatenate(made) if made else rows.astype(np.float32)
+        units = [((part - self.mean) / self.std).astype(np.float32) for part in _parts(rows)]
+        return np.concatenate(units) if units else rows.astype(np.float32)
 
 
 def _parts(rows: np.ndarray, size: int = 65_536) -> list[np.ndarray]:
@@ -118,11 +119,13 @@ def fit(
         done += 1
         progress(done, iterations, f"loss {intermediate_result.fun:.4f}")
 
-    ended = scipy.optimize.minimize(
-        value, np.zeros((depth + 1) * classes), jac=True, method="L-BFGS-B", callback=tell,
-        options={"maxiter": iterations, "maxfun": 4 * iterations, "gtol": TARGET, "ftol": 0.0,
-                 "maxls": 40},
-    )  # fmt: skip
+    # The vectors of L-BFGS are small, and threads of BLAS would take the cores from the devices.
+    with one_blas_thread():
+        ended = scipy.optimize.minimize(
+            value, np.zeros((depth + 1) * classes), jac=True, method="L-BFGS-B", callback=tell,
+            options={"maxiter": iterations, "maxfun": 4 * iterations, "gtol": TARGET, "ftol": 0.0,
+                     "maxls": 40},
+        )  # fmt: skip
     progress(iterations, iterations, f"ended after {ended.nit}, loss {ended.fun:.4f}")
     table = ended.x.reshape(depth + 1, classes).astype(np.float32)
     return Linear(
