@@ -10,7 +10,8 @@
 A class is a category of the data: a folder for each (folder, imagenet), an object of MVTec, a scene
 of the synthetic set; normal images alone take part. Images are encoded once, as the mean over the
 cells of the deepest map, or of config.probe.layer ("cls": the class token of a vision transformer).
-By default the data are those of the run. The time is that of encoding: TIME
+By default the data are those of the run. 10,000 pictures of 200 classes at 64 px with a ResNet-18,
+three splits: one minute on two CPU cores, 22 s of it for the encoding.
 
 Variants, after a colon and joined by commas:
     imagenet   ImageNet's training images, a tenth of each class for the test; not run with dsad
