@@ -85,28 +85,37 @@ def parse(config: Any) -> tuple[EvaluateConfig, Detector]:
     return core_config.build_dataclass(EvaluateConfig, values), detector
 
 
-def data_config(cfg: EvaluateConfig) -> data_base.DataConfig:
+def data_config(given: data_base.DataConfig, backbone: str) -> data_base.DataConfig:
     """The data config to use; with name "run" the run's own, at another root if one is given."""
-    if cfg.data.split != "train":
+    if given.split != "train":
         raise ConfigError(
-            f"config.data.split: {cfg.data.split!r} is for pretraining; an evaluation fits on the "
+            f"config.data.split: {given.split!r} is for pretraining; an evaluation fits on the "
             "training images and scores the test images. Leave it out."
         )
-    if cfg.data.name != SAME:
-        return cfg.data
-    if not runs.is_run(cfg.backbone):
+    if given.name != SAME:
+        return given
+    if not runs.is_run(backbone):
         raise ConfigError(
-            f"config.data.name: with backbone {cfg.backbone!r} there is no run to take the data "
+            f"config.data.name: with backbone {backbone!r} there is no run to take the data "
             "from; name some: --config.data.name=folder --config.data.root=DIR for a folder of "
             "good images, --config.data.name=mvtec for a tree in that layout."
         )
-    if runs.per_category(cfg.backbone):
+    if runs.per_category(backbone):
         raise ConfigError(
-            f"config.data.name: with one run per category ({cfg.backbone!r}) no single run has "
+            f"config.data.name: with one run per category ({backbone!r}) no single run has "
             "the data; name the data set, for example --config.data.name=mvtec."
         )
-    data = runs.opened(runs.place(cfg.backbone).directory).config.data
-    return dataclasses.replace(data, root=cfg.data.root or data.root)
+    data = runs.opened(runs.place(backbone).directory).config.data
+    return dataclasses.replace(data, root=given.root or data.root)
+
+
+def check_files(dataset: Dataset, root: str) -> None:
+    """Refuse a data set that was prepared as canvases."""
+    if isinstance(dataset.source("train"), CanvasSource):
+        raise ConfigError(
+            f"config.data: {dataset.name} at {root} holds canvases for training, which "
+            "are smaller than the images. Evaluate on the files that they were prepared from."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +135,8 @@ class Evaluation:
     def stored(self) -> dict[str, Any]:
         """The config that a saved model is measured with again."""
         name = type(self.detector).__module__.rpartition(".")[2]
-        config = dataclasses.replace(self.config, data=data_config(self.config))
+        cfg = self.config
+        config = dataclasses.replace(cfg, data=data_config(cfg.data, cfg.backbone))
         detector = {"name": name, **core_config.as_dict(self.detector.config)}
         return {**core_config.as_dict(config), "detector": detector}
 
@@ -169,7 +179,7 @@ def prepare(
     if not saved:
         runs.check_named(cfg.backbone, cfg.weights)
     if dataset is None:
-        data = data_config(cfg)
+        data = data_config(cfg.data, cfg.backbone)
         if data.labelled and (saved or not measured):
             data = dataclasses.replace(data, holdout=1.0 if saved else 0.0)
         cfg = dataclasses.replace(cfg, data=data)
@@ -177,11 +187,7 @@ def prepare(
         if saved and data.labelled:
             assert isinstance(dataset, files.FileDataset)
             dataset = heldout.left(dataset, saved.contents, saved.category)
-    if isinstance(dataset.source("train"), CanvasSource):
-        raise ConfigError(
-            f"config.data: {dataset.name} at {cfg.data.root} holds canvases for training, which "
-            "are smaller than the images. Evaluate on the files that they were prepared from."
-        )
+    check_files(dataset, cfg.data.root)
     sets = fitting.supports(
         detector, dataset, dataset.categories, cfg.evaluation, cfg.sampling,
         fitted=saved is not None,

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -15,11 +15,13 @@ from dsad.evaluation.results import RESULTS
 
 CONFIG = "config.json"
 _ADVICE = "Choose another --workdir, or mend this one."
+#: What an evaluation that goes on may change: where and how the same numbers are computed.
+SAME_NUMBERS = ("config.mesh", "config.data.cache", "config.data.workers", "config.data.prefetch")
 #: What a resumed run may change: where and how the same training is computed, kept and measured.
 #: That a probe holds out the same images is seen by their number: more of them include the fewer.
 FREE = (
-    "config.mesh", "config.checkpoint", "config.log_every", "config.probe",
-    "config.compilation_cache", "config.data.cache", "config.data.workers", "config.data.prefetch",
+    *SAME_NUMBERS, "config.checkpoint", "config.log_every", "config.probe",
+    "config.compilation_cache",
 )  # fmt: skip
 
 
@@ -127,7 +129,7 @@ def _is_unfinished(path: epath.Path, now: Mapping[str, Any]) -> bool:
 def _differing(path: epath.Path, now: Mapping[str, Any]) -> bool:
     """Whether an unfinished evaluation that kept nothing has other settings."""
     lines = differences(read(path)["config"], now["config"])
-    lines = [line for line in lines if not _may_change(line)]
+    lines = [line for line in lines if not _may_change(line, SAME_NUMBERS)]
     # Folders hold what was measured, trained or mapped so far, perhaps by one that is at work.
     if lines and any(p.is_dir() for p in path.iterdir()):
         raise WorkdirError(
@@ -192,9 +194,9 @@ def _data(about: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in about.get("info", {}).items() if k in ("samples", "classes")}
 
 
-def _may_change(line: str) -> bool:
+def _may_change(line: str, keys: Sequence[str] = FREE) -> bool:
     key = line.partition(":")[0]
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+    return any(key == free or key.startswith(f"{free}.") for free in keys)
 
 
 def read(path: str | epath.PathLike) -> dict[str, Any]:

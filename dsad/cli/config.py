@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from dsad.assembly import evaluate, pretrain
+from dsad.assembly import evaluate, label_probe, pretrain
 from dsad.cli.check_data import data_config
 from dsad.core.config import listed, members
 from dsad.core.errors import ConfigError
@@ -54,6 +54,9 @@ def _entries(config: Any, where: str) -> Iterator[keys.Key]:
         yield from keys.walk(whole, type(whole)(), where)
         method = detector.config
         yield from _method(config.detector.name, method, "detectors", f"{where}.detector")
+    elif label_probe.is_meant(config):
+        probe = label_probe.parse(config)
+        yield from keys.walk(probe, type(probe)(), where)
     else:
         data = data_config(config)
         yield from keys.walk(data, type(data)(), f"{where}.data")

@@ -6,15 +6,17 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from dsad.assembly import evaluate, model_config, workdir
+from dsad.assembly import evaluate, label_probe, model_config, workdir
 from dsad.assembly.model import Saved
 from dsad.assembly.saving import Writer
 from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.data.base import PLACES, read_as
 from dsad.evaluation import thresholds
+from dsad.evaluation.label_results import PROBES, LabelResults
 from dsad.evaluation.results import Results, shown
 from dsad.terminal import console, flags
 
@@ -90,10 +92,60 @@ def decisions(results: Results) -> list[str]:
     return lines
 
 
+def probe_table(results: LabelResults) -> Table:
+    """Top-1 of both probes, top-5 from five classes on, beside chance; ± the deviation."""
+    rows = {**PROBES, "chance": "chance (the most frequent classes)"}
+    columns = [f"top-{best}" for best in results.tops]
+    about = results.stamp
+    shares = console.table(
+        "share of test images that are right", *columns, title=about["name"],
+        title_justify="left",
+    )  # fmt: skip
+    for name, title in rows.items():
+        cells = [_cells(results.mean, [f"{name}_top{n}"], results.std)[0] for n in results.tops]
+        shares.add_row(title, *cells)
+    counts = results.counts
+    lines = [
+        f"{about['classes']} classes, {counts['train']} training and {counts['test']} test images "
+        f"{'of each seed' if results.std else ''}".rstrip(),
+        f"{about['layer']}, {about['pooling']}, {about['preprocessing']['height']} px; "
+        f"k = {counts['k']}, C = {about['linear']['C']:g}",
+    ]
+    if results.std:
+        lines.append(
+            f"mean ± sample standard deviation over {len(results.seeds)} splits "
+            f"(seeds {', '.join(results.seeds)})"
+        )
+    shares.caption = "\n".join(lines)
+    return shares
+
+
+def _probe(config: Any, values: Any, out: Console) -> int:
+    """The command with a config of probes by labels."""
+    for flag in ("model", "save_model"):
+        if getattr(values, flag):
+            raise ConfigError(f"--{flag}: probes by labels fit no detector; leave it out.")
+    claim = functools.partial(
+        workdir.claim, values.workdir, "evaluate", config.to_dict(), overwrite=values.overwrite
+    )
+    claim(dry=True)
+    parts = distributed.together(lambda: label_probe.prepare(config, out))
+    path = claim()
+    with read_as(parts.config.data):
+        results = label_probe.evaluate(parts, path, out, name=values.name)
+    out.print(probe_table(results))
+    for line in results.warnings:
+        out.print(line)
+    out.print(f"written: {path}/results.json; page:\n  dsad report {shlex.quote(str(path))}")
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
-        "evaluate", "localize defects with a backbone and measure it.", config="configs/knn.py"
+        "evaluate",
+        "localize defects with a backbone, or probe it by labels, and measure it.",
+        config="configs/knn.py",
     )
     command.string("model", "", "Directory of fitted models to measure, instead of a config.")
     command.string("save_model", "", "Directory that takes what is fitted.")
@@ -110,6 +162,8 @@ def main(argv: list[str]) -> int:
     config, values, _ = command.parse(argv)
     flags.start_distributed(values)
     out = console.console()
+    if label_probe.is_meant(config):
+        return _probe(config, values, out)
     claim = functools.partial(
         workdir.claim, values.workdir, "evaluate", config.to_dict(), overwrite=values.overwrite
     )

@@ -6,12 +6,13 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dsad.assembly import predict, runs, workdir
+from dsad.assembly import label_probe, predict, runs, workdir
 from dsad.assembly.fit import FALSE_ALARM_RATE
 from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.evaluation.report.page import write_report, write_training
 from dsad.evaluation.report.predicted import write_predictions
+from dsad.evaluation.report.probed import write_probed
 from dsad.terminal import flags
 
 
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
         "report", "DIR [DIR ...]: write report.html of evaluations, side by side, or of "
-        "predictions or a pretraining run.",
+        "predictions, probes by labels or a pretraining run.",
         positional=True,
     )  # fmt: skip
     command.string("out", "", "File to write; default report.html in the first directory.")
@@ -36,15 +37,18 @@ def main(argv: list[str]) -> int:
     kwargs: dict[str, Any] = {"title": values.title} if values.title else {}
     predictions = [read for d in rest if (read := predict.read(d))]
     pretrained = not predictions and any(_is_pretraining(d) for d in rest)
-    if (predictions or pretrained) and len(rest) > 1:
+    probed = not predictions and any(_is_probed(d) for d in rest)
+    if (predictions or pretrained or probed) and len(rest) > 1:
         raise ConfigError(
-            "dsad report: expected evaluations, or one directory of predictions or of a "
-            "pretraining run, whose curves --training=DIR shows beside evaluations."
+            "dsad report: expected evaluations, or one directory of predictions, of probes by "
+            "labels or of a pretraining run, whose curves --training=DIR shows beside evaluations."
         )
     if predictions:
         write_predictions(out, paths.directory(rest[0]), *predictions[0], **kwargs)
     elif pretrained:
         write_training(out, rest[0], **kwargs)
+    elif probed:
+        write_probed(out, rest[0], **kwargs)
     else:
         write_report(
             out, [(_name(d, rest), d) for d in rest],
@@ -58,6 +62,10 @@ def main(argv: list[str]) -> int:
 
 def _is_pretraining(directory: str) -> bool:
     return workdir.holds_run(directory) and workdir.read(directory)["command"] == "pretrain"
+
+
+def _is_probed(directory: str) -> bool:
+    return workdir.holds_run(directory) and label_probe.is_meant(workdir.read(directory)["config"])
 
 
 def _name(directory: str, all_: list[str]) -> str:

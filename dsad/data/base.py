@@ -263,7 +263,11 @@ def training_source(dataset: Dataset, split: str) -> Source:
     """What ``config.data.split`` asks for: a split of the data set, or both."""
     if split != "all":
         return dataset.source(split)
-    parts = [part for name in ("train", "test") if len(part := dataset.source(name))]
+    return joined([part for name in ("train", "test") if len(part := dataset.source(name))])
+
+
+def joined(parts: Sequence[Source]) -> Source:
+    """The samples of several sources, one source after the other."""
     held = bool(parts) and all(isinstance(part, CanvasSource) for part in parts)
     return (_JoinedCanvases if held else _Joined)(parts)
 

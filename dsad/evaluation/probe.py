@@ -131,9 +131,16 @@ def default_layers(maps: Iterable[str]) -> tuple[str, ...]:
 
     All of them where names have no number at their end.
     """
+    maps = list(maps)
+    names = by_depth(maps)
+    third, depth = len(names) // 3, 2 * len(names) // 3
+    return tuple(dict.fromkeys((names[third], names[depth]) if names else maps))
+
+
+def by_depth(maps: Iterable[str]) -> list[str]:
+    """The names with a number at their end, by it: layer1 to layer4, block0 to block11."""
     numbered = [(int(found[0]), name) for name in maps if (found := re.search(r"\d+$", name))]
-    names, depth = [name for _, name in sorted(numbered)] or list(maps), len(numbered)
-    return tuple(dict.fromkeys((names[depth // 3], names[2 * depth // 3]) if depth else names))
+    return [name for _, name in sorted(numbered)]
 
 
 class _Decoded(Reader):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,16 +109,27 @@ def write_results(results: Results, workdir: str | epath.PathLike) -> epath.Path
     """
     folder = paths.directory(workdir)
     for name in _PACKED:
-        packed = io.BytesIO()
-        arrays = {**getattr(results, name), _STAMP: np.array(_digest(results.stamp))}
-        np.savez_compressed(packed, **arrays)
-        paths.write_whole(folder / f"{name}.npz", packed.getvalue())
-    content = {name: plain(getattr(results, name)) for name in _JSON}
-    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+        write_arrays(folder / f"{name}.npz", getattr(results, name), results.stamp)
+    return write_numbers(folder, {name: getattr(results, name) for name in _JSON})
+
+
+def write_arrays(
+    path: epath.Path, arrays: Mapping[str, np.ndarray], stamp: Mapping[str, Any]
+) -> None:
+    """Write a packed file that belongs to the results with this stamp."""
+    packed = io.BytesIO()
+    content: dict[str, Any] = {**arrays, _STAMP: np.array(_digest(stamp))}
+    np.savez_compressed(packed, **content)
+    paths.write_whole(path, packed.getvalue())
+
+
+def write_numbers(folder: epath.Path, content: Mapping[str, Any]) -> epath.Path:
+    """Write ``results.json``, which completes an evaluation; returns its path."""
+    text = json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False)
     return paths.write_whole(folder / RESULTS, text)
 
 
-def _digest(stamp: dict[str, Any]) -> str:
+def _digest(stamp: Mapping[str, Any]) -> str:
     text = json.dumps(plain(stamp), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -125,6 +137,14 @@ def _digest(stamp: dict[str, Any]) -> str:
 def read_results(workdir: str | epath.PathLike) -> Results:
     """The results in a folder; raises WorkdirError if a file is missing or is not one of ours."""
     folder = paths.directory(workdir)
+    fields = read_numbers(folder, _JSON)
+    for name in _PACKED:
+        fields[name] = read_arrays(folder / f"{name}.npz", fields["stamp"])
+    return Results(**fields)
+
+
+def read_numbers(folder: epath.Path, names: Sequence[str]) -> dict[str, Any]:
+    """The fields ``names`` of ``results.json``; WorkdirError without the file or one of them."""
     path = folder / RESULTS
     if not path.is_file():
         raise WorkdirError(
@@ -136,22 +156,24 @@ def read_results(workdir: str | epath.PathLike) -> Results:
         raise WorkdirError(
             f"{path}: not valid JSON ({error}). Run `dsad evaluate` again."
         ) from error
-    missing = [n for n in _JSON if not isinstance(content, dict) or n not in content]
+    missing = [n for n in names if not isinstance(content, dict) or n not in content]
     if missing:
         raise WorkdirError(
             f"{path}: no {', '.join(missing)} in it; it was not written by this version of "
             "`dsad evaluate`. Run it again."
         )
-    fields: dict[str, Any] = {n: content[n] for n in _JSON}
-    for name in _PACKED:
-        file = folder / f"{name}.npz"
-        fields[name] = _arrays(file)
-        if str(fields[name].pop(_STAMP, "")) != _digest(fields["stamp"]):
-            raise WorkdirError(
-                f"{file}: does not belong to the numbers in results.json (their stamps differ). "
-                "Run `dsad evaluate` again."
-            )
-    return Results(**fields)
+    return {n: content[n] for n in names}
+
+
+def read_arrays(path: epath.Path, stamp: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of a packed file; WorkdirError unless it belongs to the results of this stamp."""
+    arrays = _arrays(path)
+    if str(arrays.pop(_STAMP, "")) != _digest(stamp):
+        raise WorkdirError(
+            f"{path}: does not belong to the numbers in results.json (their stamps differ). "
+            "Run `dsad evaluate` again."
+        )
+    return arrays
 
 
 def _arrays(path: epath.Path) -> dict[str, np.ndarray]:

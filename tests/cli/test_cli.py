@@ -107,7 +107,7 @@ def test_the_config_may_follow_its_keys():
 
 @pytest.mark.parametrize("name", flags.shipped_configs())
 def test_shipped_configs_are_complete(name):
-    from dsad.assembly import evaluate
+    from dsad.assembly import evaluate, label_probe
     from dsad.cli import demo
 
     config, _, _ = flags.Command("x", "", config=name).parse([])
@@ -119,6 +119,8 @@ def test_shipped_configs_are_complete(name):
         pretrain.parse(config)
     elif "detector" in config:
         evaluate.parse(config)
+    elif "probe" in config:
+        label_probe.parse(config)
     else:
         build_dataclass(DataConfig, dict(config.data.items()))
 

@@ -114,7 +114,7 @@ def run(name, folder):
     else:
         assert main.main(["evaluate", *argv]) == 0
         mean = json.loads((path / "results.json").read_text())["mean"]
-        assert 0 <= mean["pixel_auroc"] <= 1
+        assert 0 <= mean["linear_top1" if name == "probe" else "pixel_auroc"] <= 1
 
 
 @pytest.mark.parametrize(
