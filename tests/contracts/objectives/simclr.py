@@ -13,4 +13,6 @@ CASE = Case(
 SPD = dataclasses.replace(
     CASE, config={**CASE.config, "spd": SPDConfig(weight=0.5, triplet=TRIPLET)},
     fixed_views=("spd/anchor",),
+    # Two passes through the encoder, of which each sums its gradients.
+    summed=1.05,
 )  # fmt: skip
