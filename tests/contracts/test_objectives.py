@@ -51,9 +51,10 @@ def views_on(name, devices=1, epoch=0, key=5):
     return flatten(jax.device_get(views))
 
 
-#: "steady" is "queue" and a term; ISSTAD and CutPaste have oracles of their own, and are an MAE and
-#: a DS2 to the mesh; the two others are DS2 with another loss, tested on one and eight devices.
-LATER = ("steady", "isstad", "cutpaste", "infonce", "densecl")
+#: "steady" is "queue" and a term, MoCo v2 "queue" in large; SimCLR is "simsiam" with a loss that is
+#: tested on one and eight devices, "infonce" and "densecl" are DS2 with such a one; ISSTAD and
+#: CutPaste have oracles of their own, and are an MAE and a DS2 to the mesh.
+LATER = ("steady", "isstad", "cutpaste", "infonce", "densecl", "mocov2", "simclr")
 
 
 def later(name):
