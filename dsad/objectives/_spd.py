@@ -122,12 +122,10 @@ class SPDTerm(Term):
     def pictures(
         self, host: Any, trees: tuple[Any, Any], head: tuple[Any, Any], batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
-        """Anchor, positive and negative, and where the negative was changed."""
+        """Anchor, positive and negative."""
         del trees, head
         views = self.views(batch, key)
-        names = ("anchor", "positive", "negative")
-        shown = {f"SPD {name}": host.pixels(views[name]) for name in names}
-        return shown
+        return {n: host.pixels(views[n]) for n in ("anchor", "positive", "negative")}
 
 
 def with_spd(host: VectorsObjective, cfg: SPDConfig) -> Objective:

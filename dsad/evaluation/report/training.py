@@ -24,6 +24,11 @@ _CHARTS = {
     "grad_norm": "Gradient norm",
     "feature_std": "Feature standard deviation",
     "effective_rank": "Effective rank",
+    "accuracy": "Accuracy on the batch",
+    "spd_loss": "Loss of SPD",
+    "spd_accuracy": "SPD: changed or not, accuracy",
+    "spd_cosine_positive": "SPD: cosine of the positive",
+    "spd_cosine_negative": "SPD: cosine of the negative",
     "probe_aupro": "AUPRO of the probe",
     "images_per_s": "Images per second",
 }
