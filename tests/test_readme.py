@@ -63,6 +63,7 @@ SHORT = {
         "--canvas=64", "--workers=1", "--steps=1",
     ],
     "bench predict": ["--rounds=1", "--side=64"],
+    "bench views": ["--rounds=1", "--side=16", "--canvas=20", "--batch=2"],
     "bench gde": ["--rounds=1", "--images=8", "--side=3", "--channels=6", "--components=3"],
     # The small data have three training images a category.
     "--config.shots=4": ["--config.shots=2"],

@@ -1,8 +1,9 @@
-"""The peer of ``dsad bench input``: DS2's two views made on the host, in a torch DataLoader.
+"""The peer of ``dsad bench input`` and ``bench views``: the same views, made on the host.
 
 With torchvision the transforms are torchvision's own on PIL images, as published DS2 and MoCo code
 has them; without it the same operations from Pillow and numpy. Blur is Pillow's, which is faster
-than a convolution. Every sample ends as two normalised float32 arrays (3, side, side).
+than a convolution. ``batches`` gives DS2's two views of every sample from a torch DataLoader, each
+a normalised float32 array (3, side, side).
 """
 
 import dataclasses
