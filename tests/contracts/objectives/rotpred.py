@@ -1,0 +1,17 @@
+import dataclasses
+
+from dsad.objectives import rotpred
+from tests.contracts.objectives.common import SIDE, Case
+
+CASE = Case(
+    config={
+        "last": "layer1", "cells": (16, 8), "hidden": (32, 16, 16),
+        "view": dataclasses.replace(rotpred.TURNED, side=SIDE, area=(0.3, 1.0)),
+    },
+    # The batch norm behind the next linear map takes a constant away.
+    no_gradient=r"cells/conv2/bias",
+    collectives=frozenset({"all-reduce"}),
+    # Batch statistics.
+    summed=0.05,
+    own=("logits",),
+)  # fmt: skip
