@@ -33,7 +33,6 @@ def get_config(variants: str = ""):
 
 
 def _adam(config):
-    # LARS at these batches hardly moves a head.
     config.optim.update(
         name="adamw", lr=1e-3, lr_batch=0, weight_decay=0.0, schedule="cosine", warmup_epochs=2.0
     )
