@@ -52,8 +52,8 @@ def views_on(name, devices=1, epoch=0, key=5):
 
 
 #: "steady" is "queue" and a term, MoCo v2 "queue" in large; SimCLR is "simsiam" with a loss that is
-#: tested on one and eight devices, "infonce" and "densecl" are DS2 with such a one; ISSTAD, CutPaste
-#: and RotPred have oracles of their own, and are an MAE and DS2s to the mesh.
+#: tested on one and eight devices, "infonce" and "densecl" are DS2 with such a one; ISSTAD,
+#: CutPaste and RotPred have oracles of their own, and are an MAE and DS2s to the mesh.
 LATER = ("steady", "isstad", "cutpaste", "infonce", "densecl", "mocov2", "simclr", "rotpred")
 
 
