@@ -17,13 +17,15 @@ Variants, after a colon and joined by commas:
     imagenet   what no variant takes, by name
     spd        with SPD, the loss on triplets with a small local change
     turned     DistAug (Sohn et al., ICLR 2021): images turned by quarters, and its weaker views
-    small      ResNet-18, views of 48 px, one epoch of 64 images, 4,096 keys: a laptop's size
+    small      ResNet-18, views of 48 px, 250 steps of 32 images with Adam, 4,096 keys: minutes
+               on a laptop; not measured
     smoke      a few steps on small synthetic images
 """
 
 from dsad.assembly.configs import (
     apply_variants,
     imagenet_training,
+    small_spd,
     small_training,
     smoke_training,
 )
@@ -58,14 +60,14 @@ def _small(config):
     # A key encoder that far behind would hardly leave its start within some hundred steps.
     config.objective.update(hidden=(512,), queue=4096, momentum=0.99)
     _views(config, side=48)
-    config.objective.spd.triplet.view.side = 48
+    small_spd(config, 48)
 
 
 def _smoke(config):
     smoke_training(config)
     config.objective.update(arch="resnet18", last="layer2", hidden=(32,), out=16, queue=32)
     _views(config, side=32)
-    config.objective.spd.triplet.view.side = 32
+    small_spd(config, 32)
 
 
 VARIANTS = {

@@ -95,13 +95,19 @@ def small_training(config: Any) -> None:
     config.batch_size = 32
     config.steps = 250
     config.optim.update(
-        name="adamw", lr=1e-3, lr_batch=0, weight_decay=0.0, schedule="cosine", groups=()
+        name="adamw",
+        lr=1e-3,
+        lr_batch=0,
+        weight_decay=0.0,
+        schedule="cosine",
+        groups=(),
+        warmup_epochs=0.0,
     )
     config.log_every = 10
     config.checkpoint.every = 50
 
 
 def small_spd(config: Any, side: int) -> None:
-    """SPD's views of ``side`` pixels, few enough for CutPaste's pieces: its own are 4 of 48."""
+    """SPD's views of ``side`` pixels, with CutPaste's pieces: SPD's own have 4 pixels of 48."""
     config.objective.spd.triplet.view.side = side
     config.objective.spd.triplet.blend.area = (0.02, 0.15)

@@ -46,11 +46,20 @@ class SmoothBlendConfig(Settings, place="blend"):
         """``sigma`` in pixels of an image of ``side``."""
         return self.sigma * (side / self.sigma_side if self.sigma_side else 1.0)
 
+    def longest(self, side: int) -> int:
+        """Most pixels that a piece has in height or width, in images of ``side``."""
+        most = self.area[1] * max(self.aspect[1], 1 / self.aspect[0])
+        return min(side, math.ceil(side * math.sqrt(most)))
+
 
 def draw_pieces(keys: jax.Array, side: int, config: SmoothBlendConfig) -> Pieces:
     """One upright piece for each image (b,) of ``side`` pixels, keys (b,)."""
     cut = CutPasteConfig(area=config.area, aspect=config.aspect, jitter=config.jitter)
     return draw_cutpaste(keys, side, cut)
+
+
+def _radius(sigma: float) -> int:
+    return math.floor(TRUNCATE * sigma + 0.5)
 
 
 def matte(corner: jax.Array, extent: jax.Array, side: int, sigma: float) -> jax.Array:
@@ -67,7 +76,7 @@ def matte(corner: jax.Array, extent: jax.Array, side: int, sigma: float) -> jax.
       sigma: standard deviation in pixels; 0 gives the rectangle itself.
 
     """
-    radius = math.floor(TRUNCATE * sigma + 0.5)
+    radius = _radius(sigma)
     offsets = np.arange(-radius, radius + 1)
     weights = np.exp(-0.5 * np.square(offsets / sigma)) if radius else np.ones(1)
     sums = np.concatenate([[0.0], np.cumsum(weights) / np.sum(weights)])
@@ -87,27 +96,29 @@ def smooth_blend(
 
     (1 - matte) * image + matte * layer, between the two at every pixel, and bit for bit the image
     where the matte is 0. Before normalisation: black is 0 here. Pure and jittable with a static
-    ``config``.
+    ``config``, whose pieces these are: of larger ones only the first part would be seen.
     """
-    side = images.shape[1]
-    place = jnp.arange(side)[None, None, :]
+    side, sigma = images.shape[1], config.sigma_in(images.shape[1])
+    margin = _radius(sigma)
+    # What can be seen of a layer lies in a window of a fixed size: a fraction of the pixels. It is
+    # cut and placed by products with unit vectors, which are exact, and quick on accelerators.
+    window = jnp.arange(config.longest(side) + 2 * margin)[None, None, :]
+    inside = (window >= margin) & (window < margin + pieces.extent[:, :, None])
+    inside = inside[:, 0, :, None] & inside[:, 1, None, :]
+    place = jnp.arange(side)[None, None, None, :]
 
-    def within(corner: jax.Array) -> jax.Array:
-        begin, end = corner[:, :, None], (corner + pieces.extent)[:, :, None]
-        rows, columns = jnp.unstack((place >= begin) & (place < end), axis=1)
-        return rows[:, :, None] & columns[:, None, :]
+    def marked(corner: jax.Array, last: int | None) -> list[jax.Array]:
+        at = jnp.clip(window + corner[:, :, None] - margin, 0 if last else None, last)
+        return list(jnp.unstack((at[..., None] == place).astype(jnp.float32), axis=1))
 
-    colours = images
+    layer = along_both(images, *marked(pieces.source, side - 1))  # the edge goes on beyond itself
     if pieces.jitter is not None:
-        colours = apply_jitter(images, pieces.jitter, inside=within(pieces.source))
-    # Moved by products with rows of a unit matrix, which are exact, and quick on accelerators.
-    shift = (pieces.source - pieces.target)[:, :, None]
-    origin = jnp.clip(place + shift, 0, side - 1)[..., None]
-    rows, columns = jnp.unstack((origin == place[..., None, :]).astype(jnp.float32), axis=1)
-    layer = along_both(colours, rows, columns)
+        layer = apply_jitter(layer, pieces.jitter, inside=inside)
     if config.mode == "literal":
-        layer = jnp.where(within(pieces.target)[..., None], layer, 0.0)
-    alpha = matte(pieces.target, pieces.extent, side, config.sigma_in(side))
+        layer = jnp.where(inside[..., None], layer, 0.0)
+    layer = along_both(layer, *(jnp.swapaxes(m, 1, 2) for m in marked(pieces.target, None)))
+    alpha = matte(pieces.target, pieces.extent, side, sigma)
     share = alpha[..., None]
     mixed = (1 - share) * images + share * layer
-    return jnp.clip(mixed, jnp.minimum(images, layer), jnp.maximum(images, layer)), alpha
+    mixed = jnp.clip(mixed, jnp.minimum(images, layer), jnp.maximum(images, layer))
+    return jnp.where(share > 0, mixed, images), alpha

@@ -21,4 +21,6 @@ CASE = Case(
 SPD = dataclasses.replace(
     CASE, config={**CASE.config, "spd": SPDConfig(weight=0.5, triplet=TRIPLET)},
     fixed_views=("spd/anchor",),
+    # The gradients of host and term are summed by themselves.
+    summed=1.05,
 )  # fmt: skip

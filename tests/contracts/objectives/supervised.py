@@ -16,4 +16,5 @@ SPD = dataclasses.replace(
         **CASE.config, "spd": SPDConfig(weight=0.5, form="classifier", triplet=TRIPLET),
     },
     fixed_views=("label", "spd/anchor"),
+    summed=1.05,
 )  # fmt: skip
