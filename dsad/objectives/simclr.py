@@ -48,7 +48,8 @@ class SimCLR(VectorsObjective):
     """The objective; see ``core.types.Objective`` for the contract of each method.
 
     A batch norm follows every layer of the projection; the last one of the published code has a
-    scale and no shift, here it has both.
+    scale and no shift, here it has both. That code's loss is the sum of both directions, twice the
+    mean that the paper has and that this is.
     """
 
     def __init__(self, cfg: Config, run: RunInfo) -> None:
