@@ -29,6 +29,13 @@ SHORT = {
         "--config.objective.view1.side=32", "--config.objective.view2.side=32",
     ],
     "pretrain --config=configs/corrupt.py": ["--config.objective.view.side=64"],
+    **{
+        f"pretrain --config=configs/{name}.py": [
+            "--config.objective.last=layer1", "--config.objective.spd.triplet.view.side=32",
+            *(f"--config.objective.{view}.side=32" for view in views),
+        ]
+        for name, views in {"simsiam": ("view1", "view2"), "supervised": ("view",)}.items()
+    },
     "pretrain --config=configs/cutpaste.py": [
         "--config.objective.hidden=(32, 16)", "--config.objective.view.side=32",
     ],
@@ -98,6 +105,7 @@ def folder(tmp_path_factory):
     trees.mvtec(base / "data" / "mvtec")
     shutil.copytree(base / "data" / "mvtec" / "disc", base / "data" / "mvtec" / "bottle256")
     trees.mtd_grouped(base / "data" / "mtd")
+    trees.imagenet(base / "data" / "tiny", "folder")
     trees.good_and_bad(base / "pics")
     shutil.copytree(base / "pics" / "bad", base / "pics" / "new")
     (base / "data" / "weights").mkdir()
@@ -118,7 +126,7 @@ RUNNABLE = [block for block in BLOCKS if not set(commands(block)) <= SETUP]
 def case(block: str):
     """The long blocks, all results and the benchmarks, are left to the slow run."""
     long = (
-        "runs/ds2-mtd", "runs/corrupt-bottle", "bottle-patchcore", "runs/mae-bottle",
+        "runs/ds2-mtd", "runs/corrupt-bottle", "runs/simsiam-0", "bottle-patchcore", "runs/mae-bottle",
         "config.shots", "dsad bench",
         "dsad plan", "runs/pixpro", "runs/pics", "runs/good-bad",
         "check-data --config.data.name=mvtec", "dsad export",
