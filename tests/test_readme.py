@@ -126,7 +126,8 @@ RUNNABLE = [block for block in BLOCKS if not set(commands(block)) <= SETUP]
 def case(block: str):
     """The long blocks, all results and the benchmarks, are left to the slow run."""
     long = (
-        "runs/ds2-mtd", "runs/corrupt-bottle", "runs/simsiam-0", "bottle-patchcore", "runs/mae-bottle",
+        "runs/ds2-mtd", "runs/corrupt-bottle", "runs/simsiam-0", "bottle-patchcore",
+        "runs/mae-bottle",
         "config.shots", "dsad bench",
         "dsad plan", "runs/pixpro", "runs/pics", "runs/good-bad",
         "check-data --config.data.name=mvtec", "dsad export",

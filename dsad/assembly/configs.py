@@ -77,7 +77,9 @@ def imagenet_training(config: Any) -> None:
     """ImageNet, images of which a canvas holds 256 pixels; torch's SGD, which decays everything."""
     config.data.name = "imagenet"
     config.data.canvas = 256
-    config.data.lossy = ("CMYK",)
+    config.data.cache = "none"  # 252 GB of canvases
+    # A handful of ImageNet's files are CMYK, and a mislabelled one may have transparency.
+    config.data.lossy = ("CMYK", "RGBA")
     config.batch_size = 256
     config.optim.update(
         name="sgd", lr_batch=256, momentum=0.9, weight_decay=1e-4, exempt="$^", schedule="cosine"
@@ -92,6 +94,7 @@ def small_training(config: Any) -> None:
     """
     config.objective.arch = "resnet18"
     config.data.canvas = 64
+    config.data.cache = "device"
     config.batch_size = 32
     config.steps = 250
     config.optim.update(

@@ -1,8 +1,8 @@
 """What labels say of a representation: a k-NN probe and a linear probe of pooled vectors.
 
 The nearest neighbours vote as in instance discrimination (Wu et al., CVPR 2018, section 3.4, there
-and in DINO with k = 20 and a temperature of 0.07): each with exp(cosine / temperature) for its
-class. The linear probe is that of ``evaluation.linear_probe``.
+with k = 200, in DINO with k = 20, both with a temperature of 0.07): each with
+exp(cosine / temperature) for its class. The linear probe is that of ``evaluation.linear_probe``.
 """
 
 import functools

@@ -85,6 +85,13 @@ class VectorsObjective(EncoderObjective):
         return vectors, extra
 
 
+def check_views(view1: ViewConfig, view2: ViewConfig) -> None:
+    """Refuse views of an image that cannot lie in one batch of the same pixels."""
+    for name in ("side", "mean", "std"):
+        if (value := getattr(view2, name)) != (expected := getattr(view1, name)):
+            raise Refused(f"view2.{name}", f"view1's {expected}", value)
+
+
 def two_views(
     batch: Batch, key: jax.Array, view1: ViewConfig, view2: ViewConfig
 ) -> dict[str, jax.Array]:

@@ -20,12 +20,12 @@ from dsad.augment.turns import random_turns
 from dsad.augment.views import ViewConfig
 from dsad.core import rng
 from dsad.core.batch import Batch
-from dsad.core.config import field
+from dsad.core.config import Refused, field
 from dsad.core.errors import ConfigError
 from dsad.core.types import EarlierWeights, Objective, RunInfo, Scalars
 from dsad.models import heads
 from dsad.objectives._spd import SPDConfig, with_spd
-from dsad.objectives._vectors import VectorsConfig, VectorsObjective, two_views
+from dsad.objectives._vectors import VectorsConfig, VectorsObjective, check_views, two_views
 from dsad.objectives.teacher import averaged, copied, interleaved
 from dsad.ops.contrast import enqueue, info_nce, make_queue
 from dsad.ops.similarity import feature_std, unit
@@ -65,6 +65,10 @@ class Config(VectorsConfig, place="objective"):
     view2: ViewConfig = MOCO
     spd: SPDConfig = SPDConfig()
 
+    def check(self) -> None:
+        super().check()
+        check_views(self.view1, self.view2)
+
 
 class MoCoV2(VectorsObjective):
     """The objective; see ``core.types.Objective`` for the contract of each method."""
@@ -75,6 +79,10 @@ class MoCoV2(VectorsObjective):
                 "objective mocov2: expected data of at least 2 categories with class_aware, which "
                 f"leaves no negatives within one; found {run.classes}. Take other data or set "
                 "config.objective.class_aware=False."
+            )
+        if cfg.queue < run.batch_size:
+            raise Refused(
+                "config.objective.queue", f"at least config.batch_size, {run.batch_size}", cfg.queue
             )
         super().__init__(cfg, cfg.view1)
         self.cfg, self.classes = cfg, run.classes

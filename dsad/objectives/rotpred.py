@@ -24,7 +24,7 @@ from dsad.ops.similarity import unit
 
 #: Quarter turns, counter-clockwise: the classes, in the order of the logits.
 TURNS = (0, 90, 180, 270)
-#: DS2's two recipes with other probabilities. Solarizing and grey are not part of DS2.
+#: DS2's first view, less often blurred, and with grey and solarizing, which DS2's views never have.
 TURNED = ViewConfig(blur_probability=0.5, grey_probability=0.2, solarize_probability=0.3)
 #: Images that the encoder sees of each one: two crops, and a turned copy of either.
 SEEN = ("view1", "turned1", "view2", "turned2")

@@ -16,7 +16,7 @@ from dsad.core.config import field
 from dsad.core.types import Objective, RunInfo, Scalars
 from dsad.models import heads
 from dsad.objectives._spd import SPDConfig, with_spd
-from dsad.objectives._vectors import VectorsConfig, VectorsObjective, two_views
+from dsad.objectives._vectors import VectorsConfig, VectorsObjective, check_views, two_views
 from dsad.objectives.teacher import interleaved
 from dsad.ops.contrast import nt_xent
 from dsad.ops.similarity import feature_std, unit
@@ -42,6 +42,10 @@ class Config(VectorsConfig, place="objective"):
     view1: ViewConfig = SIMCLR
     view2: ViewConfig = SIMCLR
     spd: SPDConfig = SPDConfig()
+
+    def check(self) -> None:
+        super().check()
+        check_views(self.view1, self.view2)
 
 
 class SimCLR(VectorsObjective):

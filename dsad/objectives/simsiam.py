@@ -15,7 +15,7 @@ from dsad.core.config import field
 from dsad.core.types import Objective, RunInfo, Scalars
 from dsad.models import heads
 from dsad.objectives._spd import SPDConfig, cosine, with_spd
-from dsad.objectives._vectors import VectorsConfig, VectorsObjective, two_views
+from dsad.objectives._vectors import VectorsConfig, VectorsObjective, check_views, two_views
 from dsad.objectives.teacher import interleaved
 from dsad.ops.similarity import feature_std
 
@@ -38,6 +38,10 @@ class Config(VectorsConfig, place="objective"):
     view1: ViewConfig = MOCO
     view2: ViewConfig = MOCO
     spd: SPDConfig = SPDConfig()
+
+    def check(self) -> None:
+        super().check()
+        check_views(self.view1, self.view2)
 
 
 def simsiam_loss(p: tuple[jax.Array, jax.Array], z: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -46,8 +46,8 @@ class Supervised(VectorsObjective):
         if run.classes < 2:
             raise ConfigError(
                 f"objective supervised: expected data of at least 2 categories, which are its "
-                f"labels; found {run.classes}. Take a data set with a folder per class, such as "
-                "imagenet, or a method without labels."
+                f"labels; found {run.classes}. Name more with config.data.categories, or take a "
+                "data set with a folder per class, such as imagenet, or a method without labels."
             )
         super().__init__(cfg, cfg.view)
         self.cfg, self.classes = cfg, run.classes

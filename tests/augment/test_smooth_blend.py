@@ -52,7 +52,7 @@ def alone(height=20, width=20, top=100, left=100, sigma=2.0, side=224):
 
 def test_the_published_numbers_of_a_matte():
     alpha = alone()
-    assert alpha.sum() == pytest.approx(400, abs=1e-3)
+    assert alpha.sum() == pytest.approx(400, abs=1e-4)
     for inside, outside in ((100, 99), (119, 120)):
         for line in (alpha[110], alpha[:, 110]):
             assert line[inside] == pytest.approx(0.5997, abs=5e-5)

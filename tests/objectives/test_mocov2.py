@@ -255,6 +255,11 @@ def test_adoption_copies_the_key_encoder_again():
     assert report.endswith("heads start anew")
 
 
+def test_a_queue_holds_a_batch():
+    with pytest.raises(ConfigError, match=r"objective\.queue: expected at least .*8, found 7"):
+        mocov2.build(mocov2.Config(**{**SMALL, "queue": 7}), RUN)
+
+
 def test_classes_are_needed_where_they_are_told_apart():
     one = dataclasses.replace(RUN, classes=1)
     with pytest.raises(ConfigError, match="at least 2 categories with class_aware.*found 1"):

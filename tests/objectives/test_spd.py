@@ -15,7 +15,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.recipe import OptimConfig
 from dsad.core.tree import count
 from dsad.core.types import RunInfo
-from dsad.objectives import simsiam, supervised
+from dsad.objectives import mocov2, simclr, simsiam, supervised
 from dsad.objectives._spd import (
     SPDConfig,
     SPDTerm,
@@ -134,8 +134,43 @@ def test_forms_that_a_host_cannot_give_are_refused():
                                                          triplet=triplet)})  # fmt: skip
     with pytest.raises(Refused, match=r"spd\.triplet\.view\.mean"):
         supervised.build(cfg, common.RUN)
-    with pytest.raises(ConfigError, match="at least 2 categories"):
+    with pytest.raises(ConfigError, match=r"at least 2 categories.*config\.data\.categories"):
         supervised.build(supervised.Config(), dataclasses.replace(common.RUN, classes=1))
+
+
+@pytest.mark.parametrize("form", ["plain", "predictor", "classifier"])
+def test_the_term_tells_positives_from_negatives(form):
+    """Vectors that are the views themselves: each form reads the right ones of the batch."""
+    host = common.build("simsiam")
+    term = SPDTerm(host, SPDConfig(weight=1.0, form=form, triplet=TRIPLET))
+    x, a, b = (np.float32(G.standard_normal((4, host.width))) for _ in range(3))
+    views = {"anchor": x, "positive": a, "negative": b, "peak": np.ones(4, np.float32)}
+
+    def embed(params, extra, images, *, train, views=1, layers=()):
+        del params, train, views, layers
+        return {"pooled": images, "z": images, "p": images[:, ::-1]}, extra
+
+    head = term.head.init(jax.random.key(0)) if term.head else ({}, {})
+    stand_in = types.SimpleNamespace(embed=embed)
+    loss, *_ = jax.jit(lambda head, views: term.loss(stand_in, ({}, {}), head, views))(head, views)
+    if form == "classifier":
+        layer = head[0]["conv1"]
+        logits = [np.float64(v) @ layer["kernel"][:, 0] + layer["bias"] for v in (a, b)]
+        expected = np.mean(np.log1p(np.exp([logits[0], -logits[1]])))
+    elif form == "plain":
+        expected = np.mean(cos(x, b) - cos(x, a))
+    else:
+        px, pa, pb = (v[:, ::-1] for v in (x, a, b))
+        expected = np.mean(cos(px, b) + cos(pb, x) - cos(px, a) - cos(pa, x)) / 2
+    assert abs(expected) > 1e-3
+    assert loss == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("module", [simsiam, mocov2, simclr])
+def test_views_that_do_not_fit_each_other_are_refused(module):
+    view = dataclasses.replace(common.VIEW, side=40)
+    with pytest.raises(Refused, match=r"objective\.view2\.side: expected view1's 32, found 40"):
+        module.Config(view1=common.VIEW, view2=view)
 
 
 def test_joint_statistics_keep_what_all_negatives_share():
@@ -154,8 +189,10 @@ def test_joint_statistics_keep_what_all_negatives_share():
 
     def gap(statistics):
         term = SPDTerm(host, SPDConfig(weight=1.0, statistics=statistics, triplet=TRIPLET))
-        loss = jax.jit(lambda trees, views: term.loss(stand_in, trees, ({}, {}), views))
-        scalars = loss((params, extra), views)[3]
+        run = jax.jit(lambda trees, views: term.loss(stand_in, trees, ({}, {}), views))
+        loss, *_, scalars = run((params, extra), views)
+        expected = scalars["cosine_negative"] - scalars["cosine_positive"]
+        assert loss == pytest.approx(float(expected), abs=1e-6)
         return float(scalars["cosine_positive"] - scalars["cosine_negative"])
 
     assert gap("joint") > 0.1
