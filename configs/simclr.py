@@ -13,8 +13,9 @@ a weight of 0.1.
 Variants, after a colon and joined by commas:
     imagenet   what no variant takes, by name
     spd        with SPD, the loss on triplets with a small local change
-    turned     DistAug (Sohn et al., ICLR 2021): images turned by quarters, a head of seven layers
-               of 512, and weaker views; its last layer has a norm here
+    turned     DistAug (Sohn et al., ICLR 2021): images turned by quarters; as in DS2's code a head
+               of seven layers of 512 (its last layer has a norm here), crops of at least half of
+               the image, all four jitters 0.4
     small      ResNet-18, views of 48 px, 250 steps of 32 images with Adam: minutes on a laptop; not
                measured
     smoke      a few steps on small synthetic images

@@ -1,7 +1,8 @@
 """Images turned by quarters before their views, whose turns are told apart: DistAug.
 
 Sohn et al., "Learning and Evaluating Representations for Deep One-Class Classification", ICLR 2021.
-There every image appears in its four turns; here one of them is drawn in every epoch.
+There every image appears in its four turns; here one of them is drawn in every epoch, which has a
+quarter of the images, and two turns of an image hardly ever meet in a batch.
 """
 
 import jax

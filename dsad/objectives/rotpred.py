@@ -112,9 +112,9 @@ class RotPred(VectorsObjective):
         quarters = self._quarters(batch, rng.named(key, "turn"))
         images = {}
         for number in (1, 2):
-            own = rng.named(key, f"view{number}")
-            images[f"view{number}"] = make_view(batch, own, plain)["image"]
-            images[f"turned{number}"] = turned(make_view(batch, own, view)["image"], quarters)
+            draws = rng.named(key, f"view{number}")
+            images[f"view{number}"] = make_view(batch, draws, plain)["image"]
+            images[f"turned{number}"] = turned(make_view(batch, draws, view)["image"], quarters)
         return {**images, "quarters": quarters}
 
     def _quarters(self, batch: Batch, key: jax.Array) -> jax.Array:

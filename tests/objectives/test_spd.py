@@ -23,6 +23,7 @@ from dsad.objectives._spd import (
     plain_loss,
     predictor_loss,
 )
+from dsad.objectives._term import WithTerm
 from dsad.terminal import flags
 from dsad.train.optim import make_optimizer, make_schedule
 from tests.contracts.objectives import common
@@ -120,6 +121,31 @@ def test_a_weight_adds_its_term_and_0_leaves_the_method(name):
     kernels = grads["encoder"]["conv1"]["kernel"], other["encoder"]["conv1"]["kernel"]
     assert np.abs(kernels[0] - kernels[1]).max() > 0
     assert 0 < more["spd_matte_peak"] <= 1
+
+
+@pytest.mark.parametrize("name", ["simsiam", "mocov2", "simclr", "supervised"])
+def test_at_weight_0_every_host_is_itself(name):
+    member = common.cases()[f"{name}+spd"]
+    build, settings = member.module.build, member.case.config
+    silent = dataclasses.replace(settings["spd"], weight=0.0)
+    alone = build(member.module.Config(**{**settings, "spd": silent}), common.RUN)
+    assert type(alone) is type(common.build(name))
+    assert type(build(member.module.Config(**settings), common.RUN)) is WithTerm
+
+
+@pytest.mark.parametrize("form", ["plain", "predictor", "classifier"])
+def test_a_vision_transformer_can_be_the_host(form):
+    config = common.cases()["simsiam+spd"].case.config
+    spd = dataclasses.replace(config["spd"], form=form)
+    host = {**config, "arch": "vit_tiny_patch16_224", "last": "block1", "spd": spd}
+    objective = simsiam.build(simsiam.Config(**host), common.RUN)
+
+    def loss(key, batch):
+        params, extra = objective.init(key)
+        views = objective.views(batch, key)
+        return objective.loss(params, extra, views, key=key, step=jnp.int32(0))[0]
+
+    assert jax.eval_shape(loss, jax.random.key(0), common.batch("simsiam+spd")).shape == ()
 
 
 def test_forms_that_a_host_cannot_give_are_refused():
