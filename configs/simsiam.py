@@ -12,7 +12,8 @@ Variants, after a colon and joined by commas:
     imagenet   what no variant takes, by name
     spd        with SPD, the loss on triplets with a small local change
     predictor  SPD on predictions, as a third-party code has it
-    small      ResNet-18, views of 48 px, 250 steps of 32 images with Adam: minutes on a laptop
+    small      ResNet-18, views of 48 px, 250 steps of 32 images with Adam, whose rate falls for the
+               predictor as well: minutes on a laptop, see README
     smoke      a few steps on small synthetic images
 """
 

@@ -11,7 +11,8 @@ change from those without; its layer and weight are not published: the mean of l
 Variants, after a colon and joined by commas:
     imagenet   what no variant takes, by name
     spd        with SPD
-    small      ResNet-18, views of 48 px, 250 steps of 32 images with Adam: minutes on a laptop
+    small      ResNet-18, views of 48 px, 250 steps of 32 images with Adam: minutes on a laptop, see
+               README
     smoke      a few steps on small synthetic images, whose classes are the labels
 """
 
@@ -29,6 +30,7 @@ def get_config(variants: str = ""):
     config = default_config("supervised")
     imagenet_training(config)
     config.epochs = 90.0
+    config.objective.zero_init_last = False
     config.optim.update(lr=0.1, schedule="step", milestones=(30.0, 60.0, 80.0))
     return apply_variants(config, variants, VARIANTS, __file__)
 
@@ -44,6 +46,7 @@ def _spd(config):
 
 def _small(config):
     small_training(config)
+    config.objective.zero_init_last = True  # as it was measured
     _views(config, 48)
 
 

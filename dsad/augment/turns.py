@@ -50,11 +50,13 @@ def _turned(canvas: jax.Array, size: jax.Array, turn: jax.Array) -> tuple[jax.Ar
     return canvas, size
 
 
-def random_turns(batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
-    """The batch turned, and by how many quarters (b,) int32, each of the four equally likely.
-
-    Sample i's turn depends on (key, epoch[i], index[i]) alone. Pure and jittable.
-    """
+def draw_turns(batch: Batch, key: jax.Array) -> jax.Array:
+    """Quarters (b,) int32, 0 to 3 equally likely, from (key, epoch[i], index[i]) alone."""
     keys = sample_keys(named(key, "turn"), batch["epoch"], batch["index"])
-    turns = integers(uniforms(keys, "quarters", ()), 0, TURNS - 1)
+    return integers(uniforms(keys, "quarters", ()), 0, TURNS - 1)
+
+
+def random_turns(batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
+    """The batch turned, and by how many quarters (b,); see ``draw_turns``. Pure and jittable."""
+    turns = draw_turns(batch, key)
     return turned(batch, turns), turns

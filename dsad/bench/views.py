@@ -126,7 +126,7 @@ def _peers(
 
 
 def _print(out: Any, timings: Mapping[str, _measure.Timing], batch: int) -> None:
-    columns = ("recipe", "ms a batch", "views/s", "a core", "peer/s", "a core", "× peer")
+    columns = ("recipe", "ms a batch", "views/s", "/s a core", "peer/s", "peer a core", "× peer")
     table = console.table(*columns, whole=True)
     for name, timing in timings.items():
         if name.startswith(PEER):

@@ -126,6 +126,7 @@ class WithTerm(Trainable):
         taken, held, report = self.host.adopt(earlier, *alone)
         if self.term.head is None:
             return taken, held, report
+        report = f"{report}; {name} starts anew"
         return {**taken, name: params[name]}, {**held, name: extra[name]}, report
 
 

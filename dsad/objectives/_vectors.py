@@ -6,11 +6,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from dsad.augment.recipes import MOCO
 from dsad.augment.views import ViewConfig, make_view
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import Refused, Settings, listed
-from dsad.core.types import ObjectiveTraits
+from dsad.core.types import EarlierWeights, ObjectiveTraits
 from dsad.models import registry
 from dsad.models.family import Preprocessing
 from dsad.objectives.encoder import EncoderObjective
@@ -84,17 +85,49 @@ class VectorsObjective(EncoderObjective):
             vectors[name] = x.astype(jnp.float32)
         return vectors, extra
 
-
-def check_views(view1: ViewConfig, view2: ViewConfig) -> None:
-    """Refuse views of an image that cannot lie in one batch of the same pixels."""
-    for name in ("side", "mean", "std"):
-        if (value := getattr(view2, name)) != (expected := getattr(view1, name)):
-            raise Refused(f"view2.{name}", f"view1's {expected}", value)
+    def adopt(self, earlier: EarlierWeights, params: Any, extra: Any) -> tuple[Any, Any, str]:
+        """Take an encoder with its statistics, and nothing else."""
+        params, extra, report = super().adopt(earlier, params, extra)
+        return params, extra, f"{report}; heads start anew"
 
 
-def two_views(
-    batch: Batch, key: jax.Array, view1: ViewConfig, view2: ViewConfig
-) -> dict[str, jax.Array]:
-    """``view1`` and ``view2`` (b, S, S, 3) f32, normalised, with draws of their own."""
-    configs = {"view1": view1, "view2": view2}
-    return {n: make_view(batch, rng.named(key, n), cfg)["image"] for n, cfg in configs.items()}
+class TwoViewsConfig(VectorsConfig, place="objective"):
+    """Settings of the encoder and of two views of each image.
+
+    Attributes:
+      view1, view2: of each image, of one side and of the same pixels.
+
+    """
+
+    view1: ViewConfig = MOCO
+    view2: ViewConfig = MOCO
+
+    def check(self) -> None:
+        super().check()
+        for name in ("side", "mean", "std"):
+            value, expected = getattr(self.view2, name), getattr(self.view1, name)
+            if value != expected:
+                raise Refused(f"view2.{name}", f"view1's {expected}", value)
+
+
+class TwoViewsObjective(VectorsObjective):
+    """A method that compares the vectors of two views of an image."""
+
+    def __init__(self, cfg: TwoViewsConfig) -> None:
+        super().__init__(cfg, cfg.view1)
+        self._views = {"view1": cfg.view1, "view2": cfg.view2}
+
+    def views(self, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """``view1`` and ``view2`` (b, S, S, 3) f32, normalised, with draws of their own."""
+        return {
+            name: make_view(batch, rng.named(key, name), view)["image"]
+            for name, view in self._views.items()
+        }
+
+    def pictures(
+        self, params: Any, extra: Any, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Both views."""
+        del params, extra
+        views = self.views(batch, key)
+        return {"view 1": self.pixels(views["view1"]), "view 2": self.pixels(views["view2"])}

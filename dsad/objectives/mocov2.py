@@ -15,9 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsad.augment.recipes import MOCO
 from dsad.augment.turns import random_turns
-from dsad.augment.views import ViewConfig
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import Refused, field
@@ -25,14 +23,14 @@ from dsad.core.errors import ConfigError
 from dsad.core.types import EarlierWeights, Objective, RunInfo, Scalars
 from dsad.models import heads
 from dsad.objectives._spd import SPDConfig, with_spd
-from dsad.objectives._vectors import VectorsConfig, VectorsObjective, check_views, two_views
+from dsad.objectives._vectors import TwoViewsConfig, TwoViewsObjective
 from dsad.objectives.teacher import averaged, copied, interleaved
 from dsad.ops.contrast import enqueue, info_nce, make_queue
 from dsad.ops.similarity import feature_std, unit
 
 
-class Config(VectorsConfig, place="objective"):
-    """Settings of MoCo v2; see ``VectorsConfig`` for the encoder.
+class Config(TwoViewsConfig, place="objective"):
+    """Settings of MoCo v2; see ``TwoViewsConfig`` for encoder and views.
 
     Attributes:
       hidden: widths of the projection's hidden layers, which no norm follows.
@@ -47,7 +45,6 @@ class Config(VectorsConfig, place="objective"):
       class_aware: keys of the sample's own category are no negatives.
       turned: every image is turned by 0 to 3 quarters before its views, see ``augment.turns``;
         with ``class_aware`` each turn of a category is a class.
-      view1, view2: of each image.
       spd: a second loss that notices local changes; its vectors never enter the queue.
 
     """
@@ -61,16 +58,10 @@ class Config(VectorsConfig, place="objective"):
     symmetric: bool = False
     class_aware: bool = False
     turned: bool = False
-    view1: ViewConfig = MOCO
-    view2: ViewConfig = MOCO
     spd: SPDConfig = SPDConfig()
 
-    def check(self) -> None:
-        super().check()
-        check_views(self.view1, self.view2)
 
-
-class MoCoV2(VectorsObjective):
+class MoCoV2(TwoViewsObjective):
     """The objective; see ``core.types.Objective`` for the contract of each method."""
 
     def __init__(self, cfg: Config, run: RunInfo) -> None:
@@ -84,7 +75,7 @@ class MoCoV2(VectorsObjective):
             raise Refused(
                 "config.objective.queue", f"at least config.batch_size, {run.batch_size}", cfg.queue
             )
-        super().__init__(cfg, cfg.view1)
+        super().__init__(cfg)
         self.cfg, self.classes = cfg, run.classes
         widths = (self.width, *cfg.hidden, cfg.out)
         self.heads = {"z": heads.mlp(widths, hidden="none", dtype=jnp.dtype(cfg.dtype))}
@@ -106,7 +97,7 @@ class MoCoV2(VectorsObjective):
         if self.cfg.turned:
             batch, turns = random_turns(batch, key)
             label = label + self.classes * turns
-        views = two_views(batch, key, self.cfg.view1, self.cfg.view2)
+        views = super().views(batch, key)
         return {**views, "label": label} if self.cfg.class_aware else views
 
     def loss(
@@ -150,18 +141,10 @@ class MoCoV2(VectorsObjective):
         moved = averaged(teacher["params"], online, self.cfg.momentum)
         return {**extra, "teacher": {**teacher, "params": moved}}
 
-    def pictures(
-        self, params: Any, extra: Any, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
-        """Both views."""
-        del params, extra
-        views = self.views(batch, key)
-        return {"view 1": self.pixels(views["view1"]), "view 2": self.pixels(views["view2"])}
-
     def adopt(self, earlier: EarlierWeights, params: Any, extra: Any) -> tuple[Any, Any, str]:
         """Take an encoder with its statistics; the key encoder is copied again."""
         params, extra, report = super().adopt(earlier, params, extra)
-        return params, self._with_teacher(params, extra), f"{report}; heads start anew"
+        return params, self._with_teacher(params, extra), report
 
 
 def build(cfg: Config, run: RunInfo) -> Objective:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsad.augment import turns
 from dsad.augment.views import ViewConfig, make_view
 from dsad.core import rng
 from dsad.core.batch import Batch
@@ -22,8 +23,6 @@ from dsad.objectives._vectors import VectorsConfig, VectorsObjective
 from dsad.objectives.teacher import interleaved
 from dsad.ops.similarity import unit
 
-#: Quarter turns, counter-clockwise: the classes, in the order of the logits.
-TURNS = (0, 90, 180, 270)
 #: DS2's first view, less often blurred, and with grey and solarizing, which DS2's views never have.
 TURNED = ViewConfig(blur_probability=0.5, grey_probability=0.2, solarize_probability=0.3)
 #: Images that the encoder sees of each one: two crops, and a turned copy of either.
@@ -37,8 +36,8 @@ class Config(VectorsConfig, place="objective"):
       cells: widths of the two linear maps of every cell, a batch norm and a ReLU between them.
       hidden: widths of the layers on all cells of a pair; the last has neither norm nor ReLU.
       temperature: what the logits, divided by their norm, are divided by.
-      fixed_classes: every image is turned by the same angle in all epochs, as published, so that
-        there are no more turns than images.
+      fixed_classes: every image is turned by the same angle in all epochs, as the code of DS2 has
+        it, so that there are no more turns than images.
       view: of both crops. Colours change in the turned copies alone.
 
     """
@@ -53,10 +52,8 @@ class Config(VectorsConfig, place="objective"):
 
 def turned(images: jax.Array, quarters: jax.Array) -> jax.Array:
     """Square images (b, S, S, c), each turned counter-clockwise ``quarters`` (b,) times."""
-    quarters = quarters[:, None, None, None]
-    images = jnp.where(quarters % 2 == 1, jnp.swapaxes(images, 1, 2), images)
-    images = jnp.where((quarters == 1) | (quarters == 2), jnp.flip(images, 1), images)
-    return jnp.where(quarters >= 2, jnp.flip(images, 2), images)
+    size = jnp.full((len(images), 2), images.shape[1], jnp.int32)
+    return turns.turned({"image": images, "size": size}, quarters)["image"]
 
 
 def rotation_loss(
@@ -89,7 +86,7 @@ class RotPred(VectorsObjective):
         self.nets = {
             "cells": heads.mlp((channels, *cfg.cells), dtype=dtype),
             "pair": heads.mlp((flat, *cfg.hidden), dtype=dtype),
-            "logits": heads.mlp((cfg.hidden[-1], len(TURNS)), dtype=dtype),
+            "logits": heads.mlp((cfg.hidden[-1], turns.TURNS), dtype=dtype),
         }
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
@@ -109,7 +106,7 @@ class RotPred(VectorsObjective):
             view, jitter_probability=0.0, blur_probability=0.0, grey_probability=0.0,
             solarize_probability=0.0,
         )  # fmt: skip
-        quarters = self._quarters(batch, rng.named(key, "turn"))
+        quarters = self._quarters(batch, key)
         images = {}
         for number in (1, 2):
             draws = rng.named(key, f"view{number}")
@@ -119,8 +116,7 @@ class RotPred(VectorsObjective):
 
     def _quarters(self, batch: Batch, key: jax.Array) -> jax.Array:
         epoch = batch["epoch"] * 0 if self.cfg.fixed_classes else batch["epoch"]
-        keys = rng.sample_keys(key, epoch, batch["index"])
-        return jax.vmap(lambda k: jax.random.randint(k, (), 0, len(TURNS), jnp.int32))(keys)
+        return turns.draw_turns({**batch, "epoch": epoch}, key)
 
     def logits(self, params: Any, extra: Any, views: Any) -> tuple[jax.Array, Any]:
         """(2b, 4) f32, those of both views of an image next to each other, and the new extra.

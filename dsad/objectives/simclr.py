@@ -16,21 +16,20 @@ from dsad.core.config import field
 from dsad.core.types import Objective, RunInfo, Scalars
 from dsad.models import heads
 from dsad.objectives._spd import SPDConfig, with_spd
-from dsad.objectives._vectors import VectorsConfig, VectorsObjective, check_views, two_views
+from dsad.objectives._vectors import TwoViewsConfig, TwoViewsObjective
 from dsad.objectives.teacher import interleaved
 from dsad.ops.contrast import nt_xent
 from dsad.ops.similarity import feature_std, unit
 
 
-class Config(VectorsConfig, place="objective"):
-    """Settings of SimCLR; see ``VectorsConfig`` for the encoder.
+class Config(TwoViewsConfig, place="objective"):
+    """Settings of SimCLR; see ``TwoViewsConfig`` for encoder and views.
 
     Attributes:
       hidden: widths of the projection's hidden layers.
       out: values of a projection.
       temperature: of the similarities.
       turned: every image is turned by 0 to 3 quarters before its views, see ``augment.turns``.
-      view1, view2: of each image.
       spd: a second loss that notices local changes.
 
     """
@@ -43,12 +42,8 @@ class Config(VectorsConfig, place="objective"):
     view2: ViewConfig = SIMCLR
     spd: SPDConfig = SPDConfig()
 
-    def check(self) -> None:
-        super().check()
-        check_views(self.view1, self.view2)
 
-
-class SimCLR(VectorsObjective):
+class SimCLR(TwoViewsObjective):
     """The objective; see ``core.types.Objective`` for the contract of each method.
 
     A batch norm follows every layer of the projection; the last one of the published code has a
@@ -58,7 +53,7 @@ class SimCLR(VectorsObjective):
 
     def __init__(self, cfg: Config, run: RunInfo) -> None:
         del run
-        super().__init__(cfg, cfg.view1)
+        super().__init__(cfg)
         self.cfg = cfg
         widths = (self.width, *cfg.hidden, cfg.out)
         self.heads = {"z": heads.mlp(widths, last="affine", dtype=jnp.dtype(cfg.dtype))}
@@ -67,7 +62,7 @@ class SimCLR(VectorsObjective):
         """``view1`` and ``view2`` (b, S, S, 3) f32, normalised."""
         if self.cfg.turned:
             batch, _ = random_turns(batch, key)
-        return two_views(batch, key, self.cfg.view1, self.cfg.view2)
+        return super().views(batch, key)
 
     def loss(
         self, params: Any, extra: Any, views: Any, *, key: jax.Array, step: jax.Array
@@ -79,14 +74,6 @@ class SimCLR(VectorsObjective):
         z = vectors["z"]
         loss = nt_xent(unit(z[::2]), unit(z[1::2]), temperature=self.cfg.temperature)
         return loss, (extra, jax.lax.stop_gradient({"feature_std": feature_std(z[::2])}))
-
-    def pictures(
-        self, params: Any, extra: Any, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
-        """Both views."""
-        del params, extra
-        views = self.views(batch, key)
-        return {"view 1": self.pixels(views["view1"]), "view 2": self.pixels(views["view2"])}
 
 
 def build(cfg: Config, run: RunInfo) -> Objective:

@@ -27,6 +27,7 @@ _CHARTS = {
     "accuracy": "Accuracy on the batch",
     "spd_loss": "Loss of SPD",
     "spd_accuracy": "SPD: changed or not, accuracy",
+    "spd_matte_peak": "SPD: highest value of the matte",
     "spd_cosine_positive": "SPD: cosine of the positive",
     "spd_cosine_negative": "SPD: cosine of the negative",
     "probe_aupro": "AUPRO of the probe",
