@@ -74,7 +74,7 @@ def smoke_evaluation(config: Any) -> None:
 
 
 def imagenet_training(config: Any) -> None:
-    """ImageNet at up to 512 pixels, as its files mostly are; torch's SGD, which decays everything."""
+    """ImageNet at up to 512 pixels, as most of its files are; torch's SGD decays everything."""
     config.data.name = "imagenet"
     config.data.canvas = 512
     config.data.cache = "none"  # 252 GB of canvases
