@@ -31,7 +31,7 @@ SHORT = {
     "pretrain --config=configs/corrupt.py": ["--config.objective.view.side=64"],
     **{
         f"pretrain --config=configs/{name}.py": [
-            "--config.objective.last=layer1", "--config.objective.spd.triplet.view.side=32",
+            "--config.objective.last=layer3", "--config.objective.spd.triplet.view.side=32",
             *(f"--config.objective.{view}.side=32" for view in views),
         ]
         for name, views in {"simsiam": ("view1", "view2"), "supervised": ("view",)}.items()

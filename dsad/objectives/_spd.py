@@ -94,13 +94,15 @@ class SPDTerm(Term):
 
     def _embedded(
         self, host: VectorsObjective, trees: tuple[Any, Any], views: Any, names: tuple[str, ...]
-    ) -> tuple[dict[str, tuple[jax.Array, ...]], Any]:
-        """Vectors of the named views by kind, each a tuple of (b, d), and the host's new extra."""
+    ) -> tuple[dict[str, jax.Array], Any]:
+        """Vectors (n · b, d) of the n named views by kind, and the host's new extra.
+
+        The views of an image lie next to each other: on any mesh, on the same device.
+        """
         n = len(names)
         images = interleaved(*(views[name] for name in names))
         separate = n if self.cfg.statistics == "separate" else 1
-        vectors, extra = host.embed(*trees, images, train=True, views=separate)
-        return {k: tuple(v[i::n] for i in range(n)) for k, v in vectors.items()}, extra
+        return host.embed(*trees, images, train=True, views=separate)
 
     def loss(
         self, host: Any, trees: tuple[Any, Any], head: tuple[Any, Any], views: Any
@@ -109,13 +111,16 @@ class SPDTerm(Term):
         peak = {"matte_peak": jnp.mean(views["peak"])}
         if self.head is not None:
             vectors, extra = self._embedded(host, trees, views, ("positive", "negative"))
-            both = jnp.concatenate(vectors["pooled"])
-            logits, stats = self.head.apply(*head, both, train=True)
-            loss, right = classifier_loss(*jnp.split(logits[:, 0].astype(jnp.float32), 2))
+            logits, stats = self.head.apply(*head, vectors["pooled"], train=True)
+            loss, right = classifier_loss(*_split(logits[:, 0].astype(jnp.float32), 2))
             return loss, extra, stats, {"accuracy": right, **peak}
         vectors, extra = self._embedded(host, trees, views, ("anchor", "positive", "negative"))
-        z = vectors["z"]
-        loss = predictor_loss(z, vectors["p"]) if self.cfg.form == "predictor" else plain_loss(*z)
+        z = _split(vectors["z"], 3)
+        loss = (
+            predictor_loss(z, _split(vectors["p"], 3))
+            if self.cfg.form == "predictor"
+            else plain_loss(*z)
+        )
         alike = {n: jnp.mean(cosine(z[0], z[i])) for i, n in ((1, "positive"), (2, "negative"))}
         return loss, extra, {}, {**{f"cosine_{n}": v for n, v in alike.items()}, **peak}
 
@@ -126,6 +131,11 @@ class SPDTerm(Term):
         del trees, head
         views = self.views(batch, key)
         return {n: host.pixels(views[n]) for n in ("anchor", "positive", "negative")}
+
+
+def _split(rows: jax.Array, views: int) -> tuple[jax.Array, ...]:
+    """Rows of ``interleaved`` views by view."""
+    return tuple(rows[i::views] for i in range(views))
 
 
 def with_spd(host: VectorsObjective, cfg: SPDConfig) -> Objective:

@@ -263,8 +263,10 @@ def test_the_predictor_s_rate_is_constant():
 def test_training_moves_negatives_away_and_keeps_its_spread(tmp_path):
     """A few hundred steps on 64 textures, as a user runs them."""
     words = ["pretrain", "--config=simsiam:smoke,spd", "--workdir=run"]
-    more = ("steps=300", "data.synthetic.train=13", "objective.spd.weight=0.5", "optim.lr=0.5",
-            "objective.spd.triplet.blend.area=(0.05, 0.1)")  # fmt: skip
+    # Pieces that 32 pixels show, and a weight that 300 steps can follow.
+    more = ("steps=300", "data.synthetic.train=13", "objective.spd.weight=2.0", "optim.name=adamw",
+            "optim.lr=1e-3", "optim.lr_batch=0",
+            "objective.spd.triplet.blend.area=(0.05, 0.15)")  # fmt: skip
     result = command(*words, *(f"--config.{m}" for m in more), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -274,6 +276,6 @@ def test_training_moves_negatives_away_and_keeps_its_spread(tmp_path):
         return np.mean([v[name] for v in part if name in v])
 
     first, last = values[:20], values[-20:]
-    assert mean("spd_loss", last) < mean("spd_loss", first) - 0.05
-    assert mean("spd_cosine_positive", last) > mean("spd_cosine_negative", last) + 0.05
+    assert mean("spd_loss", last) < mean("spd_loss", first) - 0.15
+    assert mean("spd_cosine_positive", last) > mean("spd_cosine_negative", last) + 0.15
     assert mean("feature_std", last) > 0.5  # 1 is the whole sphere, 0 a collapse
