@@ -1,6 +1,7 @@
 """Miniature data sets on disk: 24×16 images, non-square so that swapped axes show."""
 
 import io
+import json
 import pathlib
 import random
 import tarfile
@@ -149,6 +150,53 @@ def mtd(root: pathlib.Path, paths: list[str]) -> None:
 def mtd_grouped(root: pathlib.Path) -> None:
     """The complete tree of the shipped group list, in miniature."""
     mtd(root, list(group_list()))
+
+
+def realiad_items(category: str) -> dict[str, list[tuple[str, str, str]]]:
+    """Object, class and path of every view: three OK objects and two NG ones, whose C4 and C5 see
+    no defect. Some published names have two underscores.
+    """
+    objects = {
+        "train": ["OK/S0001", "OK/S0002"],
+        "test": ["OK/S0003", "NG/BX/S0001", "NG/AK/S0001"],
+    }
+    items: dict[str, list[tuple[str, str, str]]] = {"train": [], "test": []}
+    for split, places in objects.items():
+        for place in places:
+            kind, number = place.rpartition("/")[0], place[-4:]
+            for view in range(1, 6):
+                score = "__" if kind == "NG/AK" else "_"
+                name = f"{category}{score}{number}_{kind.replace('/', '_')}_C{view}_20231021130235"
+                code = kind[3:] if kind != "OK" and view < 4 else "OK"
+                items[split].append((place, code, f"{place}/{name}.jpg"))
+    return items
+
+
+def realiad(
+    root: pathlib.Path, name: str = "realiad", categories=("audiojack", "zipper"), **kwargs
+) -> DataConfig:
+    """Write Real-IAD in miniature, in the release of 512 pixels, with both lists; the config."""
+    for c, category in enumerate(categories):
+        items = realiad_items(category)
+        for i, (_, code, path) in enumerate(items["train"] + items["test"]):
+            file = root / "realiad_512" / category / path
+            save(file, pixels(1000 * c + i))
+            if code != "OK":
+                save(file.with_suffix(".png"), mask(1 + i))  # any value but 0 is a defect
+        for family, views in (("realiad_jsons", "12345"), ("realiad_jsons_sv", "1")):
+            content: dict = {"meta": {"prefix": f"{category}/", "normal_class": "OK"}}
+            for split, rows in items.items():
+                content[split] = [
+                    {
+                        "category": category, "anomaly_class": code, "image_path": path,
+                        "mask_path": None if code == "OK" else path[:-4] + ".png",
+                    }
+                    for _, code, path in reversed(rows) if path.split("_C")[1][0] in views
+                ]  # fmt: skip
+            file = root / "realiad_jsons" / family / f"{category}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(content))
+    return DataConfig(name=name, root=str(root), **kwargs)
 
 
 def batch_spec(side, facts=(), **needs):
