@@ -1,4 +1,4 @@
-"""``dsad bench views``: views/s of every recipe and of SPD's triplets, beside views on the host."""
+"""``dsad bench views``: views/s of every recipe and of SPD's triplets, beside Pillow."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ PEER = "peer: "
 def main(argv: list[str]) -> int:
     """The command: ``dsad bench views``."""
     command = flags.Command(
-        "bench views", "views/s of every recipe and of SPD's triplets, beside views on the host."
+        "bench views", "views/s of every recipe and of SPD's triplets, beside Pillow."
     )
     command.integer("side", 224, "Pixels of a view.", at_least=8)
     command.integer("canvas", 256, "Pixels of the images.", at_least=8)

@@ -120,7 +120,7 @@ def test_the_report_shows_what_changes_twice(runs, capsys):
     assert text.count('<img class="sample"') == 4
     assert text.index("What it trained on") < text.index('aria-label="Loss"')
     assert main.main(["report", str(place), str(place)]) == 2
-    assert "one directory of predictions or of a pretraining run" in capsys.readouterr().err
+    assert "of probes by labels or of a pretraining run" in capsys.readouterr().err
     with pytest.raises(WorkdirError, match=r"metrics\.jsonl: no such file"):
         write_training(place / "r.html", place / "pictures")
 

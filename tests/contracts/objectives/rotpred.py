@@ -5,7 +5,7 @@ from tests.contracts.objectives.common import SIDE, Case
 
 CASE = Case(
     config={
-        "last": "layer1", "cells": (16, 8), "hidden": (32, 16, 16),
+        "last": "layer1", "cells": (24, 8), "hidden": (64, 32, 16),
         "view": dataclasses.replace(rotpred.TURNED, side=SIDE, area=(0.3, 1.0)),
     },
     # The batch norm behind the next linear map takes a constant away.
