@@ -22,7 +22,6 @@ camera does not see the defect). ``Record.group`` is the folder of the object, s
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import re
 from collections.abc import Iterable
@@ -30,8 +29,9 @@ from typing import Any
 
 from dsad.core.config import listed
 from dsad.core.types import Record
+from dsad.data import _realiad_folders as places
 from dsad.data import files
-from dsad.data.base import DataConfig, Fault, chosen, error, variant, warning
+from dsad.data.base import DataConfig, Fault, error, variant, warning
 from dsad.data.decode import MaskRule
 
 CATEGORIES = (
@@ -49,7 +49,6 @@ KINDS = {
 CAMERAS = ("C1", "C2", "C3", "C4", "C5")
 _NAME = re.compile(r".+_(C[1-5])_\d+")
 _OBJECT = re.compile(r"(?:OK|NG/[^/]+)/S\d+")
-_LISTS = "realiad_jsons"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,11 +65,11 @@ class _Published:
 
 PUBLISHED = {
     "": _Published(
-        folder=_LISTS, cameras=CAMERAS, train=36_465, test=114_585, bad=51_329,
+        folder=places.LISTS, cameras=CAMERAS, train=36_465, test=114_585, bad=51_329,
         split="published, multi-view (every view of five cameras an image)",
     ),
     "single": _Published(
-        folder=f"{_LISTS}_sv", cameras=("C1",), train=10_408, test=19_802, bad=9_415,
+        folder=f"{places.LISTS}_sv", cameras=("C1",), train=10_408, test=19_802, bad=9_415,
         split="published, single view (camera C1)",
     ),
 }  # fmt: skip
@@ -109,7 +108,7 @@ class _Category:
         self.normal_masks: dict[str, str] = {}
         self.faults: list[Fault] = []
         self.many = _Groups()
-        self.files = _files(root, name)
+        self.files = places.category_files(root, name)
         self.listed: dict[str, str] = {}
         self.masks: set[str] = set()
         #: Test images of NG objects that the list labels OK.
@@ -287,74 +286,6 @@ class _Category:
                 self.faults.append(files.ignored(path, reason))
 
 
-def _files(root: pathlib.Path, name: str) -> set[str]:
-    """Paths of all files of a category, each folder listed once."""
-    return {
-        (pathlib.Path(folder) / file).relative_to(root).as_posix()
-        for folder, _, names in os.walk(root / name, followlinks=True)
-        for file in names
-    }
-
-
-def _has_images(folder: pathlib.Path) -> bool:
-    return any((folder / part).is_dir() for part in ("OK", "NG"))
-
-
-def _image_root(root: pathlib.Path, faults: list[Fault]) -> pathlib.Path:
-    """The folder of the categories: the root, or the one release in it."""
-    inside = files.subfolders(root)
-    if any(_has_images(root / name) for name in inside):
-        return root
-    releases = [n for n in inside if n.startswith("realiad_") and not n.startswith(_LISTS)]
-    if len(releases) > 1:
-        text = f"several releases: {listed(releases)}; set config.data.root to one of them."
-        faults.append(error("K0", str(root), text))
-    return root / releases[0] if releases else root
-
-
-def _list_folder(
-    root: pathlib.Path, images: pathlib.Path, name: str, faults: list[Fault]
-) -> pathlib.Path | None:
-    """Where the lists lie: beside the images, in the folder that the archive makes or without."""
-    bases = dict.fromkeys((root.absolute(), images.absolute(), images.absolute().parent))
-    tried = [base / part for base in bases for part in (pathlib.Path(_LISTS, name), name)]
-    for folder in tried:
-        if any(folder.glob("*.json")):
-            return folder
-    text = f"no lists: expected <category>.json in {_LISTS}/{name} or {name}, in "
-    text += f"{listed(map(str, bases))}. Unpack {_LISTS}.zip there."
-    faults.append(error("K0", name, text))
-    return None
-
-
-def _categories(
-    images: pathlib.Path, lists: pathlib.Path, config: DataConfig, faults: list[Fault]
-) -> tuple[str, ...]:
-    """Categories to read, both with images and with a list; a fault of each other one."""
-    inside = files.subfolders(images)
-    folders = {name for name in inside if _has_images(images / name)}
-    listed_names = {file.stem for file in lists.glob("*.json") if not file.name.startswith(".")}
-    for name in inside:
-        if name not in folders | listed_names and not name.startswith("realiad_"):
-            faults.append(files.ignored(name, "not a category (no OK/ or NG/ inside)"))
-    if not folders:
-        text = f"no category found: expected {images.name}/<category>/OK and NG."
-        faults.append(error("K0", str(images), text))
-        return ()
-    wanted = chosen(config, tuple(sorted(folders | listed_names)))
-    for name in wanted:
-        if name not in folders:
-            text = "its list is here, but no folder with OK/ or NG/: "
-            packed = (images / f"{name}.zip").is_file()
-            text += f"unpack {name}.zip." if packed else "the category is left out."
-            needed = config.strict or name in config.categories
-            faults.append((error if needed else warning)("K0", name, text))
-        elif name not in listed_names:
-            text = f"no list {lists.name}/{name}.json: labels and split are known by it alone."
-            faults.append(error("K0", name, text))
-    return tuple(name for name in wanted if name in folders & listed_names)
-
-
 def _check_counts(
     parts: list[_Category], published: _Published, config: DataConfig, faults: list[Fault]
 ) -> None:
@@ -377,10 +308,10 @@ def scan(config: DataConfig) -> files.FileDataset:
     published = PUBLISHED[variant(config, tuple(PUBLISHED))]
     root = files.root_folder(config)
     faults = [] if root.is_dir() else [files.missing_root(root)]
-    images = _image_root(root, faults) if root.is_dir() else root
+    images = places.image_root(root, faults) if root.is_dir() else root
     parts: list[_Category] = []
-    if not faults and (lists := _list_folder(root, images, published.folder, faults)):
-        for name in _categories(images, lists, config, faults):
+    if not faults and (lists := places.list_folder(root, images, published.folder, faults)):
+        for name in places.readable_categories(images, lists, config, faults):
             parts.append(_Category(name, images, lists / f"{name}.json", config, published))
             parts[-1].read()
             faults += parts[-1].faults
