@@ -51,13 +51,14 @@ def test_the_linear_probe_is_that_of_scikit_learn(devices, strength, monkeypatch
     )  # fmt: skip
     oracle = LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(rows.astype(float), known)
     assert fitted.converged
-    # A gradient in float32, some 1e-6, over the least curvature, 1 / (C n) = 0.002 at C = 1.
-    np.testing.assert_allclose(fitted.weights, oracle.coef_.T, atol=5e-3)
+    np.testing.assert_allclose(fitted.weights, oracle.coef_.T, atol=1e-3)
+    # No penalty bends the loss along the intercepts: what float32 leaves of the gradient moves
+    # them further, newer compilers by 1.7e-3, and hardly changes a probability.
     np.testing.assert_allclose(fitted.intercepts, oracle.intercept_, atol=5e-3)
     told = label_probe.by_linear(fitted, standard(test), true, CLASSES)
     chances = oracle.predict_proba(standard(test).astype(float))
     np.testing.assert_array_equal(told.named, chances.argmax(1))
-    np.testing.assert_allclose(told.share, chances.max(1), atol=2e-3)
+    np.testing.assert_allclose(told.share, chances.max(1), atol=1e-3)
     rank = np.sum(chances > chances[np.arange(len(true)), true][:, None], axis=1)
     np.testing.assert_array_equal(told.rank, rank)
 
