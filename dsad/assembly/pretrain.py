@@ -45,7 +45,8 @@ class PretrainConfig(Settings, place="config"):
       log_every: updates per line of metrics.
       pictures: images that the report of the run shows as the objective sees them, at the first and
         at the last update; 0: none.
-      init_from: earlier weights to start from: a run, a file, or a hub name; empty: none.
+      init_from: earlier weights to start from: a run, a file, or a hub name; empty: none;
+        "random": none, for an objective that asks for some.
       feature_store: where features lie that an objective computes of every sample once, unless
         ``data.cache`` has them on the devices: in "memory", or on the "disk" of the run.
       precision: of matrix products in float32: "default" is the device's fastest.

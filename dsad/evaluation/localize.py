@@ -288,9 +288,11 @@ class _Run:
             Features, reader, parts, split=which, left_out=out, rotations=config.rotations
         )
         banks: tuple[Tree, ...] = ()
-        for name, wrapper in self.map_wrappers.items():
+        for place, wrapper in enumerate(self.map_wrappers.values()):
             source = read(ticks.quiet if banks else tick, banks=banks, by_image=True)
-            bank = wrapper.adapt(source, mesh=reader.device.mesh, key=named(key, name))
+            bank = wrapper.adapt(
+                source, mesh=reader.device.mesh, key=named(key, f"map wrapper {place}")
+            )
             banks = (*banks, reader.device.place(bank))
             spent += source.seconds
         features = read(ticks.quiet if banks else tick, banks=banks)

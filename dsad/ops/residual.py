@@ -56,13 +56,13 @@ def bank_residual(cells: jax.Array, rows: jax.Array, valid: jax.Array | None = N
     return x - y[jnp.maximum(best[:, 0], 0)]
 
 
-def pooled(maps: jax.Array, most: int) -> jax.Array:
+def pooled(maps: jax.Array, most: int | tuple[int, int]) -> jax.Array:
     """Maps (b, h, w, d) averaged over equal blocks so that no side has more than ``most`` cells.
 
     Sides become ⌈h / ⌈h / most⌉⌉; blocks at the far border may be smaller.
     """
-    for axis in (1, 2):
-        maps = _averaged(maps, axis, -(-maps.shape[axis] // most))
+    for axis, cells in zip((1, 2), (most, most) if isinstance(most, int) else most, strict=True):
+        maps = _averaged(maps, axis, -(-maps.shape[axis] // cells))
     return maps
 
 
