@@ -17,9 +17,7 @@ from dsad.models.transformer import linear, xavier
 
 def squeezed(width: int) -> int:
     """Width of the gate's hidden layer: a sixteenth of 4 · width, to a multiple of 8."""
-    hidden = 4 * width
-    nearest = max(8, int(hidden / 16 + 4) // 8 * 8)
-    return nearest + 8 if nearest < 0.9 * hidden / 16 else nearest
+    return max(8, (width // 4 + 4) // 8 * 8)
 
 
 def init_projector(draws: Draws, width: int, *, references: int, heads: int) -> Tree:
