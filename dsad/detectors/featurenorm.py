@@ -48,7 +48,7 @@ class FeatureNorm(FeatureDetector[Config]):
         """
         maps = [radius(values) for values in select(features, self.layers)]
         grid = (maps[0].shape[1], maps[0].shape[2])
-        mean = sum(resize_maps(m, grid, align_corners=True) for m in maps) / len(maps)
+        mean = jnp.mean(jnp.stack([resize_maps(m, grid, align_corners=True) for m in maps]), axis=0)
         return Scores(map=mean, image=jnp.max(mean, axis=(1, 2)))
 
 
