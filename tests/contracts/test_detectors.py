@@ -26,6 +26,7 @@ from dsad.core.detection import (
     Detector,
     DetectorTraits,
     HasPanels,
+    Measures,
     Prepares,
     Scores,
     TrainsOnData,
@@ -84,7 +85,7 @@ def test_equals_its_oracle(name, config):
 @pytest.mark.parametrize("name", CASES)
 def test_public_members_are_those_of_the_seam(name):
     detector = made(name)
-    known = (Detector, HasPanels, EmbedsCells, Prepares, TrainsOnData)
+    known = (Detector, HasPanels, EmbedsCells, Measures, Prepares, TrainsOnData)
     seams = [s for s in known if isinstance(detector, s)]
     public = lambda of: {n for n in dir(of) if not n.startswith("_")}  # noqa: E731
     assert public(detector) == set().union(*map(public, seams))
