@@ -1,10 +1,12 @@
 """What SimpleNet and GLASS share: patch features, an adaptor, a discriminator of cells."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsad.core import rng
 from dsad.core.config import field
@@ -62,15 +64,32 @@ def adapted(params: Tree, cells: jax.Array) -> jax.Array:
     return cells @ params["adaptor"]["kernel"] if "adaptor" in params else cells
 
 
+def hidden(params: Tree, cells: jax.Array) -> jax.Array:
+    """What the discriminator makes of adapted cells (..., d) before its norm."""
+    return _network(params).apply(params["discriminator"], {}, cells, method="hidden")[0]
+
+
 def logits(
-    params: Tree, statistics: Tree, cells: jax.Array, *, train: bool
-) -> tuple[jax.Array, Tree]:
-    """Logits (...) of adapted cells (..., d), and new batch statistics."""
-    hidden = jnp.shape(params["discriminator"]["conv1"]["kernel"])[1]
-    network = heads.discriminator(cells.shape[-1], hidden)
-    return network.apply(params["discriminator"], statistics, cells, train=train)
+    params: Tree, statistics: Tree, parts: Sequence[jax.Array], *, train: bool
+) -> tuple[list[jax.Array], Tree]:
+    """Logits (b, n, ...) of each of ``hidden`` (b, n, ..., h), and new batch statistics.
+
+    With ``train`` all parts are normalised together. They are joined along the rows of an image, so
+    that the batch stays split over devices as it is.
+    """
+    scores, statistics = _network(params).apply(
+        params["discriminator"], statistics, jnp.concatenate(parts, axis=1), method="judge",
+        train=train,
+    )  # fmt: skip
+    ends = np.cumsum([x.shape[1] for x in parts])[:-1]
+    return jnp.split(scores, ends, axis=1), statistics
 
 
 def judged(state: Tree, cells: jax.Array) -> jax.Array:
     """Logits (b, gh, gw) of cells (b, gh, gw, d) before the adaptor, by what was trained."""
-    return logits(state, state["statistics"], adapted(state, cells), train=False)[0]
+    found = hidden(state, adapted(state, cells))
+    return logits(state, state["statistics"], [found], train=False)[0][0]
+
+
+def _network(params: Tree) -> heads.Functional:
+    return heads.discriminator(*jnp.shape(params["discriminator"]["conv1"]["kernel"]))

@@ -23,6 +23,7 @@ from dsad.detectors._discriminator import (
     HeadConfig,
     adapted,
     fresh,
+    hidden,
     judged,
     logits,
 )
@@ -101,10 +102,8 @@ class Hinge(Trainable):
         if cfg.noise_unit == "std":
             unit = jnp.std(normal, axis=(0, 1, 2), keepdims=True)
         noised = normal + cfg.noise * jax.lax.stop_gradient(unit) * views["noise"]
-        # Joined along the rows of an image, so that the batch stays split over devices as it is.
-        both = jnp.concatenate([normal, noised], axis=1)
-        scores, statistics = logits(params, extra["statistics"], both, train=True)
-        high, low = jnp.split(scores, 2, axis=1)
+        pair = [hidden(params, cells) for cells in (normal, noised)]
+        (high, low), statistics = logits(params, extra["statistics"], pair, train=True)
         parts = {
             "normal": jnp.mean(jax.nn.relu(cfg.margin - high)),
             "noised": jnp.mean(jax.nn.relu(cfg.margin + low)),

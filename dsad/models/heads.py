@@ -80,13 +80,20 @@ class Discriminator(nnx.Module):
         self.norm1 = BatchNorm(hidden, dtype=jnp.float32, rngs=rngs)
         self.conv2 = nnx.Linear(hidden, 1, **settings)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = nnx.leaky_relu(self.norm1(self.conv1(x), train=train), 0.2)
+    def hidden(self, x: jax.Array) -> jax.Array:
+        return self.conv1(x)
+
+    def judge(self, hidden: jax.Array, *, train: bool) -> jax.Array:
+        x = nnx.leaky_relu(self.norm1(hidden, train=train), 0.2)
         return self.conv2(x)[..., 0]
 
 
 def discriminator(cin: int, hidden: int) -> Functional:
-    """SimpleNet's and GLASS's discriminator: logits (...) of cells (..., cin)."""
+    """SimpleNet's and GLASS's discriminator in two halves, on either side of its sums.
+
+    Method ``hidden`` takes cells (..., cin) to (..., hidden), and ``judge`` these to logits (...),
+    with the batch statistics of all that it is given.
+    """
     return Functional(lambda rngs: Discriminator(cin, hidden, rngs=rngs))
 
 

@@ -114,8 +114,12 @@ def fitted(detector, source, mesh=None):
     """The state of a detector, trained before if it trains."""
     trained = {}
     if detector.traits.trains_on:
+        images = backbone = None
+        case = cases()[type(detector).__module__.rpartition(".")[2]].case
+        if hasattr(case, "images_of"):
+            images, backbone = functools.partial(case.images_of, source), case.network()
         data = TrainingData(
-            features=source, images=None, backbone=None, title="tiles", seed=0, key=KEY,
+            features=source, images=images, backbone=backbone, title="tiles", seed=0, key=KEY,
             mesh=mesh or make_mesh(MeshConfig(), jax.devices()[:1]), folder=None, progress=silent,
         )  # fmt: skip
         trained = {"trained": TRAINER(detector, data)}
