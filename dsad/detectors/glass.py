@@ -50,7 +50,7 @@ EVERY = 5
 SMOOTH = 1e-5
 #: The adaptor's rate and decay; the discriminator's are 2e-4 and 0.01. All parameters decay.
 OPTIM = OptimConfig(
-    lr=1e-4, weight_decay=1e-5, exempt="$^", groups=(("^discriminator/", 2.0, 1000.0, True),)
+    lr=1e-4, weight_decay=1e-5, exempt="$^", groups=(("^discriminator", 2.0, 1000.0, True),)
 )
 
 

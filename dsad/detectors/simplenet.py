@@ -30,7 +30,7 @@ from dsad.detectors._discriminator import (
 
 #: The adaptor's rate and decay; the discriminator's are 2e-4 and 1e-5. All parameters decay.
 OPTIM = OptimConfig(
-    lr=1e-4, weight_decay=0.01, exempt="$^", groups=(("^discriminator/", 2.0, 1e-3, True),)
+    lr=1e-4, weight_decay=0.01, exempt="$^", groups=(("^discriminator", 2.0, 1e-3, True),)
 )
 
 
