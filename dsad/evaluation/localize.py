@@ -301,8 +301,8 @@ class _Run:
         if self.train and self.detector.traits.trains_on:
             data = fitting.training_data(
                 self.detector, reader.device, self.config, self.made.stamp, features, rest,
-                title=title, seed=seed, key=key, folder=self.folder, version=self.version,
-                progress=told,
+                backbone=reader.device.frozen(banks, config.rotations), title=title, seed=seed,
+                key=key, folder=self.folder, version=self.version, progress=told,
             )  # fmt: skip
             trained = self.train(self.detector, data)
         state = self.detector.fit(
