@@ -101,6 +101,23 @@ def linear(p: Tree, x: jax.Array) -> jax.Array:
     return split_samples(y + p["bias"].astype(x.dtype)[None, None, :])
 
 
+def folded(keys: jax.Array | None, number: Any) -> jax.Array | None:
+    """The keys (b,) of one of several draws from those of samples; None stays None."""
+    return None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
+
+
+def dropout(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
+    """X (b, ...) with a share ``rate`` of its entries at 0 and the others scaled up.
+
+    Each sample's are drawn from its own key, so that it does not matter which samples come
+    together; without ``keys`` (b,) nothing changes.
+    """
+    if keys is None or not rate:
+        return x
+    kept = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Softmax(q kᵀ / √(head dim)) v of queries, keys and values (b, n, heads, head dim).
 
