@@ -7,7 +7,7 @@
 Published network and training: width 256, 4 + 4 layers, 14 × 14 tokens, 1000 passes in batches of
 8, AdamW at 1e-4. The published backbone, EfficientNet-b4, is not there: this takes stages 1 to 3 of
 ResNet-18, each divided by its root mean square. Features of all categories are held on the host:
-2.5 MB an image for these stages at 224 pixels. The published length needs an accelerator; it has
+1.4 MB an image for these stages at 224 pixels. The published length needs an accelerator; it has
 not been run here.
 
 Variants, after a colon:
