@@ -81,9 +81,15 @@ def init_flow(key: jax.Array, spec: FlowSpec) -> tuple[Tree, jax.Array]:
 
 def random_rotations(key: jax.Array, count: int, size: int) -> jax.Array:
     """Rotations (count, size, size), uniform in SO(size)."""
-    q, r = jnp.linalg.qr(jax.random.normal(key, (count, size, size), jnp.float32))
-    q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
-    return q.at[:, :, 0].multiply(jnp.linalg.slogdet(q)[0][:, None])
+
+    def one(key: jax.Array) -> jax.Array:
+        q, r = jnp.linalg.qr(jax.random.normal(key, (size, size), jnp.float32))
+        q = q * jnp.sign(jnp.diagonal(r))[None, :]
+        return q.at[:, 0].multiply(jnp.linalg.slogdet(q)[0])
+
+    # One by one: jaxlib 0.10.2 splits stacks over the threads of its CPU client, and two stacks at
+    # a time can wait for each other forever.
+    return lax.map(one, jax.random.split(key, count))
 
 
 def forward(
