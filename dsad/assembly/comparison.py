@@ -90,6 +90,11 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
+def in_order(entries: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A group whose keys stay in their order, which is that of the tables; others are sorted."""
+    return ml_collections.ConfigDict(entries, sort_keys=False)
+
+
 def backbone(spec: str, weights: str = "", layers: Sequence[str] = ()) -> dict[str, Any]:
     """A group of ``config.backbones``, with every key for the command line."""
     return {"spec": spec, "weights": weights, "layers": tuple(layers)}

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from dsad.assembly.compare import compare, prepare
 from dsad.core import paths
-from dsad.evaluation.compared import FILE, TABLE
+from dsad.evaluation.compared import FILE, TABLE, told
+from dsad.evaluation.report.page import metric_label
 from dsad.terminal import console, flags
 
 
@@ -56,7 +57,7 @@ def table(content: Mapping[str, Any], name: str) -> Table:
     """
     found, main = content["datasets"][name], content["main"]
     several = max(len(row["seeds"]) for row in found["rows"]) > 1
-    columns = [m.replace("_", "\n", 1) for m in main]
+    columns = [metric_label(m) for m in main]
     made = console.table("backbone\ndetector", *columns, title=name, title_justify="left")
     for number, row in enumerate(found["rows"]):
         label = Text.assemble(row["backbone"], "\n", (row["detector"], "dim"))
@@ -80,14 +81,6 @@ def _cell(row: Mapping[str, Any], metric: str, leads: bool) -> Text:
     elif gap:
         text.append(f"\n{told(gap, '+.3f')}", "dim")
     return text
-
-
-def told(spread: Mapping[str, Any], form: str = ".3f") -> str:
-    """``0.512 ± 0.003``, without a deviation where there is none, a dash where nothing is."""
-    if spread["mean"] is None:
-        return "–"
-    std = "" if spread["std"] is None else f" ± {spread['std']:.3f}"
-    return f"{spread['mean']:{form}}{std}".replace("-", "−")
 
 
 def _captions(content: Mapping[str, Any], found: Mapping[str, Any], several: bool) -> list[str]:

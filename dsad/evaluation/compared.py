@@ -214,6 +214,14 @@ def _common(stamps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {n: v for n, v in first.items() if all(o.get(n, absent) == v for o in others)}
 
 
+def told(spread: Mapping[str, Any], form: str = ".3f") -> str:
+    """``0.512 ± 0.003``, without a deviation where there is none, a dash where nothing is."""
+    if spread["mean"] is None:
+        return "–"
+    std = "" if spread["std"] is None else f" ± {spread['std']:.3f}"
+    return f"{spread['mean']:{form}}{std}".replace("-", "−")
+
+
 def write(workdir: epath.Path, content: Mapping[str, Any]) -> None:
     """Write both files of a comparison; a reader never sees half of one."""
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
