@@ -110,6 +110,7 @@ def prepare(
         little space for the features.
 
     """
+    workdir.share(directory, "compare", {}, dry=True)
     plan, faults = parse(config), Faults()
     features = f"{directory.rstrip('/')}/{FEATURES}"
     if paths.is_remote(features) and not plan.config.evaluation.feature_cache:

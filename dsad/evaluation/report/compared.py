@@ -102,33 +102,50 @@ def _link(folder: str, places: tuple[str | epath.PathLike, str | epath.PathLike]
 
 
 def _chart(name: str, rows: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Differences of all rows to the baseline: a dot for each seed, mean and deviation."""
+    """Differences of all rows to the baseline: a dot for each seed, mean and deviation.
+
+    The rows of a backbone stand below its name where there are several detectors.
+    """
+    several = len({row["detector"] for row in rows}) > 1
+    lines: list[tuple[str, Mapping[str, Any] | None]] = []
+    for row, before in zip(rows, [None, *rows], strict=False):
+        if several and (before is None or row["backbone"] != before["backbone"]):
+            lines.append((row["backbone"], None))
+        lines.append((row["detector"] if several else row["backbone"], row))
 
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=figures.INK, linewidth=0.8)
-        for place, row in enumerate(rows):
-            gap = row["differences"][metric]
-            if gap["mean"] is None:
-                continue
-            values = np.asarray(list(gap["values"].values()))
-            if gap["std"] is not None:
-                ends = [gap["mean"] - gap["std"], gap["mean"] + gap["std"]]
-                axes.plot(ends, [-place, -place], color=row["colour"], linewidth=2.2)
-                lower = np.full(values.size, -place - 0.28)
-                axes.scatter(values, lower, s=7, facecolor="none", edgecolor=row["colour"],
-                             linewidth=0.7)  # fmt: skip
-            axes.scatter([gap["mean"]], [-place], s=26, color=row["colour"], zorder=3)
-        labels = [_short(f"{row['backbone']} · {row['detector']}") for row in rows]
-        axes.set_yticks(-np.arange(len(rows), dtype=float), labels)
-        axes.set_ylim(-len(rows) + 0.4, 0.6)
+        for number, (_, row) in enumerate(lines):
+            if row:
+                _interval(axes, row["differences"][metric], -number, row["colour"])
+        axes.set_yticks(-np.arange(len(lines), dtype=float), [_short(text) for text, _ in lines])
+        for tick, (_, row) in zip(axes.get_yticklabels(), lines, strict=True):
+            tick.set_fontweight("normal" if row else "bold")
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(-len(lines) + 0.4, 0.6)
         axes.grid(visible=False, axis="y")
         axes.locator_params(axis="x", nbins=5)
 
-    height = 0.75 + 0.3 * len(rows)
-    place = (0.4, 0.3 / height, 0.57, 1 - 0.6 / height)
+    height = 0.75 + 0.24 * len(lines)
+    place = (0.36, 0.3 / height, 0.61, 1 - 0.6 / height)
     title = f"{metric_label(metric)}: difference"
     return figures.chart(draw, title, name=f"{name}-{metric}", size=(4.0, height), place=place)
 
 
-def _short(text: str, most: int = 26) -> str:
+def _interval(axes: Axes, gap: Mapping[str, Any], height: float, colour: str) -> None:
+    """Mean and deviation of a difference, and below them that of every seed."""
+    if gap["mean"] is None:
+        return
+    if gap["std"] is not None:
+        ends = [gap["mean"] - gap["std"], gap["mean"] + gap["std"]]
+        axes.plot(ends, [height, height], color=colour, linewidth=2.2)
+        values = list(gap["values"].values())
+        axes.scatter(
+            values, [height - 0.3] * len(values), s=7, facecolor="none", edgecolor=colour,
+            linewidth=0.7,
+        )  # fmt: skip
+    axes.scatter([gap["mean"]], [height], s=26, color=colour, zorder=3)
+
+
+def _short(text: str, most: int = 24) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
