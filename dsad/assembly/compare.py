@@ -18,6 +18,7 @@ from dsad.evaluation import compared, extract, stamp
 from dsad.evaluation.compared import Measured
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.localize import Results, settings
+from dsad.evaluation.report.page import metric_label
 from dsad.evaluation.results import RESULTS
 from dsad.models import wrappers
 from dsad.terminal import flags
@@ -146,9 +147,11 @@ def prepare(
                 else:
                     faults.note(cell.title, "\n".join([_OTHERWISE, *lines]))
             else:
+                if overwrite and _differs(path / cell.folder, cell):
+                    made.again.add(number)
                 workdir.claim(
                     str(path / cell.folder), "evaluate", cell.config.to_dict(), dry=True,
-                    overwrite=overwrite and workdir.holds_run(str(path / cell.folder)),
+                    overwrite=number in made.again,
                 )  # fmt: skip
             if number not in made.done:
                 key = (cell.dataset, *cell.network, parts.config.evaluation.image_size)
@@ -158,6 +161,12 @@ def prepare(
     made.bytes = sum(sizes.values())
     _check_space(made)
     return made
+
+
+def _differs(folder: epath.Path, cell: Cell) -> bool:
+    """Whether an evaluation that was begun in a folder has other settings."""
+    begun = workdir.holds_run(str(folder))
+    return begun and bool(workdir.changes(folder, cell.config.to_dict()))
 
 
 _DIFFERENT = (
@@ -213,7 +222,7 @@ def _stamp(parts: evaluate.Evaluation, cell: Cell, loaded: _Loaded) -> dict[str,
     return stamp.make_stamp(
         parts.dataset, parts.dataset.categories, config=cfg.evaluation, detector=parts.detector,
         backbone=_first_network(parts, cell, loaded), key=runs.key_for(cfg.seed),
-        details=settings(parts.detector, cfg.evaluation, parts.sets, dict.fromkeys(names)),
+        details=settings(parts.detector, cfg.evaluation, parts.sets, names),
     )  # fmt: skip
 
 
@@ -287,7 +296,7 @@ def _written(made: Comparison, path: epath.Path) -> dict[str, Any]:
 def _line(results: Results, metrics: Sequence[str]) -> str:
     seconds = sum(sum(row["seconds"].values()) for row in results.categories.values())
     numbers = [
-        f"{m.replace('_', ' ')} {results.mean[m]:.3f}"
+        f"{metric_label(m)}: {results.mean[m]:.3f}"
         for m in metrics if results.mean.get(m) is not None
     ]  # fmt: skip
     return f"{', '.join(numbers)} ({seconds:.0f} s)"

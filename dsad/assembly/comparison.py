@@ -210,7 +210,7 @@ class Cell:
     backbone: str
     detector: str
     seed: int | None
-    config: ml_collections.ConfigDict
+    config: Any
 
     @property
     def place(self) -> dict[str, str]:
@@ -284,7 +284,7 @@ def cells_of(plan: Plan, features: str, faults: Faults) -> list[Cell]:
 
 def _config(
     plan: Plan, data: str, network: NetworkConfig, detector: str, seed: int | None, features: str
-) -> ml_collections.ConfigDict:
+) -> Any:
     """The config of a cell, as ``dsad evaluate`` takes it."""
     cfg = plan.config
     config, _, _ = flags.Command("compare", "", config=detector).parse([])

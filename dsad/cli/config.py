@@ -68,15 +68,15 @@ def _compared(config: Any, where: str) -> Iterator[keys.Key]:
     """The keys of a comparison: its own, and those of its rows and data sets by name."""
     plan = comparison.parse(config)
     yield from keys.walk(plan.config, type(plan.config)(), where)
-    for group, entries in (("backbones", plan.backbones), ("datasets", plan.datasets)):
-        for name, entry in entries.items():
-            place = f"{where}.{group}.{name}"
-            if isinstance(config[group][name], str):
-                about = "a backbone by its spec alone; a group has spec, weights and layers."
-                yield keys.Key(place, about, entry.spec, "", "a string")
-            else:
-                default = type(entry)(spec="") if group == "backbones" else type(entry)()
-                yield from keys.walk(entry, default, place)
+    for name, network in plan.backbones.items():
+        place = f"{where}.backbones.{name}"
+        if isinstance(config.backbones[name], str):
+            about = "a backbone by its spec alone; a group has spec, weights and layers."
+            yield keys.Key(place, about, network.spec, network.spec, "a string")
+        else:
+            yield from keys.walk(network, type(network)(spec=network.spec), place)
+    for name, data in plan.datasets.items():
+        yield from keys.walk(data, type(data)(), f"{where}.datasets.{name}")
     for detector, own in plan.settings.items():
         for key, value in own.items():
             about = f"a key of {detector}, see dsad config configs/{detector}.py."

@@ -114,7 +114,7 @@ def localize(
         raise ConfigError("one model for all categories needs one backbone, found one for each.")
     if detector.traits.trains_on and train is None:
         raise ConfigError("localize: this detector trains; expected train=, found None.")
-    protocol = {**settings(detector, config, sets, map_wrappers or {}), "detector_state": {}}
+    protocol = {**settings(detector, config, sets, tuple(map_wrappers or ())), "detector_state": {}}
     if given:
         protocol["support"] = given.stamp["support"]
     run = _Run(
@@ -172,9 +172,12 @@ def localize(
 
 
 def settings(
-    detector: Detector, config: EvalConfig, sets: Sets, map_wrappers: Mapping[str, MapWrapper]
+    detector: Detector, config: EvalConfig, sets: Sets, map_wrappers: Sequence[str]
 ) -> dict[str, Any]:
-    """What a stamp says of a run beside its parts: details for ``stamp.make_stamp``."""
+    """What a stamp says of a run beside its parts: details for ``stamp.make_stamp``.
+
+    ``map_wrappers`` are their names.
+    """
     return {
         "model": "one for all categories" if sets.sampling.pooled else "one per category",
         "support": support.describe(sets, fitting.split_of(detector)),
