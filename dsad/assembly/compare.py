@@ -9,19 +9,17 @@ from etils import epath
 from rich.console import Console
 
 from dsad.assembly import datasets, evaluate, runs, workdir
-from dsad.assembly.comparison import FEATURES, Cell, Faults, Plan, cells_of, parse
+from dsad.assembly.comparison import FEATURES, Cell, Faults, Plan, cells_of, notes, parse
 from dsad.core import distributed, paths
 from dsad.core.errors import ConfigError, DsadError
 from dsad.core.types import Backbone, Dataset
 from dsad.data import base as data_base
 from dsad.evaluation import compared, extract, stamp
 from dsad.evaluation.compared import Measured
-from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.localize import Results, settings
 from dsad.evaluation.report.page import metric_label
 from dsad.evaluation.results import RESULTS
 from dsad.models import wrappers
-from dsad.terminal import flags
 
 T = TypeVar("T")
 
@@ -123,7 +121,7 @@ def prepare(
     path = paths.directory(directory)
     finished = distributed.on_main(lambda: [(path / c.folder / RESULTS).exists() for c in cells])
     made = Comparison(
-        plan=plan, cells=cells, done={}, again=set(), bytes=0, notes=_notes(plan, cells),
+        plan=plan, cells=cells, done={}, again=set(), bytes=0, notes=[] if faults else notes(plan),
         features=plan.config.evaluation.feature_cache or features, loaded=loaded,
     )  # fmt: skip
     sizes: dict[Any, int] = {}
@@ -177,21 +175,6 @@ _OTHERWISE = (
     "is measured with other settings (there → now); put these back, choose another --workdir, or "
     "measure such cells again with --overwrite:"
 )
-
-
-def _notes(plan: Plan, cells: Sequence[Cell]) -> list[str]:
-    """Which detectors' files ask for another size of the images than all get."""
-    made = {}
-    usual = EvalConfig().image_size
-    for cell in cells:
-        config, _, _ = flags.Command("compare", "", config=cell.detector).parse([])
-        asked, given = config.evaluation.image_size, cell.config.evaluation.image_size
-        if asked not in (usual, given):
-            made[cell.detector] = (
-                f"{cell.detector}: its file evaluates at {asked} px, here it is {given} px "
-                "(config.evaluation.image_size)"
-            )
-    return list(made.values())
 
 
 def _first_network(parts: evaluate.Evaluation, cell: Cell, loaded: _Loaded) -> Backbone:

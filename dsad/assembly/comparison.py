@@ -262,50 +262,82 @@ class Faults:
 
 
 def cells_of(plan: Plan, features: str, faults: Faults) -> list[Cell]:
-    """One after the other, so that those of a data set and a network are neighbours."""
-    made = []
-    for data in plan.datasets:
-        for name, network in plan.backbones.items():
-            per_seed = SEED in network.spec or SEED in network.weights
-            for seed in plan.config.seeds if per_seed else (None,):
-                for detector in plan.detectors:
-                    title = f"{data}/{name}/{detector}"
-                    if any(fnmatch.fnmatchcase(title, pattern) for pattern in plan.config.skip):
-                        continue
-                    with faults.of(title):
-                        config = _config(plan, data, network, detector, seed, features)
-                        place = {"dataset": data, "backbone": name, "detector": detector}
-                        made.append(Cell(**place, seed=seed, config=config))
+    """One after the other, so that those of a data set and a network are neighbours.
+
+    ``features`` is the folder of all features, unless the config names one.
+    """
+    made, files = [], {}
+    for detector in plan.detectors:
+        with faults.of(f"config.detectors {detector}"):
+            config, _, _ = flags.Command("compare", "", config=detector).parse([])
+            files[detector] = core_config.require(config, "detector", "configs/patchcore.py")
+    measured = core_config.as_dict(plan.config.evaluation)
+    measured["feature_cache"] = measured["feature_cache"] or features
+    del measured["align_corners"]
+    for place, network, seed in _places(plan):
+        title = "/".join(place.values())
+        skipped = any(fnmatch.fnmatchcase(title, pattern) for pattern in plan.config.skip)
+        if place["detector"] in files and not skipped:
+            with faults.of(title):
+                config = files[place["detector"]].copy_and_resolve_references()
+                config.evaluation.update(measured)
+                _fill(config, plan, place, network, seed)
+                made.append(Cell(**place, seed=seed, config=config))
     if not made and not faults:
         raise ConfigError(f"config.skip: {plan.config.skip} leaves nothing to compare.")
     _share_layers(made, plan.config.evaluation.cache_layers, faults)
     return made
 
 
-def _config(
-    plan: Plan, data: str, network: NetworkConfig, detector: str, seed: int | None, features: str
-) -> Any:
-    """The config of a cell, as ``dsad evaluate`` takes it."""
-    cfg = plan.config
-    config, _, _ = flags.Command("compare", "", config=detector).parse([])
-    core_config.require(config, "detector", "configs/patchcore.py")
+def _places(plan: Plan) -> Iterator[tuple[dict[str, str], NetworkConfig, int | None]]:
+    """Names of a cell, its network, and its seed where each has a network of its own."""
+    for data in plan.datasets:
+        for name, network in plan.backbones.items():
+            per_seed = SEED in network.spec or SEED in network.weights
+            for seed in plan.config.seeds if per_seed else (None,):
+                for detector in plan.detectors:
+                    yield {"dataset": data, "backbone": name, "detector": detector}, network, seed
+
+
+def notes(plan: Plan) -> list[str]:
+    """What detectors' files ask for and do not get, as it is the same for all."""
+    made, usual = [], dict(_flat(core_config.as_dict(evaluate.EvaluateConfig())))
+    given = dict(_flat(core_config.as_dict(plan.config)))
+    for detector in plan.detectors:
+        config, _, _ = flags.Command("compare", "", config=detector).parse([])
+        asked, own = dict(_flat(config)), {**given, **_settings(plan, detector)}
+        for key in ("evaluation.image_size", "one_for_all", "shots", "support.rotations"):
+            if asked[key] not in (usual[key], own[key]):
+                made.append(
+                    f"{detector}: its file has config.{key} = {asked[key]}, here {own[key]}"
+                )
+    return made
+
+
+def _settings(plan: Plan, detector: str) -> dict[str, Any]:
+    """Those of a detector, with those of its config file where it is a variant."""
+    whole = plan.settings.get(detector.partition(":")[0], {})
+    return {**whole, **plan.settings.get(detector, {})}
+
+
+def _fill(
+    config: Any, plan: Plan, place: Mapping[str, str], network: NetworkConfig, seed: int | None
+) -> None:
+    """Make the config of a detector's file that of a cell, as ``dsad evaluate`` takes it."""
+    cfg, detector = plan.config, place["detector"]
     spec, weights = (
         text if seed is None else text.replace(SEED, str(seed))
         for text in (network.spec, network.weights)
     )
-    measured = core_config.as_dict(cfg.evaluation)
-    del measured["align_corners"]
-    config.evaluation.update(measured)
-    config.evaluation.feature_cache = cfg.evaluation.feature_cache or features
     config.update(
         backbone=spec, weights=weights, seed=cfg.seed, shots=cfg.shots, one_for_all=cfg.one_for_all,
         seeds=cfg.seeds if seed is None else (seed,), support=core_config.as_dict(cfg.support),
         mesh=core_config.as_dict(cfg.mesh),
-        data=core_config.as_dict(evaluate.data_config(plan.datasets[data], spec)),
+        data=core_config.as_dict(evaluate.data_config(plan.datasets[place["dataset"]], spec)),
     )  # fmt: skip
     if network.layers:
         flags.update(config, {"detector.layers": network.layers})
-    own = {**plan.settings.get(detector.partition(":")[0], {}), **plan.settings.get(detector, {})}
+    own = _settings(plan, detector)
     if wrong := [k for k in own if k.partition(".")[0] not in ("detector", "evaluation")]:
         raise ConfigError(
             f"config.settings.{detector}: expected keys of detector and evaluation, found "
@@ -315,7 +347,6 @@ def _config(
         flags.update(config, own)
     except ConfigError as error:
         raise ConfigError(f"config.settings.{detector}: {error}") from error
-    return config
 
 
 def _share_layers(cells: Sequence[Cell], first: Sequence[str], faults: Faults) -> None:

@@ -158,7 +158,7 @@ def test_all_faults_are_told_at_once_and_nothing_is_touched(tmp_path):
         "no feature map layer9", "no backbone named 'resnet19'",
     ):  # fmt: skip
         assert told in text, told
-    assert text.count("no file 'nearest'") == 1  # of eight cells
+    assert text.count("'nearest'") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -192,6 +192,14 @@ def test_names_from_a_command_line():
     assert names("knn,padim") == names("knn", "padim") == ("knn", "padim")
     assert names("knn, patchcore:published") == ("knn", "patchcore:published")
     assert names("gde:mtd,cutpaste_free,knn") == ("gde:mtd,cutpaste_free", "knn")
+
+
+def test_what_files_ask_for_and_do_not_get_is_told():
+    assert comparison.notes(comparison.parse(config(detectors=("gde:mtd", "knn")))) == [
+        "gde:mtd: its file has config.evaluation.image_size = 256, here 32"
+    ]
+    own = {"gde": {"evaluation": {"image_size": 256}}}
+    assert not comparison.notes(comparison.parse(config(detectors=("gde:mtd",), settings=own)))
 
 
 def test_the_baseline():
