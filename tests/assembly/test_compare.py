@@ -1,24 +1,57 @@
 """A comparison of small evaluations: found faults, features once, going on, what may change."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 import pytest
 
 from dsad.assembly import compare as module
-from dsad.assembly import comparison
+from dsad.assembly import comparison, runs
 from dsad.assembly.compare import compare, prepare
 from dsad.cli import main
 from dsad.core import paths
 from dsad.core.errors import ConfigError, DsadError, MetricError, WorkdirError
+from dsad.core.types import silent
 from dsad.evaluation import compared
 from dsad.evaluation.compared import Baseline
 from dsad.evaluation.extract import Extractor
 from dsad.models import wrappers
 from dsad.terminal import console
+from tests.backbones import Plain
 from tests.seams.wrappers.away import KIND
 
 IMAGES = 3 + 1 + 5  # training, good and bad ones
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Small(Plain):
+    """Three maps with the names of a ResNet's, in no time."""
+
+    weight: jax.Array
+
+    def maps(self, images):
+        b, h, w, c = images.shape
+        made = {}
+        for stage, side in enumerate((4, 8, 16), start=1):
+            cells = images.reshape(b, h // side, side, w // side, side, c)
+            parts = [cells.mean((2, 4)), cells.max((2, 4)), cells.min((2, 4))]
+            made[f"layer{stage}"] = self.weight * jnp.concatenate(parts, -1)
+        return made
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """In the place of any network."""
+
+    def backbone(spec, weights, seed):
+        drawn = runs.random_seed(weights, seed)
+        return Small(jnp.float32(1 + drawn), description=f"random, seed {drawn}")
+
+    monkeypatch.setattr(runs, "backbone", backbone)
 
 
 def config(**changes):
@@ -62,7 +95,7 @@ def seen(monkeypatch):
 
 
 def test_every_image_passes_a_network_once_and_a_stopped_comparison_goes_on(
-    tmp_path, seen, monkeypatch, capsys
+    tmp_path, small, seen, monkeypatch, capsys
 ):
     asked, localize = [], module.evaluate.evaluate
 
@@ -92,9 +125,16 @@ def test_every_image_passes_a_network_once_and_a_stopped_comparison_goes_on(
     assert rows[2]["against"] == "raw/knn"
     mark = json.loads((tmp_path / "tiles/away/padim/results.json").read_text())["stamp"]
     assert mark["map_wrappers"] == ["away"]
-    # The same command does nothing; the numbers are those of dsad evaluate.
+    # The same command does nothing.
     assert run(config(), tmp_path) == content
     assert len(asked) == 5
+    # The numbers are those of an evaluation by itself.
+    alone = prepare(config(), str(tmp_path), console.console()).cells[3].config
+    alone.evaluation.update(feature_cache="", cache_layers=())
+    parts = module.evaluate.prepare(alone, console.console())
+    found = module.evaluate.localized(parts, silent)
+    assert {m: spread["mean"] for m, spread in rows[3]["numbers"].items()} == found.mean
+    seen[2:] = []
     one = json.loads((tmp_path / "tiles/raw/knn/config.json").read_text())
     assert one["command"] == "evaluate"
     assert one["config"]["evaluation"]["cache_layers"] == ["layer2", "layer3", "layer1"]
@@ -117,7 +157,7 @@ def test_every_image_passes_a_network_once_and_a_stopped_comparison_goes_on(
     assert "<h2>tiles</h2>" in (tmp_path / "report.html").read_text()
 
 
-def test_a_network_for_each_seed(tmp_path, monkeypatch):
+def test_a_network_for_each_seed(tmp_path, small, monkeypatch):
     calls = []
 
     def faked(parts, path, out, *, name):
@@ -134,8 +174,8 @@ def test_a_network_for_each_seed(tmp_path, monkeypatch):
         compare(checked, str(tmp_path), console.console(), made.to_dict())
     assert calls == [("tiles/raw/knn/seed3", (3,), "random:3", 0)]
     assert [c.config.seeds for c in checked.cells] == [(3,), (5,), (3, 5)]
-    # float32 maps at 32 px of three networks, layer2 of all of them and layer3 of two
-    assert checked.bytes == IMAGES * 4 * (3 * 4 * 4 * 128 + 2 * 2 * 2 * 256)
+    # float32 maps of 9 channels of three networks, layer2 of all of them and layer3 of two
+    assert checked.bytes == IMAGES * 4 * 9 * (3 * 4 * 4 + 2 * 2 * 2)
 
 
 def test_all_faults_are_told_at_once_and_nothing_is_touched(tmp_path):
@@ -162,7 +202,7 @@ def test_all_faults_are_told_at_once_and_nothing_is_touched(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_numbers_of_one_table_mean_the_same(tmp_path):
+def test_numbers_of_one_table_mean_the_same(tmp_path, small):
     made = config(settings={"padim": {"evaluation": {"image_size": 48}}})
     with pytest.raises(ConfigError, match=r"preprocessing.height: 32 against 48") as error:
         prepare(made, str(tmp_path), console.console())
@@ -171,9 +211,9 @@ def test_numbers_of_one_table_mean_the_same(tmp_path):
     assert len(checked.cells) == 4
 
 
-def test_features_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+def test_features_that_do_not_fit_are_refused(tmp_path, small, monkeypatch):
     monkeypatch.setattr(paths, "free", lambda path: 1000)
-    with pytest.raises(ConfigError, match=r"features need about 258 kB, and 1 kB are free"):
+    with pytest.raises(ConfigError, match=r"features need about 27.2 kB, and 1 kB are free"):
         prepare(config(), str(tmp_path), console.console())
 
 
