@@ -48,6 +48,7 @@ SHORT = {
         "--config.objective.decoder.width=24", "--config.objective.side=32",
     ],
     "evaluate": ["--config.evaluation.image_size=32", "--config.evaluation.batch_size=4"],
+    "compare": ["--config.evaluation.image_size=32", "--config.evaluation.batch_size=4"],
     "fit": ["--config.evaluation.image_size=32", "--config.evaluation.batch_size=4"],
     # Compiling for a slice needs libtpu and minutes: tests of its own do that.
     "plan": ["--topology=local", "--cache=off", "--config.mesh.fsdp=1"],

@@ -44,7 +44,7 @@ class EvaluateConfig(core_config.Settings, place="config"):
         names one run per category; ``patches:SIZE/STRIDE:`` before either applies it to every patch
         of an image.
       weights: of an architecture: a file, ``hf:owner/name``, ``run:DIR``, "imagenet", or "random"
-        by ``seed``; see ``models.weights.pretrained.read``.
+        by ``seed`` ("random:5" by another); see ``models.weights.pretrained.read``.
       seed: of random weights and of the detector's random choices.
       shots: training images of each category that are used; 0: all.
       seeds: draw the ``shots`` and the detector's random choices; several give mean and standard
@@ -159,8 +159,9 @@ class Evaluation:
 #: What may differ from the evaluation that fitted a model: the images, and how they are computed.
 FREE = (
     "config.data", "config.mesh", "config.evaluation.batch_size", "config.evaluation.workers",
-    "config.evaluation.cache_mb", "config.evaluation.feature_cache", "config.evaluation.gallery",
-    "config.evaluation.save_maps", "config.evaluation.method", "config.evaluation.fpr_limit",
+    "config.evaluation.cache_mb", "config.evaluation.feature_cache",
+    "config.evaluation.cache_layers", "config.evaluation.gallery", "config.evaluation.save_maps",
+    "config.evaluation.method", "config.evaluation.fpr_limit",
 )  # fmt: skip
 
 
@@ -170,13 +171,15 @@ def prepare(
     dataset: Dataset | None = None,
     saved: Saved | None = None,
     *,
+    network: Backbone | None = None,
     measured: bool = True,
 ) -> Evaluation:
     """Load everything that can be refused, before a directory is touched.
 
-    ``saved`` are models to measure; only ``FREE`` keys may differ from those they were fitted with.
-    Then all own images that they were not fitted on are tested; with ``measured`` False none is,
-    and all normal ones are fitted on.
+    ``dataset`` and ``network`` are what the config names, where that was loaded before. ``saved``
+    are models to measure; only ``FREE`` keys may differ from those they were fitted with. Then all
+    own images that they were not fitted on are tested; with ``measured`` False none is, and all
+    normal ones are fitted on.
     """
     cfg, detector = parse(config)
     _check_patches(cfg.backbone, detector)
@@ -198,10 +201,11 @@ def prepare(
     )  # fmt: skip
     if saved:
         _check_saved(saved, config, cfg, dataset)
-        network = saved.backbone(saved.titles()[0]) if saved.shares_backbone else None
+        backbone = saved.backbone(saved.titles()[0]) if saved.shares_backbone else None
         return Evaluation(
-            config=cfg, backbone=network, detector=detector, dataset=dataset, sets=sets, saved=saved
-        )
+            config=cfg, backbone=backbone, detector=detector, dataset=dataset, sets=sets,
+            saved=saved,
+        )  # fmt: skip
     if runs.per_category(cfg.backbone):
         if cfg.one_for_all:
             raise ConfigError("config.one_for_all: one run per category cannot share a detector.")
@@ -209,8 +213,8 @@ def prepare(
         opened = [runs.opened(runs.place(spec).directory) for spec in specs]
         backbone, side = None, runs.image_size(opened[0].objective)
     else:
-        network = wrappers.unwrap(cfg.backbone).network
-        backbone = runs.backbone(network, cfg.weights, cfg.seed)
+        spec = wrappers.unwrap(cfg.backbone).network
+        backbone = network or runs.backbone(spec, cfg.weights, cfg.seed)
         side = backbone.image_size
         _check_projected(cfg.backbone, backbone, detector.layers)
         if cfg.evaluation.recalibrate:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from dsad.models.residual_maps import REFERENCES, ProjectedMaps, Projectors
 from dsad.models.weights import export, pretrained
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 
-#: As weights: a network that nobody trained, by its seed.
+#: As weights: a network that nobody trained; by the seed of the config, or "random:5" by another.
 RANDOM = "random"
 _SCHEME = "run:"
 _CATEGORY = "{category}"
@@ -333,6 +334,13 @@ wrappers.KINDS["projected"] = wrappers.Kind(
 )  # fmt: skip
 
 
+def random_seed(weights: str, seed: int) -> int | None:
+    """The seed of an untrained network, None for weights of any other kind."""
+    if not (named := re.fullmatch(rf"{RANDOM}(:(\d+))?", weights)):
+        return None
+    return int(named[2]) if named[2] else seed
+
+
 def check_named(spec: str, weights: str) -> None:
     """Refuse an architecture whose weights are left to chance, and a run with other weights."""
     if is_run(spec):
@@ -358,7 +366,8 @@ def backbone(spec: str, weights: str, seed: int) -> Any:
         return functools.reduce(lambda inner, wrap: wrap(inner), parts.images, network)
     check_named(spec, weights)
     if not is_run(spec):
-        return models.backbone(spec, None if weights == RANDOM else weights, seed=seed)
+        drawn = random_seed(weights, seed)
+        return models.backbone(spec, weights if drawn is None else None, seed=drawn or 0)
     run = opened(place(spec).directory)
     params, extra, step = run.weights(place(spec).step)
     params, extra = jax.tree.map(jnp.asarray, (params, extra))

@@ -16,7 +16,10 @@ from dsad.evaluation.results import RESULTS
 CONFIG = "config.json"
 _ADVICE = "Choose another --workdir, or mend this one."
 #: What an evaluation that goes on may change: where and how the same numbers are computed.
-SAME_NUMBERS = ("config.mesh", "config.data.cache", "config.data.workers", "config.data.prefetch")
+SAME_NUMBERS = (
+    "config.mesh", "config.data.cache", "config.data.workers", "config.data.prefetch",
+    "config.evaluation.feature_cache", "config.evaluation.cache_layers",
+)  # fmt: skip
 #: What a resumed run may change: where and how the same training is computed, kept and measured.
 #: That a probe holds out the same images is seen by their number: more of them include the fewer.
 FREE = (
@@ -57,10 +60,7 @@ def _claim(
     evaluation without results goes on by itself; one that kept nothing is replaced.
     Raises WorkdirError otherwise, also if the directory cannot be written.
     """
-    if not workdir:
-        raise ConfigError(
-            f"dsad {about['command']}: --workdir=DIR is missing; it takes all outputs."
-        )
+    _check_named(workdir, about)
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other.")
     path, text = paths.directory(workdir), json.dumps(about, indent=2) + "\n"
@@ -88,6 +88,38 @@ def _claim(
         if not resume and path.exists():
             paths.clear(path, CONFIG)
         paths.write_whole(path / CONFIG, text, _ADVICE)
+
+
+def share(
+    workdir: str, command: str, config: Mapping[str, Any], *, dry: bool = False
+) -> epath.Path:
+    """Take a directory for a run whose parts have directories of their own, claimed one by one.
+
+    One of the same command there goes on with any config. ``dry``: as of ``claim``.
+    """
+    distributed.on_main(lambda: _share(workdir, {"command": command, "config": config}, dry=dry))
+    return paths.directory(workdir)
+
+
+def _share(workdir: str, about: Mapping[str, Any], *, dry: bool) -> None:
+    _check_named(workdir, about)
+    path = paths.directory(workdir)
+    paths.check_place(workdir, _ADVICE)
+    with paths.writing(workdir, _ADVICE):
+        if not _is_free(path) and (found := read(path)["command"]) != about["command"]:
+            raise WorkdirError(
+                f"--workdir={workdir}: holds a run of dsad {found}, not of dsad "
+                f"{about['command']}. Choose another directory."
+            )
+        if not dry:
+            paths.write_whole(path / CONFIG, json.dumps(about, indent=2) + "\n", _ADVICE)
+
+
+def _check_named(workdir: str, about: Mapping[str, Any]) -> None:
+    if not workdir:
+        raise ConfigError(
+            f"dsad {about['command']}: --workdir=DIR is missing; it takes all outputs."
+        )
 
 
 def _is_free(path: epath.Path) -> bool:
@@ -128,8 +160,7 @@ def _is_unfinished(path: epath.Path, now: Mapping[str, Any]) -> bool:
 
 def _differing(path: epath.Path, now: Mapping[str, Any]) -> bool:
     """Whether an unfinished evaluation that kept nothing has other settings."""
-    lines = differences(read(path)["config"], now["config"])
-    lines = [line for line in lines if not _may_change(line, SAME_NUMBERS)]
+    lines = changes(path, now["config"])
     # Folders hold what was measured, trained or mapped so far, perhaps by one that is at work.
     if lines and any(p.is_dir() for p in path.iterdir()):
         raise WorkdirError(
@@ -138,6 +169,14 @@ def _differing(path: epath.Path, now: Mapping[str, Any]) -> bool:
             + "\nGo on with its settings, replace it with --overwrite, or choose another directory."
         )
     return bool(lines)
+
+
+def changes(
+    path: epath.Path, config: Mapping[str, Any], free: Sequence[str] = SAME_NUMBERS
+) -> list[str]:
+    """One line per key in which a config differs from that of the run in a directory."""
+    lines = differences(read(path)["config"], json.loads(json.dumps(config)))
+    return [line for line in lines if not _may_change(line, free)]
 
 
 OLDER = (

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from dsad.assembly import evaluate, label_probe, pretrain
+from dsad.assembly import comparison, evaluate, label_probe, pretrain
 from dsad.cli.check_data import data_config
 from dsad.core.config import listed, members
 from dsad.core.errors import ConfigError
@@ -54,12 +54,34 @@ def _entries(config: Any, where: str) -> Iterator[keys.Key]:
         yield from keys.walk(whole, type(whole)(), where)
         method = detector.config
         yield from _method(config.detector.name, method, "detectors", f"{where}.detector")
+    elif comparison.is_meant(config):
+        yield from _compared(config, where)
     elif label_probe.is_meant(config):
         probe = label_probe.parse(config)
         yield from keys.walk(probe, type(probe)(), where)
     else:
         data = data_config(config)
         yield from keys.walk(data, type(data)(), f"{where}.data")
+
+
+def _compared(config: Any, where: str) -> Iterator[keys.Key]:
+    """The keys of a comparison: its own, and those of its rows and data sets by name."""
+    plan = comparison.parse(config)
+    yield from keys.walk(plan.config, type(plan.config)(), where)
+    for name, network in plan.backbones.items():
+        place = f"{where}.backbones.{name}"
+        if isinstance(config.backbones[name], str):
+            about = "a backbone by its spec alone; a group has spec, weights and layers."
+            yield keys.Key(place, about, network.spec, network.spec, "a string")
+        else:
+            yield from keys.walk(network, type(network)(spec=network.spec), place)
+    for name, data in plan.datasets.items():
+        yield from keys.walk(data, type(data)(), f"{where}.datasets.{name}")
+    for detector, own in plan.settings.items():
+        for key, value in own.items():
+            about = f"a key of {detector}, see dsad config configs/{detector}.py."
+            kind = f"as of {type(value).__name__}"
+            yield keys.Key(f"{where}.settings.{detector}.{key}", about, value, value, kind)
 
 
 def _method(name: str, settings: Any, seam: str, where: str) -> Iterator[keys.Key]:

@@ -18,6 +18,7 @@ COMMANDS = {
     "fit": "fit a detector to good pictures: a model with thresholds",
     "predict": "score pictures with a fitted model: decisions, regions, overlays",
     "evaluate": "measure how well a backbone localizes defects",
+    "compare": "measure backbones, detectors, data sets and seeds in one table",
     "export": "write an encoder under published names, for timm and torchvision",
     "report": "write report.html from one or more evaluations",
     "bench": "measure speed and memory, side by side with installed peers",

@@ -1,4 +1,4 @@
-"""``dsad report``: one self-contained page of evaluations, of predictions, or of a pretraining."""
+"""``dsad report``: one page of evaluations, a comparison, predictions or a pretraining."""
 
 import os
 import runpy
@@ -10,6 +10,7 @@ from dsad.assembly import label_probe, predict, runs, workdir
 from dsad.assembly.fit import FALSE_ALARM_RATE
 from dsad.core import paths
 from dsad.core.errors import ConfigError
+from dsad.evaluation.report.compared import write_compared
 from dsad.evaluation.report.page import write_report, write_training
 from dsad.evaluation.report.predicted import write_predictions
 from dsad.evaluation.report.probed import write_probed
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> int:
     """The command."""
     command = flags.Command(
         "report", "DIR [DIR ...]: write report.html of evaluations, side by side, or of "
-        "predictions, probes by labels or a pretraining run.",
+        "a comparison, predictions, probes by labels or a pretraining run.",
         positional=True,
     )  # fmt: skip
     command.string("out", "", "File to write; default report.html in the first directory.")
@@ -30,23 +31,27 @@ def main(argv: list[str]) -> int:
     _, values, rest = command.parse(argv)
     if not rest:
         raise ConfigError(
-            "dsad report: name a directory written by dsad evaluate, predict or pretrain."
+            "dsad report: name a directory written by dsad evaluate, compare, predict or pretrain."
         )
     out = values.out or os.path.join(rest[0], "report.html")
     paths.check_place(out, "Give another --out=FILE.", file=True)
     kwargs: dict[str, Any] = {"title": values.title} if values.title else {}
     predictions = [read for d in rest if (read := predict.read(d))]
-    pretrained = not predictions and any(_is_pretraining(d) for d in rest)
+    pretrained = not predictions and any(_is_of("pretrain", d) for d in rest)
+    table = not predictions and any(_is_of("compare", d) for d in rest)
     probed = not predictions and any(_is_probed(d) for d in rest)
-    if (predictions or pretrained or probed) and len(rest) > 1:
+    if (predictions or pretrained or probed or table) and len(rest) > 1:
         raise ConfigError(
-            "dsad report: expected evaluations, or one directory of predictions, of probes by "
-            "labels or of a pretraining run, whose curves --training=DIR shows beside evaluations."
+            "dsad report: expected evaluations, or one directory of a comparison, of predictions, "
+            "of probes by labels or of a pretraining run, whose curves --training=DIR shows beside "
+            "evaluations."
         )
     if predictions:
         write_predictions(out, paths.directory(rest[0]), *predictions[0], **kwargs)
     elif pretrained:
         write_training(out, rest[0], **kwargs)
+    elif table:
+        write_compared(out, rest[0], **kwargs)
     elif probed:
         write_probed(out, rest[0], **kwargs)
     else:
@@ -60,8 +65,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _is_pretraining(directory: str) -> bool:
-    return workdir.holds_run(directory) and workdir.read(directory)["command"] == "pretrain"
+def _is_of(command: str, directory: str) -> bool:
+    return workdir.holds_run(directory) and workdir.read(directory)["command"] == command
 
 
 def _is_probed(directory: str) -> bool:

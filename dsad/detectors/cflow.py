@@ -36,9 +36,10 @@ from dsad.core.types import (
     Trainable,
     Tree,
 )
-from dsad.detectors._features import DetectorConfig, FeatureDetector, per_image, select
+from dsad.detectors._features import DetectorConfig, FeatureDetector, select
 from dsad.models import flow
 from dsad.models.flow import Clamp, FlowSpec
+from dsad.ops.images import per_image
 from dsad.ops.resize import resize_maps
 
 #: Numbers that tell a position.

@@ -30,10 +30,11 @@ from dsad.core.detection import DetectorTraits, Scores
 from dsad.core.errors import ConfigError
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import Backbone, FeatureMaps, ObjectiveTraits, Scalars, Trainable, Tree
-from dsad.detectors._features import DetectorConfig, FeatureDetector, per_image, select
+from dsad.detectors._features import DetectorConfig, FeatureDetector, select
 from dsad.models import transformer
 from dsad.models.draws import Draws, uniform_draws
 from dsad.models.transformer import BlockSpec, dropout, folded
+from dsad.ops.images import per_image
 from dsad.ops.similarity import unit
 
 

@@ -28,9 +28,10 @@ from dsad.core.detection import DetectorTraits, Scores
 from dsad.core.errors import ConfigError
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import Backbone, FeatureMaps, ObjectiveTraits, Scalars, Trainable, Tree
-from dsad.detectors._features import DetectorConfig, FeatureDetector, per_image, select
+from dsad.detectors._features import DetectorConfig, FeatureDetector, select
 from dsad.models import uniad
 from dsad.models.uniad import Spec
+from dsad.ops.images import per_image
 from dsad.ops.resize import match_grid, resize_maps
 
 #: Pixels of a cell at the side (224 for 14 cells) at which the published image score is taken.

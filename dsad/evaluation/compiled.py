@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dsad.core.detection import Detector, DetectorTraits, HasPanels, MapWrapper, Scores
 from dsad.core.hosts import own_part, own_rows, put
 from dsad.core.mesh import batch_sharding, replicated
-from dsad.core.types import Backbone, FeatureMaps, Tree
+from dsad.core.types import Backbone, FeatureMaps, HasTokens, Tree
 from dsad.evaluation import recalibration, stamp, stored
 from dsad.evaluation.batches import HostBatch
 from dsad.evaluation.config import EvalConfig
@@ -103,8 +103,16 @@ class Device:
         self.from_store: dict[str, dict[str, bool]] = {}
         #: Whether those of the latest batch all were.
         self.all_stored = False
-        size, tokens = self.preprocessing.size, detector.traits.tokens
-        self._features = Extractor(self.layers, size, mesh, tokens=tokens)
+        own_tokens = tuple(detector.traits.tokens)
+        self._own = (*self.layers, *own_tokens)
+        # In the order of the config first, so that all detectors ask for one program.
+        further = config.cache_layers if self.folder else ()
+        every = dict.fromkeys((*further, *self._own))
+        stored_tokens = backbone.tokens if isinstance(backbone, HasTokens) else ()
+        vectors = {*own_tokens, *stored_tokens} - {*self.layers}
+        maps = tuple(name for name in every if name not in vectors)
+        tokens = tuple(name for name in every if name in vectors)
+        self._features = Extractor(maps, self.preprocessing.size, mesh, tokens=tokens)
         self._panels: Extractor | None = None
         if config.gallery > 0 and isinstance(detector, HasPanels):
             self._panels = Extractor(
@@ -165,7 +173,11 @@ class Device:
         return str(about) if self._features.network is None else self._features.fingerprint()
 
     def stored_features(self, host: HostBatch) -> FeatureMaps:
-        """Feature maps of a batch, read if all are stored, else computed where they are not."""
+        """The detector's maps of a batch, read if all are stored, else computed where not."""
+        maps = self._complete(host)
+        return {name: maps[name] for name in self._own}
+
+    def _complete(self, host: HostBatch) -> FeatureMaps:
         if self.store is None:
             return self._features(host.images)
         if self.hosts.several:

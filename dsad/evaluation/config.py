@@ -36,6 +36,8 @@ class EvalConfig(Settings, place="evaluation"):
         detector is fitted on, for each category and seed; see ``evaluation.recalibration``.
       feature_cache: folder that keeps features for other detectors, scores and runs; empty: they
         are not kept.
+      cache_layers: with a feature cache: maps and class tokens that it keeps beside those of the
+        detector, so that detectors of other layers find theirs.
 
     """
 
@@ -52,6 +54,7 @@ class EvalConfig(Settings, place="evaluation"):
     cache_mb: int = field(1024, at_least=0)
     recalibrate: bool = False
     feature_cache: str = ""
+    cache_layers: tuple[str, ...] = field((), distinct=True)
 
     def check(self) -> None:
         if is_remote(self.feature_cache):

@@ -61,7 +61,7 @@ class Extractor:
         """
         like = jax.tree.structure(untitled(backbone)) if _is_arrays(backbone) else None
         if like is None or self._like is None or like != self._like:
-            self._check(backbone)
+            check_maps(backbone, self.size, self.layers, self.tokens)
         backbone = backbone.only(self.layers)
         self.network, self._like = None, like
         if like is not None:
@@ -70,23 +70,6 @@ class Extractor:
         else:
             forward = functools.partial(self._forward, backbone)
             self._run = jax.jit(forward, out_shardings=self._out)
-
-    def _check(self, backbone: Backbone) -> None:
-        images = jax.ShapeDtypeStruct((1, *self.size, 3), jnp.float32)
-        maps = jax.eval_shape(backbone, images)
-        tokens = backbone.tokens if isinstance(backbone, HasTokens) else ()
-        if missing := [n for n in self.tokens if n not in tokens]:
-            raise ConfigError(
-                f"detector: it reads the class token {listed(missing)} beside the maps, and "
-                f"{backbone.arch} has none. Name a vision transformer, such as "
-                "--config.backbone=vit_base_patch16_224."
-            )
-        names = (*maps, *self.tokens)
-        if missing := [n for n in self.layers if n not in names]:
-            raise ConfigError(
-                f"detector.layers: the backbone has no feature map {listed(missing)}; "
-                f"it has: {listed(maps)}."
-            )
 
     def __call__(self, images: np.ndarray) -> Any:
         """The maps {layer: (b, h, w, channels)}, or what ``then`` made of them, ready."""
@@ -131,6 +114,30 @@ class Extractor:
         maps = network(normalised(network, images))
         found = {n: maps[n].astype(jnp.float32) for n in self.layers}
         return self.then(found) if self.then else found
+
+
+def check_maps(
+    backbone: Backbone, size: tuple[int, int], layers: Sequence[str], tokens: Sequence[str] = ()
+) -> FeatureMaps:
+    """Shapes (1, h, w, channels) of all maps of a backbone for images of a ``size`` (h, w).
+
+    Raises ConfigError, with all the maps that it has, for one of ``layers`` or ``tokens`` that it
+    does not have.
+    """
+    maps = jax.eval_shape(backbone, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+    have = backbone.tokens if isinstance(backbone, HasTokens) else ()
+    if missing := [n for n in tokens if n not in have]:
+        raise ConfigError(
+            f"detector: it reads the class token {listed(missing)} beside the maps, and "
+            f"{backbone.arch} has none. Name a vision transformer, such as "
+            "--config.backbone=vit_base_patch16_224."
+        )
+    if missing := [n for n in layers if n not in (*maps, *tokens)]:
+        raise ConfigError(
+            f"detector.layers: the backbone has no feature map {listed(missing)}; "
+            f"it has: {listed(maps)}."
+        )
+    return maps
 
 
 def normalised(network: Backbone, images: jax.Array) -> jax.Array:

@@ -114,14 +114,9 @@ def localize(
         raise ConfigError("one model for all categories needs one backbone, found one for each.")
     if detector.traits.trains_on and train is None:
         raise ConfigError("localize: this detector trains; expected train=, found None.")
-    drawn = given.stamp["support"] if given else support.describe(sets, fitting.split_of(detector))
-    protocol = {
-        "model": "one for all categories" if pooled else "one per category",
-        "support": drawn,
-        "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout),
-        "detector_state": {},
-        "map_wrappers": list(map_wrappers or ()),
-    }
+    protocol = {**settings(detector, config, sets, tuple(map_wrappers or ())), "detector_state": {}}
+    if given:
+        protocol["support"] = given.stamp["support"]
     run = _Run(
         dataset, detector, config, key, train, sets, dict(map_wrappers or {}), given, folder,
         Ticks(progress, 0), measured,
@@ -139,8 +134,6 @@ def localize(
             recalibration.check(network)
         if run.device is None:
             run.device = Device(network, detector, config, mesh, tuple(run.map_wrappers.values()))
-            if config.recalibrate:
-                protocol["batch_norm"] = recalibration.RULE
             protocol = stamp.make_stamp(
                 dataset, chosen, config=config, detector=detector, backbone=network, key=key,
                 name=name, details={**protocol, **(details or {})},
@@ -176,6 +169,22 @@ def localize(
     if measured:
         over_seeds.conclude(results, config.metric_names)
     return results
+
+
+def settings(
+    detector: Detector, config: EvalConfig, sets: Sets, map_wrappers: Sequence[str]
+) -> dict[str, Any]:
+    """What a stamp says of a run beside its parts: details for ``stamp.make_stamp``.
+
+    ``map_wrappers`` are their names.
+    """
+    return {
+        "model": "one for all categories" if sets.sampling.pooled else "one per category",
+        "support": support.describe(sets, fitting.split_of(detector)),
+        "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout),
+        "map_wrappers": list(map_wrappers),
+        **({"batch_norm": recalibration.RULE} if config.recalibrate else {}),
+    }
 
 
 @dataclasses.dataclass

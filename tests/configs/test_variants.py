@@ -63,9 +63,10 @@ def loaded(name, words):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_has_a_small_size_and_says_what_else_there_is(name):
     config = loaded(name, "smoke")
-    data = config.pretrain.data if name == "demo" else config.data
-    assert data.name == "synthetic"
-    assert data.synthetic.size <= 64
+    own = {"demo": lambda: [config.pretrain.data], "compare": lambda: config.datasets.values()}
+    for data in own.get(name, lambda: [config.data])():
+        assert data.name == "synthetic"
+        assert data.synthetic.size <= 64
     if name not in ("mae", "isstad", "cutpaste"):  # where other words are categories
         with pytest.raises(ConfigError, match=rf"configs/{name}.py has no variant 'smok'.*'smoke'"):
             loaded(name, "smok")
@@ -108,6 +109,11 @@ def run(name, folder):
     argv = [f"--config={name}:smoke", f"--workdir=runs/{name}", *filter(None, [flag])]
     if name == "data":
         assert main.main(["check-data", argv[0]]) == 0
+    elif name == "compare":
+        assert main.main(["compare", *argv]) == 0
+        assert main.main(["report", f"runs/{name}"]) == 0
+        assert json.loads((path / "comparison.json").read_text())["complete"]
+        assert (path / "report.html").stat().st_size < 200_000
     elif "objective" in config:
         assert main.main(["pretrain", *argv]) == 0
         assert (path / "checkpoints" / "4").is_dir()

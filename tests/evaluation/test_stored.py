@@ -21,11 +21,13 @@ from dsad.data.base import FaultError
 from dsad.data.files import FileSource
 from dsad.detectors import isstad
 from dsad.evaluation import stamp, stored, support
+from dsad.evaluation.compiled import Device
 from dsad.evaluation.extract import Extractor
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.models.wrappers import Patches
 from tests.backbones import Plain, static
 from tests.data import trees
+from tests.evaluation.test_label_probe import Coloured
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 from tests.evaluation.test_support import sampled
 
@@ -162,6 +164,50 @@ def test_score_variants_of_isstad_share_one_store(tree, tmp_path, seen):
     same(second, variant(None, "max", "weighted"))
     assert first.images != second.images
     assert len(list(tmp_path.iterdir())) == 2  # one folder of features, one of pictures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Doubled(Distance):
+    """Likewise of the map that is twice as large."""
+
+    layers: tuple[str, ...] = ("double",)
+
+    def fit(self, source, *, mesh, key, progress, trained=None):
+        rows = []
+        for batch in source:
+            assert set(batch.maps) == {"double"}
+            rows.append(np.asarray(batch.maps["double"])[batch.valid].reshape(-1, 3))
+        return {"mean": jnp.asarray(np.concatenate(rows).mean(0))}
+
+    def score(self, state, features, *, mesh=None):
+        return super().score(state, {"colour": features["double"]})
+
+
+def test_detectors_of_other_layers_share_one_store(tmp_path, seen):
+    plain = run(None, detector=Doubled())
+    layers = ("colour", "double")
+    run(tmp_path, cache_layers=layers)
+    del seen[:]
+    found = run(tmp_path, detector=Doubled(), cache_layers=layers)
+    assert not seen
+    same(found, plain)
+    assert not stamp.differences(found.stamp, plain.stamp)
+    run(tmp_path, detector=Doubled(), cache_layers=("double",))
+    assert len(seen) == 5  # another program
+    del seen[:]
+    run(None, cache_layers=("nowhere",))  # without a store nothing is kept
+    with pytest.raises(ConfigError, match=r"no feature map nowhere"):
+        run(tmp_path, cache_layers=("nowhere",))
+
+
+def test_class_tokens_are_kept_for_detectors_that_read_them(tmp_path):
+    def names(layers):
+        config = EvalConfig(image_size=16, feature_cache=str(tmp_path), cache_layers=layers)
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        return Device(Coloured(), Distance(layers=("block2",)), config, mesh)._features.layers
+
+    assert names(("cls", "block10")) == ("block10", "block2", "cls")
+    assert names(()) == ("block2",)
 
 
 def test_only_images_that_are_missing_are_computed(tmp_path):

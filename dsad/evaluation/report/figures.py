@@ -27,13 +27,13 @@ OUTLINE, ANNOTATED = (0, 229, 255), (70, 235, 60)
 #: Scores on the wrong side of their threshold.
 WRONG = "#e0314b"
 
-_INK, _GRID = "#010203", "#040506"  # replaced by the page's colours
+INK, _GRID = "#010203", "#040506"  # replaced by the page's colours
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 8.5,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.linewidth": 0.6,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -44,9 +44,9 @@ _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "grid.color": _GRID,
     "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.major.size": 2.5,
     "ytick.major.size": 2.5,
     "xtick.major.width": 0.6,
@@ -98,7 +98,7 @@ def _inline(svg: str, title: str) -> str:
         r"font:( \d+)?( bold)? ([\d.]+)px [^;\"]*", r"font-size: \3px; font-weight:\1\2", svg
     )
     svg = re.sub(r"font-weight:(?=[;\"])", "font-weight: normal", svg)
-    svg = svg.replace("xlink:href", "href").replace(_INK, "currentColor")
+    svg = svg.replace("xlink:href", "href").replace(INK, "currentColor")
     return re.sub(r"\n\s*", " ", svg.replace(_GRID, "var(--grid)"))
 
 
@@ -124,7 +124,7 @@ def curve_charts(
 
     def overlap(axes: Axes) -> None:
         axes.axvspan(0, fpr_limit, color=COLOURS[0], alpha=0.09, linewidth=0)
-        axes.axvline(fpr_limit, color=_INK, linewidth=0.7, linestyle=(0, (4, 3)))
+        axes.axvline(fpr_limit, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
         axes.plot([0, 1], [0, 1], color=_GRID, linewidth=1)
         lines(axes, "pro/fpr", "pro/pro", ("false-positive rate", "mean region overlap"))
         axes.set_xlim(0, min(1.0, fpr_limit * 1.15))
@@ -185,7 +185,7 @@ def score_chart(runs: Sequence[Scores], *, name: str) -> str:
                 _strip(axes, run, row, scores / unit, height)
             if run.threshold is not None:
                 at = run.threshold / unit
-                axes.plot([at, at], [height - 0.45, top + 0.45], color=_INK, linewidth=1,
+                axes.plot([at, at], [height - 0.45, top + 0.45], color=INK, linewidth=1,
                           linestyle=(0, (4, 2)))  # fmt: skip
                 if not several:
                     low, high = axes.get_xlim()

@@ -1,0 +1,72 @@
+"""A comparison: detectors × backbones × data sets × seeds in one table with paired differences.
+
+    dsad compare --config.backbones.before=run:runs/mine@0 \
+        --config.backbones.trained=run:runs/mine --workdir=runs/compare
+    dsad report runs/compare
+
+By default a pretraining run against its start, on its own data. Other comparisons are files of
+their own, with as many rows as wanted:
+
+    from dsad.assembly import comparison
+
+    def get_config(variants=""):
+        config = comparison.default_config()
+        config.detectors = ("patchcore", "padim", "knn")
+        config.settings = {"knn": {"detector": {"bank_rows": 16000}}}
+        config.backbones = comparison.in_order({
+            "random": comparison.backbone("resnet18", "random:{seed}"),
+            "imagenet": comparison.backbone("resnet18", "imagenet"),
+            "spd": comparison.backbone("run:runs/simsiam-spd-{seed}"),
+        })
+        config.datasets = comparison.in_order({
+            "bottle": comparison.dataset("mvtec", root="data/mvtec/bottle256"),
+            "mtd": comparison.dataset("mtd:grouped", root="data/mtd"),
+        })
+        config.seeds = (0, 1, 2)
+        config.baseline = "random"
+        return config.lock()
+
+With "{seed}" each seed has a network of its own, and differences pair the seeds. A table's rows
+are in the order of the entries, or by name where in_order is left out.
+
+Variants, after a colon:
+    imagenet   ResNet-18 with ImageNet's weights against random ones of three seeds, on MVTec AD
+               (--config.datasets.mvtec.root=MVTEC); not run as it is
+    smoke      two detectors on two random networks and two seeds, in seconds
+"""
+
+from dsad.assembly import comparison
+from dsad.assembly.configs import apply_variants
+
+
+def get_config(variants: str = ""):
+    config = comparison.default_config()
+    config.detectors = ("patchcore", "padim")
+    rows = {"before": "run:runs/mine@0", "trained": "run:runs/mine"}
+    config.backbones = comparison.in_order(rows)
+    config.datasets = {"own": comparison.dataset("run")}
+    return apply_variants(config, variants, {"imagenet": _imagenet, "smoke": _smoke}, __file__)
+
+
+def _imagenet(config):
+    rows = {
+        "random": comparison.backbone("resnet18", "random:{seed}"),
+        "imagenet": comparison.backbone("resnet18", "imagenet"),
+    }
+    config.backbones = comparison.in_order(rows)
+    config.datasets = {"mvtec": comparison.dataset("mvtec")}
+    config.seeds = (0, 1, 2)
+
+
+def _smoke(config):
+    config.detectors = ("knn", "padim")
+    config.settings = {"padim": {"detector": {"channels": 8}}}
+    rows = {
+        "resnet18": comparison.backbone("resnet18", "random:{seed}"),
+        "patches": comparison.backbone("patches:32/16:resnet18", "random"),
+    }
+    config.backbones = comparison.in_order(rows)
+    config.datasets = {"tiles": comparison.dataset("synthetic", categories=("tiles",))}
+    config.datasets.tiles.synthetic.update(size=64, train=4, good=2, bad=1)
+    config.seeds = (0, 1)
+    config.evaluation.update(image_size=64, batch_size=8)

@@ -1,0 +1,364 @@
+"""The config of a comparison, and the evaluations that it is made of."""
+
+import contextlib
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from dsad.assembly import evaluate
+from dsad.core import config as core_config
+from dsad.core import paths
+from dsad.core.config import Refused, field, listed
+from dsad.core.errors import ConfigError, DsadError
+from dsad.core.mesh import MeshConfig
+from dsad.data import base as data_base
+from dsad.evaluation.compared import Baseline
+from dsad.evaluation.config import EvalConfig
+from dsad.evaluation.metrics import aupro_key
+from dsad.evaluation.support import AS_DRAWN, SupportConfig
+from dsad.models import wrappers
+from dsad.terminal import flags
+
+#: Below the working directory: the features of all backbones, unless the config names a folder.
+FEATURES = "features"
+#: In a backbone's spec and weights: the number of a seed, each of which has a network of its own.
+SEED = "{seed}"
+
+
+class NetworkConfig(core_config.Settings, place="config.backbones"):
+    """One of the backbones; its spec alone may stand in the place of this group.
+
+    With "{seed}" in ``spec`` or ``weights`` each of the seeds has a network of its own.
+
+    Attributes:
+      spec: as ``config.backbone`` of an evaluation: an architecture or run:DIR, in wrappers or not.
+      weights: of an architecture, as ``config.weights`` of an evaluation; "random:{seed}" draws an
+        untrained network for each seed.
+      layers: maps that all detectors read of it, in the place of their own; empty: each its own.
+
+    """
+
+    spec: str
+    weights: str = ""
+    layers: tuple[str, ...] = field((), distinct=True)
+
+
+class CompareConfig(core_config.Settings, place="config"):
+    """Everything of a comparison but its backbones, its data sets and settings of detectors.
+
+    The groups ``backbones`` and ``datasets`` hold one of each by the name that it has in tables,
+    ``settings`` keys of a detector's config (``detector`` and ``evaluation``) by the detector's.
+
+    Attributes:
+      detectors: their config files, with variants after a colon ("patchcore:published"); of these
+        files the keys of the method are taken, and how its maps are upsampled.
+      baseline: what differences are taken against: a backbone, a detector, or BACKBONE/DETECTOR;
+        empty: the first backbone, or the first detector of a single backbone.
+      skip: evaluations that are left out, as DATASET/BACKBONE/DETECTOR; * stands for anything.
+      seed: of the detectors' random choices, as in an evaluation.
+      shots: training images of each category that are used; 0: all.
+      seeds: draw the ``shots`` and the detectors' random choices, and are those of "{seed}".
+      one_for_all: fit a single detector on the training images of all categories.
+
+    """
+
+    detectors: tuple[str, ...] = field(("patchcore",), distinct=True, filled=True)
+    baseline: str = ""
+    skip: tuple[str, ...] = ()
+    seed: int = field(0, at_least=0)
+    shots: int = field(0, at_least=0)
+    seeds: tuple[int, ...] = field((0,), at_least=0, distinct=True, filled=True)
+    support: SupportConfig = AS_DRAWN
+    one_for_all: bool = False
+    evaluation: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def check(self) -> None:
+        if self.evaluation.align_corners:
+            advice = "Set config.settings.DETECTOR.evaluation.align_corners."
+            raise Refused("evaluation.align_corners", "False, as detectors differ", True, advice)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key with its default, for config files to fill."""
+    config = ml_collections.ConfigDict(core_config.as_dict(CompareConfig()))
+    config.update(backbones={}, datasets={}, settings={})
+    return config
+
+
+def in_order(entries: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A group whose keys stay in their order, which is that of the tables; others are sorted."""
+    return ml_collections.ConfigDict(entries, sort_keys=False)
+
+
+def backbone(spec: str, weights: str = "", layers: Sequence[str] = ()) -> dict[str, Any]:
+    """A group of ``config.backbones``, with every key for the command line."""
+    return {"spec": spec, "weights": weights, "layers": tuple(layers)}
+
+
+def dataset(name: str, **keys: Any) -> dict[str, Any]:
+    """A group of ``config.datasets`` likewise: the keys of ``config.data`` of an evaluation."""
+    return core_config.as_dict(data_base.DataConfig(name=name, **keys))
+
+
+def is_meant(config: Any) -> bool:
+    """Whether a config is of a comparison."""
+    return "backbones" in config and "datasets" in config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A parsed config: names in tables with what they stand for."""
+
+    config: CompareConfig
+    backbones: Mapping[str, NetworkConfig]
+    datasets: Mapping[str, data_base.DataConfig]
+    detectors: tuple[str, ...]
+    settings: Mapping[str, Mapping[str, Any]]
+    baseline: Baseline
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        """The numbers that lead the tables."""
+        return ("pixel_ap", aupro_key(self.config.evaluation.fpr_limit), "image_auroc")
+
+
+def _names(detectors: Sequence[str]) -> tuple[str, ...]:
+    """``("knn,padim",)``, as a command line gives it, as two; commas part words of variants too."""
+    made: list[str] = []
+    for part in (p.strip() for text in detectors for p in text.split(",")):
+        variant = made and ":" in made[-1] and part not in flags.shipped_configs()
+        made[-1:] = [f"{made[-1]},{part}"] if variant and ":" not in part else [*made[-1:], part]
+    return tuple(made)
+
+
+def parse(config: Any) -> Plan:
+    """A comparison from nested dicts; strict."""
+    values = dict(core_config.require(config, "backbones", "configs/compare.py").items())
+    groups = {n: dict(values.pop(n).items()) for n in ("backbones", "datasets", "settings")}
+    cfg = core_config.build_dataclass(CompareConfig, values)
+    for group in ("backbones", "datasets"):
+        if not groups[group]:
+            raise ConfigError(f"config.{group}: expected at least one, found none.")
+        for name in groups[group]:
+            if not re.fullmatch(r"[\w+@=,. -]*\w", name) or name == FEATURES:
+                raise ConfigError(
+                    f"config.{group}: the name {name!r} cannot be that of a folder of numbers. "
+                    "Use letters, digits and -."
+                )
+    networks, data = {}, {}
+    for name, entry in groups["backbones"].items():
+        given = {"spec": entry} if isinstance(entry, str) else dict(entry.items())
+        where = f"config.backbones.{name}"
+        networks[name] = core_config.build_dataclass(NetworkConfig, given, where)
+    for name, entry in groups["datasets"].items():
+        where = f"config.datasets.{name}"
+        data[name] = core_config.build_dataclass(data_base.DataConfig, dict(entry.items()), where)
+    own = {n: dict(_flat(keys)) for n, keys in groups["settings"].items()}
+    detectors = _names(cfg.detectors)
+    known = (*detectors, *flags.shipped_configs())
+    if unknown := [n for n in own if n not in known and n.partition(":")[0] not in known]:
+        raise ConfigError(
+            f"config.settings: no detector {listed(unknown)}."
+            f"{core_config.suggestion(unknown[0], known)} Known: {listed(detectors)}."
+        )
+    return Plan(
+        config=cfg, backbones=networks, datasets=data, detectors=detectors, settings=own,
+        baseline=_baseline(cfg.baseline, tuple(networks), detectors),
+    )  # fmt: skip
+
+
+def _baseline(name: str, backbones: Sequence[str], detectors: Sequence[str]) -> Baseline:
+    """What ``config.baseline`` names; raises ConfigError for a name that nothing has."""
+    if not name:
+        several = len(backbones) > 1, len(detectors) > 1
+        return Baseline(backbones[0] if several[0] else "",
+                        detectors[0] if several == (False, True) else "")  # fmt: skip
+    pairs = [Baseline(b, d) for b in backbones for d in detectors]
+    alone = [*(Baseline(backbone=b) for b in backbones), *(Baseline(detector=d) for d in detectors)]
+    known = {str(found): found for found in reversed([*alone, *pairs])}
+    if name not in known:
+        raise ConfigError(
+            f"config.baseline: no {name!r}.{core_config.suggestion(name, known)} Expected a "
+            f"backbone ({listed(backbones)}), a detector ({listed(detectors)}) or "
+            "BACKBONE/DETECTOR."
+        )
+    return known[name]
+
+
+def _flat(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys on one level."""
+    for key, value in group.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# --- cells
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """An evaluation of a comparison; ``seed`` is None for one of all seeds."""
+
+    dataset: str
+    backbone: str
+    detector: str
+    seed: int | None
+    config: Any
+
+    @property
+    def place(self) -> dict[str, str]:
+        return {"dataset": self.dataset, "backbone": self.backbone, "detector": self.detector}
+
+    @property
+    def title(self) -> str:
+        seed = "" if self.seed is None else f"/seed{self.seed}"
+        return f"{self.dataset}/{self.backbone}/{self.detector}{seed}"
+
+    @property
+    def folder(self) -> str:
+        """Below the comparison's."""
+        return "/".join(map(paths.component, self.title.split("/")))
+
+    @property
+    def network(self) -> tuple[str, str]:
+        """Spec without wrappers of maps, and weights: what computes the features."""
+        return wrappers.unwrap(self.config.backbone).network, self.config.weights
+
+
+class Faults:
+    """Faults of many cells, each told once."""
+
+    def __init__(self) -> None:
+        self._cells: dict[str, list[str]] = {}
+
+    @contextlib.contextmanager
+    def of(self, title: str) -> Iterator[None]:
+        """Note what is raised in this block."""
+        try:
+            yield
+        except DsadError as error:
+            self.note(title, str(error))
+
+    def note(self, title: str, text: str) -> None:
+        """Note a fault."""
+        self._cells.setdefault(text, []).append(title)
+
+    def __bool__(self) -> bool:
+        return bool(self._cells)
+
+    def __str__(self) -> str:
+        lines = []
+        for text, cells in self._cells.items():
+            shown = cells if len(cells) < 4 else [*cells[:2], f"{len(cells) - 2} more"]
+            lines += [f"{', '.join(shown)}:", *(f"    {line}" for line in text.splitlines())]
+        return "\n  ".join(lines)
+
+
+def cells_of(plan: Plan, features: str, faults: Faults) -> list[Cell]:
+    """One after the other, so that those of a data set and a network are neighbours.
+
+    ``features`` is the folder of all features, unless the config names one.
+    """
+    made, files = [], {}
+    for detector in plan.detectors:
+        with faults.of(f"config.detectors {detector}"):
+            config, _, _ = flags.Command("compare", "", config=detector).parse([])
+            files[detector] = core_config.require(config, "detector", "configs/patchcore.py")
+    measured = core_config.as_dict(plan.config.evaluation)
+    measured["feature_cache"] = measured["feature_cache"] or features
+    del measured["align_corners"]
+    for place, network, seed in _places(plan):
+        title = "/".join(place.values())
+        skipped = any(fnmatch.fnmatchcase(title, pattern) for pattern in plan.config.skip)
+        if place["detector"] in files and not skipped:
+            with faults.of(title):
+                config = files[place["detector"]].copy_and_resolve_references()
+                config.evaluation.update(measured)
+                _fill(config, plan, place, network, seed)
+                made.append(Cell(**place, seed=seed, config=config))
+    if not made and not faults:
+        raise ConfigError(f"config.skip: {plan.config.skip} leaves nothing to compare.")
+    _share_layers(made, plan.config.evaluation.cache_layers, faults)
+    return made
+
+
+def _places(plan: Plan) -> Iterator[tuple[dict[str, str], NetworkConfig, int | None]]:
+    """Names of a cell, its network, and its seed where each has a network of its own."""
+    for data in plan.datasets:
+        for name, network in plan.backbones.items():
+            per_seed = SEED in network.spec or SEED in network.weights
+            for seed in plan.config.seeds if per_seed else (None,):
+                for detector in plan.detectors:
+                    yield {"dataset": data, "backbone": name, "detector": detector}, network, seed
+
+
+def notes(plan: Plan) -> list[str]:
+    """What detectors' files ask for and do not get, as it is the same for all."""
+    made, usual = [], dict(_flat(core_config.as_dict(evaluate.EvaluateConfig())))
+    given = dict(_flat(core_config.as_dict(plan.config)))
+    for detector in plan.detectors:
+        config, _, _ = flags.Command("compare", "", config=detector).parse([])
+        asked, own = dict(_flat(config)), {**given, **_settings(plan, detector)}
+        for key in ("evaluation.image_size", "one_for_all", "shots", "support.rotations"):
+            if asked[key] not in (usual[key], own[key]):
+                made.append(
+                    f"{detector}: its file has config.{key} = {asked[key]}, here {own[key]}"
+                )
+    return made
+
+
+def _settings(plan: Plan, detector: str) -> dict[str, Any]:
+    """Those of a detector, with those of its config file where it is a variant."""
+    whole = plan.settings.get(detector.partition(":")[0], {})
+    return {**whole, **plan.settings.get(detector, {})}
+
+
+def _fill(
+    config: Any, plan: Plan, place: Mapping[str, str], network: NetworkConfig, seed: int | None
+) -> None:
+    """Make the config of a detector's file that of a cell, as ``dsad evaluate`` takes it."""
+    cfg, detector = plan.config, place["detector"]
+    spec, weights = (
+        text if seed is None else text.replace(SEED, str(seed))
+        for text in (network.spec, network.weights)
+    )
+    config.update(
+        backbone=spec, weights=weights, seed=cfg.seed, shots=cfg.shots, one_for_all=cfg.one_for_all,
+        seeds=cfg.seeds if seed is None else (seed,), support=core_config.as_dict(cfg.support),
+        mesh=core_config.as_dict(cfg.mesh),
+        data=core_config.as_dict(evaluate.data_config(plan.datasets[place["dataset"]], spec)),
+    )  # fmt: skip
+    if network.layers:
+        flags.update(config, {"detector.layers": network.layers})
+    own = _settings(plan, detector)
+    if wrong := [k for k in own if k.partition(".")[0] not in ("detector", "evaluation")]:
+        raise ConfigError(
+            f"config.settings.{detector}: expected keys of detector and evaluation, found "
+            f"{listed(wrong)}; the others are the same for all."
+        )
+    try:
+        flags.update(config, own)
+    except ConfigError as error:
+        raise ConfigError(f"config.settings.{detector}: {error}") from error
+
+
+def _share_layers(cells: Sequence[Cell], first: Sequence[str], faults: Faults) -> None:
+    """Let the cells of a network keep the maps of all, so that an image passes it once."""
+    layers: dict[Any, dict[str, None]] = {}
+    groups = []
+    for cell in cells:
+        with faults.of(cell.title):
+            key = (*cell.network, cell.config.evaluation.image_size)
+            _, detector = evaluate.parse(cell.config)
+            wanted = layers.setdefault(key, dict.fromkeys(first))
+            wanted |= dict.fromkeys((*detector.layers, *detector.traits.tokens))
+            groups.append((cell, wanted))
+    for cell, wanted in groups:
+        cell.config.evaluation.cache_layers = tuple(wanted)
