@@ -55,7 +55,12 @@ def _released(config):
 
 def _resnet(config):
     config.objective.update(
-        arch="resnet18", layers=("layer1", "layer2", "layer3"), slots=256, variants=2
+        arch="resnet18",
+        layers=("layer1", "layer2", "layer3"),
+        slots=256,
+        tokens=28,
+        references=(1, 2, 4),
+        stored="float16",
     )
 
 
@@ -63,8 +68,8 @@ def _mtd(config):
     _resnet(config)
     config.data.name = "mtd:grouped"
     config.data.cache = "host"
-    config.batch_size = 16
-    config.steps = 300
+    config.batch_size = 8
+    config.steps = 400
     config.optim.update(schedule="cosine", lr=3e-4, milestones=())
     config.log_every = 10
     config.checkpoint.every = 100
@@ -87,7 +92,7 @@ def _smoke(config):
     config.data.categories = ("tiles",)
     config.data.synthetic.update(good=4, bad=1)
     config.objective.update(
-        side=64, layers=("layer1", "layer2"), slots=16, references=(1, 2), variants=1, tokens=8
+        side=64, layers=("layer1", "layer2"), slots=16, references=(1, 2), tokens=8
     )
 
 

@@ -6,7 +6,7 @@ which cells take part is a matter of weights.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from dsad.ops.contrast import placed
 from dsad.ops.neighbors import nearest
 from dsad.ops.similarity import unit
 
-#: Similarities that are held at once, of all devices.
-AREA = 2**26
+#: Cells that all others are compared with at once.
+BLOCK = 512
 #: Beyond this the norm loss grows linearly: exp would leave float32.
 STEEPEST = 30.0
 
@@ -181,7 +181,7 @@ def angle_loss(
 
     Mean over all cells of both views of logsumexp(s / t) over the cells of the other label, in both
     views, less s / t with the other view of the cell; s is the cosine of cells minus ``centre``.
-    0 where one of the labels does not occur. Cells of the batch are compared block by block.
+    0 where one of the labels does not occur. Costs n times the number of anomalous cells.
 
     Args:
       first: (n, d), one view of the cells of the global batch.
@@ -206,28 +206,40 @@ def angle_loss(
 def _exponentials(
     rows: jax.Array, anomalous: jax.Array, counted: jax.Array, temperature: float
 ) -> jax.Array:
-    """Σ exp(s / t) over the counted cells of the other label, (2, n), for unit ``rows``."""
-    _, n, _ = rows.shape
-    blocks = -(-4 * n * n // AREA)
-    size = -(-n // blocks)
-    short = blocks * size - n
-    columns = placed(rows, PartitionSpec())
-    columns = jnp.pad(columns, ((0, 0), (0, short), (0, 0)))
-    kinds, used = (placed(jnp.pad(x, (0, short)), PartitionSpec()) for x in (anomalous, counted))
+    """Σ exp(s / t) over the counted cells of the other label, (2, n), for unit ``rows``.
+
+    Pairs of a normal and an anomalous cell are all that counts, and anomalous ones are few: they
+    are put in front, and blocks of columns without any are skipped. A block gives what its
+    anomalous cells add to the normal rows, and, by its columns, what normal cells add to them.
+    """
+    _, n, d = rows.shape
+    blocks = -(-2 * n // BLOCK)
+    short = blocks * BLOCK - 2 * n
+    bad = placed(jnp.tile(anomalous & counted, 2), PartitionSpec())
+    order = jnp.argsort(~bad, stable=True)
+    columns = placed(rows, PartitionSpec()).reshape(2 * n, d)[order]
+    columns = jnp.pad(columns, ((0, short), (0, 0))).reshape(blocks, BLOCK, d)
+    bad_columns = jnp.pad(bad[order], (0, short)).reshape(blocks, BLOCK)
+    good_rows = (~anomalous & counted)[None, :, None]
+
+    def compared(part: jax.Array, bad: jax.Array) -> tuple[jax.Array, jax.Array]:
+        alike = jnp.einsum("and,md->anm", rows, part, precision="highest") / temperature
+        powers = jnp.where(good_rows & bad[None, None], jnp.exp(alike), 0.0)
+        return jnp.sum(powers, axis=2), jnp.sum(powers, axis=(0, 1))
+
+    def skipped(part: jax.Array, bad: jax.Array) -> tuple[jax.Array, jax.Array]:
+        del part, bad
+        return jnp.zeros((2, n), jnp.float32), jnp.zeros((BLOCK,), jnp.float32)
 
     @jax.checkpoint
-    def block(start: jax.Array) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(columns, start, size, axis=1)
-        kind, take = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (kinds, used))
-        alike = jnp.einsum("and,bmd->anbm", rows, part, precision="highest") / temperature
-        others = (anomalous[:, None] != kind[None, :]) & take[None, :]
-        return jnp.sum(jnp.where(others[None, :, None], jnp.exp(alike), 0.0), axis=(2, 3))
+    def block(total: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+        more, of_columns = jax.lax.cond(jnp.any(inputs[1]), compared, skipped, *inputs)
+        return total + more, of_columns
 
-    if blocks == 1:
-        return block(jnp.zeros((), jnp.int32))
-    starts = size * jnp.arange(blocks, dtype=jnp.int32)
-    zeros = jnp.zeros(rows.shape[:2], jnp.float32)
-    return jax.lax.scan(lambda total, at: (total + block(at), None), zeros, starts)[0]
+    start = jnp.zeros((2, n), jnp.float32)
+    of_rows, of_columns = jax.lax.scan(block, start, (columns, bad_columns))
+    back = of_columns.reshape(-1)[jnp.argsort(order)].reshape(2, n)
+    return of_rows + back
 
 
 def _mean(values: jax.Array, of: jax.Array) -> jax.Array:

@@ -101,10 +101,10 @@ def test_without_one_of_the_labels_the_angle_loss_is_nothing(labels):
     np.testing.assert_array_equal(slope, 0)
 
 
-@pytest.mark.parametrize("area", [ops.AREA, 500])
-def test_angle_loss_against_float64(monkeypatch, area):
+@pytest.mark.parametrize("block", [ops.BLOCK, 9])
+def test_angle_loss_against_float64(monkeypatch, block):
     """Also in blocks that do not divide the cells; gradients against the whole matrix."""
-    monkeypatch.setattr(ops, "AREA", area)
+    monkeypatch.setattr(ops, "BLOCK", block)
     g = np.random.default_rng(1)
     first, second = g.normal(size=(2, 37, 4))
     bad, counted, centre = g.random(37) < 0.4, g.random(37) < 0.8, g.normal(size=4)
