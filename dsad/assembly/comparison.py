@@ -139,7 +139,10 @@ def _names(detectors: Sequence[str]) -> tuple[str, ...]:
 def parse(config: Any) -> Plan:
     """A comparison from nested dicts; strict."""
     values = dict(core_config.require(config, "backbones", "configs/compare.py").items())
-    groups = {n: dict(values.pop(n).items()) for n in ("backbones", "datasets", "settings")}
+    groups = {
+        name: _group(f"config.{name}", values.pop(name, None))
+        for name in ("backbones", "datasets", "settings")
+    }
     cfg = core_config.build_dataclass(CompareConfig, values)
     for group in ("backbones", "datasets"):
         if not groups[group]:
@@ -152,13 +155,16 @@ def parse(config: Any) -> Plan:
                 )
     networks, data = {}, {}
     for name, entry in groups["backbones"].items():
-        given = {"spec": entry} if isinstance(entry, str) else dict(entry.items())
         where = f"config.backbones.{name}"
+        given = {"spec": entry} if isinstance(entry, str) else _group(where, entry)
         networks[name] = core_config.build_dataclass(NetworkConfig, given, where)
     for name, entry in groups["datasets"].items():
         where = f"config.datasets.{name}"
-        data[name] = core_config.build_dataclass(data_base.DataConfig, dict(entry.items()), where)
-    own = {n: dict(_flat(keys)) for n, keys in groups["settings"].items()}
+        data[name] = core_config.build_dataclass(data_base.DataConfig, _group(where, entry), where)
+    own = {
+        name: dict(_flat(_group(f"config.settings.{name}", entry)))
+        for name, entry in groups["settings"].items()
+    }
     detectors = _names(cfg.detectors)
     known = (*detectors, *flags.shipped_configs())
     if unknown := [n for n in own if n not in known and n.partition(":")[0] not in known]:
@@ -170,6 +176,13 @@ def parse(config: Any) -> Plan:
         config=cfg, backbones=networks, datasets=data, detectors=detectors, settings=own,
         baseline=_baseline(cfg.baseline, tuple(networks), detectors),
     )  # fmt: skip
+
+
+def _group(where: str, value: Any) -> dict[str, Any]:
+    """The keys of a group."""
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"{where}: expected a group of keys, found {value!r}.")
+    return dict(value.items())
 
 
 def _baseline(name: str, backbones: Sequence[str], detectors: Sequence[str]) -> Baseline:

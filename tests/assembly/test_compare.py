@@ -266,6 +266,10 @@ def test_the_baseline():
             {"backbones": {"a": {"spec": "x", "weigths": ""}}},
             r"config.backbones.a.weigths: unknown",
         ),
+        (
+            {"datasets": {"a": "mvtec"}},
+            "config.datasets.a: expected a group of keys, found 'mvtec'",
+        ),
         ({"datasets": {"a": {"nme": "x"}}}, "config.datasets.a.nme: unknown key"),
         ({"settings": {"pdim": {}}}, r"config.settings: no detector pdim. Did you mean 'padim'\?"),
         (
