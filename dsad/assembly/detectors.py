@@ -16,7 +16,7 @@ from etils import epath
 from dsad.assembly.pretrain import lengths
 from dsad.core import batch as batches
 from dsad.core import hosts, paths, tree
-from dsad.core.detection import Detector, TrainsOnData
+from dsad.core.detection import Detector, Measures, TrainsOnData
 from dsad.core.errors import ConfigError, DataError, StoppedError
 from dsad.core.mesh import replicated
 from dsad.core.types import Tree
@@ -38,7 +38,7 @@ _BACKBONE, _DIGEST = "backbone", "sha256"
 
 
 class Program(NamedTuple):
-    """``fresh(backbone, lengths, key)`` makes the state that ``step`` goes on from."""
+    """``fresh(backbone, measured, lengths, key)`` makes the state that ``step`` goes on from."""
 
     fresh: Any
     step: Step
@@ -79,13 +79,17 @@ class Trainer:
                 f"config.detector.recipe.batch_size: expected a multiple of the {mesh.size} "
                 f"devices, found {recipe.batch_size}."
             )
+        measured = {}
+        if isinstance(detector, Measures):
+            measured = detector.measured(data.features, data.images)
         samples, network = _samples(detector, data)
         count = len(jax.tree.leaves(samples)[0])
         drawn = _Batches(samples, count, recipe.batch_size, data)
-        program = self._program(detector, drawn.specs, network, mesh)
+        program = self._program(detector, drawn.specs, (network, measured), mesh)
         per_epoch, total = lengths(recipe, count)
         key = placed_key(data.key, mesh)
-        state = program.fresh(network, np.asarray([per_epoch, total], np.float32), key)
+        counts = np.asarray([per_epoch, total], np.float32)
+        state = program.fresh(network, measured, counts, key)
         loop = Loop(
             step=program.step, batches=drawn, store=None, key=key, mesh=mesh, total_steps=total,
             batch_size=recipe.batch_size, log_every=max(1, total // 100),
@@ -103,8 +107,8 @@ class Trainer:
         extra = {name: part for name, part in state.extra.items() if name != _BACKBONE}
         return {"params": state.params, "extra": extra}
 
-    def _program(self, detector: TrainsOnData, specs: Tree, network: Any, mesh: Any) -> Program:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), network)
+    def _program(self, detector: TrainsOnData, specs: Tree, given: Any, mesh: Any) -> Program:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
         leaves, structure = jax.tree.flatten((specs, shapes))
         name = (detector, mesh, structure, tuple((x.shape, x.dtype) for x in leaves))
         if name not in self.programs:
@@ -112,13 +116,14 @@ class Trainer:
         return self.programs[name]
 
 
-def _built(detector: TrainsOnData, specs: Tree, network: Any, mesh: Any) -> Program:
-    recipe = detector.recipe
+def _built(detector: TrainsOnData, specs: Tree, given: tuple[Any, Tree], mesh: Any) -> Program:
+    recipe, (network, measured) = detector.recipe, given
     objective = detector.objective(specs, network)
     tx, rate = lengths_in_state(recipe.optim, recipe.batch_size)
 
-    def fresh(network: Any, lengths: jax.Array, key: jax.Array) -> TrainState:
+    def fresh(network: Any, measured: Tree, lengths: jax.Array, key: jax.Array) -> TrainState:
         params, extra = objective.init(key)
+        extra = {**extra, **measured}
         if network is not None:  # the steps give away what they are given
             extra = {**extra, _BACKBONE: jax.tree.map(jnp.copy, network)}
         opt_state: Any = tx.init(params)
@@ -128,7 +133,7 @@ def _built(detector: TrainsOnData, specs: Tree, network: Any, mesh: Any) -> Prog
 
     everywhere = replicated(mesh)
     numbers = jax.ShapeDtypeStruct((2,), jnp.float32)
-    shapes = jax.eval_shape(fresh, network, numbers, jax.eval_shape(jax.random.key, 0))
+    shapes = jax.eval_shape(fresh, network, measured, numbers, jax.eval_shape(jax.random.key, 0))
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
     )
@@ -144,7 +149,10 @@ def _samples(detector: Any, data: TrainingData) -> tuple[dict[str, Any], Any]:
                 "config.backbone: this detector trains through it; expected a backbone that is a "
                 "pytree of arrays. Register its class with jax.tree_util.register_dataclass."
             )
-        images = np.concatenate(list(data.images()))
+        parts = list(data.images())
+        if not sum(map(len, parts)):
+            raise _nothing(data)
+        images = np.concatenate(parts)
         size = np.tile(np.asarray(images.shape[1:3], np.int32), (len(images), 1))
         return {"image": images, "size": size}, data.backbone
     names, rows, index = (*detector.layers, *detector.traits.tokens), [], []
@@ -160,10 +168,14 @@ def _samples(detector: Any, data: TrainingData) -> tuple[dict[str, Any], Any]:
                 "expected finite ones. Check the weights."
             )
     if not sum(map(len, index)):
-        raise DataError(f"{data.title}: expected images to train a detector on, found 0.")
+        raise _nothing(data)
     order = np.argsort(np.concatenate(index))  # that of the source does not matter
     columns = (np.concatenate(x)[order] for x in zip(*rows, strict=True))
     return {"features": dict(zip(names, columns, strict=True))}, None
+
+
+def _nothing(data: TrainingData) -> DataError:
+    return DataError(f"{data.title}: expected images to train a detector on, found 0.")
 
 
 class _Batches:

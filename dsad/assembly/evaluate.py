@@ -1,9 +1,12 @@
 """An evaluation from its config: a backbone, a detector and a data set, joined."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 from etils import epath
 from rich.console import Console
 
@@ -24,6 +27,7 @@ from dsad.evaluation.localize import EvalConfig, Results, localize, write_result
 from dsad.evaluation.parts import Parts
 from dsad.evaluation.support import AS_DRAWN, Sampling, Sets, SupportConfig, subset
 from dsad.models import wrappers
+from dsad.models.residual_maps import ProjectedMaps
 from dsad.terminal import console
 
 #: As data name: the data of the run that the backbone comes from.
@@ -212,6 +216,7 @@ def prepare(
         spec = wrappers.unwrap(cfg.backbone).network
         backbone = network or runs.backbone(spec, cfg.weights, cfg.seed)
         side = backbone.image_size
+        _check_projected(cfg.backbone, backbone, detector.layers)
         if cfg.evaluation.recalibrate:
             recalibration.check(backbone)
     if not cfg.evaluation.image_size:
@@ -246,6 +251,31 @@ def _check_saved(saved: Saved, config: Any, cfg: EvaluateConfig, dataset: Datase
             f"{saved.directory}: no model of {core_config.listed(missing)}; it has: "
             f"{core_config.listed(have)}. Name categories with --config.data.categories."
         )
+
+
+def _check_projected(spec: str, backbone: Any, layers: Sequence[str]) -> None:
+    """Refuse projectors that were trained on another encoder's maps."""
+    for wrapper in wrappers.unwrap(spec).maps:
+        if not isinstance(wrapper, ProjectedMaps):
+            continue
+        own = runs.backbone(f"run:{wrapper.run}", "", 0)
+        wrapper.read()  # which refuses runs without projectors
+        pixels = np.random.default_rng(0).normal(size=(1, 112, 112, 3)).astype(np.float32)
+        compute = jax.jit(lambda network, pixels: network(pixels))
+        known = jax.eval_shape(compute, own, pixels)
+        names = [name for name in layers if name in known]
+        if not names:
+            continue  # which the detector or the projectors will refuse
+        theirs, ours = (compute(network.only(names), pixels) for network in (own, backbone))
+        for name in names:
+            here, there = np.asarray(ours[name]), np.asarray(theirs[name])
+            same = here.shape == there.shape
+            if not same or np.linalg.norm(here - there) > 0.01 * np.linalg.norm(here):
+                raise ConfigError(
+                    f"config.backbone={spec!r}: the projectors of {wrapper.run} were trained on "
+                    f"maps of {own.description} ({own.arch}), whose {name} differs from that of "
+                    f"{backbone.arch} ({backbone.description}). Name the same encoder and weights."
+                )
 
 
 def _check_patches(spec: str, detector: Detector) -> None:
@@ -299,6 +329,11 @@ def localized(
     """What ``localize`` makes of the parts; see there."""
     cfg, saved = parts.config, parts.saved
     parts_of_spec = wrappers.unwrap(cfg.backbone)
+    map_wrappers = {
+        f"{name} ({wrapper.read().description})"
+        if isinstance(wrapper, ProjectedMaps) and not saved else name: wrapper
+        for name, wrapper in zip(parts_of_spec.names, parts_of_spec.maps, strict=True)
+    }  # fmt: skip
 
     def of_category(category: str) -> Backbone:
         if saved:
@@ -308,7 +343,7 @@ def localized(
 
     return localize(
         parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
-        map_wrappers=dict(zip(parts_of_spec.names, parts_of_spec.maps, strict=True)),
+        map_wrappers=map_wrappers,
         mesh=make_mesh(cfg.mesh), key=runs.key_for(cfg.seed), progress=progress,
         name=name or cfg.backbone, sampling=parts.sets, given=saved, keep=keep, folder=folder,
         backbone_of=None if parts.backbone is not None else of_category, train=Trainer(),

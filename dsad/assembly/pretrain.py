@@ -45,7 +45,10 @@ class PretrainConfig(Settings, place="config"):
       log_every: updates per line of metrics.
       pictures: images that the report of the run shows as the objective sees them, at the first and
         at the last update; 0: none.
-      init_from: earlier weights to start from: a run, a file, or a hub name; empty: none.
+      init_from: earlier weights to start from: a run, a file, or a hub name; empty: none;
+        "random": none, for an objective that asks for some.
+      feature_store: where features lie that an objective computes of every sample once, unless
+        ``data.cache`` has them on the devices: in "memory", or on the "disk" of the run.
       precision: of matrix products in float32: "default" is the device's fastest.
       compilation_cache: folder that keeps compiled programs for the next start; empty: none.
 
@@ -59,6 +62,7 @@ class PretrainConfig(Settings, place="config"):
     log_every: int = field(10, at_least=1)
     pictures: int = field(4, at_least=0)
     init_from: str = ""
+    feature_store: Literal["memory", "disk"] = "memory"
     precision: Literal["default", "high", "highest"] = "default"
     compilation_cache: str = ""
     data: data_base.DataConfig = data_base.DataConfig()

@@ -11,6 +11,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,26 +19,31 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsad import models
 from dsad.assembly import workdir
 from dsad.assembly.pretrain import PretrainConfig, Run, parse
 from dsad.core import config as core_config
-from dsad.core import rng
+from dsad.core import rng, tree
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.types import (
     EarlierWeights,
     FeatureMaps,
     HasEncoder,
+    HasProjectors,
     Objective,
     ReadsTensors,
     RunInfo,
 )
 from dsad.models import registry, statistics, wrappers
 from dsad.models.family import Encoder
+from dsad.models.residual_maps import REFERENCES, ProjectedMaps, Projectors
 from dsad.models.weights import export, pretrained
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
 
+#: As weights: a network that nobody trained; by the seed of the config, or "random:5" by another.
+RANDOM = "random"
 _SCHEME = "run:"
 _CATEGORY = "{category}"
 
@@ -109,7 +115,7 @@ class OpenedRun:
 
     def weights(self, step: int | None) -> tuple[Any, Any, int]:
         """(params, extra, step), on the host unless they are those of step 0."""
-        if step == 0 and self.config.init_from:
+        if step == 0 and self.config.init_from not in ("", RANDOM):
             raise ConfigError(
                 f"run:{self.directory}@0: that run began with the weights of "
                 f"{self.config.init_from}; name those by themselves."
@@ -168,6 +174,8 @@ def checked_weights(run: Run) -> EarlierWeights | None:
 
     Raises ConfigError for what does not fit or is missing, before anything is claimed.
     """
+    if run.config.init_from == RANDOM:
+        return None
     if not run.config.init_from:
         if needed := run.objective.traits.source:
             raise ConfigError(
@@ -297,8 +305,33 @@ class RunBackbone:
         return self.function(self.params, self.extra, images, self.layers)
 
 
-#: As weights: a network that nobody trained; by the seed of the config, or "random:5" by another.
-RANDOM = "random"
+def _projected(references: str | None, spec: str) -> ProjectedMaps:
+    return ProjectedMaps(
+        int(references or REFERENCES), spec, functools.partial(projectors, _SCHEME + spec)
+    )
+
+
+def projectors(spec: str) -> Projectors:
+    """Those that a run trained on residual maps; raises ConfigError for any other run."""
+    directory, step = place(spec)
+    run = opened(directory)
+    params, _, step = run.weights(step)
+    if not isinstance(run.objective, HasProjectors):
+        raise ConfigError(
+            f"config.backbone: projected: expected a run that trains projectors (adpretrain), "
+            f"found {run.described(step)}, of {type(run.objective).__name__}."
+        )
+    params, digest = jax.device_get(dict(run.objective.projectors(params))), hashlib.sha256()
+    for path, values in sorted(tree.flatten(params).items()):
+        digest.update(path.encode() + np.ascontiguousarray(values).tobytes())
+    description = f"{run.described(step)}, sha256 {digest.hexdigest()[:12]}"
+    return Projectors(params, run.objective.tokens, description)
+
+
+wrappers.KINDS["projected"] = wrappers.Kind(
+    "projected[:REFERENCES]:RUN", "projected:runs/adpretrain",
+    r"(?:([1-9]\d*):)?((?:\w+://)?[^:]+):", _projected,
+)  # fmt: skip
 
 
 def random_seed(weights: str, seed: int) -> int | None:

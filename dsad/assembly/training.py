@@ -11,10 +11,10 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from dsad.assembly import runs, unfolding, workdir
+from dsad.assembly import features, runs, unfolding, workdir
 from dsad.assembly.pretrain import DataFacts, Run, assemble, held_out, parse, use_settings
 from dsad.assembly.strips import Strips
-from dsad.core import distributed, hosts
+from dsad.core import distributed
 from dsad.core.batch import Batch
 from dsad.core.chips import chip_of
 from dsad.core.config import listed
@@ -62,8 +62,7 @@ class Training:
         fetch: Any = lambda store, inputs: inputs  # noqa: E731
         if self.store is not None:
             assert self.run.gather is not None
-            spec = dataclasses.replace(self.run.spec, features={})
-            fetch = jax.jit(fetch_with(self.run.gather, spec))
+            fetch = jax.jit(fetch_with(self.run.gather, self.pipeline.spec))
         cut = jax.jit(
             lambda batch, rows: jax.tree.map(lambda a: a[:rows], batch),
             static_argnums=1, out_shardings=replicated(self.run.mesh),
@@ -155,6 +154,7 @@ def prepare(
     with console.progress("reading images", out) as tell:
         training = build(config, dataset, progress=tell, weights=not continued)
     _check_companions(training, out)
+    features.check_room(training.run)
     if training.held:
         out.print(f"{training.held}, every {training.run.config.probe.every} steps")
     run, shapes = training.run, jax.tree.leaves(training.run.abstract.params)
@@ -213,7 +213,9 @@ def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) 
         if resume:
             out.print("no complete checkpoint yet: starting at step 0")
         state = first_state(training, training.earlier or runs.checked_weights(run), out)
-    training = with_features(training, state, out)
+    training = with_features(training, state, out, path)
+    if position is None:
+        state = prepared(training, state)
     strips = _strips(training, path)
     if strips and not int(state.step):
         strips.write(state)
@@ -279,7 +281,7 @@ def _work(run: Run) -> Work:
 
 
 def first_state(training: Training, earlier: EarlierWeights | None, out: Console) -> TrainState:
-    """The state at step 0, with earlier weights and what the objective makes of the data."""
+    """The state at step 0, with earlier weights; ``prepared`` comes after ``with_features``."""
     run = training.run
     state = initial_state(run.objective, run.tx, run.abstract, run.config.seed)
     params, extra = state.params, state.extra
@@ -291,8 +293,16 @@ def first_state(training: Training, earlier: EarlierWeights | None, out: Console
             out.print(f"{earlier.origin}: its folded batch norms have statistics of the data again")
         params, extra, report = run.objective.adopt(earlier, params, extra)
         out.print(f"from {earlier.origin}: {report}")
-    extra = run.objective.prepare(params, extra, lambda: passes(training))
-    state = dataclasses.replace(state, params=params, extra=extra)
+    return _placed(run, dataclasses.replace(state, params=params, extra=extra))
+
+
+def prepared(training: Training, state: TrainState) -> TrainState:
+    """The state at step 0 with what the objective makes of all samples, features included."""
+    extra = training.run.objective.prepare(state.params, state.extra, lambda: passes(training))
+    return _placed(training.run, dataclasses.replace(state, extra=extra))
+
+
+def _placed(run: Run, state: TrainState) -> TrainState:
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, run.abstract))
 
 
@@ -304,25 +314,18 @@ def passes(training: Training) -> Generator[Batch]:
         yield batch if rows == run.info.batch_size else cut(batch, rows)
 
 
-def with_features(training: Training, state: TrainState, out: Console) -> Training:
+def with_features(
+    training: Training, state: TrainState, out: Console, folder: epath.Path | None = None
+) -> Training:
     """The same training with what the objective computes of every sample once.
 
-    Every process holds all of the features, and so does every worker of ``config.data.workers``. A
-    run that is resumed computes them again.
+    ``folder`` is the run's directory, for features that are kept on its disk.
     """
     run = training.run
     if not isinstance(run.objective, PerSample):
         return training
-    compute = jax.jit(run.objective.per_sample, out_shardings=replicated(run.mesh))
-    parts, done = [], 0
-    with console.progress("computing features", out) as tell:
-        tell(0, run.info.samples, "compiling …")
-        for batch in passes(training):
-            parts.append(jax.tree.map(hosts.whole, compute(state.params, state.extra, batch)))
-            done += len(batch["index"])
-            tell(done, run.info.samples, "")
-    features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    pipeline, store = training.pipeline.with_features(features), training.store
+    computed = features.computed(run, state, passes(training), out, folder)
+    pipeline, store = training.pipeline.with_features(computed), training.store
     if store is not None:
-        store = {**store, "features": put_store(features, run.store["features"])}
+        store = {**store, "features": put_store(computed, run.store["features"])}
     return dataclasses.replace(training, pipeline=pipeline, store=store)

@@ -1,6 +1,7 @@
 """One random view of every image of a batch, on the device, with the coordinates of its crop."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,40 @@ from dsad.core.types import Batch
 
 #: What ``ViewConfig.jitter`` gives the amounts of.
 JITTERED = ("brightness", "contrast", "saturation", "hue")
+
+
+class Look(Protocol):
+    """Settings of ``change_look``; see ``ViewConfig``."""
+
+    @property
+    def jitter(self) -> tuple[float, float, float, float]: ...
+    @property
+    def jitter_probability(self) -> float: ...
+    @property
+    def grey_probability(self) -> float: ...
+    @property
+    def blur(self) -> tuple[float, float]: ...
+    @property
+    def blur_probability(self) -> float: ...
+
+
+def change_look(images: jax.Array, keys: Callable[[str], jax.Array], config: Look) -> jax.Array:
+    """Jitter, grey and blur, in this order, of images (b, h, w, 3) float32 in [0, 1].
+
+    ``keys`` gives those of the samples (b,) for the name of an operation.
+    """
+    if config.jitter_probability and any(config.jitter):
+        amounts = dict(zip(JITTERED, config.jitter, strict=True))
+        images = color_jitter(
+            images, keys("jitter"), **amounts, probability=config.jitter_probability
+        )
+    if config.grey_probability:
+        images = to_grey(images, keys("grey"), probability=config.grey_probability)
+    if config.blur_probability:
+        images = random_blur(
+            images, keys("blur"), sigma=config.blur, probability=config.blur_probability
+        )
+    return images
 
 
 class ViewConfig(Settings, place="view"):
@@ -113,17 +148,7 @@ def make_view(batch: Batch, key: jax.Array, config: ViewConfig) -> dict[str, Any
     images = resized_crop(canvases, boxes, config.side, turned, config.filter) / 255
     if config.filter == "bicubic":
         images = jnp.clip(images, 0.0, 1.0)  # the cubic overshoots at edges
-    if config.jitter_probability and any(config.jitter):
-        amounts = dict(zip(JITTERED, config.jitter, strict=True))
-        images = color_jitter(
-            images, keys("jitter"), **amounts, probability=config.jitter_probability
-        )
-    if config.grey_probability:
-        images = to_grey(images, keys("grey"), probability=config.grey_probability)
-    if config.blur_probability:
-        images = random_blur(
-            images, keys("blur"), sigma=config.blur, probability=config.blur_probability
-        )
+    images = change_look(images, keys, config)
     if config.solarize_probability:
         probability, threshold = config.solarize_probability, config.solarize_threshold
         images = solarize(images, keys("solarize"), probability=probability, threshold=threshold)

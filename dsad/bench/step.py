@@ -52,6 +52,7 @@ def step(config: Any, rounds: int, *, details: bool = False) -> dict[str, float]
     run = prepared.run
     state = training.first_state(prepared, prepared.earlier, out)
     prepared = training.with_features(prepared, state, out)
+    state = training.prepared(prepared, state)
     batches = prepared.pipeline.iterator()
     params, extra = jax.tree.map(lambda x: x.copy(), (state.params, state.extra))
     views, timed = _parts(prepared, params, extra, next(batches))

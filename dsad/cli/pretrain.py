@@ -7,6 +7,7 @@ from dsad.assembly import datasets, run_config, training, workdir
 from dsad.assembly.pretrain import parse
 from dsad.core import distributed
 from dsad.core.errors import StoppedError
+from dsad.core.types import HasProjectors
 from dsad.data.base import read_as
 from dsad.terminal import console, flags
 from dsad.train.stop import StopSignal
@@ -42,7 +43,9 @@ def main(argv: list[str]) -> int:
         path = claim(info=prepared.run.info)
         finished = training.pretrain(prepared, path, out, resume=resume)
     if finished:
-        use = shlex.join(["dsad", "evaluate", f"--config.backbone=run:{path}", "--workdir=DIR"])
+        projected = isinstance(prepared.run.objective, HasProjectors)
+        backbone = f"projected:{path}:run:{path}" if projected else f"run:{path}"
+        use = shlex.join(["dsad", "evaluate", f"--config.backbone={backbone}", "--workdir=DIR"])
         out.print(f"done; evaluate it with:\n  {use}")
         return 0
     again = shlex.join(["dsad", "pretrain", "--resume", f"--workdir={path}"])

@@ -39,24 +39,27 @@ class Companions:
     """Reference images that every sample of a batch is accompanied by.
 
     Drawn without repetition from (seed, epoch, sample index), never the sample itself, among the
-    samples that are in the ``same`` category or group and have the given ``label`` (None: any).
+    samples of the ``same`` category, group and camera, as far as these are named, that have the
+    given ``label`` (None: any); groups and cameras are those of a category.
     Where there are fewer than ``count``, the rest is not ``valid`` and repeats the sample itself.
 
     Attributes:
       images: whether canvases are fetched; without, references are indices and features alone.
+      features: names of the features that are fetched; empty: all.
 
     """
 
     count: int
-    same: tuple[Literal["category", "group"], ...] = ("category",)
+    same: tuple[Literal["category", "group", "camera"], ...] = ("category",)
     label: int | None = 0
     images: bool = True
+    features: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.count < 1 or not {"category", "group"}.issuperset(self.same):
+        if self.count < 1 or not {"category", "group", "camera"}.issuperset(self.same):
             raise ConfigError(
-                f"companions: expected a count of 1 or more and same of category and group; found "
-                f"{self.count} and {self.same}."
+                "companions: expected a count of 1 or more and same of category, group and camera; "
+                f"found {self.count} and {self.same}."
             )
 
 
@@ -133,24 +136,30 @@ class BatchSpec:
         fields = {**self.stored, **self.drawn}
         if companions := self.needs.companions:
             count = companions.count
-            rows = {
-                name: _each(lambda f: Field((count, *f.shape), f.dtype), self.stored[name])
-                for name in self.of_references
-            }
+            rows = _each(
+                lambda f: Field((count, *f.shape), f.dtype),
+                selected(self.stored, self.of_references),
+            )
             fields["references"] = {**fields["references"], **rows}
         return fields
 
     @property
     def of_references(self) -> tuple[str, ...]:
-        """Stored fields that are gathered for references, too."""
+        """Stored fields that are gathered for references, too, as of ``selected``."""
         companions = self.needs.companions
-        names = ("image", "size") if companions and companions.images else ()
-        return (*names, "features") if companions and self.features else names
+        if not companions:
+            return ()
+        names = (companions.features or tuple(self.features)) if self.features else ()
+        images = ("image", "size") if companions.images else ()
+        return (*images, *(f"features/{name}" for name in names))
 
     def complete(
         self, drawn: Mapping[str, Any], rows: Callable[[Any, Sequence[str]], Tree]
     ) -> dict[str, Any]:
-        """The batch behind ``drawn``: ``rows(index, names)`` gives stored fields of samples."""
+        """The batch behind ``drawn``.
+
+        ``rows(index, names)`` gives stored fields of samples; for names see ``selected``.
+        """
         batch = {**rows(drawn["index"], tuple(self.stored)), **drawn}
         if self.of_references:
             index = drawn["references"]["index"]
@@ -158,6 +167,18 @@ class BatchSpec:
             shaped = jax.tree.map(lambda a: a.reshape(*index.shape, *a.shape[1:]), flat)
             batch["references"] = {**drawn["references"], **shaped}
         return batch
+
+
+def selected(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Some of the fields: "image" as it is, or "features/layer1" alone of the features."""
+    chosen: dict[str, Any] = {}
+    for name in names:
+        outer, _, inner = name.partition("/")
+        if inner:
+            chosen.setdefault(outer, {})[inner] = fields[outer][inner]
+        else:
+            chosen[outer] = fields[outer]
+    return chosen
 
 
 def _each(make: Callable[[Field], Any], fields: Any) -> Any:

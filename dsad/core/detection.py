@@ -1,7 +1,7 @@
 """The seams of detection: features, what changes them, and detectors."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core.recipe import Recipe
-from dsad.core.types import Backbone, FeatureMaps, Progress, Trainable, Tree
+from dsad.core.types import FeatureMaps, Progress, Trainable, Tree
 
 
 class FeatureBatch(NamedTuple):
@@ -128,6 +128,22 @@ class Prepares(Protocol):
         ...
 
 
+class ImageMaps(Protocol):
+    """The frozen maps that a detector is given, behind network and map wrappers; a pytree.
+
+    What trains through it sees what it will be fitted on and will score.
+    """
+
+    def __call__(self, images: jax.Array, index: jax.Array) -> FeatureMaps:
+        """The detector's layers and tokens, f32, of images (b, H, W, 3) from 0 to 255.
+
+        ``images`` are the network's inputs before normalisation, in any type. ``index`` (b,) is
+        that of a batch, the place of each image among those that are trained on, and -1 for other
+        images: what map wrappers know of an image itself does not serve it.
+        """
+        ...
+
+
 @runtime_checkable
 class TrainsOnData(Protocol):
     """A detector that trains by gradient, as ``traits.trains_on`` says; ``recipe`` says how."""
@@ -135,14 +151,30 @@ class TrainsOnData(Protocol):
     @property
     def recipe(self) -> Recipe: ...
 
-    def objective(self, specs: Tree, backbone: Backbone | None) -> Trainable:
+    def objective(self, specs: Tree, backbone: ImageMaps | None) -> Trainable:
         """What its steps do, for batches with the shapes and types ``specs``.
 
-        Beside ``index`` and ``epoch`` (b,) a batch holds ``features`` {layer: (b, h, w, d)}, or
-        ``image`` (b, H, W, 3) uint8, the input of the backbone before normalisation, and ``size``
-        (b, 2). In the latter case the steps find the frozen backbone, which gives the detector's
-        layers, at ``extra["backbone"]``; ``init`` leaves it out, and the ``backbone`` here has
-        shapes instead of arrays: ``jax.eval_shape`` tells what it gives. Trees are nested dicts.
+        Beside ``index`` and ``epoch`` (b,) a batch holds ``features`` {layer: (b, h, w, d)}, behind
+        the map wrappers, or ``image`` (b, H, W, 3) uint8, the input of the backbone before
+        normalisation, and ``size`` (b, 2). In the latter case the steps find ``ImageMaps`` at
+        ``extra["backbone"]``, and call it with the batch's ``index`` also for changed images;
+        ``init`` leaves it out, and the ``backbone`` here has shapes instead of arrays:
+        ``jax.eval_shape`` tells what it gives. Trees are nested dicts.
+        """
+        ...
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """A detector that trains, and looks at all its training images before."""
+
+    def measured(
+        self, source: FeatureSource, images: Callable[[], Iterator[np.ndarray]]
+    ) -> dict[str, Tree]:
+        """What stands in ``extra`` from the first step on, beside what ``init`` gives.
+
+        ``source`` is that of the fit; ``images`` gives a pass over the network's inputs (n, H, W,
+        3) uint8 in the order of ``index``.
         """
         ...
 

@@ -78,10 +78,13 @@ def split_samples(x: jax.Array) -> jax.Array:
 
     Inside a layer whose weights are split over "fsdp", the partitioner may as well move all
     samples to the weights, which costs memory and traffic in proportion to the batch. The step
-    makes its mesh known with ``jax.sharding.use_abstract_mesh``; elsewhere nothing happens.
+    makes its mesh known with ``jax.sharding.use_abstract_mesh``; elsewhere nothing happens, nor
+    inside a ``shard_map``, where each device has its samples already.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_names) != {"data", "fsdp"} or x.shape[0] % mesh.size:
+        return x
+    if AxisType.Manual in mesh.axis_types:
         return x
     return jax.lax.with_sharding_constraint(x, BATCH_SPEC)
 

@@ -14,11 +14,12 @@ class OptimConfig(Settings, place="optim"):
     """Optimiser and schedule; lengths are in epochs. The defaults are no method's own.
 
     Attributes:
-      name: the optimiser.
+      name: the optimiser; "stableadamw" is AdamW with AMSGrad and updates of bounded size, see
+        ``train.optim.scale_by_stable_adam``.
       lr: peak learning rate for ``lr_batch`` images; scaled in proportion to the batch size.
       lr_batch: 0 leaves ``lr`` as it is.
-      momentum: of LARS and SGD; of AdamW the decay of the first moment.
-      b2: decay of AdamW's second moment.
+      momentum: of LARS and SGD; of both AdamWs the decay of the first moment.
+      b2: decay of the second moment of both AdamWs.
       weight_decay: of all parameters that are not ``exempt``.
       trust: LARS trust coefficient.
       clip: gradients whose norm over all parameters is larger are scaled down to it; 0: never.
@@ -40,7 +41,7 @@ class OptimConfig(Settings, place="optim"):
 
     """
 
-    name: Literal["lars", "sgd", "adamw"] = "adamw"
+    name: Literal["lars", "sgd", "adamw", "stableadamw"] = "adamw"
     lr: float = field(1e-3, above=0)
     lr_batch: int = field(0, at_least=0)
     momentum: float = field(0.9, at_least=0, below=1)

@@ -24,7 +24,8 @@ class Record:
     ``path`` is the identity of the image: its path relative to the data set's root.
     ``label`` is 0 for normal and 1 for anomalous; ``kind`` is "good" or the defect type. ``masks``
     are the files of an anomalous image's defects, none without annotation. ``group`` names what
-    several images of a category have in common, such as the photographed object or the camera.
+    several images of a category show, such as one photographed object; ``camera`` by which of
+    several cameras it was taken.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Record:
     kind: str
     masks: tuple[str, ...] = ()
     group: str = ""
+    camera: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,7 +205,7 @@ class Objective(Trainable, Protocol):
         ...
 
     def prepare(self, params: Tree, extra: Tree, passes: Passes) -> Tree:
-        """Looks at the data before step 0; returns the new extra."""
+        """Looks at the data before step 0, features included; returns the new extra."""
         ...
 
     def features(
@@ -255,12 +257,27 @@ class Embeds(Protocol):
 
 @runtime_checkable
 class PerSample(Protocol):
-    """An objective that computes something of every sample once, before the first step.
+    """An objective that computes something of every sample once, before ``prepare``.
 
-    It depends on nothing that training changes. The arrays (b, ...) join the batch as ``features``.
+    It depends on nothing that training or ``prepare`` change. The arrays (b, ...) join the batch as
+    ``features``.
     """
 
     def per_sample(self, params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]: ...
+
+
+@runtime_checkable
+class HasProjectors(Protocol):
+    """An objective that trains projectors of residual maps, for ``projected:RUN:BACKBONE``.
+
+    ``projectors`` are parameters of ``models.projector``, by layer; maps are brought to at most
+    ``tokens`` cells a side first, see ``ops.residual.pooled``.
+    """
+
+    @property
+    def tokens(self) -> int: ...
+
+    def projectors(self, params: Tree) -> Mapping[str, Tree]: ...
 
 
 @runtime_checkable

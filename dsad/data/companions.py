@@ -74,5 +74,6 @@ class CompanionDraws:
 
 
 def _fields(companions: Companions) -> tuple[str, ...]:
-    """A group belongs to a category."""
-    return ("category", "group") if "group" in companions.same else companions.same
+    """A group or a camera belongs to a category."""
+    named = {"category", *companions.same} if companions.same else set()
+    return tuple(name for name in ("category", "group", "camera") if name in named)

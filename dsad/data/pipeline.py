@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import Progress, Source
 from dsad.data import canvases as images
 from dsad.data.companions import CompanionDraws
+from dsad.data.feature_files import FeatureFile
 from dsad.data.order import OnePass, Order
 
 CacheMode = Literal["device", "host", "none"]
@@ -84,7 +85,7 @@ class _Complete:
     spec: BatchSpec
     source: _Stream | _Store
     columns: dict[str, np.ndarray]
-    features: dict[str, np.ndarray]
+    features: Mapping[str, np.ndarray | FeatureFile]
 
     def __call__(self, drawn: dict[str, Any]) -> dict[str, Any]:
         return self.spec.complete(drawn, self._rows)
@@ -92,10 +93,10 @@ class _Complete:
     def _rows(self, index: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
         read = [name for name in names if name in self.spec.read]
         rows = self.source.rows(index, read) if read else {}
-        rows |= {name: self.columns[name][index] for name in names if name in self.columns}
-        if "features" in names:
-            rows["features"] = _taken(self.features, index)
-        return rows
+        rest = [name for name in names if name not in read]
+        return rows | _taken(
+            batches.selected({**self.columns, "features": self.features}, rest), index
+        )
 
 
 class WorkerBatches:
@@ -288,7 +289,7 @@ class Pipeline:
         draws = self._order.companions
         return draws.unaccompanied() if draws else 0
 
-    def with_features(self, features: dict[str, np.ndarray]) -> "Pipeline":
+    def with_features(self, features: Mapping[str, np.ndarray | FeatureFile]) -> "Pipeline":
         """The same batches with rows of these arrays (N, ...) as their ``features``."""
         spec = dataclasses.replace(self.spec, features=batches.fields_of(features))
         complete, store = self._complete, self.store

@@ -16,7 +16,7 @@ are not read.
 
 Labels are those of the list, not of the folder: 26,881 images of NG objects are labelled OK (their
 camera does not see the defect). ``Record.group`` is the folder of the object, such as
-"NG/BX/S0001", so that its views stay together; ``camera`` tells a record's camera.
+"NG/BX/S0001", so that its views stay together; ``Record.camera`` is "C1" (top) to "C5".
 """
 
 import collections
@@ -75,9 +75,9 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def camera(record: Record) -> str:
-    """The camera "C1" (top) to "C5" that took a record's image, by its file name; "" of others."""
-    match = _NAME.fullmatch(pathlib.PurePosixPath(record.path).stem)
+def camera(path: str) -> str:
+    """The camera "C1" (top) to "C5" that took an image, by its file name; "" of others."""
+    match = _NAME.fullmatch(pathlib.PurePosixPath(path).stem)
     return match[1] if match else ""
 
 
@@ -199,6 +199,7 @@ class _Category:
             self.normal_masks[path] = there
         return Record(
             path=path, category=self.name, label=label, kind=KINDS[code], group=place,
+            camera=camera(path),
             masks=(there,) if label and there else (),
         )  # fmt: skip
 
@@ -256,7 +257,7 @@ class _Category:
         """K13: objects without all their views."""
         views: dict[str, list[str]] = collections.defaultdict(list)
         for record in (r for records in self.splits.values() for r in records):
-            views[record.group].append(camera(record))
+            views[record.group].append(record.camera)
         expected = sorted(self.published.cameras)
         odd = [group for group, seen in sorted(views.items()) if sorted(seen) != expected]
         if odd:

@@ -8,8 +8,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from dsad.core import hosts, rng
 from dsad.core.config import Settings, field, listed
@@ -169,30 +168,6 @@ def on_one_grid(maps: Sequence[jax.Array], method: Any = "bilinear") -> jax.Arra
     """Maps (b, h, w, d) on the grid of the first, concatenated; ``method`` as of ``match_grid``."""
     grid = (maps[0].shape[1], maps[0].shape[2])
     return jnp.concatenate([match_grid(m, grid, method) for m in maps], axis=-1)
-
-
-def per_image(
-    function: Callable[[Tree, Any], Any], state: Tree, images: Any, mesh: Mesh | None = None
-) -> Any:
-    """``function(state, image)`` of every image, one after the other; results stacked (b, ...).
-
-    ``images`` is a tree of arrays (b, ...). ``mesh`` splits the images over all its devices, with
-    the whole state on each; without it the batch size may be symbolic (``jax.export``).
-    """
-
-    def each(state: Tree, images: Any) -> Any:
-        return lax.map(lambda image: function(state, image), images)
-
-    if mesh is None:
-        return each(state, images)
-    count = jax.tree.leaves(images)[0].shape[0]
-    missing = -count % mesh.size
-    images = jax.tree.map(lambda x: jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))), images)
-    split = PartitionSpec(mesh.axis_names)
-    stacked = jax.shard_map(each, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split)(
-        state, images
-    )
-    return jax.tree.map(lambda x: x[:count], stacked)
 
 
 def bank_state(bank: Any, mesh: Mesh | None) -> Tree:

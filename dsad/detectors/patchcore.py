@@ -18,30 +18,16 @@ from dsad.core.config import Refused, field
 from dsad.core.detection import FeatureSource, Scores
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
-from dsad.detectors._features import (
-    DetectorConfig,
-    FeatureDetector,
-    bank_state,
-    on_one_grid,
-    prepared_state,
-    select,
-)
+from dsad.detectors._features import FeatureDetector, bank_state, prepared_state
+from dsad.detectors._patches import PatchConfig, patch_features
 from dsad.ops.coreset import budget_rows, greedy_coreset, kmeans_rows, random_rows
 from dsad.ops.neighbors import Precision, nearest
-from dsad.ops.resize import neighbourhood_mean
 
 
-class Config(DetectorConfig):
-    """Which features enter the memory, which rows stay in it and how distances become scores.
+class Config(PatchConfig):
+    """Which rows stay in the memory and how distances become scores.
 
     Attributes:
-      layers: feature maps to use, on the grid of the first.
-      neighbourhood: side of the square of cells around each cell.
-      pooling: "concat" joins the means over the square of all layers; "published" flattens each
-        square channel by channel, averages it to ``level_dim`` values and the joined layers to
-        ``pooled_dim``, by adaptive bins.
-      level_dim, pooled_dim: values per layer, and of all layers, of ``pooling`` "published".
-      zero_borders: cells beyond the border count as zeros, as published, instead of not at all.
       bank: "coreset" (greedy k-centre), "random", "kmeans" (centres) or "all" rows.
       bank_fraction: size of the bank as a share of the rows.
       bank_rows, bank_bytes: size of the bank instead, where above 0.
@@ -58,12 +44,6 @@ class Config(DetectorConfig):
 
     """
 
-    layers: tuple[str, ...] = field(("layer2", "layer3"), distinct=True, filled=True)
-    neighbourhood: int = field(3, at_least=1, odd=True)
-    pooling: Literal["concat", "published"] = "concat"
-    level_dim: int = field(1024, at_least=1)
-    pooled_dim: int = field(1024, at_least=1)
-    zero_borders: bool = False
     bank: Literal["coreset", "random", "kmeans", "all"] = "coreset"
     bank_fraction: float = field(0.1, above=0, at_most=1)
     bank_rows: int = field(0, at_least=0)
@@ -88,17 +68,7 @@ class PatchCore(FeatureDetector[Config]):
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d), on the grid of the first layer."""
-        cfg = self.config
-        maps = select(features, cfg.layers)
-        if cfg.pooling == "published":
-            means = [
-                pooled_neighbourhoods(m, cfg.neighbourhood, cfg.level_dim, not cfg.zero_borders)
-                for m in maps
-            ]
-            return adaptive_mean(on_one_grid(means), cfg.pooled_dim)
-        return on_one_grid(
-            [neighbourhood_mean(m, cfg.neighbourhood, not cfg.zero_borders) for m in maps]
-        )
+        return patch_features(features, self.config)
 
     def _fit(
         self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
@@ -190,50 +160,6 @@ class PatchCore(FeatureDetector[Config]):
             mesh=mesh, progress=progress,
         )  # fmt: skip
         return rows[np.asarray(picks)]
-
-
-def adaptive_mean(values: jax.Array, size: int) -> jax.Array:
-    """Means (..., size) of bins of the last axis: bin i is floor(i·n/size) to ceil((i+1)·n/size).
-
-    Bins overlap where ``size`` does not divide n, and repeat values where it is larger.
-    """
-    values = jnp.asarray(values, jnp.float32)
-    length = values.shape[-1]
-    if length == size:
-        return values
-    number = np.arange(size)
-    low, high = number * length // size, -(-(number + 1) * length // size)
-    total = jnp.zeros((*values.shape[:-1], size), jnp.float32)
-    for step in range(int((high - low).max())):
-        inside = jnp.asarray(low + step < high)
-        part = jnp.take(values, jnp.asarray(np.minimum(low + step, length - 1)), axis=-1)
-        total = total + part * inside.astype(jnp.float32).reshape((1,) * (values.ndim - 1) + (-1,))
-    count = jnp.asarray((high - low).astype(np.float32)).reshape((1,) * (values.ndim - 1) + (-1,))
-    return total / count
-
-
-def pooled_neighbourhoods(
-    features: jax.Array, size: int, dim: int, count_normalised: bool = True
-) -> jax.Array:
-    """The published patch features (b, h, w, dim) of maps (b, h, w, c).
-
-    The size × size cells around each cell, flattened channel by channel and averaged to ``dim``
-    values by adaptive bins. Cells beyond the border are zeros; with ``count_normalised`` they are
-    left out of the means (a bin without any other cell is 0).
-    """
-    pooled = adaptive_mean(_unfolded(features, size), dim)
-    if not count_normalised:
-        return pooled
-    share = adaptive_mean(_unfolded(jnp.ones((1, *features.shape[1:])), size), dim)
-    return jnp.where(share > 0, pooled / jnp.maximum(share, 1e-6), 0.0)
-
-
-def _unfolded(features: jax.Array, size: int) -> jax.Array:
-    """Neighbourhoods (b, h, w, c · size²), channel major, rows before columns, zero-padded."""
-    reach, (height, width) = size // 2, features.shape[1:3]
-    padded = jnp.pad(features, ((0, 0), (reach, reach), (reach, reach), (0, 0)))
-    parts = [padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
-    return jnp.stack(parts, axis=-1).reshape(*features.shape[:3], -1)
 
 
 def _weight(

@@ -18,8 +18,9 @@ from dsad.core.config import field
 from dsad.core.detection import FeatureSource, Scores
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
-from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, joined, per_image
+from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, joined
 from dsad.ops import finch
+from dsad.ops.images import per_image
 from dsad.ops.neighbors import bucket, nearest
 
 

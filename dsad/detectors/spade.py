@@ -19,7 +19,8 @@ from dsad.core.config import field
 from dsad.core.detection import FeatureSource, Scores
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
-from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, per_image, select
+from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, select
+from dsad.ops.images import per_image
 from dsad.ops.neighbors import nearest
 from dsad.ops.resize import resize_maps
 

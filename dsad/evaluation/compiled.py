@@ -20,6 +20,7 @@ from dsad.evaluation import recalibration, stamp, stored
 from dsad.evaluation.batches import HostBatch
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.extract import Extractor, placed
+from dsad.evaluation.frozen import FrozenMaps
 from dsad.evaluation.hosts import Hosts
 from dsad.models.statistics import HasStatistics
 from dsad.ops import resize
@@ -87,8 +88,8 @@ class Device:
         self.layers = tuple(detector.layers)
         self.preprocessing = config.preprocessing
         several = mesh if mesh.size > 1 else None
-        transform = functools.partial(transformed, tuple(map_wrappers), several)
-        self._transform = jax.jit(transform, out_shardings=batch_sharding(mesh))
+        self._wrapped = functools.partial(transformed, tuple(map_wrappers), several)
+        self._transform = jax.jit(self._wrapped, out_shardings=batch_sharding(mesh))
         self._score = jax.jit(functools.partial(detector.score, mesh=several))
         finish = functools.partial(
             finished, detector.traits, self.preprocessing.size, config.align_corners
@@ -157,14 +158,19 @@ class Device:
         """Whether the detector shows more of an image than its map."""
         return self._panels is not None
 
-    @property
-    def network(self) -> Any:
-        """The network that gives the detector's features, on the mesh, if it is arrays."""
-        return self._features.network
+    def frozen(self, banks: tuple[Tree, ...], rotations: int) -> FrozenMaps | None:
+        """The network, on the mesh, and a wrapper for each bank; None if it is not arrays."""
+        features = self._features
+        if features.network is None:
+            return None
+        return FrozenMaps(
+            network=features.network, banks=banks, layers=features.layers,
+            transform=self._wrapped, rotations=rotations,
+        )  # fmt: skip
 
     def identity(self, about: Any) -> str:
         """Tells apart what gives features (``about``: where its weights are out of sight)."""
-        return str(about) if self.network is None else self._features.fingerprint()
+        return str(about) if self._features.network is None else self._features.fingerprint()
 
     def stored_features(self, host: HostBatch) -> FeatureMaps:
         """The detector's maps of a batch, read if all are stored, else computed where not."""

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dsad.core import paths
 from dsad.core.config import listed
-from dsad.core.detection import Detector, FeatureSource
+from dsad.core.detection import Detector, FeatureSource, ImageMaps
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, Dataset, Progress, Source, Tree
@@ -35,7 +35,8 @@ class TrainingData:
     Attributes:
       features: those of the images that it will be fitted on.
       images: gives a new pass over the network's inputs (n, H, W, 3) uint8, in the same order.
-      backbone: the frozen network behind the features, on the mesh; None if it is not arrays.
+      backbone: gives the features of the images, on the mesh, for the rows of ``images`` as index;
+        None if the network is not arrays.
       title: the category's name.
       seed: of the support set.
       key: of all random draws.
@@ -45,7 +46,7 @@ class TrainingData:
 
     features: FeatureSource
     images: Callable[[], Iterator[np.ndarray]]
-    backbone: Any
+    backbone: ImageMaps | None
     title: str
     seed: int
     key: jax.Array
@@ -181,6 +182,7 @@ def training_data(
     features: FeatureSource,
     sources: Sequence[Source],
     *,
+    backbone: ImageMaps | None,
     title: str,
     seed: int,
     key: jax.Array,
@@ -197,7 +199,7 @@ def training_data(
         name = _identity(device, about, sources, version, title, key)
         own = paths.directory(folder) / TRAINED / name
     return TrainingData(
-        features=features, images=lambda: _images(sources, config), backbone=device.network,
+        features=features, images=lambda: _images(sources, config), backbone=backbone,
         title=title, seed=seed, key=key, mesh=device.mesh, folder=own, progress=progress,
     )  # fmt: skip
 

@@ -297,9 +297,11 @@ class _Run:
             Features, reader, parts, split=which, left_out=out, rotations=config.rotations
         )
         banks: tuple[Tree, ...] = ()
-        for name, wrapper in self.map_wrappers.items():
+        for place, wrapper in enumerate(self.map_wrappers.values()):
             source = read(ticks.quiet if banks else tick, banks=banks, by_image=True)
-            bank = wrapper.adapt(source, mesh=reader.device.mesh, key=named(key, name))
+            bank = wrapper.adapt(
+                source, mesh=reader.device.mesh, key=named(key, f"map wrapper {place}")
+            )
             banks = (*banks, reader.device.place(bank))
             spent += source.seconds
         features = read(ticks.quiet if banks else tick, banks=banks)
@@ -308,8 +310,8 @@ class _Run:
         if self.train and self.detector.traits.trains_on:
             data = fitting.training_data(
                 self.detector, reader.device, self.config, self.made.stamp, features, rest,
-                title=title, seed=seed, key=key, folder=self.folder, version=self.version,
-                progress=told,
+                backbone=reader.device.frozen(banks, config.rotations), title=title, seed=seed,
+                key=key, folder=self.folder, version=self.version, progress=told,
             )  # fmt: skip
             trained = self.train(self.detector, data)
         state = self.detector.fit(

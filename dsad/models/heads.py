@@ -66,6 +66,37 @@ class Pointwise(nnx.Module):
         return self.conv(x)
 
 
+class Discriminator(nnx.Module):
+    """Linear map ``conv1``, batch norm ``norm1``, LeakyReLU 0.2, linear map ``conv2`` to a logit.
+
+    Neither map has a bias: the norm takes the first one's away again, and that of the logit is left
+    out as published. Weights are normal with variance 2 / (channels in + out) (Glorot and Bengio).
+    """
+
+    def __init__(self, cin: int, hidden: int, *, rngs: nnx.Rngs):
+        xavier = nnx.initializers.variance_scaling(1.0, "fan_avg", "normal")
+        settings = {"use_bias": False, "kernel_init": xavier, "rngs": rngs}
+        self.conv1 = nnx.Linear(cin, hidden, **settings)
+        self.norm1 = BatchNorm(hidden, dtype=jnp.float32, rngs=rngs)
+        self.conv2 = nnx.Linear(hidden, 1, **settings)
+
+    def hidden(self, x: jax.Array) -> jax.Array:
+        return self.conv1(x)
+
+    def judge(self, hidden: jax.Array, *, train: bool) -> jax.Array:
+        x = nnx.leaky_relu(self.norm1(hidden, train=train), 0.2)
+        return self.conv2(x)[..., 0]
+
+
+def discriminator(cin: int, hidden: int) -> Functional:
+    """SimpleNet's and GLASS's discriminator in two halves, on either side of its sums.
+
+    Method ``hidden`` takes cells (..., cin) to (..., hidden), and ``judge`` these to logits (...),
+    with the batch statistics of all that it is given.
+    """
+    return Functional(lambda rngs: Discriminator(cin, hidden, rngs=rngs))
+
+
 def mlp(
     widths: Sequence[int],
     *,

@@ -31,7 +31,11 @@ POLICIES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """Shape of a stack of blocks; ``layer_scale`` multiplies each branch by a vector (DINOv2)."""
+    """Shape of a stack of blocks.
+
+    ``layer_scale`` multiplies each branch by a vector (DINOv2); ``attention`` "linear" has no
+    softmax, see ``linear_attention``.
+    """
 
     width: int
     depth: int
@@ -40,6 +44,7 @@ class BlockSpec:
     activation: Activation = "gelu"
     layer_scale: bool = False
     eps: float = 1e-6
+    attention: Literal["softmax", "linear"] = "softmax"
 
 
 def xavier(draws: Draws, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
@@ -101,6 +106,23 @@ def linear(p: Tree, x: jax.Array) -> jax.Array:
     return split_samples(y + p["bias"].astype(x.dtype)[None, None, :])
 
 
+def folded(keys: jax.Array | None, number: Any) -> jax.Array | None:
+    """The keys (b,) of one of several draws from those of samples; None stays None."""
+    return None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
+
+
+def dropout(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
+    """X (b, ...) with a share ``rate`` of its entries at 0 and the others scaled up.
+
+    Each sample's are drawn from its own key, so that it does not matter which samples come
+    together; without ``keys`` (b,) nothing changes.
+    """
+    if keys is None or not rate:
+        return x
+    kept = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Softmax(q kᵀ / √(head dim)) v of queries, keys and values (b, n, heads, head dim).
 
@@ -116,12 +138,25 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.swapaxes(jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v), 1, 2)
 
 
+def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Σ_m w_nm v_m / Σ_m w_nm with w_nm = φ(q_n) · φ(k_m) and φ(x) = elu(x) + 1.
+
+    Queries, keys and values (b, n, heads, head dim); cost grows as n, not n² (Katharopoulos et al.
+    2020).
+    """
+    q, k = jax.nn.elu(q) + 1, jax.nn.elu(k) + 1
+    sums = jnp.einsum("bmhd,bmhe->bhde", k, v)
+    totals = jnp.einsum("bnhd,bhd->bnh", q, jnp.sum(k, axis=1))
+    return jnp.einsum("bnhd,bhde->bnhe", q, sums) / totals[..., None]
+
+
 def block(p: Tree, x: jax.Array, spec: BlockSpec) -> jax.Array:
     """One block on x (b, n, d): x + Attn(LN(x)), then x + MLP(LN(x))."""
     b, n, d = x.shape
     qkv = linear(p["qkv"], layer_norm(p["norm1"], x, spec.eps))
     qkv = qkv.reshape(b, n, 3, spec.heads, d // spec.heads)
-    mixed = split_samples(attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]))
+    attend = linear_attention if spec.attention == "linear" else attention
+    mixed = split_samples(attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]))
     x = x + _scaled(p, "scale1", linear(p["proj"], mixed.reshape(b, n, d)))
     hidden = linear(p["fc1"], layer_norm(p["norm2"], x, spec.eps))
     if spec.activation == "gelu":

@@ -16,6 +16,7 @@ from jax import lax
 from dsad.core.detection import MapWrapper
 from dsad.core.errors import ConfigError
 from dsad.core.types import Backbone, FeatureMaps, Tree
+from dsad.models.residual_maps import REFERENCES, ResidualMaps
 from dsad.models.statistics import HasStatistics
 from dsad.ops.similarity import unit
 
@@ -132,7 +133,8 @@ class Patches(Wrapped):
 class Kind(NamedTuple):
     """A kind of wrapper: how it is written, the regex of its options, and what makes one of them.
 
-    ``build`` gives a function of the inner ``Backbone`` to another, or a ``MapWrapper``.
+    Options stand behind the colon of its name and end with one. ``build`` gives a function of the
+    inner ``Backbone`` to another, or a ``MapWrapper``.
     """
 
     written: str
@@ -149,8 +151,15 @@ def _cut(size: int, stride: int, encoder: Backbone) -> Patches:
     return Patches(encoder=encoder, size=size, stride=stride)
 
 
-#: By the first word of a spec.
-KINDS = {"patches": Kind("patches:SIZE/STRIDE", "patches:32/4", r"([1-9]\d*)/([1-9]\d*)", _patches)}
+def _residual(references: str | None) -> ResidualMaps:
+    return ResidualMaps(int(references or REFERENCES))
+
+
+#: By the first word of a spec. ``assembly.runs`` adds ``projected``, which reads a run.
+KINDS = {
+    "patches": Kind("patches:SIZE/STRIDE", "patches:32/4", r"([1-9]\d*)/([1-9]\d*):", _patches),
+    "residual": Kind("residual[:REFERENCES]", "residual", r"(?:([1-9]\d*):)?", _residual),
+}
 
 
 class Unwrapped(NamedTuple):
@@ -177,8 +186,7 @@ def unwrap(spec: str) -> Unwrapped:
     images: list[Callable[[Backbone], Backbone]] = []
     network = inner = spec
     while kind := KINDS.get(name := inner.partition(":")[0]):
-        options = f":{kind.options}" if kind.options else ""
-        if not (match := re.match(rf"{name}{options}:(?=.)", inner)):
+        if not (match := re.match(rf"{name}:{kind.options}(?=.)", inner)):
             raise ConfigError(
                 f"config.backbone={spec!r}: expected {kind.written}:BACKBONE, for example "
                 f"{kind.example}:resnet18 or {kind.example}:run:DIR."

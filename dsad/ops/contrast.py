@@ -34,8 +34,8 @@ def nt_xent(first: jax.Array, second: jax.Array, *, temperature: float = 0.1) ->
     """
     _check("nt_xent", first.ndim == 2 and first.shape == second.shape, first, second)
     n = first.shape[0]
-    rows = _placed(jnp.stack([first, second]).astype(jnp.float32), PartitionSpec(None, *BATCH_SPEC))
-    columns = _placed(rows, PartitionSpec())
+    rows = placed(jnp.stack([first, second]).astype(jnp.float32), PartitionSpec(None, *BATCH_SPEC))
+    columns = placed(rows, PartitionSpec())
     # Axes a, b: view; n, m: image. The views keep an axis of their own, so that rows need not move.
     alike = jnp.einsum("and,bmd->anbm", rows, columns, precision="highest") / temperature
     itself = jnp.eye(2, dtype=bool)[:, None, :, None] & jnp.eye(n, dtype=bool)[None, :, None, :]
@@ -80,14 +80,14 @@ def info_nce(
     _check("info_nce", query.ndim == 2 and query.shape == key.shape, query, key)
     q, k = query.astype(jnp.float32), key.astype(jnp.float32)
     if negatives is None:
-        q = _placed(q, BATCH_SPEC)
-        other, same = _placed(k, PartitionSpec()), jnp.eye(k.shape[0], dtype=bool)
+        q = placed(q, BATCH_SPEC)
+        other, same = placed(k, PartitionSpec()), jnp.eye(k.shape[0], dtype=bool)
         excluded = same if excluded is None else excluded | same
     else:
         _check("info_nce", negatives.shape[1:] == q.shape[1:], query, negatives)
         k, other = jax.lax.stop_gradient((k, negatives.astype(jnp.float32)))
-        q = _placed(q, PartitionSpec() if split else BATCH_SPEC)
-        other = _placed(other, BATCH_SPEC if split else PartitionSpec())
+        q = placed(q, PartitionSpec() if split else BATCH_SPEC)
+        other = placed(other, BATCH_SPEC if split else PartitionSpec())
     if excluded is not None:
         _check("info_nce", excluded.shape == (q.shape[0], other.shape[0]), excluded, other)
     positive = jnp.sum(q * k, axis=-1) / temperature
@@ -134,11 +134,11 @@ def enqueue(queue: Queue, keys: jax.Array, labels: jax.Array | None = None) -> Q
             "the queue or lower config.batch_size."
         )
     _check("enqueue", keys.shape[1:] == queue["keys"].shape[1:], keys, queue["keys"])
-    new = _placed(jax.lax.stop_gradient(keys).astype(jnp.float32), PartitionSpec())
+    new = placed(jax.lax.stop_gradient(keys).astype(jnp.float32), PartitionSpec())
     place = jnp.mod(jnp.arange(size, dtype=jnp.int32) - queue["pointer"], size)
     fresh, source = place < n, jnp.minimum(place, n - 1)
     marks = jnp.full((n,), -1, jnp.int32) if labels is None else labels.astype(jnp.int32)
-    marks = _placed(marks, PartitionSpec())
+    marks = placed(marks, PartitionSpec())
     return {
         "keys": jnp.where(fresh[:, None], new[source], queue["keys"]),
         "labels": jnp.where(fresh, marks[source], queue["labels"]),
@@ -146,7 +146,7 @@ def enqueue(queue: Queue, keys: jax.Array, labels: jax.Array | None = None) -> Q
     }
 
 
-def _placed(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+def placed(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """X with a sharding, where the step has made its mesh known; see ``core.mesh``."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_names) != {"data", "fsdp"}:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from dsad.core.batch import Batch, BatchSpec, shapes
+from dsad.core.batch import Batch, BatchSpec, selected, shapes
 from dsad.core.chips import chip_of
 from dsad.core.mesh import BATCH_SPEC, batch_sharding, replicated
 from dsad.train.step import Fetch
@@ -61,7 +61,7 @@ def fetch_with(gather: Gather, spec: BatchSpec) -> Fetch:
 
     def fetch(store: Any, drawn: Any) -> Batch:
         def rows(index: jax.Array, names: Sequence[str]) -> Any:
-            return gather({name: store[name] for name in names}, index)
+            return gather(selected(store, names), index)
 
         return spec.complete(drawn, rows)
 

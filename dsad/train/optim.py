@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def make_optimizer(cfg: OptimConfig, schedule: Schedule) -> optax.GradientTransf
     LARS is You et al. 2017 as the DS2 code applies it: decay, trust ratio, momentum, then the
     learning rate (``optax.lars`` applies the rate before the momentum, which differs whenever
     the rate changes). AdamW is Loshchilov and Hutter 2019 as torch has it: the decay is no part of
-    the gradient's moments and is multiplied by the rate.
+    the gradient's moments and is multiplied by the rate; "stableadamw" differs in the moments.
 
     Its ``init`` raises ConfigError for a group that takes no parameter.
     """
@@ -113,14 +113,58 @@ def _recipe(
         return jax.tree.map(lambda x: not x, mask_by_path(params, cfg.exempt))
 
     decay = optax.add_decayed_weights(weight_decay, mask=decayed)
-    if cfg.name == "adamw":
-        adam = optax.scale_by_adam(b1=cfg.momentum, b2=cfg.b2)
+    if cfg.name in ("adamw", "stableadamw"):
+        scale = optax.scale_by_adam if cfg.name == "adamw" else scale_by_stable_adam
+        adam = scale(b1=cfg.momentum, b2=cfg.b2)
         return optax.chain(adam, decay, optax.scale_by_learning_rate(rate))
     parts = [decay, optax.trace(cfg.momentum), optax.scale_by_learning_rate(rate)]
     if cfg.name == "lars":
         ratio = optax.scale_by_trust_ratio(trust_coefficient=cfg.trust, eps=1e-8)
         parts.insert(1, optax.masked(ratio, decayed))
     return optax.chain(*parts)
+
+
+class StableAdamState(NamedTuple):
+    """Updates so far, the two moments, and the largest second moment so far."""
+
+    count: jax.Array
+    mu: Any
+    nu: Any
+    peak: Any
+
+
+def scale_by_stable_adam(b1: float, b2: float, eps: float = 1e-10) -> optax.GradientTransformation:
+    """Adam with AMSGrad, whose updates are bounded as StableAdamW's (Wortsman et al. 2023).
+
+    With the gradient g, its moments m and v, and v* the largest v so far, update n is
+
+        m / (d · (1 - b1ⁿ) · max(1, RMS(g / d)))    with    d = √(v* / (1 - b2ⁿ)) + eps
+
+    where RMS is the root mean square over an array; a stack of blocks is one. As in Dinomaly's
+    code, whose maximum is of the moments before their bias is corrected, optax's of those after.
+    """
+
+    def init(params: Any) -> StableAdamState:
+        zeros = [optax.tree.zeros_like(params) for _ in range(3)]
+        return StableAdamState(jnp.zeros((), jnp.int32), *zeros)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
+        peak = jax.tree.map(jnp.maximum, state.peak, nu)
+        n = count.astype(jnp.float32)
+
+        def step(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            d = jnp.sqrt(v / (1 - b2**n)) + eps
+            excess = jnp.maximum(1.0, jnp.sqrt(jnp.mean(jnp.square(g / d))))
+            return m / d / ((1 - b1**n) * excess)
+
+        updates = jax.tree.map(step, updates, mu, peak)
+        return updates, StableAdamState(count, mu, nu, peak)
+
+    return optax.GradientTransformation(init, update)
 
 
 def lengths_in_state(

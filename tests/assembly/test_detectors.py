@@ -1,11 +1,13 @@
 """Detectors that train, and those fitted on the test images, through ``dsad evaluate``."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +19,8 @@ from dsad.core.errors import ConfigError, DataError, StoppedError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import silent
 from dsad.evaluation import fitting, stamp
+from dsad.evaluation.compiled import transformed
+from dsad.evaluation.frozen import FrozenMaps
 from dsad.models import backbone
 from tests.contracts.detectors.common import Batches, fitted, maps_of
 from tests.seams.detectors import linear
@@ -29,6 +33,7 @@ SMALL = (
     "--config.weights=random",
 )  # fmt: skip
 ONE, TWO = (f"--config.data.categories=({names})" for names in ("'tiles',", "'wood','tiles'"))
+UNCHANGED = functools.partial(transformed, (), None)
 TRAINED = (
     "--config.data.synthetic.train=11", "--config.detector.layers=('layer1',)",
     "--config.detector.recipe.steps=6",
@@ -154,13 +159,14 @@ def test_images_pass_through_the_frozen_backbone(tmp_path, trainings, compiled):
     assert found["stamp"]["detector"]["config"]["on"] == "images"
 
 
-_maps = jax.jit(lambda network, images: network(images))
+_maps = jax.jit(lambda frozen, images: frozen(images, jnp.arange(len(images))))
 
 
 def data_of(network, count=11, mesh=None, **changes):
     """The network's inputs and, for a detector of features, its maps of them."""
     images = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), np.uint8)
-    maps = {n: np.asarray(x) for n, x in _maps(network, images / 127.5 - 1).items()}
+    network = FrozenMaps(network=network, banks=(), layers=("layer1",), transform=UNCHANGED)
+    maps = {n: np.asarray(x) for n, x in _maps(network, images).items()}
     values = {
         "features": Batches(maps), "images": lambda: iter([images[:4], images[4:]]),
         "backbone": network, "title": "tiles", "seed": 0, "key": jax.random.key(1),

@@ -94,6 +94,7 @@ def test_frozen_features_masks_and_companions_in_every_cache(monkeypatch, config
     state = initial_state(run.objective, run.tx, run.abstract, seed=0)
     state = training.first_state(made, None, Console(quiet=True))
     made = training.with_features(made, state, Console(quiet=True))
+    state = training.prepared(made, state)
     assert made.pipeline.spec == run.spec
 
     inputs = next(made.pipeline.iterator())

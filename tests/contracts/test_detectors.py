@@ -7,7 +7,8 @@ the configurations to run, and ``oracle(config, normal, test) -> (maps, image)``
 the state instead of the normal maps for one that trains; with ``SYMBOLIC = True`` its score is
 exported for any batch size instead of a fixed one. A detector of other maps than those of
 ``common.maps_of`` brings its own, ``maps_of(seed, count)``, and ``corrupted(maps)``;
-``READS_SOURCE = False`` says that its fit looks at no image.
+``READS_SOURCE = False`` says that its fit looks at no image. One that trains on images brings
+``network()``, an ``ImageMaps``, and ``images_of(source)``, a pass over the images of a source.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from dsad.core.detection import (
     Detector,
     DetectorTraits,
     HasPanels,
+    Measures,
     Prepares,
     Scores,
     TrainsOnData,
@@ -84,7 +86,7 @@ def test_equals_its_oracle(name, config):
 @pytest.mark.parametrize("name", CASES)
 def test_public_members_are_those_of_the_seam(name):
     detector = made(name)
-    known = (Detector, HasPanels, EmbedsCells, Prepares, TrainsOnData)
+    known = (Detector, HasPanels, EmbedsCells, Measures, Prepares, TrainsOnData)
     seams = [s for s in known if isinstance(detector, s)]
     public = lambda of: {n for n in dir(of) if not n.startswith("_")}  # noqa: E731
     assert public(detector) == set().union(*map(public, seams))

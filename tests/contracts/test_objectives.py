@@ -34,7 +34,7 @@ from tests.train.equality import (
 #: What an objective may offer besides.
 OFFERS = (
     seams.HasEncoder, seams.ReadsTensors, seams.Embeds, seams.PerSample,
-    seams.HasParts, seams.HasPictures, seams.KnowsFlops,
+    seams.HasParts, seams.HasPictures, seams.HasProjectors, seams.KnowsFlops,
 )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def test_multi_view(tree):
 
 def test_every_record_has_a_camera_and_objects_stay_together(tree):
     records = load(config(tree)).splits["train"]
-    assert [realiad.camera(r) for r in records] == [f"C{i}" for i in range(1, 6)] * 2
+    assert [r.camera for r in records] == [f"C{i}" for i in range(1, 6)] * 2
     stays, held = heldout.divided(records, 0.3, 0)
     assert (len(stays), len(held)) == (5, 5)
     assert len({r.group for r in stays} | {r.group for r in held}) == 2
@@ -75,7 +75,7 @@ def test_every_record_has_a_camera_and_objects_stay_together(tree):
 def test_single_view_is_the_top_camera(tree):
     data = load(config(tree, "realiad:single"))
     both = [*data.splits["train"], *data.splits["test"]]
-    assert {realiad.camera(r) for r in both} == {"C1"}
+    assert {r.camera for r in both} == {"C1"}
     assert [r.label for r in data.splits["test"]] == [1, 1, 0]
     assert data.protocol["split"] != load(config(tree)).protocol["split"]
     # Images and masks of the other cameras are no strays.

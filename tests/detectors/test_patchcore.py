@@ -7,7 +7,7 @@ import pytest
 
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.detectors import patchcore
+from dsad.detectors import _patches, patchcore
 from tests.contracts.detectors.common import ALONE, KEY, Batches, close, kept_rows, made, maps_of
 
 
@@ -23,20 +23,20 @@ from tests.contracts.detectors.common import ALONE, KEY, Batches, close, kept_ro
 )
 def test_adaptive_bins(length, size, edges):
     values = np.random.default_rng(0).standard_normal((2, length)).astype(np.float32)
-    found = patchcore.adaptive_mean(values, size)
+    found = _patches.adaptive_mean(values, size)
     assert found.shape == (2, size)
     expected = [values[:, a:b].mean(axis=1, dtype=np.float64) for a, b in edges]
     np.testing.assert_allclose(found[:, : len(edges)], np.stack(expected, 1), rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(patchcore.adaptive_mean(np.ones((1, length)), size), 1.0)
+    np.testing.assert_array_equal(_patches.adaptive_mean(np.ones((1, length)), size), 1.0)
 
 
 def test_a_constant_map_dims_at_zero_borders_only():
     maps = jnp.full((1, 5, 4, 1024), 9.0)
-    zeros = patchcore.pooled_neighbourhoods(maps, 3, 1024, count_normalised=False)
+    zeros = _patches.pooled_neighbourhoods(maps, 3, 1024, count_normalised=False)
     np.testing.assert_allclose(zeros[0, 1:-1, 1:-1], 9.0, rtol=1e-6)
     np.testing.assert_allclose(zeros[0, 0, 1:-1], 6.0, rtol=1e-6)
     np.testing.assert_allclose(zeros[0, [0, 0, 4, 4], [0, 3, 0, 3]], 4.0, rtol=1e-6)
-    normal = patchcore.pooled_neighbourhoods(maps, 3, 1024)
+    normal = _patches.pooled_neighbourhoods(maps, 3, 1024)
     np.testing.assert_allclose(normal, 9.0, rtol=1e-6)
 
 

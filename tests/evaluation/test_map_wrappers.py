@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from dsad.assembly import evaluate, runs
+from dsad.assembly.detectors import Trainer
 from dsad.core.detection import FeatureBatch, MapWrapper
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.core.recipe import Recipe
 from dsad.evaluation import compiled, extract, fitting
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.evaluation.support import SupportConfig
@@ -17,6 +19,7 @@ from dsad.terminal import console, flags
 from tests.evaluation.test_localize import Distance, Planted, Pooled
 from tests.evaluation.test_stored import CELLS
 from tests.evaluation.test_support import sampled
+from tests.seams.detectors import linear
 from tests.seams.wrappers import away
 
 
@@ -25,12 +28,12 @@ def registered(monkeypatch):
     monkeypatch.setitem(wrappers.KINDS, "away", away.KIND)
 
 
-def run(names=("away",), devices=1, dataset=None, backbone=None, **given):
+def run(names=("away",), devices=1, dataset=None, backbone=None, detector=None, **given):
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     config = EvalConfig(image_size=48, batch_size=4, workers=2, **given.pop("config", {}))
     return localize(
-        backbone or Pooled(), Distance(), dataset or Planted(strength=3), config, mesh=mesh,
-        key=jax.random.key(3), map_wrappers={n: away.Away() for n in names},
+        backbone or Pooled(), detector or Distance(), dataset or Planted(strength=3), config,
+        mesh=mesh, key=jax.random.key(3), map_wrappers={n: away.Away() for n in names},
         sampling=sampled(given), **given,
     )  # fmt: skip
 
@@ -101,6 +104,37 @@ def test_the_rotations_of_an_image_are_that_image(monkeypatch):
     assert counts[0] == counts[1] > 0
     assert counts[0] % 3 == 0
     assert max(asked) == 1
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_detector_trains_on_the_maps_that_it_scores(devices):
+    """One fit on all images and one without those held out; each image three times, turned."""
+    seen = []
+
+    def compared(detector, data):
+        images = np.concatenate(list(data.images()))
+        rows = jnp.arange(len(images), dtype=jnp.int32)
+        maps = jax.jit(lambda frozen, *batch: frozen(*batch))
+        inside = np.asarray(maps(data.backbone, images, rows)["colour"])
+        other = np.asarray(maps(data.backbone, images, 0 * rows - 1)["colour"])
+        for batch in data.features:
+            used = np.asarray(batch.valid)
+            index = np.asarray(batch.index)[used]
+            expected = np.asarray(batch.maps["colour"])[used]
+            np.testing.assert_allclose(inside[index], expected, atol=1e-5)
+        assert np.abs(inside).max() > 0.01
+        np.testing.assert_array_equal(other, 0)  # what an image is to itself
+        seen.append(len(images))
+        return Trainer()(detector, data)
+
+    recipe = Recipe(steps=2, batch_size=4)
+    detector = linear.Linear(linear.Config(layers=("colour",), on="images", recipe=recipe))
+    config = {"false_alarm_rate": 0.5, "holdout": 3}
+    run(
+        detector=detector, backbone=CELLS, devices=devices, train=compared, config=config,
+        support=SupportConfig(rotations=3),
+    )  # fmt: skip
+    assert seen == [21, 12]
 
 
 def test_devices_and_pooling_change_nothing():

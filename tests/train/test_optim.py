@@ -420,3 +420,25 @@ def test_runs_of_other_lengths_share_a_program(schedule):
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.params, expected
         )
     assert step._cache_size() == 1
+
+
+def test_stableadamw_equals_its_equations():
+    """In float64; the third gradient is so large that its update is bounded."""
+    cfg = OptimConfig(name="stableadamw", weight_decay=0.1, exempt="$^")
+    rng = np.random.default_rng(0)
+    p = rng.standard_normal((3, 4))
+    tx = make_optimizer(cfg, Schedule(lambda step: jnp.float32(0.01), peak=0.01))
+    params = {"kernel": jnp.asarray(p, jnp.float32)}
+    state, (m, v, peak), bounded = tx.init(params), np.zeros((3, 3, 4)), []
+    for n, size in enumerate([1, 0.01, 30, 0.1, 0.001, 0.001], start=1):
+        g = size * rng.standard_normal((3, 4))
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        peak = np.maximum(peak, v)
+        d = np.sqrt(peak / (1 - 0.999**n)) + 1e-10
+        bounded.append(np.sqrt(np.mean((g / d) ** 2)))
+        p = p * (1 - 0.01 * 0.1) - 0.01 / (1 - 0.9**n) / max(1, bounded[-1]) * m / d
+        updates, state = tx.update({"kernel": jnp.asarray(g, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+    assert min(bounded) < 1 < max(bounded)
+    assert (peak > v).any()
+    np.testing.assert_allclose(params["kernel"], p, rtol=1e-5, atol=1e-6)

@@ -154,7 +154,7 @@ def batch(name, epoch=0):
         drawn["references"] = draws(drawn["index"], drawn["epoch"])
 
     def rows(index, names):
-        return jax.tree.map(lambda a: a[index], {n: stored[n] for n in names})
+        return jax.tree.map(lambda a: a[index], batches.selected(stored, names))
 
     if wanted.features:
         objective, params, extra = perturbed(name)

@@ -36,7 +36,7 @@ class Head(Trainable):
     def cells(self, batch, network):
         if network is None:
             return joined(batch["features"], self.cfg.layers)
-        return joined(network(batch["image"] / 127.5 - 1), self.cfg.layers)
+        return joined(network(batch["image"], batch["index"]), self.cfg.layers)
 
     def init(self, key):
         zeros = jnp.zeros(self.shape[-1])

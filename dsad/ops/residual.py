@@ -1,0 +1,236 @@
+"""Residual features of cells, and the losses on them by angle and by norm.
+
+Yao et al., "ADPretrain: Advancing industrial anomaly detection via anomaly representation
+pretraining", NeurIPS 2025, arXiv 2511.05245. All of it is computed in float32, with static shapes:
+which cells take part is a matter of weights.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from dsad.core.mesh import BATCH_SPEC
+from dsad.ops.contrast import placed
+from dsad.ops.neighbors import nearest
+from dsad.ops.similarity import unit
+
+#: Similarities that are held at once, of all devices.
+AREA = 2**26
+#: Beyond this the norm loss grows linearly: exp would leave float32.
+STEEPEST = 30.0
+
+Radius = Literal["released", "pseudo_huber"]
+
+
+def residual(cells: jax.Array, references: jax.Array, valid: jax.Array) -> jax.Array:
+    """Each cell minus the reference cell of highest cosine similarity, (b, n, d) float32.
+
+    Every image has references of its own; of equal ones the first counts. Vectors are subtracted as
+    they are, not their directions.
+
+    Args:
+      cells: (b, n, d).
+      references: (b, m, d).
+      valid: (b, m) bool; the others are never taken. Where none is, cells stay as they are.
+
+    """
+    x, y = cells.astype(jnp.float32), references.astype(jnp.float32)
+    alike = jnp.einsum("bnd,bmd->bnm", unit(x), unit(y), precision="highest")
+    best = jnp.argmax(jnp.where(valid[:, None, :], alike, -jnp.inf), axis=-1)
+    matched = jnp.take_along_axis(y, best[:, :, None], axis=1)
+    return x - jnp.where(jnp.any(valid, axis=1)[:, None, None], matched, 0.0)
+
+
+def bank_residual(cells: jax.Array, rows: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+    """The same for cells (n, d) and the first ``valid`` rows (m, d) of a bank of any size."""
+    x, y = cells.astype(jnp.float32), rows.astype(jnp.float32)
+    length = jnp.linalg.norm(y, axis=-1, keepdims=True)
+    # A row of length 0 has no direction; so far out it is nearest only if there is no other.
+    far = 3.0 / math.sqrt(y.shape[-1])
+    directions = jnp.where(length > 0, unit(y), far)
+    _, best = nearest(unit(x), directions, 1, valid=valid)
+    return x - y[jnp.maximum(best[:, 0], 0)]
+
+
+def pooled(maps: jax.Array, most: int | tuple[int, int]) -> jax.Array:
+    """Maps (b, h, w, d) averaged over equal blocks so that no side has more than ``most`` cells.
+
+    Sides become ⌈h / ⌈h / most⌉⌉; blocks at the far border may be smaller.
+    """
+    for axis, cells in zip((1, 2), (most, most) if isinstance(most, int) else most, strict=True):
+        maps = _averaged(maps, axis, -(-maps.shape[axis] // cells))
+    return maps
+
+
+def _averaged(maps: jax.Array, axis: int, block: int) -> jax.Array:
+    if block == 1:
+        return maps
+    length = maps.shape[axis]
+    count = -(-length // block)
+    pads = [(0, 0)] * maps.ndim
+    pads[axis] = (0, count * block - length)
+    shape = (*maps.shape[:axis], count, block, *maps.shape[axis + 1 :])
+    total = jnp.sum(jnp.pad(maps, pads).reshape(shape), axis=axis + 1)
+    sizes = np.minimum(block, length - block * np.arange(count)).astype(np.float32)
+    sizes = sizes.reshape(tuple(count if i == axis else 1 for i in range(maps.ndim)))
+    return total / sizes.astype(maps.dtype)
+
+
+def covered(masks: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Pixels (b, gh, gw) float32 of masks (b, H, W) in each cell of a grid, shares included."""
+    rows, columns = (
+        jnp.asarray(_overlaps(n, cells))
+        for n, cells in zip(masks.shape[1:3], grid, strict=True)
+    )  # fmt: skip
+    wide = jnp.einsum("bhw,gw->bhg", masks.astype(jnp.float32), columns, precision="highest")
+    return jnp.einsum("bhx,gh->bgx", wide, rows, precision="highest")
+
+
+def _overlaps(pixels: int, cells: int) -> np.ndarray:
+    """(cells, pixels): which part of a pixel lies in which cell."""
+    edges = np.arange(cells + 1) * pixels / cells
+    low, high = edges[:-1, None], edges[1:, None]
+    at = np.arange(pixels)[None, :]
+    return np.clip(np.minimum(high, at + 1) - np.maximum(low, at), 0, 1).astype(np.float32)
+
+
+def token_labels(
+    masks: jax.Array, grid: tuple[int, int], *, pixels: float = 32.0, patch: int = 14
+) -> jax.Array:
+    """Which cells (b, gh, gw) of a grid are anomalous, by masks (b, H, W) of 0 and 1.
+
+    Those with more than ``pixels`` defective ones of the ``patch`` × ``patch`` that a cell is taken
+    to have; for larger or smaller cells in proportion to their area.
+    """
+    area = masks.shape[1] * masks.shape[2] / (grid[0] * grid[1])
+    return covered(masks, grid) > np.float32(pixels * area / patch**2)
+
+
+def corner_labels(masks: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """The same by the top left pixel of each cell, as published for the norm loss."""
+    rows, columns = (
+        jnp.asarray(np.arange(cells) * n // cells)
+        for n, cells in zip(masks.shape[1:3], grid, strict=True)
+    )  # fmt: skip
+    return masks[:, rows[:, None], columns[None, :]] > 0
+
+
+def radius(cells: jax.Array, form: Radius = "released") -> jax.Array:
+    """√(‖e‖ + 1) − 1 of cells (..., d), as the released code has it, or √(‖e‖² + 1) − 1."""
+    squared = jnp.sum(jnp.square(cells.astype(jnp.float32)), axis=-1)
+    if form == "pseudo_huber":
+        return jnp.sqrt(squared + 1) - 1
+    positive = squared > 0  # the slope of a norm at 0 is none
+    norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
+    return jnp.sqrt(norm + 1) - 1
+
+
+def norm_loss(
+    cells: jax.Array,
+    anomalous: jax.Array,
+    counted: jax.Array,
+    *,
+    shell: float = 0.4,
+    margin: float = 0.75,
+    form: Radius = "released",
+) -> jax.Array:
+    """Normal cells onto a thin shell, anomalous ones out of it.
+
+    With A the ``radius`` of a cell and r = min(0.9 · least A of the anomalous, ``shell``): the mean
+    of φ(A − r) of the normal cells outside r, of φ(0.99 r − A) of those inside 0.99 r, and of
+    φ(r + ``margin`` − A) of the anomalous ones nearer than that; φ(x) = softplus(x) exp(x), the
+    exponential without gradient. Means are over the cells that violate; without any they are 0.
+
+    Args:
+      cells: (n, d), of one view of the whole batch.
+      anomalous: (n,) bool.
+      counted: (n,) bool; the other cells take no part.
+      shell: largest r.
+      margin: see above.
+      form: of the radius.
+
+    """
+    at = radius(cells, form)
+    bad, good = anomalous & counted, ~anomalous & counted
+    least = jnp.min(jnp.where(bad, at, jnp.inf))
+    r = jax.lax.stop_gradient(jnp.minimum(0.9 * least, shell))
+
+    def term(gap: jax.Array, cells: jax.Array) -> jax.Array:
+        cells = cells & (gap > 0)
+        safe = jnp.where(cells, gap, 0.0)
+        steep = jax.lax.stop_gradient(jnp.exp(jnp.minimum(safe, STEEPEST)))
+        return _mean(jax.nn.softplus(safe) * steep, cells)
+
+    return term(at - r, good) + term(0.99 * r - at, good) + term(r + margin - at, bad)
+
+
+def angle_loss(
+    first: jax.Array,
+    second: jax.Array,
+    centre: jax.Array,
+    anomalous: jax.Array,
+    counted: jax.Array,
+    *,
+    temperature: float = 0.15,
+) -> jax.Array:
+    """Both views of a cell into one direction as seen from a centre, other labels into others.
+
+    Mean over all cells of both views of logsumexp(s / t) over the cells of the other label, in both
+    views, less s / t with the other view of the cell; s is the cosine of cells minus ``centre``.
+    0 where one of the labels does not occur. Cells of the batch are compared block by block.
+
+    Args:
+      first: (n, d), one view of the cells of the global batch.
+      second: the other view.
+      centre: (d,).
+      anomalous: (n,) bool.
+      counted: (n,) bool; the other cells take no part.
+      temperature: t, at least 0.03 (exp of its reciprocal has to be a float32).
+
+    """
+    views = jnp.stack([first, second]).astype(jnp.float32) - centre.astype(jnp.float32)[None, None]
+    rows = placed(unit(views), PartitionSpec(None, *BATCH_SPEC))
+    together = jnp.sum(rows[0] * rows[1], axis=-1) / temperature
+    opposite = _exponentials(rows, anomalous, counted, temperature)
+    bad, good = anomalous & counted, ~anomalous & counted
+    both = jnp.any(bad) & jnp.any(good)
+    away = jnp.log(jnp.where(both & counted[None], opposite, 1.0))
+    each = jnp.where(both, away - together[None], 0.0)
+    return _mean(each, jnp.broadcast_to(counted[None], each.shape))
+
+
+def _exponentials(
+    rows: jax.Array, anomalous: jax.Array, counted: jax.Array, temperature: float
+) -> jax.Array:
+    """Σ exp(s / t) over the counted cells of the other label, (2, n), for unit ``rows``."""
+    _, n, _ = rows.shape
+    blocks = -(-4 * n * n // AREA)
+    size = -(-n // blocks)
+    short = blocks * size - n
+    columns = placed(rows, PartitionSpec())
+    columns = jnp.pad(columns, ((0, 0), (0, short), (0, 0)))
+    kinds, used = (placed(jnp.pad(x, (0, short)), PartitionSpec()) for x in (anomalous, counted))
+
+    @jax.checkpoint
+    def block(start: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(columns, start, size, axis=1)
+        kind, take = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (kinds, used))
+        alike = jnp.einsum("and,bmd->anbm", rows, part, precision="highest") / temperature
+        others = (anomalous[:, None] != kind[None, :]) & take[None, :]
+        return jnp.sum(jnp.where(others[None, :, None], jnp.exp(alike), 0.0), axis=(2, 3))
+
+    if blocks == 1:
+        return block(jnp.zeros((), jnp.int32))
+    starts = size * jnp.arange(blocks, dtype=jnp.int32)
+    zeros = jnp.zeros(rows.shape[:2], jnp.float32)
+    return jax.lax.scan(lambda total, at: (total + block(at), None), zeros, starts)[0]
+
+
+def _mean(values: jax.Array, of: jax.Array) -> jax.Array:
+    """Mean of the values where ``of`` is True, 0 without any."""
+    count = jnp.sum(of, dtype=jnp.float32)
+    return jnp.sum(jnp.where(of, values, 0.0)) / jnp.maximum(count, 1.0)
