@@ -35,7 +35,8 @@ NET = (
 )  # fmt: skip
 ROWS = (
     "--config=compare:smoke", "--config.skip=('*/patches/*', '*/padim')", "--config.seeds=(0,)",
-    *(a.replace(".data.", ".datasets.tiles.") for a in BOTH), "--config.datasets.tiles.categories=()",
+    *(a.replace(".data.", ".datasets.tiles.") for a in BOTH),
+    "--config.datasets.tiles.categories=()",
     "--config.evaluation.image_size=32", "--config.evaluation.batch_size=4",
 )  # fmt: skip
 TRAIN = ("--config=mae:smoke", *DATA, "--config.data.canvas=48", "--config.batch_size=4")

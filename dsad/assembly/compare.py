@@ -201,7 +201,7 @@ def _size(parts: evaluate.Evaluation, cell: Cell, loaded: _Loaded) -> int:
 
 def _stamp(parts: evaluate.Evaluation, cell: Cell, loaded: _Loaded) -> dict[str, Any]:
     """What the stamp of a cell is going to say."""
-    cfg, names = parts.config, wrappers.unwrap(cell.config.backbone).names
+    cfg, names = parts.config, tuple(parts.map_wrappers())
     return stamp.make_stamp(
         parts.dataset, parts.dataset.categories, config=cfg.evaluation, detector=parts.detector,
         backbone=_first_network(parts, cell, loaded), key=runs.key_for(cfg.seed),

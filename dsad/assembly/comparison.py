@@ -28,6 +28,9 @@ FEATURES = "features"
 #: In a backbone's spec and weights: the number of a seed, each of which has a network of its own.
 SEED = "{seed}"
 
+#: What a detector may have otherwise than the others.
+_OWN = ("detector", "evaluation", "one_for_all", "support")
+
 
 class NetworkConfig(core_config.Settings, place="config.backbones"):
     """One of the backbones; its spec alone may stand in the place of this group.
@@ -51,7 +54,8 @@ class CompareConfig(core_config.Settings, place="config"):
     """Everything of a comparison but its backbones, its data sets and settings of detectors.
 
     The groups ``backbones`` and ``datasets`` hold one of each by the name that it has in tables,
-    ``settings`` keys of a detector's config (``detector`` and ``evaluation``) by the detector's.
+    ``settings`` keys of a detector's config (``detector``, ``evaluation``, ``support`` and
+    ``one_for_all``) by the detector's.
 
     Attributes:
       detectors: their config files, with variants after a colon ("patchcore:published"); of these
@@ -351,10 +355,10 @@ def _fill(
     if network.layers:
         flags.update(config, {"detector.layers": network.layers})
     own = _settings(plan, detector)
-    if wrong := [k for k in own if k.partition(".")[0] not in ("detector", "evaluation")]:
+    if wrong := [key for key in own if key.partition(".")[0] not in _OWN]:
         raise ConfigError(
-            f"config.settings.{detector}: expected keys of detector and evaluation, found "
-            f"{listed(wrong)}; the others are the same for all."
+            f"config.settings.{detector}: expected keys of {listed(_OWN)}, found {listed(wrong)}; "
+            "the others are the same for all."
         )
     try:
         flags.update(config, own)
