@@ -243,6 +243,17 @@ class Cell:
         """Below the comparison's."""
         return "/".join(map(paths.component, self.title.split("/")))
 
+    def told(self, text: str) -> str:
+        """A message about an evaluation, with the keys that the comparison has in their places."""
+        own = {
+            "data": f"datasets.{self.dataset}",
+            "backbone": f"backbones.{self.backbone}.spec",
+            "weights": f"backbones.{self.backbone}.weights",
+            "detector": f"settings.{self.detector}.detector",
+        }
+        names = "|".join(own)
+        return re.sub(rf"\bconfig\.({names})\b", lambda key: f"config.{own[key[1]]}", text)
+
     @property
     def network(self) -> tuple[str, str]:
         """Spec without wrappers of maps, and weights: what computes the features."""
@@ -256,12 +267,12 @@ class Faults:
         self._cells: dict[str, list[str]] = {}
 
     @contextlib.contextmanager
-    def of(self, title: str) -> Iterator[None]:
-        """Note what is raised in this block."""
+    def of(self, title: str, cell: "Cell | None" = None) -> Iterator[None]:
+        """Note what is raised in this block, of a cell with the keys of the comparison."""
         try:
             yield
         except DsadError as error:
-            self.note(title, str(error))
+            self.note(title, cell.told(str(error)) if cell else str(error))
 
     def note(self, title: str, text: str) -> None:
         """Note a fault."""
@@ -295,11 +306,12 @@ def cells_of(plan: Plan, features: str, faults: Faults) -> list[Cell]:
         title = "/".join(place.values())
         skipped = any(fnmatch.fnmatchcase(title, pattern) for pattern in plan.config.skip)
         if place["detector"] in files and not skipped:
-            with faults.of(title):
-                config = files[place["detector"]].copy_and_resolve_references()
+            config = files[place["detector"]].copy_and_resolve_references()
+            cell = Cell(**place, seed=seed, config=config)
+            with faults.of(title, cell):
                 config.evaluation.update(measured)
                 _fill(config, plan, place, network, seed)
-                made.append(Cell(**place, seed=seed, config=config))
+                made.append(cell)
     if not made and not faults:
         raise ConfigError(f"config.skip: {plan.config.skip} leaves nothing to compare.")
     _share_layers(made, plan.config.evaluation.cache_layers, faults)
@@ -371,7 +383,7 @@ def _share_layers(cells: Sequence[Cell], first: Sequence[str], faults: Faults) -
     layers: dict[Any, dict[str, None]] = {}
     groups = []
     for cell in cells:
-        with faults.of(cell.title):
+        with faults.of(cell.title, cell):
             key = (*cell.network, cell.config.evaluation.image_size)
             _, detector = evaluate.parse(cell.config)
             wanted = layers.setdefault(key, dict.fromkeys(first))
