@@ -10,7 +10,10 @@ upsampling, no smoothing, highest pixel as the image's score. A step takes 4096 
 level from 16 images (ADPretrain's number; CFLOW's own is 256). The published rate changes between
 every 8 passes and falls along a cosine that begins with the run; here it falls in every step, from
 the end of the warm-up on: 1.20e-4 instead of 1.06e-4 after 96 passes. Published numbers are the
-best of 25 tests on the test images; here the last step counts. WideResNet-50 needs an accelerator.
+best of 25 tests on the test images; here the last step counts. WideResNet-50 needs an accelerator;
+the published length has not been run here. Variant small with ImageNet's ResNet-18 on the bottles
+of MVTec AD, from copies of 256 pixels: 131 steps, four minutes of CPU time, image AUROC 0.988,
+pixel AUROC 0.974, AUPRO 0.924; one seed.
 
 Variants, after a colon:
     mvtec    256 pixels, as published for most categories (128 and 512 for others); untested

@@ -8,7 +8,9 @@ Published network and training: width 256, 4 + 4 layers, 14 × 14 tokens, 1000 p
 8, AdamW at 1e-4. The published backbone, EfficientNet-b4, is not there: this takes stages 1 to 3 of
 ResNet-18, each divided by its root mean square. Features of all categories are held on the host:
 1.4 MB an image for these stages at 224 pixels. The published length needs an accelerator; it has
-not been run here.
+not been run here. Variant small with ImageNet's ResNet-18 on the bottles of MVTec AD alone, from
+copies of 256 pixels: 314 steps, five and a half minutes of CPU time, image AUROC 0.989, pixel
+AUROC 0.977, AUPRO 0.927; one seed.
 
 Variants, after a colon:
     mvtec      MVTec AD

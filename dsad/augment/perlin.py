@@ -18,7 +18,7 @@ Size = tuple[int, int]
 FINEST = 5
 #: Noise above this is in the mask.
 THRESHOLD = 0.5
-#: Masks drawn before an image stays as it is; one of three or four is empty.
+#: Masks drawn before an image stays as it is; about one of twelve is empty.
 ATTEMPTS = 100
 
 
@@ -108,11 +108,14 @@ def textures(keys: jax.Array, size: Size) -> jax.Array:
 
     def of_one(key: jax.Array) -> jax.Array:
         u = jax.random.uniform(named(key, "texture"), (6,))
-        y, x = turned(size, 2 * jnp.pi * u[0])
+        positions = turned(size, 2 * jnp.pi * u[0])
+        # In units of the diagonal, so that the corners of a turned image still lie within.
+        diagonal = math.hypot(*size)
+        y, x = (0.5 + (p - 0.5) * n / diagonal for p, n in zip(positions, size, strict=True))
         bend = 2 ** integers(jnp.stack([u[1], u[1]]), 0, FINEST)
         bent = perlin(_angles(key, "bend"), bend, y, x)
-        longest = math.log2(max(size) / 2)
-        waves = 2 * jnp.pi * 2 ** between(u[2], (0.0, longest))
+        most = math.log2(diagonal / 2)
+        waves = 2 * jnp.pi * 2 ** between(u[2], (0.0, most))
         stripes = 0.5 + 0.5 * jnp.sin(waves * y + 4 * u[3] * bent)
         spots = stripes * (0.5 + 0.5 * jnp.sin(waves * x + 4 * u[3] * bent))
         grain = jax.random.uniform(named(key, "grain"), size)

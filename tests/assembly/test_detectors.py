@@ -240,6 +240,9 @@ def test_what_cannot_be_trained_is_refused():
     images = linear.Linear(linear.Config(on="images"))
     with pytest.raises(ConfigError, match=r"config\.backbone: .* a pytree of arrays"):
         fitted(images, Batches(maps_of(0, 6)))
+    nothing = data_of(backbone("resnet18").only(("layer1",)), images=lambda: iter(()))
+    with pytest.raises(DataError, match="tiles: expected images .* found 0"):
+        Trainer()(images, nothing)
     optim = dataclasses.replace(linear.Config().recipe.optim, schedule="periodic")
     with pytest.raises(ConfigError, match=r"recipe\.optim\.schedule: expected another"):
         linear.Recipe(optim=optim)

@@ -10,7 +10,7 @@ from dsad.detectors.uniad import Config, Reconstruction, tokens_of
 from dsad.models import uniad
 from dsad.models.transformer import dropout
 from dsad.models.uniad import Spec
-from tests.contracts.detectors.common import KEY, Batches, fitted, made, maps_of
+from tests.contracts.detectors.common import KEY, made, maps_of
 from tests.contracts.detectors.uniad import BASE, rebuilt, windows
 
 SMALL = Spec(
@@ -110,12 +110,18 @@ def test_dropout_is_drawn_by_sample():
     assert dropout(x, None, 0.25) is x
 
 
-def test_scales_are_those_of_the_training_images():
-    normal = maps_of(0, 8)
-    normal["layer3"] = 50 * normal["layer3"]
-    state = fitted(made("uniad", **BASE), Batches(normal))
-    squares = [np.mean(np.float64(x) ** 2) for x in Config(**BASE).on_grid(normal)]
-    np.testing.assert_allclose(state["squares"], squares, rtol=1e-5)
+def test_scales_are_means_over_the_batches():
+    objective, first = views()
+    second = {**first, "levels": [2 * level for level in first["levels"]]}
+    params, extra = objective.init(KEY)
+    loss = jax.jit(lambda e, v, n: objective.loss(params, e, v, key=KEY, step=n))
+    for step, seen in enumerate((first, second)):
+        extra = loss(extra, seen, jnp.int32(step))[1][0]
+    squares = [np.mean(np.float64(x) ** 2) for x in first["levels"]]
+    np.testing.assert_allclose(extra["squares"], 2.5 * np.array(squares), rtol=1e-5)
+    tokens = np.float64(tokens_of(objective.cfg, extra["squares"], first["levels"]))
+    for level in (tokens[..., :7], tokens[..., 7:]):
+        assert np.mean(level**2) == pytest.approx(1 / 2.5, rel=1e-5)
 
 
 def test_a_perfect_reconstruction_scores_zero():
