@@ -30,6 +30,8 @@ With "{seed}" each seed has a network of its own, and differences pair the seeds
 are in the order of the entries, or by name where in_order is left out.
 
 Variants, after a colon:
+    adpretrain raw, residual and projected maps of the encoder of runs/adpretrain-0, projectors of
+               runs/adpretrain-0 to -2, on MVTec AD; not run as it is
     imagenet   ResNet-18 with ImageNet's weights against random ones of three seeds, on MVTec AD
                (--config.datasets.mvtec.root=MVTEC); not run as it is
     smoke      two detectors on two random networks and two seeds, in seconds
@@ -45,7 +47,20 @@ def get_config(variants: str = ""):
     rows = {"before": "run:runs/mine@0", "trained": "run:runs/mine"}
     config.backbones = comparison.in_order(rows)
     config.datasets = {"own": comparison.dataset("run")}
-    return apply_variants(config, variants, {"imagenet": _imagenet, "smoke": _smoke}, __file__)
+    return apply_variants(config, variants, VARIANTS, __file__)
+
+
+def _adpretrain(config):
+    config.detectors = ("patchcore", "padim", "featurenorm")
+    encoder = "run:runs/adpretrain-0"
+    rows = {
+        "raw": encoder,
+        "residual": f"residual:{encoder}",
+        "projected": f"projected:runs/adpretrain-{{seed}}:{encoder}",
+    }
+    config.backbones = comparison.in_order(rows)
+    config.datasets = {"mvtec": comparison.dataset("mvtec")}
+    config.seeds = (0, 1, 2)
 
 
 def _imagenet(config):
@@ -70,3 +85,6 @@ def _smoke(config):
     config.datasets.tiles.synthetic.update(size=64, train=4, good=2, bad=1)
     config.seeds = (0, 1)
     config.evaluation.update(image_size=64, batch_size=8)
+
+
+VARIANTS = {"adpretrain": _adpretrain, "imagenet": _imagenet, "smoke": _smoke}

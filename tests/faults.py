@@ -33,6 +33,12 @@ NET = (
     "--config.detector.sigma=1.0", "--config.evaluation.image_size=32",
     "--config.evaluation.batch_size=4",
 )  # fmt: skip
+ROWS = (
+    "--config=compare:smoke", "--config.skip=('*/patches/*', '*/padim')", "--config.seeds=(0,)",
+    *(a.replace(".data.", ".datasets.tiles.") for a in BOTH),
+    "--config.datasets.tiles.categories=()",
+    "--config.evaluation.image_size=32", "--config.evaluation.batch_size=4",
+)  # fmt: skip
 TRAIN = ("--config=mae:smoke", *DATA, "--config.data.canvas=48", "--config.batch_size=4")
 #: By name: the arguments, and the inputs that make them fail.
 COMMANDS = {
@@ -44,6 +50,7 @@ COMMANDS = {
     "evaluate a model": (
         ["evaluate", f"--model={MODEL}", *BOTH, "--workdir={out}"], [MODEL, f"{PICS}/gut"],
     ),
+    "compare": (["compare", *ROWS, "--workdir={out}"], [PICS]),
     "pretrain": (["pretrain", *TRAIN, "--config.steps=3", "--workdir={out}"], [f"{PICS}/gut"]),
     "report": (["report", EVAL, "--out={out}/r.html"], [f"{EVAL}/results.json"]),
     "export": (["export", f"--backbone=run:{RUN}", "--out={out}"], [f"{RUN}/config.json"]),

@@ -127,7 +127,7 @@ def prepare(
     sizes: dict[Any, int] = {}
     stamps: dict[str, tuple[str, dict[str, Any]]] = {}
     for number, cell in enumerate(cells):
-        with faults.of(cell.title):
+        with faults.of(cell.title, cell):
             parts = loaded.evaluation(cell)
             size, mark = _size(parts, cell, loaded), _stamp(parts, cell, loaded)
             title, first = stamps.setdefault(cell.dataset, (cell.title, mark))
@@ -201,7 +201,7 @@ def _size(parts: evaluate.Evaluation, cell: Cell, loaded: _Loaded) -> int:
 
 def _stamp(parts: evaluate.Evaluation, cell: Cell, loaded: _Loaded) -> dict[str, Any]:
     """What the stamp of a cell is going to say."""
-    cfg, names = parts.config, wrappers.unwrap(cell.config.backbone).names
+    cfg, names = parts.config, tuple(parts.map_wrappers())
     return stamp.make_stamp(
         parts.dataset, parts.dataset.categories, config=cfg.evaluation, detector=parts.detector,
         backbone=_first_network(parts, cell, loaded), key=runs.key_for(cfg.seed),
@@ -245,8 +245,8 @@ def compare(
         try:
             results = _measured(made, path, number, out)
         except DsadError as error:
-            told = DsadError(f"{cell.title}: {error}\nThe others stay as they are; the same "
-                             "command goes on.")  # fmt: skip
+            on = "The others stay as they are; the same command goes on."
+            told = DsadError(f"{cell.title}: {cell.told(str(error))}\n{on}")
             told.code, told.shared = error.code, error.shared
             raise told from error
         made.done[number] = compared.read_measured(path, cell.folder, **cell.place)

@@ -28,6 +28,9 @@ FEATURES = "features"
 #: In a backbone's spec and weights: the number of a seed, each of which has a network of its own.
 SEED = "{seed}"
 
+#: What a detector may have otherwise than the others.
+_OWN = ("detector", "evaluation", "one_for_all", "support")
+
 
 class NetworkConfig(core_config.Settings, place="config.backbones"):
     """One of the backbones; its spec alone may stand in the place of this group.
@@ -51,7 +54,8 @@ class CompareConfig(core_config.Settings, place="config"):
     """Everything of a comparison but its backbones, its data sets and settings of detectors.
 
     The groups ``backbones`` and ``datasets`` hold one of each by the name that it has in tables,
-    ``settings`` keys of a detector's config (``detector`` and ``evaluation``) by the detector's.
+    ``settings`` keys of a detector's config (``detector``, ``evaluation``, ``support`` and
+    ``one_for_all``) by the detector's.
 
     Attributes:
       detectors: their config files, with variants after a colon ("patchcore:published"); of these
@@ -139,7 +143,10 @@ def _names(detectors: Sequence[str]) -> tuple[str, ...]:
 def parse(config: Any) -> Plan:
     """A comparison from nested dicts; strict."""
     values = dict(core_config.require(config, "backbones", "configs/compare.py").items())
-    groups = {n: dict(values.pop(n).items()) for n in ("backbones", "datasets", "settings")}
+    groups = {
+        name: _group(f"config.{name}", values.pop(name, None))
+        for name in ("backbones", "datasets", "settings")
+    }
     cfg = core_config.build_dataclass(CompareConfig, values)
     for group in ("backbones", "datasets"):
         if not groups[group]:
@@ -152,13 +159,16 @@ def parse(config: Any) -> Plan:
                 )
     networks, data = {}, {}
     for name, entry in groups["backbones"].items():
-        given = {"spec": entry} if isinstance(entry, str) else dict(entry.items())
         where = f"config.backbones.{name}"
+        given = {"spec": entry} if isinstance(entry, str) else _group(where, entry)
         networks[name] = core_config.build_dataclass(NetworkConfig, given, where)
     for name, entry in groups["datasets"].items():
         where = f"config.datasets.{name}"
-        data[name] = core_config.build_dataclass(data_base.DataConfig, dict(entry.items()), where)
-    own = {n: dict(_flat(keys)) for n, keys in groups["settings"].items()}
+        data[name] = core_config.build_dataclass(data_base.DataConfig, _group(where, entry), where)
+    own = {
+        name: dict(_flat(_group(f"config.settings.{name}", entry)))
+        for name, entry in groups["settings"].items()
+    }
     detectors = _names(cfg.detectors)
     known = (*detectors, *flags.shipped_configs())
     if unknown := [n for n in own if n not in known and n.partition(":")[0] not in known]:
@@ -170,6 +180,13 @@ def parse(config: Any) -> Plan:
         config=cfg, backbones=networks, datasets=data, detectors=detectors, settings=own,
         baseline=_baseline(cfg.baseline, tuple(networks), detectors),
     )  # fmt: skip
+
+
+def _group(where: str, value: Any) -> dict[str, Any]:
+    """The keys of a group."""
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"{where}: expected a group of keys, found {value!r}.")
+    return dict(value.items())
 
 
 def _baseline(name: str, backbones: Sequence[str], detectors: Sequence[str]) -> Baseline:
@@ -226,6 +243,17 @@ class Cell:
         """Below the comparison's."""
         return "/".join(map(paths.component, self.title.split("/")))
 
+    def told(self, text: str) -> str:
+        """A message about an evaluation, with the keys that the comparison has in their places."""
+        own = {
+            "data": f"datasets.{self.dataset}",
+            "backbone": f"backbones.{self.backbone}.spec",
+            "weights": f"backbones.{self.backbone}.weights",
+            "detector": f"settings.{self.detector}.detector",
+        }
+        names = "|".join(own)
+        return re.sub(rf"\bconfig\.({names})\b", lambda key: f"config.{own[key[1]]}", text)
+
     @property
     def network(self) -> tuple[str, str]:
         """Spec without wrappers of maps, and weights: what computes the features."""
@@ -239,12 +267,12 @@ class Faults:
         self._cells: dict[str, list[str]] = {}
 
     @contextlib.contextmanager
-    def of(self, title: str) -> Iterator[None]:
-        """Note what is raised in this block."""
+    def of(self, title: str, cell: "Cell | None" = None) -> Iterator[None]:
+        """Note what is raised in this block, of a cell with the keys of the comparison."""
         try:
             yield
         except DsadError as error:
-            self.note(title, str(error))
+            self.note(title, cell.told(str(error)) if cell else str(error))
 
     def note(self, title: str, text: str) -> None:
         """Note a fault."""
@@ -278,11 +306,12 @@ def cells_of(plan: Plan, features: str, faults: Faults) -> list[Cell]:
         title = "/".join(place.values())
         skipped = any(fnmatch.fnmatchcase(title, pattern) for pattern in plan.config.skip)
         if place["detector"] in files and not skipped:
-            with faults.of(title):
-                config = files[place["detector"]].copy_and_resolve_references()
+            config = files[place["detector"]].copy_and_resolve_references()
+            cell = Cell(**place, seed=seed, config=config)
+            with faults.of(title, cell):
                 config.evaluation.update(measured)
                 _fill(config, plan, place, network, seed)
-                made.append(Cell(**place, seed=seed, config=config))
+                made.append(cell)
     if not made and not faults:
         raise ConfigError(f"config.skip: {plan.config.skip} leaves nothing to compare.")
     _share_layers(made, plan.config.evaluation.cache_layers, faults)
@@ -338,10 +367,10 @@ def _fill(
     if network.layers:
         flags.update(config, {"detector.layers": network.layers})
     own = _settings(plan, detector)
-    if wrong := [k for k in own if k.partition(".")[0] not in ("detector", "evaluation")]:
+    if wrong := [key for key in own if key.partition(".")[0] not in _OWN]:
         raise ConfigError(
-            f"config.settings.{detector}: expected keys of detector and evaluation, found "
-            f"{listed(wrong)}; the others are the same for all."
+            f"config.settings.{detector}: expected keys of {listed(_OWN)}, found {listed(wrong)}; "
+            "the others are the same for all."
         )
     try:
         flags.update(config, own)
@@ -354,7 +383,7 @@ def _share_layers(cells: Sequence[Cell], first: Sequence[str], faults: Faults) -
     layers: dict[Any, dict[str, None]] = {}
     groups = []
     for cell in cells:
-        with faults.of(cell.title):
+        with faults.of(cell.title, cell):
             key = (*cell.network, cell.config.evaluation.image_size)
             _, detector = evaluate.parse(cell.config)
             wanted = layers.setdefault(key, dict.fromkeys(first))

@@ -16,7 +16,7 @@ from dsad.assembly.model import Saved
 from dsad.assembly.saving import Writer
 from dsad.core import config as core_config
 from dsad.core import distributed
-from dsad.core.detection import Detector
+from dsad.core.detection import Detector, MapWrapper
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, CanvasSource, Dataset, Progress
@@ -143,6 +143,15 @@ class Evaluation:
         config = dataclasses.replace(cfg, data=data_config(cfg.data, cfg.backbone))
         detector = {"name": name, **core_config.as_dict(self.detector.config)}
         return {**core_config.as_dict(config), "detector": detector}
+
+    def map_wrappers(self) -> dict[str, MapWrapper]:
+        """From the inside out; projectors of a run are told apart by their description."""
+        spec = wrappers.unwrap(self.config.backbone)
+        return {
+            f"{name} ({wrapper.read().description})"
+            if isinstance(wrapper, ProjectedMaps) and not self.saved else name: wrapper
+            for name, wrapper in zip(spec.names, spec.maps, strict=True)
+        }  # fmt: skip
 
     def looks(self) -> dict[str, Any]:
         """Of the normal images that the detectors are fitted on, by category."""
@@ -329,11 +338,6 @@ def localized(
     """What ``localize`` makes of the parts; see there."""
     cfg, saved = parts.config, parts.saved
     parts_of_spec = wrappers.unwrap(cfg.backbone)
-    map_wrappers = {
-        f"{name} ({wrapper.read().description})"
-        if isinstance(wrapper, ProjectedMaps) and not saved else name: wrapper
-        for name, wrapper in zip(parts_of_spec.names, parts_of_spec.maps, strict=True)
-    }  # fmt: skip
 
     def of_category(category: str) -> Backbone:
         if saved:
@@ -343,7 +347,7 @@ def localized(
 
     return localize(
         parts.backbone, parts.detector, parts.dataset, cfg.evaluation,
-        map_wrappers=map_wrappers,
+        map_wrappers=parts.map_wrappers(),
         mesh=make_mesh(cfg.mesh), key=runs.key_for(cfg.seed), progress=progress,
         name=name or cfg.backbone, sampling=parts.sets, given=saved, keep=keep, folder=folder,
         backbone_of=None if parts.backbone is not None else of_category, train=Trainer(),

@@ -25,7 +25,7 @@ COMPARED = (
     "map_wrappers", "support.seeds", "support.sha256",
 )  # fmt: skip
 #: Of a stamp what tells rows apart, for people.
-SHOWN = ("backbone.arch", "backbone.weights", "layers", "image_score", "upsampling")
+SHOWN = ("backbone.arch", "backbone.weights", "map_wrappers", "layers")
 
 
 class Baseline(NamedTuple):

@@ -164,7 +164,7 @@ class Device:
         if features.network is None:
             return None
         return FrozenMaps(
-            network=features.network, banks=banks, layers=features.layers,
+            network=features.network.only(self._own), banks=banks, layers=self._own,
             transform=self._wrapped, rotations=rotations,
         )  # fmt: skip
 

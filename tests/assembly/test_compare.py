@@ -199,6 +199,13 @@ def test_all_faults_are_told_at_once_and_nothing_is_touched(tmp_path):
     ):  # fmt: skip
         assert told in text, told
     assert text.count("'nearest'") == 1
+    # Keys are those of a comparison.
+    made.backbones.raw.weights = ""
+    made.datasets.gone.root = ""
+    with pytest.raises(ConfigError) as error:
+        prepare(made, str(tmp_path / "out"), console.console())
+    assert "config.backbones.raw.weights: resnet18 needs some" in str(error.value)
+    assert "Set it with --config.datasets.gone.root=DIR" in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -265,6 +272,10 @@ def test_the_baseline():
         (
             {"backbones": {"a": {"spec": "x", "weigths": ""}}},
             r"config.backbones.a.weigths: unknown",
+        ),
+        (
+            {"datasets": {"a": "mvtec"}},
+            "config.datasets.a: expected a group of keys, found 'mvtec'",
         ),
         ({"datasets": {"a": {"nme": "x"}}}, "config.datasets.a.nme: unknown key"),
         ({"settings": {"pdim": {}}}, r"config.settings: no detector pdim. Did you mean 'padim'\?"),

@@ -107,11 +107,13 @@ def test_the_config_may_follow_its_keys():
 
 @pytest.mark.parametrize("name", flags.shipped_configs())
 def test_shipped_configs_are_complete(name):
-    from dsad.assembly import evaluate, label_probe
+    from dsad.assembly import comparison, evaluate, label_probe
     from dsad.cli import demo
 
     config, _, _ = flags.Command("x", "", config=name).parse([])
-    if "pretrain" in config:
+    if comparison.is_meant(config):
+        comparison.parse(config)
+    elif "pretrain" in config:
         pretrain.parse(config.pretrain)
         evaluate.parse(config.evaluate)
         assert demo.COMMAND_CONFIG == "configs/demo.py"

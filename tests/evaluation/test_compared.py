@@ -25,7 +25,8 @@ def stamp(**changes):
         "name": "any", "date": "2026", "categories": list(CATEGORIES), "fpr_limit": 0.3,
         "dataset": {"name": "discs", "records_sha256": "ab"}, "detector": {"name": "knn"},
         "support": {"shots": "all", "seeds": [0], "sha256": "x"}, "layers": ["layer2"],
-        "backbone": {"arch": "resnet18", "weights": "random, seed 0"}, **changes,
+        "backbone": {"arch": "resnet18", "weights": "random, seed 0"},
+        "map_wrappers": ["residual"], **changes,
     }  # fmt: skip
 
 
@@ -132,4 +133,5 @@ def test_the_page_shows_links_charts_and_what_is_left(content, tmp_path):
     assert "Pixel AP: difference" in page
     assert len(re.findall(r"gap up\">\+0\.\d{3} ± 0\.00\d", page)) == 3
     assert "records_sha256" in page
+    assert "resnet18, random, seed 0, behind residual; layer2</td>" in page
     assert "[red]y" in page

@@ -204,7 +204,11 @@ def test_class_tokens_are_kept_for_detectors_that_read_them(tmp_path):
     def names(layers):
         config = EvalConfig(image_size=16, feature_cache=str(tmp_path), cache_layers=layers)
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        return Device(Coloured(), Distance(layers=("block2",)), config, mesh)._features.layers
+        device = Device(Coloured(), Distance(layers=("block2",)), config, mesh)
+        frozen = device.frozen((), 1)  # for training steps: no more than the detector's own
+        assert set(frozen(np.zeros((1, 16, 16, 3)), np.zeros(1))) == {"block2"}
+        assert frozen.network.layers == ("block2",)
+        return device._features.layers
 
     assert names(("cls", "block10")) == ("block10", "block2", "cls")
     assert names(()) == ("block2",)
