@@ -58,6 +58,7 @@ def _resnet(config):
         arch="resnet18",
         layers=("layer1", "layer2", "layer3"),
         slots=256,
+        heads=4,
         tokens=28,
         references=(1, 2, 4),
         stored="float16",
