@@ -1,7 +1,9 @@
 """What an objective computes of every sample once, before the first step: where it is kept."""
 
+import contextlib
 import math
 import pathlib
+import shutil
 from collections.abc import Iterable
 
 import jax
@@ -35,11 +37,13 @@ def size(run: Run) -> int:
 def check_room(run: Run, folder: epath.Path | None = None) -> None:
     """Refuse features that do not fit where they will be kept; ``folder``: the run's, on disk.
 
-    Features of a data set on the devices take memory of the host as well, while they are computed.
+    Features of a data set on the devices take memory of the host as well, while they are computed;
+    every worker process holds those in memory by itself.
     """
     if not run.spec.features:
         return
     needed, on_disk = size(run), run.config.feature_store == "disk"
+    copies = 1 if on_disk else 1 + run.config.data.workers
     if on_disk and run.store is not None:
         raise ConfigError(
             "config.feature_store=disk: expected images that are no array on the devices, found "
@@ -51,9 +55,11 @@ def check_room(run: Run, folder: epath.Path | None = None) -> None:
             f"config.feature_store=disk: expected a --workdir on a disk of this machine, found "
             f"{folder}."
         )
+    often = f" ({copies} times, for the workers too)" if copies > 1 else ""
+    needed *= copies
     room = {"the memory of this machine": None if on_disk else _free_memory()}
     if on_disk and folder is not None:
-        room = {f"the disk of {folder}": paths.free(folder)}
+        room = {f"the disk of {folder}": (paths.free(folder) or 0) + _held(folder)}
     if run.store is not None and (chip := chip_of(run.mesh.devices.flat[0])):
         shard = run.store["features"]
         parts = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -64,11 +70,29 @@ def check_room(run: Run, folder: epath.Path | None = None) -> None:
     for where, free in room.items():
         if free is not None and needed > free:
             raise ConfigError(
-                f"the features of {run.info.samples:,} samples take {paths.size(needed)}, and "
-                f"{where} has {paths.size(free)} for them. Keep them in files with "
+                f"the features of {run.info.samples:,} samples take {paths.size(needed)}{often}, "
+                f"and {where} has {paths.size(free)} for them. Keep them in files with "
                 "--config.feature_store=disk --config.data.cache=host, compute fewer or coarser "
                 "ones, or have the objective compute them anew in every step."
             )
+
+
+def _place(folder: epath.Path) -> pathlib.Path:
+    """Where this process has its files."""
+    return pathlib.Path(folder) / FOLDER / f"process{distributed.index()}"
+
+
+def _held(folder: epath.Path) -> int:
+    """Bytes of files that are written anew."""
+    return sum(512 * file.stat().st_blocks for file in _place(folder).glob("*"))
+
+
+def discard(folder: epath.Path) -> None:
+    """Remove this process's files, which no other start reads."""
+    if not paths.is_remote(folder):
+        shutil.rmtree(_place(folder), ignore_errors=True)
+        with contextlib.suppress(OSError):  # of other processes there may be more
+            _place(folder).parent.rmdir()
 
 
 def _free_memory() -> int | None:
@@ -96,7 +120,7 @@ def computed(
     count, done = run.info.samples, 0
     place: pathlib.Path | None = None
     if run.config.feature_store == "disk" and folder is not None:
-        place = pathlib.Path(folder) / FOLDER / f"process{distributed.index()}"
+        place = _place(folder)
         place.mkdir(parents=True, exist_ok=True)
 
     def empty(name: str, field: Field) -> np.ndarray | FeatureFile:

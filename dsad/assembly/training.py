@@ -244,6 +244,7 @@ def _pretrain(training: Training, path: epath.Path, out: Console, resume: bool) 
         batches.close()
         writer.close()
         checkpointer.close()
+        features.discard(path)
     return complete
 
 

@@ -26,7 +26,7 @@ def asked(monkeypatch, config):  # noqa: F811
     return config
 
 
-def test_files_hold_what_memory_would(asked, tmp_path):
+def test_files_hold_what_memory_would(asked, monkeypatch, tmp_path):
     batches = []
     for store in ("memory", "disk"):
         asked.feature_store = store
@@ -36,6 +36,13 @@ def test_files_hold_what_memory_would(asked, tmp_path):
         batches.append(next(made.pipeline.iterator()))
     file = tmp_path / "features" / "process0" / "cells"
     assert file.stat().st_size == features.size(made.run) > 0
+    # What is written anew is no further need; nothing is left where it is of no more use.
+    monkeypatch.setattr(features.paths, "free", lambda path: 0)
+    features.check_room(made.run, epath.Path(tmp_path))
+    features.discard(epath.Path(tmp_path))
+    assert not any(tmp_path.glob("features*"))
+    with pytest.raises(ConfigError, match=r"and the disk of .* has 0 B for them"):
+        features.check_room(made.run, epath.Path(tmp_path))
     for rows in (lambda b: b["features"], lambda b: b["references"]["features"]):
         np.testing.assert_array_equal(rows(batches[0])["cells"], rows(batches[1])["cells"])
 
@@ -57,6 +64,10 @@ def test_features_that_do_not_fit_are_refused_before_the_first_image(asked, monk
         ConfigError, match=r"features of 39 samples take 30 kB, and the memory .* has 1 kB"
     ):
         training.prepare(asked, out)
+    asked.data.update(cache="none", workers=2)
+    with pytest.raises(ConfigError, match=r"take 89\.9 kB \(3 times, for the workers"):
+        training.prepare(asked, out)
+    asked.data.update(cache="host", workers=0)
     asked.feature_store = "disk"
     made = training.prepare(asked, out)
     monkeypatch.setattr(features.paths, "free", lambda path: 10)
