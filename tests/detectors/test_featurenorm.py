@@ -27,7 +27,7 @@ def test_radii_are_the_published_ones():
 
 
 def test_the_image_score_is_the_highest_smoothed_pixel():
-    """sigma 4 leaves 0.00994789 of an impulse, wherever it lies inside."""
+    """sigma 4 leaves 0.00994789 of an impulse inside, and 0.0385767 of one in a corner."""
     detector = made("featurenorm", **ONE)
     features = np.zeros((1, 65, 65, 2), np.float32)
     features[0, 32, 32, 0] = 8
@@ -36,6 +36,9 @@ def test_the_image_score_is_the_highest_smoothed_pixel():
     found = finished(detector.traits, (65, 65), True, scores)
     assert scores.image[0] == 2
     assert found.image[0] == pytest.approx(2 * 0.00994789, rel=1e-5)
+    corner = {"a": np.roll(features, (-32, -32), (1, 2))}
+    found = finished(detector.traits, (65, 65), True, detector.score({}, corner))
+    assert found.image[0] == pytest.approx(2 * 0.0385767, rel=1e-5)
     method = dataclasses.replace(detector.traits, image_score="method")
     assert finished(method, (65, 65), True, scores).image[0] == 2
 

@@ -31,6 +31,24 @@ def test_padim_forms_agree_and_auto_takes_the_smaller():
     assert set(found["full"][1][0]) == {"mean", "factor"}
 
 
+@pytest.mark.parametrize("form", ["full", "low_rank"])
+def test_padim_scales_what_training_never_varied_by_ten(form):
+    """With identical training vectors everything; else what is orthogonal to them (T1)."""
+    one = {n: np.repeat(m[:1], 4, 0) for n, m in maps_of(0, 1).items() if n == "layer2"}
+    test = {n: m for n, m in maps_of(1, 4).items() if n == "layer2"}
+    kept = {"channels": 0, "form": form, "layers": ("layer2",)}
+    detector = made("padim", **kept)
+    state = detector.fit(Batches(one), **ALONE)
+    far = np.linalg.norm(np.float64(test["layer2"]) - one["layer2"], axis=3)
+    np.testing.assert_allclose(detector.score(state, test).map, 10 * far, rtol=1e-4)
+    varied = {"layer2": one["layer2"] * np.float32([1, 1, 1, 1, 1, 0, 0])}
+    varied["layer2"][..., :5] += np.random.default_rng(2).normal(size=(4, 6, 5, 5))
+    state = detector.fit(Batches(varied), **ALONE)
+    moved = {"layer2": np.repeat(varied["layer2"].mean(axis=0)[None], 4, 0)}
+    moved["layer2"][..., 5] += 3
+    np.testing.assert_allclose(detector.score(state, moved).map, 30, rtol=1e-4)
+
+
 def test_padim_folds_as_it_streams():
     normal, test = maps_of(0, 14), maps_of(1, 8)
     detector, state = fitted(normal, size=14, channels=0)

@@ -248,6 +248,17 @@ class TestPositions:
         want = want[0].permute(1, 2, 0).reshape(-1, 3).numpy()
         np.testing.assert_allclose(made[1:], want, atol=1e-5)
 
+    def test_published_values_of_resampling(self):
+        """The ramp 0 to 36, as DINOv2 brings its table to 16 cells, and by a plain resize."""
+        for rule, first in (
+            ("offset", [0.5552, 2.9248, 5.2925, 7.5327]),
+            ("plain", [0.5628, 2.9546]),
+        ):
+            found = positions.cubic_weights(37, 16, rule) @ np.arange(37.0)
+            np.testing.assert_allclose(found[: len(first)], first, atol=6e-5)
+            if rule == "offset":
+                assert found[-1] == pytest.approx(35.1711, abs=6e-5)
+
     def test_resampling_follows_the_kernels(self):
         """Weights by hand: doubling a row puts samples a quarter cell from their neighbours."""
         a = -0.75
