@@ -145,7 +145,8 @@ class ADPretrain(EncoderObjective):
         self.widths = {n: map_shapes(self, cfg.side)[n].shape[-1] for n in cfg.layers}
         for name, width in self.widths.items():
             if width % cfg.heads:
-                raise Refused("heads", f"a divisor of the {width} channels of {name}", cfg.heads)
+                expected = f"a divisor of the {width} channels of {name}"
+                raise Refused("config.objective.heads", expected, cfg.heads)
         real, every_step = cfg.anomalies == "real", cfg.encode == "every_step"
         companions = Companions(
             count=max(cfg.references), same=("category", "camera"), images=every_step,

@@ -250,9 +250,16 @@ def test_the_encoder_is_taken_over_and_stays():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heads": 7}, r"heads: expected a divisor of the 64 channels of layer1"),
+        (
+            {"heads": 7},
+            r"config\.objective\.heads: expected a divisor of the 64 channels of layer1",
+        ),
         ({"layers": ("layer9",)}, r"layers: expected some of layer1"),
-        ({"anomalies": "synthetic", "shapes": ShapesConfig()}, r"shapes\.(sources|.*)"),
+        (
+            {"anomalies": "synthetic", "shapes": ShapesConfig(), "side": 224},
+            r"shapes\.sources: expected own and noise alone",
+        ),
+        ({"anomalies": "synthetic", "shapes": ShapesConfig()}, r"shapes\.scar_length: expected"),
         ({"temperature": 0.01}, r"temperature: expected a finite number >= 0\.03"),
     ],
 )
