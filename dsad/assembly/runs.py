@@ -306,9 +306,9 @@ class RunBackbone:
 
 
 def _projected(references: str | None, spec: str) -> ProjectedMaps:
-    return ProjectedMaps(
-        int(references or REFERENCES), spec, functools.partial(projectors, _SCHEME + spec)
-    )
+    # Read once, not for each category and seed.
+    read = functools.cache(functools.partial(projectors, _SCHEME + spec))
+    return ProjectedMaps(int(references or REFERENCES), spec, read)
 
 
 def projectors(spec: str) -> Projectors:

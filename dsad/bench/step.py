@@ -1,9 +1,11 @@
 """``dsad bench step``: images/s of a training step, and where its time goes."""
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from etils import epath
 
 from dsad.assembly import training
 from dsad.assembly.pretrain import Run
@@ -46,12 +48,18 @@ def step(config: Any, rounds: int, *, details: bool = False) -> dict[str, float]
 
     ``details`` adds what is particular to transformers, see ``_transformer``.
     """
+    with tempfile.TemporaryDirectory(prefix="dsad-") as folder:
+        return _step(config, rounds, epath.Path(folder), details=details)
+
+
+def _step(config: Any, rounds: int, folder: epath.Path, *, details: bool) -> dict[str, float]:
+    """The same; ``folder`` takes the place of a run's directory, for features on its disk."""
     out = console.console()
     with console.progress("reading images", out) as tell:
         prepared = training.build(config, progress=tell, weights=True)
     run = prepared.run
     state = training.first_state(prepared, prepared.earlier, out)
-    prepared = training.with_features(prepared, state, out)
+    prepared = training.with_features(prepared, state, out, folder)
     state = training.prepared(prepared, state)
     batches = prepared.pipeline.iterator()
     params, extra = jax.tree.map(lambda x: x.copy(), (state.params, state.extra))

@@ -43,9 +43,14 @@ def main(argv: list[str]) -> int:
         path = claim(info=prepared.run.info)
         finished = training.pretrain(prepared, path, out, resume=resume)
     if finished:
-        projected = isinstance(prepared.run.objective, HasProjectors)
-        backbone = f"projected:{path}:run:{path}" if projected else f"run:{path}"
-        use = shlex.join(["dsad", "evaluate", f"--config.backbone={backbone}", "--workdir=DIR"])
+        objective, parts = prepared.run.objective, [f"--config.backbone=run:{path}"]
+        if isinstance(objective, HasProjectors):
+            layers = tuple(objective.projectors(prepared.run.abstract.params))
+            parts = [
+                f"--config.backbone=projected:{path}:run:{path}",
+                f"--config.detector.layers={layers}",
+            ]
+        use = shlex.join(["dsad", "evaluate", *parts, "--workdir=DIR"])
         out.print(f"done; evaluate it with:\n  {use}")
         return 0
     again = shlex.join(["dsad", "pretrain", "--resume", f"--workdir={path}"])
