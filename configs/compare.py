@@ -31,7 +31,8 @@ are in the order of the entries, or by name where in_order is left out.
 
 Variants, after a colon:
     adpretrain raw, residual and projected maps of the encoder of runs/adpretrain-0, projectors of
-               runs/adpretrain-0 to -2, on MVTec AD; not run as it is
+               runs/adpretrain-0 to -2, on MVTec AD; not run as it is. Of an encoder without the
+               detectors' own layers they are --config.backbones.raw.layers and so on
     imagenet   ResNet-18 with ImageNet's weights against random ones of three seeds, on MVTec AD
                (--config.datasets.mvtec.root=MVTEC); not run as it is
     smoke      two detectors on two random networks and two seeds, in seconds
@@ -58,6 +59,7 @@ def _adpretrain(config):
         "residual": f"residual:{encoder}",
         "projected": f"projected:runs/adpretrain-{{seed}}:{encoder}",
     }
+    rows = {name: comparison.backbone(spec) for name, spec in rows.items()}
     config.backbones = comparison.in_order(rows)
     config.datasets = {"mvtec": comparison.dataset("mvtec")}
     config.seeds = (0, 1, 2)

@@ -306,6 +306,11 @@ class RunBackbone:
 
 
 def _projected(references: str | None, spec: str) -> ProjectedMaps:
+    if spec + ":" == _SCHEME:
+        raise ConfigError(
+            "config.backbone: projected:run: expected the directory of a run by itself, and behind "
+            "it a backbone, for example projected:runs/adpretrain:resnet18."
+        )
     # Read once, not for each category and seed.
     read = functools.cache(functools.partial(projectors, _SCHEME + spec))
     return ProjectedMaps(int(references or REFERENCES), spec, read)
@@ -330,7 +335,7 @@ def projectors(spec: str) -> Projectors:
 
 wrappers.KINDS["projected"] = wrappers.Kind(
     "projected[:REFERENCES]:RUN", "projected:runs/adpretrain",
-    r"(?:([1-9]\d*):)?((?:\w+://)?[^:]+):", _projected,
+    r"(?:(\d+):)?((?:\w+://)?[^:]+):", _projected,
 )  # fmt: skip
 
 

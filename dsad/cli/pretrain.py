@@ -45,10 +45,10 @@ def main(argv: list[str]) -> int:
     if finished:
         objective, parts = prepared.run.objective, [f"--config.backbone=run:{path}"]
         if isinstance(objective, HasProjectors):
-            layers = tuple(objective.projectors(prepared.run.abstract.params))
+            names = [f'"{n}",' for n in objective.projectors(prepared.run.abstract.params)]
             parts = [
                 f"--config.backbone=projected:{path}:run:{path}",
-                f"--config.detector.layers={layers}",
+                f"--config.detector.layers=({' '.join(names)})",
             ]
         use = shlex.join(["dsad", "evaluate", *parts, "--workdir=DIR"])
         out.print(f"done; evaluate it with:\n  {use}")

@@ -47,6 +47,14 @@ class ResidualMaps:
 
     references: int
 
+    def __post_init__(self) -> None:
+        if self.references < 2:
+            raise ConfigError(
+                "config.backbone: residual and projected maps: expected 2 reference images or "
+                f"more, found {self.references}; none is a reference of itself. Name more, or no "
+                f"number for {REFERENCES}."
+            )
+
     def adapt(self, source: FeatureSource, *, mesh: Mesh | None, key: jax.Array) -> Tree:
         """The bank; raises DataError for a support set of less than two images."""
         del mesh

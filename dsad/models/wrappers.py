@@ -158,7 +158,7 @@ def _residual(references: str | None) -> ResidualMaps:
 #: By the first word of a spec. ``assembly.runs`` adds ``projected``, which reads a run.
 KINDS = {
     "patches": Kind("patches:SIZE/STRIDE", "patches:32/4", r"([1-9]\d*)/([1-9]\d*):", _patches),
-    "residual": Kind("residual[:REFERENCES]", "residual", r"(?:([1-9]\d*):)?", _residual),
+    "residual": Kind("residual[:REFERENCES]", "residual", r"(?:(\d+):)?", _residual),
 }
 
 

@@ -194,5 +194,15 @@ def test_specs_are_taken_apart():
         wrappers.unwrap("patches:32/4:away:resnet18")
     with pytest.raises(ConfigError, match="expected away:BACKBONE"):
         wrappers.unwrap("away:")
+    parts = wrappers.unwrap("projected:4:gs://a/b@5:residual:resnet18")
+    assert parts.names == ("residual", "projected:4:gs://a/b@5")
+    assert [wrapper.references for wrapper in parts.maps] == [8, 4]
+    for number in (0, 1):
+        with pytest.raises(ConfigError, match=rf"2 reference images or more, found {number};"):
+            wrappers.unwrap(f"residual:{number}:resnet18")
+    with pytest.raises(ConfigError, match="projected:run: expected the directory .* by itself"):
+        wrappers.unwrap("projected:run:runs/a:resnet18")
+    with pytest.raises(ConfigError, match=r"expected projected\[:REFERENCES\]:RUN:BACKBONE"):
+        wrappers.unwrap("projected:runs/a")
     with pytest.raises(ConfigError, match="away needs the support set of an evaluation"):
         runs.backbone("away:resnet18", "", 0)
