@@ -94,7 +94,9 @@ class Trainer:
             step=program.step, batches=drawn, store=None, key=key, mesh=mesh, total_steps=total,
             batch_size=recipe.batch_size, log_every=max(1, total // 100),
             settings="config.detector.recipe.optim",
-            on_log=training_note(lambda n, of, note: data.progress(n, of, f"steps  {note}")),
+            on_log=training_note(
+                lambda n, of, note: data.progress(n, of, f"steps  {note}".rstrip())
+            ),
         )  # fmt: skip
         state, complete = train(loop, state)
         if not complete:

@@ -168,9 +168,15 @@ def prepare(
 
 
 def _check_needs(run: Run, records: Sequence[Record]) -> None:
-    """Refuse data without the defects that the objective learns from."""
-    needs = run.spec.needs
-    if (needs.label or needs.mask) and not any(record.label for record in records):
+    """Refuse data without the defects that the objective learns from, or with some it denies."""
+    needs, defects = run.spec.needs, sum(bool(record.label) for record in records)
+    if needs.normal and defects:
+        raise ConfigError(
+            f"config.data.split: the objective takes all images for normal, and {defects} of the "
+            f"{len(records)} images of split {run.config.data.split} have defects. Set "
+            "config.data.split to train, or name other data."
+        )
+    if (needs.label or needs.mask) and not defects:
         raise ConfigError(
             f"config.data.split: the objective learns from defects, and none of the {len(records)} "
             f"images of split {run.config.data.split} has one. Set config.data.split to test or "
@@ -181,7 +187,13 @@ def _check_needs(run: Run, records: Sequence[Record]) -> None:
 def _check_companions(training: Training, out: Console) -> None:
     alone, samples = training.pipeline.unaccompanied, training.pipeline.samples
     if alone:
-        what = f"{alone} of {samples} images have no companion ({training.run.spec.needs})"
+        companions = training.run.spec.needs.companions
+        assert companions is not None
+        kind = "normal " if companions.label == 0 else ""
+        what = (
+            f"{alone} of {samples} images have no companion: no other {kind}image of the same "
+            f"{listed(companions.same)}"
+        )
         if alone == samples:
             raise ConfigError(f"config.data: {what}.")
         out.print(what)

@@ -24,7 +24,7 @@ SAME_NUMBERS = (
 #: That a probe holds out the same images is seen by their number: more of them include the fewer.
 FREE = (
     *SAME_NUMBERS, "config.checkpoint", "config.log_every", "config.probe",
-    "config.compilation_cache",
+    "config.compilation_cache", "config.feature_store",
 )  # fmt: skip
 
 

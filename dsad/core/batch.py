@@ -65,12 +65,16 @@ class Companions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What an objective wants in its batches beside image, size, index, epoch and category."""
+    """What an objective wants in its batches beside image, size, index, epoch and category.
+
+    ``normal``: it takes every image for one without defects.
+    """
 
     facts: tuple[str, ...] = ()
     label: bool = False
     group: bool = False
     mask: bool = False
+    normal: bool = False
     companions: Companions | None = None
 
 

@@ -153,7 +153,7 @@ class ADPretrain(EncoderObjective):
             features=() if every_step else cfg.layers,
         )  # fmt: skip
         self.traits = ObjectiveTraits(
-            needs=Needs(label=real, mask=real, companions=companions),
+            needs=Needs(label=real, mask=real, normal=not real, companions=companions),
             couples_batch=True,  # negatives, and means over the cells that violate
             source="weights of the frozen encoder",
         )

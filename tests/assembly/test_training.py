@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dsad.assembly import training
 from dsad.assembly.pretrain import default_config
-from dsad.core.batch import Needs
+from dsad.core.batch import Companions, Needs
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import place_batch
 from dsad.data import base, facts
@@ -47,6 +47,30 @@ def asking(monkeypatch, *names):
         return objective
 
     monkeypatch.setattr(ds2, "build", build)
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        (Needs(normal=True), r"takes all images for normal, and 24 of the 39 images of split all"),
+        (
+            Needs(companions=Companions(count=1, same=("category", "group"), label=2)),
+            r"39 of 39 images have no companion: no other image of the same category, group\.",
+        ),
+    ],
+)
+def test_data_that_the_objective_cannot_use_are_refused(monkeypatch, config, needs, message):
+    plain = ds2.build
+
+    def build(cfg, run):
+        objective = plain(cfg, run)
+        objective.traits = dataclasses.replace(objective.traits, needs=needs)
+        return objective
+
+    monkeypatch.setattr(ds2, "build", build)
+    config.data.split = "all"
+    with pytest.raises(ConfigError, match=message):
+        training.prepare(config, Console(file=io.StringIO()))
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -27,7 +27,7 @@ def claim(path, values, resume=True):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("mesh__fsdp", 2), ("data__cache", "none"), ("checkpoint__every", 7), ("log_every", 3),
-     ("checkpoint__minutes", 5.0), ("compilation_cache", "somewhere")],
+     ("checkpoint__minutes", 5.0), ("compilation_cache", "somewhere"), ("feature_store", "disk")],
 )  # fmt: skip
 def test_how_it_is_computed_and_kept_may_change_and_is_told(tmp_path, capsys, key, value):
     claim(tmp_path, config(), resume=False)
