@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -171,9 +171,22 @@ def _samples(detector: Any, data: TrainingData) -> tuple[dict[str, Any], Any]:
             )
     if not sum(map(len, index)):
         raise _nothing(data)
-    order = np.argsort(np.concatenate(index))  # that of the source does not matter
-    columns = (np.concatenate(x)[order] for x in zip(*rows, strict=True))
-    return {"features": dict(zip(names, columns, strict=True))}, None
+    # The order of the source does not matter.
+    places = np.split(
+        np.argsort(np.argsort(np.concatenate(index))), np.cumsum([len(i) for i in index])[:-1]
+    )
+    columns = {}
+    for name in reversed(names):
+        columns[name] = _column([row.pop() for row in rows], places)
+    return {"features": columns}, None
+
+
+def _column(parts: list[np.ndarray], places: Sequence[np.ndarray]) -> np.ndarray:
+    """One array with parts (n, ...) at their ``places``; a part goes as soon as it is copied."""
+    whole = np.empty((sum(map(len, places)), *parts[0].shape[1:]), parts[0].dtype)
+    for where in reversed(places):
+        whole[where] = parts.pop()
+    return whole
 
 
 def _nothing(data: TrainingData) -> DataError:
