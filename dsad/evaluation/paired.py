@@ -27,6 +27,8 @@ def spread(values: BySeed) -> Spread:
         return Spread(None, None, {})
     numbers = np.asarray(list(defined.values()), np.float64)
     std = float(numbers.std(ddof=1)) if numbers.size > 1 else None
+    if std and not np.ptp(numbers):
+        std = 0.0  # of equal numbers rounding leaves a little
     return Spread(float(numbers.mean()), std, defined)
 
 
@@ -48,15 +50,19 @@ def leader(rows: Sequence[BySeed]) -> int | None:
     """The row whose number is higher than that of every other by more than its spread.
 
     That is, by mean and standard deviation of the paired differences. None if there is no such
-    row, as with a single seed, where no spread is known.
+    row, as with a single seed, where no spread is known, or where the seeds change nothing.
     """
-    means = [spread(row).mean for row in rows]
+    own = [spread(row) for row in rows]
+    means = [row.mean for row in own]
     ranked = [i for i, mean in enumerate(means) if mean is not None]
     if len(ranked) < 2:
         return None
     best = max(ranked, key=lambda i: means[i] or 0.0)
     for other in ranked:
         gap = difference(rows[best], rows[other])
-        if other != best and (gap.mean is None or gap.std is None or gap.mean <= gap.std):
+        if other == best:
+            continue
+        still = not (own[best].std or own[other].std)
+        if still or gap.mean is None or gap.std is None or gap.mean <= gap.std:
             return None
     return best

@@ -51,3 +51,6 @@ def test_a_row_leads_only_beyond_the_spread_of_every_paired_difference():
     assert paired.leader([far]) is None
     assert paired.leader([by_seed([None, 0.1, 0.1]), near, far]) == 2
     assert paired.leader([far, far]) is None
+    still, above = by_seed([0.1] * 3), by_seed([0.9] * 3)
+    assert paired.leader([still, above]) is None  # the seeds changed nothing: as with one
+    assert paired.leader([still, far]) == 1
