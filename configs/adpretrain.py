@@ -10,7 +10,9 @@
 
 The encoder is that of ``init_from`` and stays as it is; the projectors learn from images with
 defects and masks. Published: Real-IAD, 10 epochs of 32 images, Adam at 1e-4 divided by 10 after
-epochs 7 and 9, on one GPU with 24 GB; not measured here (weights and data are not at hand).
+epochs 7 and 9, on one GPU with 24 GB; not measured here (weights and data are not at hand). Its
+weight decay is part of the gradient, here it is beside it (AdamW). Anomalies drawn into normal
+images instead: --config.objective.anomalies=synthetic --config.data.split=train.
 
 Variants, after a colon and joined by commas:
     realiad    DINOv2 ViT-L/14, all images of Real-IAD, encoded in every step; one accelerator per

@@ -138,6 +138,9 @@ def test_constant_map_is_half_the_limit():
     assert metrics.aupro(flat, mask) == pytest.approx(0.15)
     assert metrics.aupro(flat, mask, 0.05) == pytest.approx(0.025)
     assert metrics.aupro(mask.astype(np.float32), mask) == pytest.approx(1.0)
+    noise = np.random.default_rng(0).random((8, 60, 60))
+    blocks = np.kron(np.random.default_rng(1).random((8, 6, 6)) < 0.2, np.ones((10, 10))) > 0
+    assert metrics.aupro(noise, blocks) == pytest.approx(0.15, abs=0.01)
     assert metrics.pixel_auroc(flat, mask) == pytest.approx(0.5)
     assert metrics.average_precision(flat, mask) == pytest.approx(mask.mean())
 
