@@ -45,10 +45,11 @@ def main(argv: list[str]) -> int:
     if finished:
         objective, parts = prepared.run.objective, [f"--config.backbone=run:{path}"]
         if isinstance(objective, HasProjectors):
-            names = [f'"{n}",' for n in objective.projectors(prepared.run.abstract.params)]
+            names = tuple(objective.projectors(prepared.run.abstract.params))
+            layers = str(names).replace("'", '"')
             parts = [
                 f"--config.backbone=projected:{path}:run:{path}",
-                f"--config.detector.layers=({' '.join(names)})",
+                f"--config.detector.layers={layers}",
             ]
         use = shlex.join(["dsad", "evaluate", *parts, "--workdir=DIR"])
         out.print(f"done; evaluate it with:\n  {use}")
