@@ -266,6 +266,11 @@ class TestPositions:
         offset = positions.cubic_weights(37, 16, "offset")
         first = 0.5 * 37 / 16.1 - 0.5
         assert offset[0].argmax() == round(first)
+        ramp = offset @ np.arange(37.0)
+        np.testing.assert_allclose(ramp[:4], [0.5552, 2.9248, 5.2925, 7.5327], atol=1e-4)
+        np.testing.assert_allclose(ramp[-1], 35.1711, atol=1e-4)
+        plain = positions.cubic_weights(37, 16, "plain") @ np.arange(37.0)
+        np.testing.assert_allclose(plain[:2], [0.5628, 2.9546], atol=1e-4)
 
     def test_table_for_other_sizes_and_misfits(self):
         net, params, extra = perturbed(VARIANTS["dinov2"])
