@@ -31,11 +31,13 @@ are in the order of the entries, or by name where in_order is left out.
 
 Variants, after a colon:
     adpretrain raw, residual and projected maps of the encoder of runs/adpretrain-0, projectors of
-               runs/adpretrain-0 to -2, on MVTec AD; not run as it is
+               runs/adpretrain-0 to -2, on bottles, toothbrushes and cookies, see README
     imagenet   ResNet-18 with ImageNet's weights against random ones of three seeds, on MVTec AD
                (--config.datasets.mvtec.root=MVTEC); not run as it is
     smoke      two detectors on two random networks and two seeds, in seconds
 """
+
+import functools
 
 from dsad.assembly import comparison
 from dsad.assembly.configs import apply_variants
@@ -59,7 +61,15 @@ def _adpretrain(config):
         "projected": f"projected:runs/adpretrain-{{seed}}:{encoder}",
     }
     config.backbones = comparison.in_order(rows)
-    config.datasets = {"mvtec": comparison.dataset("mvtec")}
+    mvtec = functools.partial(comparison.dataset, "mvtec")
+    sets = {
+        "bottle": mvtec(root="data/mvtec", categories=("bottle256",)),
+        "toothbrush": mvtec(root="data/mvtec", categories=("toothbrush_reheld256",)),
+        "cookie": mvtec(
+            root="data/lookout", categories=("cookie_288x384",), missing_masks="image_only"
+        ),
+    }
+    config.datasets = comparison.in_order(sets)
     config.seeds = (0, 1, 2)
 
 
