@@ -24,7 +24,12 @@ def numbers(path):
 @pytest.mark.slow
 def test_from_pretraining_to_a_model_without_its_run(tmp_path, capsys):
     pretrained = tmp_path / "run"
-    probed = ("pretrain", "--config=adpretrain:smoke", "--config.probe.every=2")
+    probed = (
+        "pretrain",
+        "--config=adpretrain:smoke",
+        "--config.probe.every=2",
+        "--config.probe.images=2",
+    )
     assert "config.probe.every: expected 0" in fails(capsys, *probed, f"--workdir={pretrained}")
     with one_device():
         run("pretrain", "--config=adpretrain:smoke", f"--workdir={pretrained}")
