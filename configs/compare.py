@@ -31,12 +31,14 @@ are in the order of the entries, or by name where in_order is left out.
 
 Variants, after a colon:
     adpretrain raw, residual and projected maps of the encoder of runs/adpretrain-0, projectors of
-               runs/adpretrain-0 to -2, on MVTec AD; not run as it is. Of an encoder without the
-               detectors' own layers they are --config.backbones.raw.layers and so on
+               runs/adpretrain-0 to -2, on bottles, toothbrushes and cookies, see README; other layers
+               than the detectors' own by --config.backbones.raw.layers and so on
     imagenet   ResNet-18 with ImageNet's weights against random ones of three seeds, on MVTec AD
                (--config.datasets.mvtec.root=MVTEC); not run as it is
     smoke      two detectors on two random networks and two seeds, in seconds
 """
+
+import functools
 
 from dsad.assembly import comparison
 from dsad.assembly.configs import apply_variants
@@ -61,7 +63,15 @@ def _adpretrain(config):
     }
     rows = {name: comparison.backbone(spec) for name, spec in rows.items()}
     config.backbones = comparison.in_order(rows)
-    config.datasets = {"mvtec": comparison.dataset("mvtec")}
+    mvtec = functools.partial(comparison.dataset, "mvtec")
+    sets = {
+        "bottle": mvtec(root="data/mvtec", categories=("bottle256",)),
+        "toothbrush": mvtec(root="data/mvtec", categories=("toothbrush_reheld256",)),
+        "cookie": mvtec(
+            root="data/lookout", categories=("cookie_288x384",), missing_masks="image_only"
+        ),
+    }
+    config.datasets = comparison.in_order(sets)
     config.seeds = (0, 1, 2)
 
 

@@ -33,15 +33,16 @@ class Strips:
     def __init__(
         self, objective: HasPictures, batch: Batch, key: jax.Array, folder: epath.Path, count: int
     ) -> None:
-        cut = jax.tree.map(lambda x: hosts.whole(x)[: count + 1], batch)
+        # An argument of what is drawn: XLA would compute with a constant while it compiles.
+        self._batch = jax.tree.map(lambda x: hosts.whole(x)[: count + 1], batch)
         words = hosts.whole(jax.random.key_data(key))
         self.folder, self._titles = folder / FOLDER, list[str]()
 
-        def draw(params: Tree, extra: Tree) -> list[jax.Array]:
+        def draw(params: Tree, extra: Tree, batch: Batch) -> list[jax.Array]:
             views = rng.named(
                 jax.random.wrap_key_data(jnp.asarray(words)), "views"
             )  # as the step draws them
-            drawn = objective.pictures(params, extra, cut, views)
+            drawn = objective.pictures(params, extra, batch, views)
             self._titles = list(drawn)  # a compiled function would sort them
             return [jnp.clip(x[-count:], 0, 1) for x in drawn.values()]
 
@@ -54,7 +55,7 @@ class Strips:
         step, *trees = jax.tree.map(hosts.whole, (state.step, state.params, state.extra))
         if not distributed.is_main():
             return
-        for number, drawn in enumerate(jax.device_get(self._draw(*trees))):
+        for number, drawn in enumerate(jax.device_get(self._draw(*trees, self._batch))):
             name = f"{int(step):08d} {number} {self._titles[number]}.png"
             paths.write_whole(self.folder / name, _strip(drawn))
 

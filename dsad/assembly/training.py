@@ -24,6 +24,7 @@ from dsad.core.types import (
     Dataset,
     EarlierWeights,
     HasPictures,
+    HasProjectors,
     PerSample,
     Progress,
     Record,
@@ -99,6 +100,12 @@ def build(
 def _probe(run: Run, source: Source, held: HeldOut) -> Callable[[TrainState], dict[str, float]]:
     """What measures the states of a run; ConfigError for maps and images that it cannot take."""
     cfg, objective = run.config, run.objective
+    if isinstance(objective, HasProjectors):
+        raise ConfigError(
+            "config.probe.every: expected 0, since the maps of this objective are those of its "
+            "frozen encoder, whatever its projectors learn. Measure them with dsad evaluate and "
+            "--config.backbone=projected:RUN:BACKBONE."
+        )
     network = functools.partial(
         runs.RunBackbone, function=objective.features, mean=objective.mean, std=objective.std,
         arch=type(objective).__name__, image_size=None, description="",

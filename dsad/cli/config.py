@@ -98,10 +98,11 @@ def _text(key: keys.Key) -> Text:
     usual = "" if key.value == key.default else f"; default {key.default!r}"
     head = f"  {key.path} = {key.value!r}"
     kind = f"[{key.expected}{usual}]"
-    lines = [f"{head}  {kind}"]
+    lines, styles = [f"{head}  {kind}"], ["cyan"]
     if len(lines[0]) > _WIDTH:
-        lines = [head, *textwrap.wrap(kind, _WIDTH - 6)]
-    styles = ["cyan", *["dim"] * (len(lines) - 1)]
+        heads, kinds = (textwrap.wrap(x.strip(), _WIDTH - 6) for x in (head, kind))
+        lines = [f"  {heads[0]}", *heads[1:], *kinds]
+        styles = ["cyan"] * len(heads) + ["dim"] * len(kinds)
     text = Text("\n      ").join(Text(x, s) for x, s in zip(lines, styles, strict=True))
     about = textwrap.fill(key.about, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return Text.assemble(text, "\n", about)

@@ -35,6 +35,9 @@ class OptimConfig(Settings, place="optim"):
       period_epochs: schedule "periodic" falls along half a cosine for so many epochs, then rises
         for as many, and so on; the rate changes between whole epochs only (torch's
         CosineAnnealingLR, stepped once an epoch).
+      hold_epochs: schedule "cosine" then keeps its rate for so many epochs at a time, and its
+        cosine begins with the run, not behind the warm-up, which ends on it; 0: it falls in every
+        step (CFLOW's published code holds it for 8).
       published_schedule: as the published DS2 code runs: each warm-up step is counted twice, so the
         peak stays below ``lr`` and every milestone comes half a warm-up early, and an epoch has
         whole steps only, the rest of the images being dropped from the count.
@@ -58,6 +61,7 @@ class OptimConfig(Settings, place="optim"):
     gamma: float = field(0.1, above=0)
     min_lr: float = field(0.0, at_least=0)
     period_epochs: float = field(30.0, above=0)
+    hold_epochs: float = field(0.0, at_least=0)
     published_schedule: bool = False
 
     def check(self) -> None:
@@ -69,6 +73,8 @@ class OptimConfig(Settings, place="optim"):
                 "or optim.published_schedule=False; a variant may have set either."
             )
             raise Refused("published_schedule", expected, True, advice)
+        if self.hold_epochs and self.schedule != "cosine":
+            raise Refused("hold_epochs", "0 without schedule cosine", self.hold_epochs)
         for i, (pattern, *factors, _) in enumerate(self.groups):
             check_pattern(f"groups[{i}][0]", pattern)
             if min(factors) < 0:

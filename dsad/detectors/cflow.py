@@ -69,7 +69,12 @@ class Config(DetectorConfig):
         epochs=200.0,
         batch_size=16,
         optim=OptimConfig(
-            lr=2e-4, schedule="cosine", warmup_epochs=16.0, warmup_multiplier=10.0, min_lr=2e-7
+            lr=2e-4,
+            schedule="cosine",
+            warmup_epochs=16.0,
+            warmup_multiplier=10.0,
+            min_lr=2e-7,
+            hold_epochs=8.0,
         ),
     )
     sigma: float = field(0.0, at_least=0)

@@ -47,8 +47,9 @@ class Config(DetectorConfig):
       groups: that the layers, in their order, are averaged in.
       heads: of the attention; 0: one for every 64 channels.
       mlp: width of the hidden layers, as a multiple of the channels.
-      dropout: share, at the bottleneck's input, hidden layer and output.
-      easy: share of the cells whose gradient is weakened, reached in step ``ramp`` along a line.
+      dropout: share of values set to 0, of the bottleneck's input, hidden layer and output.
+      easy: share of the cells whose gradient is weakened.
+      ramp: step in which that share is reached, along a line from 0.
       easy_gradient: factor on their gradient.
       recipe: training; the warm-up is that of 100 steps for MVTec AD's 3629 images.
 

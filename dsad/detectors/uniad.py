@@ -51,7 +51,7 @@ class Config(DetectorConfig):
       mlp: channels between the two linear maps of a layer.
       depth: layers of the encoder, and of the decoder.
       neighbourhood: side in cells of the window around a token that it does not see.
-      dropout: share.
+      dropout: share of the values that layers set to 0 in training.
       recipe: training; an epoch is one of all categories.
       image_score: "method" is the highest mean of 16 × 16 pixels of the map with 16 pixels a cell,
         as published; "max" the highest pixel, as in ADPretrain.

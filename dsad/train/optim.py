@@ -31,7 +31,7 @@ def make_schedule(
     """The rate of every update of a run; lengths may be traced, but for schedule "periodic".
 
     Linear warm-up ends at ``warmup_epochs``; then the schedule's rate, where "periodic" counts its
-    epochs from the start of the run and "cosine" from the end of the warm-up.
+    epochs from the start of the run and "cosine" from the end of the warm-up, unless it holds.
     """
     peak = cfg.lr * batch_size / cfg.lr_batch if cfg.lr_batch else cfg.lr
     warm = cfg.warmup_epochs * steps_per_epoch
@@ -47,11 +47,16 @@ def make_schedule(
             # The published counter advances by 2 and stops before the end of the warm-up.
             reached = jnp.minimum(2 * n + 1, warm - 1) if cfg.published_schedule else n
             done = jnp.minimum(reached / warm, 1.0)
-        m = cfg.warmup_multiplier
-        value = peak / m * ((m - 1.0) * done + 1.0) if m else peak * done
+        m, top = cfg.warmup_multiplier, peak
+        if cfg.hold_epochs:
+            top = _held(cfg, peak, warm, steps_per_epoch, total_steps)
+        value = peak / m + (top - peak / m) * done if m else top * done
         if cfg.schedule == "step":
             passed = jnp.sum((n >= drops).astype(jnp.float32))
             value = value * jnp.power(jnp.float32(cfg.gamma), passed)
+        elif cfg.hold_epochs:
+            held = _held(cfg, peak, n, steps_per_epoch, total_steps)
+            value = jnp.where(n < warm, value, held)
         elif cfg.schedule == "cosine":
             left = jnp.clip((total_steps - n) / jnp.maximum(total_steps - warm, 1.0), 0.0, 1.0)
             value = jnp.where(n < warm, value, _between(cfg.min_lr, peak, left))
@@ -63,6 +68,14 @@ def make_schedule(
         return value.astype(jnp.float32)
 
     return Schedule(rate, peak)
+
+
+def _held(cfg: OptimConfig, peak: float, n: Any, steps_per_epoch: Any, total_steps: Any) -> Any:
+    """The rate of update n on a cosine over the whole run that moves in steps of some epochs."""
+    hold = cfg.hold_epochs * steps_per_epoch
+    # Half an update early: lengths may be fractions, and quotients of whole ones just miss.
+    past = jnp.floor((n + 0.5) / hold) * hold
+    return _between(cfg.min_lr, peak, jnp.clip(1 - past / total_steps, 0.0, 1.0))
 
 
 def _between(low: float, high: float, left: jax.Array) -> jax.Array:

@@ -93,7 +93,7 @@ def test_a_page_elsewhere_links_back_and_leaves_out_what_is_too_much(place, monk
 def test_predictions_stand_alone_and_whole(place, tmp_path, capsys):
     first = str(place / NAME)
     assert main.main(["report", first, first]) == 2
-    assert "one directory of predictions" in capsys.readouterr().err
+    assert "or one directory of a comparison, of predictions," in capsys.readouterr().err
     shutil.copytree(first, tmp_path / "half")
     about = tmp_path / "half" / "about.json"
     about.write_text('{"command": "predict", "complete": false}')
