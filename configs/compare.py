@@ -31,8 +31,8 @@ are in the order of the entries, or by name where in_order is left out.
 
 Variants, after a colon:
     adpretrain raw, residual and projected maps of the encoder of runs/adpretrain-0, projectors of
-               runs/adpretrain-0 to -2, on bottles, toothbrushes and cookies, see README; other layers
-               than the detectors' own by --config.backbones.raw.layers and so on
+               runs/adpretrain-0 to -2, on bottles, toothbrushes and cookies, see README; layers
+               other than the detectors' own by --config.backbones.raw.layers and so on
     imagenet   ResNet-18 with ImageNet's weights against random ones of three seeds, on MVTec AD
                (--config.datasets.mvtec.root=MVTEC); not run as it is
     smoke      two detectors on two random networks and two seeds, in seconds
