@@ -266,18 +266,23 @@ def _check_saved(saved: Saved, config: Any, cfg: EvaluateConfig, dataset: Datase
 
 
 def _check_projected(spec: str, backbone: Any, layers: Sequence[str]) -> None:
-    """Refuse projectors that were trained on another encoder's maps."""
+    """Refuse projectors of other layers, or that were trained on another encoder's maps."""
     for wrapper in wrappers.unwrap(spec).maps:
         if not isinstance(wrapper, ProjectedMaps):
             continue
         own = runs.backbone(f"run:{wrapper.run}", "", 0)
-        wrapper.read()  # which refuses runs without projectors
+        projectors = wrapper.read().params  # which refuses runs without any
         pixels = np.random.default_rng(0).normal(size=(1, 112, 112, 3)).astype(np.float32)
         compute = jax.jit(lambda network, pixels: network(pixels))
-        known = jax.eval_shape(compute, own, pixels)
-        names = [name for name in layers if name in known]
+        known, given = (jax.eval_shape(compute, network, pixels) for network in (own, backbone))
+        if missing := [name for name in layers if name in given and name not in projectors]:
+            raise ConfigError(
+                f"config.detector.layers: {wrapper.run} has no projector of "
+                f"{core_config.listed(missing)}; it has some of: {core_config.listed(projectors)}."
+            )
+        names = [name for name in layers if name in known and name in given]
         if not names:
-            continue  # which the detector or the projectors will refuse
+            continue  # which the detector will refuse
         theirs, ours = (compute(network.only(names), pixels) for network in (own, backbone))
         for name in names:
             here, there = np.asarray(ours[name]), np.asarray(theirs[name])

@@ -15,14 +15,15 @@ from tests.backbones import Plain
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Small(Plain):
-    """One map of averaged pixels."""
+    """Two maps of averaged pixels."""
 
     weight: jax.Array
 
     def maps(self, images):
         b, h, w, c = images.shape
         cells = images.reshape(b, h // 16, 16, w // 16, 16, c).mean((2, 4))
-        return {"layer1": cells * self.weight[None, None, None]}
+        cells = cells * self.weight[None, None, None]
+        return {"layer1": cells, "layer2": cells, **{self.description: cells}}
 
 
 def checked(monkeypatch, weight, layers=("layer1",)):
@@ -30,10 +31,10 @@ def checked(monkeypatch, weight, layers=("layer1",)):
 
     def projectors(spec):
         reads.append(spec)
-        return Projectors({}, 16, "of a test")
+        return Projectors({"layer1": {}}, 16, "of a test")
 
     monkeypatch.setattr(runs, "projectors", projectors)
-    monkeypatch.setattr(runs, "backbone", lambda *_: Small(jnp.ones(3), description="of the run"))
+    monkeypatch.setattr(runs, "backbone", lambda *_: Small(jnp.ones(3), description="deeper"))
     other = Small(jnp.asarray(weight, jnp.float32), description="another")
     evaluate._check_projected("projected:runs/a:resnet18", other, layers)
     return reads
@@ -48,7 +49,10 @@ def test_the_encoder_of_the_run_may_have_been_computed_in_bfloat16(monkeypatch, 
 def test_another_encoder_is_refused(monkeypatch, weight):
     with pytest.raises(ConfigError, match=r"whose layer1 differs from that of .*\(another\)"):
         checked(monkeypatch, weight)
-    assert checked(monkeypatch, weight, layers=("layer9",))  # which the detector will refuse
+    for unknown in ("layer9", "deeper"):  # which the detector will refuse
+        assert checked(monkeypatch, weight, layers=(unknown,))
+    with pytest.raises(ConfigError, match="runs/a has no projector of layer2; .* of: layer1"):
+        checked(monkeypatch, weight, layers=("layer1", "layer2"))
 
 
 def test_projectors_are_read_once(monkeypatch):
