@@ -39,7 +39,9 @@ class Projectors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ResidualMaps:
-    """Cells minus the most similar one of ``references`` images of each category.
+    """Cells minus the most similar one of ``references`` normal images.
+
+    A model of several categories has so many of each, and a cell its match in any of them.
 
     The bank is {"rows": {layer: (n, h, w, c)}, "owner": (n,) int32}, the number of each row's image
     in the support set; rotations of an image follow each other.
