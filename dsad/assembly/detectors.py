@@ -19,6 +19,7 @@ from dsad.core import hosts, paths, tree
 from dsad.core.detection import Detector, Measures, TrainsOnData
 from dsad.core.errors import ConfigError, DataError, StoppedError
 from dsad.core.mesh import replicated
+from dsad.core.platform import free_memory
 from dsad.core.types import Tree
 from dsad.data.order import Order
 from dsad.detectors._features import select
@@ -162,6 +163,8 @@ def _samples(detector: Any, data: TrainingData) -> tuple[dict[str, Any], Any]:
         valid = np.asarray(batch.valid, bool)
         index.append(np.asarray(batch.index)[valid])
         rows.append([hosts.whole(x)[valid] for x in select(batch.maps, names)])
+        if len(rows) == 1:
+            _check_room(data, rows[0])
         finite = [np.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in rows[-1]]
         if not np.all(finite):
             broken = index[-1][~np.all(finite, axis=0)].tolist()
@@ -179,6 +182,19 @@ def _samples(detector: Any, data: TrainingData) -> tuple[dict[str, Any], Any]:
     for name in reversed(names):
         columns[name] = _column([row.pop() for row in rows], places)
     return {"features": columns}, None
+
+
+def _check_room(data: TrainingData, rows: Sequence[np.ndarray]) -> None:
+    """Refuse more features than fit into memory, from those of the first images."""
+    needed = sum(x.nbytes for x in rows) // max(len(rows[0]), 1) * data.count
+    free = free_memory()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"{data.title}: this detector trains on the features of {data.count:,} images at once, "
+            f"which take {paths.size(needed)}, and the memory of this machine has "
+            f"{paths.size(free)} for them. Lower config.evaluation.image_size or config.shots, "
+            "name fewer config.detector.layers, or fewer categories of one model for all."
+        )
 
 
 def _column(parts: list[np.ndarray], places: Sequence[np.ndarray]) -> np.ndarray:

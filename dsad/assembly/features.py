@@ -17,6 +17,7 @@ from dsad.core.batch import Batch, Field, shapes
 from dsad.core.chips import chip_of
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import replicated
+from dsad.core.platform import SPARED, free_memory
 from dsad.core.types import PerSample
 from dsad.data.feature_files import FeatureFile
 from dsad.terminal import console
@@ -24,8 +25,6 @@ from dsad.train.state import TrainState
 
 #: Below the directory of a run: files of features.
 FOLDER = "features"
-#: Share of the memory that is free now which features may take.
-SHARE = 0.8
 
 
 def size(run: Run) -> int:
@@ -57,15 +56,15 @@ def check_room(run: Run, folder: epath.Path | None = None) -> None:
         )
     often = f" ({copies} times, for the workers too)" if copies > 1 else ""
     needed *= copies
-    room = {"the memory of this machine": None if on_disk else _free_memory()}
+    room = {"the memory of this machine": None if on_disk else free_memory()}
     if on_disk and folder is not None:
         room = {f"the disk of {folder}": (paths.free(folder) or 0) + _held(folder)}
     if run.store is not None and (chip := chip_of(run.mesh.devices.flat[0])):
         shard = run.store["features"]
         parts = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
                  for x in jax.tree.leaves(shard)]  # fmt: skip
-        if sum(parts) > SHARE * chip.hbm_bytes:
-            room["a device"] = int(SHARE * chip.hbm_bytes)
+        if sum(parts) > SPARED * chip.hbm_bytes:
+            room["a device"] = int(SPARED * chip.hbm_bytes)
             needed = sum(parts)
     for where, free in room.items():
         if free is not None and needed > free:
@@ -93,14 +92,6 @@ def discard(folder: epath.Path) -> None:
         shutil.rmtree(_place(folder), ignore_errors=True)
         with contextlib.suppress(OSError):  # of other processes there may be more
             _place(folder).parent.rmdir()
-
-
-def _free_memory() -> int | None:
-    """Bytes that may be taken; None where the system does not tell."""
-    file = pathlib.Path("/proc/meminfo")
-    lines = file.read_text("ascii").splitlines() if file.exists() else []
-    known = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(SHARE * 1024 * int(known[0])) if known else None
 
 
 def computed(

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import jax
 
+#: Share of the memory that is free now which large arrays may take.
+SPARED = 0.8
+
 _planned: contextvars.ContextVar[str] = contextvars.ContextVar("planned", default="")
 
 
@@ -26,6 +29,16 @@ def has_matrix_units() -> bool:
             return any("amx_bf16" in line.split() for line in file if line.startswith("flags"))
     except OSError:
         return False
+
+
+def free_memory() -> int | None:
+    """Bytes of this machine's memory that large arrays may take; None where nobody tells."""
+    try:
+        with open("/proc/meminfo", encoding="ascii", errors="replace") as file:
+            known = [line.split()[1] for line in file if line.startswith("MemAvailable:")]
+    except OSError:
+        return None
+    return int(SPARED * 1024 * int(known[0])) if known else None
 
 
 @contextlib.contextmanager

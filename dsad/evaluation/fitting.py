@@ -41,6 +41,7 @@ class TrainingData:
       seed: of the support set.
       key: of all random draws.
       folder: of this training alone, for its result; None if that must not be kept.
+      count: number of images; 0 if it is not known.
 
     """
 
@@ -53,6 +54,7 @@ class TrainingData:
     mesh: Mesh
     folder: epath.Path | None
     progress: Progress
+    count: int = 0
 
 
 #: Runs a detector's objective; returns what its ``fit`` takes as ``trained``.
@@ -201,6 +203,7 @@ def training_data(
     return TrainingData(
         features=features, images=lambda: _images(sources, config), backbone=backbone,
         title=title, seed=seed, key=key, mesh=device.mesh, folder=own, progress=progress,
+        count=sum(map(len, sources)),
     )  # fmt: skip
 
 

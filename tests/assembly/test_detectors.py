@@ -176,6 +176,14 @@ def data_of(network, count=11, mesh=None, **changes):
     return fitting.TrainingData(**values | changes)
 
 
+def test_features_beyond_the_memory_are_refused_after_the_first_batch(monkeypatch):
+    monkeypatch.setattr(detectors, "free_memory", lambda: 3_000_000)
+    data = dataclasses.replace(data_of(backbone("resnet18")), count=1000)
+    detector = linear.Linear(linear.Config(layers=("layer1",)))
+    with pytest.raises(ConfigError, match=r"tiles: .* 1,000 images at once, which take 16\.4 MB"):
+        Trainer()(detector, data)
+
+
 @pytest.mark.slow
 def test_weights_lengths_and_seeds_are_arguments_of_one_program():
     trainer, found, recipe = Trainer(), [], linear.Config().recipe

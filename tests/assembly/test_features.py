@@ -58,7 +58,7 @@ def test_a_file_goes_to_other_processes_as_its_path(tmp_path):
 
 
 def test_features_that_do_not_fit_are_refused_before_the_first_image(asked, monkeypatch, tmp_path):
-    monkeypatch.setattr(features, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(features, "free_memory", lambda: 1000)
     out = Console(file=io.StringIO())
     with pytest.raises(
         ConfigError, match=r"features of 39 samples take 30 kB, and the memory .* has 1 kB"
