@@ -16,6 +16,7 @@ from dsad.core.config import field
 from dsad.core.detection import FeatureSource, Scores
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import DetectorConfig, FeatureDetector, select
+from dsad.ops.residual import Radius, radius
 from dsad.ops.resize import resize_maps
 
 
@@ -24,11 +25,13 @@ class Config(DetectorConfig):
 
     Attributes:
       layers: feature maps to use, on the grid of the first.
+      radius: see ``ops.residual.radius``; as the projectors were trained.
       image_score: as published, the "max" of the smoothed map.
 
     """
 
     layers: tuple[str, ...] = field(("layer1", "layer2", "layer3"), distinct=True, filled=True)
+    radius: Radius = "released"
     image_score: Literal["method", "max", "top"] = "max"
 
 
@@ -46,16 +49,10 @@ class FeatureNorm(FeatureDetector[Config]):
 
         The other layers' maps are resampled with corners aligned.
         """
-        maps = [radius(values) for values in select(features, self.layers)]
+        maps = [radius(values, self.config.radius) for values in select(features, self.layers)]
         grid = (maps[0].shape[1], maps[0].shape[2])
         mean = jnp.mean(jnp.stack([resize_maps(m, grid, align_corners=True) for m in maps]), axis=0)
         return Scores(map=mean, image=jnp.max(mean, axis=(1, 2)))
-
-
-def radius(values: jax.Array) -> jax.Array:
-    """√(‖e‖ + 1) - 1 (...) of vectors (..., d), without losing the digits of short ones."""
-    norm = jnp.sqrt(jnp.sum(jnp.square(values), axis=-1))
-    return norm / (jnp.sqrt(norm + 1) + 1)
 
 
 build = FeatureNorm

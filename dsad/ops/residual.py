@@ -120,13 +120,15 @@ def corner_labels(masks: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 
 def radius(cells: jax.Array, form: Radius = "released") -> jax.Array:
-    """√(‖e‖ + 1) − 1 of cells (..., d), as the released code has it, or √(‖e‖² + 1) − 1."""
-    squared = jnp.sum(jnp.square(cells.astype(jnp.float32)), axis=-1)
-    if form == "pseudo_huber":
-        return jnp.sqrt(squared + 1) - 1
-    positive = squared > 0  # the slope of a norm at 0 is none
-    norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
-    return jnp.sqrt(norm + 1) - 1
+    """√(‖e‖ + 1) − 1 of cells (..., d), as the released code has it, or √(‖e‖² + 1) − 1.
+
+    Written so that short vectors keep their digits.
+    """
+    length = jnp.sum(jnp.square(cells.astype(jnp.float32)), axis=-1)
+    if form == "released":
+        positive = length > 0  # the slope of a norm at 0 is none
+        length = jnp.where(positive, jnp.sqrt(jnp.where(positive, length, 1.0)), 0.0)
+    return length / (jnp.sqrt(length + 1) + 1)
 
 
 def norm_loss(

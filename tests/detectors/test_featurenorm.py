@@ -3,12 +3,10 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.detectors import featurenorm
 from dsad.evaluation.compiled import finished
 from dsad.evaluation.localize import EvalConfig, localize
 from tests.contracts.detectors.common import ALONE, made
@@ -16,14 +14,6 @@ from tests.evaluation.test_localize import Planted, Pooled
 from tests.seams.wrappers import away
 
 ONE = {"layers": ("a",)}
-
-
-def test_radii_are_the_published_ones():
-    """Lengths 0.96 and 3.6225 are the published 0.4 and 1.15; tiny lengths are halved."""
-    lengths = np.float32([0, 1e-6, 0.96, 3.6225])
-    vectors = lengths[:, None] * np.float32([0.6, 0, -0.8])
-    expected = [0, 5e-7, 0.4, 1.15]
-    np.testing.assert_allclose(featurenorm.radius(jnp.asarray(vectors)), expected, rtol=1e-6)
 
 
 def test_the_image_score_is_the_highest_smoothed_pixel():

@@ -39,6 +39,16 @@ def test_on_the_shell_nothing_pulls():
     assert not slope.any()
 
 
+def test_radii_are_the_published_ones():
+    """Lengths 0.96 and 3.6225 are the published 0.4 and 1.15; tiny lengths are halved."""
+    lengths = np.float32([0, 1e-6, 0.96, 3.6225])
+    vectors = lengths[:, None] * np.float32([0.6, 0, -0.8])
+    expected = [0, 5e-7, 0.4, 1.15]
+    np.testing.assert_allclose(ops.radius(jnp.asarray(vectors)), expected, rtol=1e-6)
+    huber = ops.radius(jnp.asarray([[0.0, 0.98], [1.9, 0]]), "pseudo_huber")
+    np.testing.assert_allclose(huber, [0.4, 1.147], atol=1e-3)
+
+
 def norm_oracle(cells, bad, counted, form):
     n = np.linalg.norm(np.float64(cells), axis=1)
     a = np.sqrt((n if form == "released" else n**2) + 1) - 1
