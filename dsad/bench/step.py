@@ -7,13 +7,14 @@ from typing import Any
 import jax
 from etils import epath
 
-from dsad.assembly import training
+from dsad.assembly import features, training
 from dsad.assembly.pretrain import Run
 from dsad.bench import _measure, _transformer
 from dsad.core import config as core_config
 from dsad.core import rng
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import place_batch
+from dsad.core.paths import size
 from dsad.core.types import HasParts, KnowsFlops
 from dsad.objectives.isstad import ISSTAD
 from dsad.objectives.mae import MAE
@@ -75,6 +76,10 @@ def _step(config: Any, rounds: int, folder: epath.Path, *, details: bool) -> dic
     timings = _measure.interleaved({**timed, "step": whole}, rounds)
     median = {name: timing.median for name, timing in timings.items()}
     _print(out, median, run, rounds)
+    if run.spec.features:
+        kept = {"memory": "in memory", "disk": "on disk"}[run.config.feature_store]
+        kept = "on the devices" if run.store is not None else kept
+        out.print(f"features of {run.info.samples:,} samples: {size(features.size(run))} {kept}")
     if details and isinstance(run.objective, (MAE, ISSTAD)):
         _transformer.memory(out, run, views, (params, extra))
     if details and isinstance(run.objective, MAE):
