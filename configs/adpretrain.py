@@ -19,7 +19,7 @@ Variants, after a colon and joined by commas:
                eight images, see launch/README.md
     released   as the released code: both views changed, labels by patch and by corner pixel
     mtd        magnetic tiles with their defects (grouped split), ResNet-18 to layer3, maps kept in
-               memory (1.1 GB); two x86 cores, see README
+               memory (1.1 GB); 17 minutes of processor time on x86
     synthetic  the procedural data set, needs no file
     smoke      a few steps on small synthetic images
 """
