@@ -31,7 +31,7 @@ are in the order of the entries, or by name where in_order is left out.
 
 Variants, after a colon:
     adpretrain raw, residual and projected maps of the encoder of runs/adpretrain-0, projectors of
-               runs/adpretrain-0 to -2, on bottles, toothbrushes and cookies, see README; layers
+               runs/adpretrain-0 to -2, on bottles, toothbrushes and cookies; layers
                other than the detectors' own by --config.backbones.raw.layers and so on
     imagenet   ResNet-18 with ImageNet's weights against random ones of three seeds, on MVTec AD
                (--config.datasets.mvtec.root=MVTEC); not run as it is

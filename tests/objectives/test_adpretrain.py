@@ -59,16 +59,19 @@ def stored_batch(objective, batch):
     return {**batch, "features": kept, "references": {**references, "features": rows}}
 
 
-def loss(objective, batch, key=7):
-    params, extra = trees()
-
-    def whole(params):
+@functools.cache
+def compiled(objective):
+    def whole(params, batch, key):
         views = objective.views(batch, jax.random.key(key))
         return objective.loss(
-            params, extra, views, key=jax.random.key(key), step=jnp.int32(0)
+            params, trees()[1], views, key=jax.random.key(key), step=jnp.int32(0)
         )  # fmt: skip
 
-    (value, (_, scalars)), slopes = jax.jit(jax.value_and_grad(whole, has_aux=True))(params)
+    return jax.jit(jax.value_and_grad(whole, has_aux=True))
+
+
+def loss(objective, batch, key=7):
+    (value, (_, scalars)), slopes = compiled(objective)(trees()[0], batch, key)
     return value, scalars, slopes
 
 
