@@ -10,9 +10,8 @@ import numpy as np
 
 from dsad.core import rng
 from dsad.core.config import field
-from dsad.core.recipe import Recipe
 from dsad.core.types import FeatureMaps, Tree
-from dsad.detectors._features import FeatureDetector
+from dsad.detectors._features import TrainedDetector
 from dsad.detectors._patches import PatchConfig, patch_features
 from dsad.models import heads
 
@@ -32,13 +31,8 @@ class HeadConfig(PatchConfig):
     hidden: int = field(1024, at_least=1)
 
 
-class Discriminating(FeatureDetector[C]):
+class Discriminating(TrainedDetector[C]):
     """A detector whose state is {"adaptor", "discriminator", "statistics"} as trained."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """How it trains."""
-        return self.config.recipe
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d) before the adaptor, on the grid of the first layer."""

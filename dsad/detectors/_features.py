@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from dsad.core import hosts, rng
 from dsad.core.config import Settings, field, listed
 from dsad.core.detection import DetectorTraits, FeatureSource
 from dsad.core.errors import ConfigError, DataError
+from dsad.core.recipe import Recipe
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.ops.neighbors import Precision, pad_bank, prepare
 from dsad.ops.resize import match_grid, neighbourhood_mean
@@ -118,6 +119,23 @@ class FeatureDetector(Generic[C]):
                     f"{index[broken].tolist()}; expected finite ones. Check the weights."
                 )
             yield Cells(jax.tree.unflatten(structure, leaves), index, batch.category)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedDetector(FeatureDetector[C]):
+    """A detector that trains before it is fitted, as the ``recipe`` of its config says."""
+
+    _learns_from: ClassVar[Literal["features", "images"]] = "features"
+
+    @property
+    def traits(self) -> DetectorTraits:
+        """How its maps are smoothed and summed up, and what it learns from."""
+        return dataclasses.replace(super().traits, trains_on=self._learns_from)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How it trains."""
+        return self.config.recipe
 
 
 @functools.partial(jax.jit, static_argnums=0)

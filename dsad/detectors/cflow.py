@@ -12,7 +12,6 @@ those. All levels take part in every step: Adam is elementwise, so that each is 
 (the published optimiser moves all levels three times a step). An epoch ends in no smaller batch.
 """
 
-import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from jax.sharding import Mesh
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import field
-from dsad.core.detection import DetectorTraits, FeatureSource, Scores
+from dsad.core.detection import FeatureSource, Scores
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import (
     Backbone,
@@ -36,7 +35,7 @@ from dsad.core.types import (
     Trainable,
     Tree,
 )
-from dsad.detectors._features import DetectorConfig, FeatureDetector, select
+from dsad.detectors._features import DetectorConfig, TrainedDetector, select
 from dsad.models import flow
 from dsad.models.flow import Clamp, FlowSpec
 from dsad.ops.images import per_image
@@ -134,18 +133,8 @@ class Flows(Trainable):
         return jnp.sum(jnp.stack(list(losses.values()))), (extra, losses)
 
 
-class Cflow(FeatureDetector[Config]):
+class Cflow(TrainedDetector[Config]):
     """The detector; its state is {"flows", "rotations": {layer: ...}, "tops": (levels,)}."""
-
-    @property
-    def traits(self) -> DetectorTraits:
-        """It learns from features."""
-        return dataclasses.replace(super().traits, trains_on="features")
-
-    @property
-    def recipe(self) -> Recipe:
-        """How it trains."""
-        return self.config.recipe
 
     def objective(self, specs: Tree, backbone: Backbone | None) -> Trainable:
         """The flows of all levels."""

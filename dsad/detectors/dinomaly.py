@@ -16,7 +16,6 @@ The published map, at 256 pixels, is smoothed by 5 × 5 weights of a Gaussian of
 as one of 1.38 pixels, which are 2.1 of the network's input of 392.
 """
 
-import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -26,11 +25,11 @@ from jax.sharding import Mesh
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import Refused, field
-from dsad.core.detection import DetectorTraits, Scores
+from dsad.core.detection import Scores
 from dsad.core.errors import ConfigError
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import Backbone, FeatureMaps, ObjectiveTraits, Scalars, Trainable, Tree
-from dsad.detectors._features import DetectorConfig, FeatureDetector, select
+from dsad.detectors._features import DetectorConfig, TrainedDetector, select
 from dsad.models import transformer
 from dsad.models.draws import Draws, uniform_draws
 from dsad.models.transformer import BlockSpec, dropout, folded
@@ -208,18 +207,8 @@ class Decoder(Trainable):
         return jnp.mean(jnp.stack(losses)), (extra, {"easy": easy})
 
 
-class Dinomaly(FeatureDetector[Config]):
+class Dinomaly(TrainedDetector[Config]):
     """The detector; its state is {"bottleneck", "blocks"}."""
-
-    @property
-    def traits(self) -> DetectorTraits:
-        """It learns from features."""
-        return dataclasses.replace(super().traits, trains_on="features")
-
-    @property
-    def recipe(self) -> Recipe:
-        """How it trains."""
-        return self.config.recipe
 
     def objective(self, specs: Tree, backbone: Backbone | None) -> Trainable:
         """The reconstruction of these layers; ConfigError if they are not of one size."""

@@ -15,7 +15,6 @@ and follows the adaptor, and the state is that of the last step, not of the best
 Textures are procedural here; the published ones are photographs of the set DTD.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from jax.sharding import Mesh
 from dsad.augment.perlin import blended, perlin_masks, textures
 from dsad.core import rng
 from dsad.core.config import Refused, field
-from dsad.core.detection import DetectorTraits, FeatureSource, ImageMaps, Scores
+from dsad.core.detection import FeatureSource, ImageMaps, Scores
 from dsad.core.errors import DataError
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import FeatureMaps, ObjectiveTraits, Progress, Scalars, Trainable, Tree
@@ -98,10 +97,7 @@ class Config(HeadConfig):
 class Glass(Discriminating[Config]):
     """The detector; its state is {"adaptor", "discriminator", "statistics"}."""
 
-    @property
-    def traits(self) -> DetectorTraits:
-        """It learns from images."""
-        return dataclasses.replace(super().traits, trains_on="images")
+    _learns_from = "images"
 
     def measured(
         self, source: FeatureSource, images: Callable[[], Iterator[np.ndarray]]

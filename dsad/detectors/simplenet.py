@@ -6,7 +6,6 @@ and D(q + n) low by the hinge loss, and a cell's score is -D(q). Only the state 
 kept; the published code keeps the epoch with the best AUROC on the test images.
 """
 
-import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import field
-from dsad.core.detection import DetectorTraits, Scores
+from dsad.core.detection import Scores
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import Backbone, FeatureMaps, ObjectiveTraits, Scalars, Trainable, Tree
 from dsad.detectors._discriminator import (
@@ -57,11 +56,6 @@ class Config(HeadConfig):
 
 class SimpleNet(Discriminating[Config]):
     """The detector; its state is {"adaptor", "discriminator", "statistics"}."""
-
-    @property
-    def traits(self) -> DetectorTraits:
-        """It learns from features."""
-        return dataclasses.replace(super().traits, trains_on="features")
 
     def objective(self, specs: Tree, backbone: Backbone | None) -> Trainable:
         """The hinge loss on batches of feature maps."""

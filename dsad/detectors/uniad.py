@@ -11,7 +11,6 @@ a vision transformer, decides loss and map. Its noise is 20 ‖f‖ / C: with ot
 EfficientNet-b4 (C = 272, ``jitter`` 1.21) its strength goes down as 1/√C.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -24,11 +23,11 @@ from jax.sharding import Mesh
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import Refused, field
-from dsad.core.detection import DetectorTraits, Scores
+from dsad.core.detection import Scores
 from dsad.core.errors import ConfigError
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import Backbone, FeatureMaps, ObjectiveTraits, Scalars, Trainable, Tree
-from dsad.detectors._features import DetectorConfig, FeatureDetector, select
+from dsad.detectors._features import DetectorConfig, TrainedDetector, select
 from dsad.models import uniad
 from dsad.models.uniad import Spec
 from dsad.ops.images import per_image
@@ -153,18 +152,8 @@ def tokens_of(cfg: Config, squares: jax.Array, levels: list[jax.Array]) -> jax.A
     return joined.reshape(joined.shape[0], -1, joined.shape[3])
 
 
-class UniAD(FeatureDetector[Config]):
+class UniAD(TrainedDetector[Config]):
     """The detector; its state is {"network", "squares": (levels,)}."""
-
-    @property
-    def traits(self) -> DetectorTraits:
-        """It learns from features."""
-        return dataclasses.replace(super().traits, trains_on="features")
-
-    @property
-    def recipe(self) -> Recipe:
-        """How it trains."""
-        return self.config.recipe
 
     def objective(self, specs: Tree, backbone: Backbone | None) -> Trainable:
         """The reconstruction of tokens on the grid of these features."""
