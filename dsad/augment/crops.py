@@ -1,7 +1,8 @@
 """Random resized crops as two matrix products, with the coordinates of what was cut out."""
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -123,3 +124,10 @@ def box_coordinates(
     x0, x1 = left / width, (left + box_width) / width
     y0, y1 = top / height, (top + box_height) / height
     return jnp.stack([jnp.where(flip, x1, x0), y0, jnp.where(flip, x0, x1), y1], axis=-1)
+
+
+def whole_images(batch: Mapping[str, Any], side: int) -> jax.Array:
+    """The images of a batch of canvases, stretched to (b, side, side, 3) float32 in [0, 1]."""
+    size = batch["size"]
+    boxes = jnp.concatenate([jnp.zeros_like(size), size], axis=1).astype(jnp.float32)
+    return resized_crop(batch["image"], boxes, side) / 255

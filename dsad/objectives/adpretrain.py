@@ -23,7 +23,7 @@ import numpy as np
 
 from dsad.augment.color import normalize
 from dsad.augment.corruptions import ShapesConfig, corrupt_shapes
-from dsad.augment.crops import resized_crop
+from dsad.augment.crops import whole_images
 from dsad.augment.views import change_look
 from dsad.core import hosts, rng
 from dsad.core.batch import Batch, Companions, Needs
@@ -338,7 +338,7 @@ class ADPretrain(EncoderObjective):
 
     def _plain(self, extra: Any, batch: Batch) -> tuple[FeatureMaps, FeatureMaps]:
         """Maps (b, h, w, c) of the images as they are, and (b, r, h, w, c) of their references."""
-        images = normalize(whole(batch, self.cfg.side), self.mean, self.std)
+        images = normalize(whole_images(batch, self.cfg.side), self.mean, self.std)
         return self._maps(extra, images), self._maps_of_each(extra, self._normal(batch))
 
     def pictures(
@@ -395,7 +395,7 @@ class ADPretrain(EncoderObjective):
         def keys(name: str) -> jax.Array:
             return rng.sample_keys(rng.named(key, name), batch["epoch"], batch["index"])
 
-        images = whole(batch, cfg.side)
+        images = whole_images(batch, cfg.side)
         if cfg.anomalies == "real":
             mask = sampled_mask(batch["mask"], batch["size"], cfg.side)
         else:
@@ -412,7 +412,7 @@ class ADPretrain(EncoderObjective):
         flat = {
             n: references[n].reshape(b * r, *references[n].shape[2:]) for n in ("image", "size")
         }
-        images = normalize(whole(flat, self.cfg.side), self.mean, self.std)
+        images = normalize(whole_images(flat, self.cfg.side), self.mean, self.std)
         return images.reshape(b, r, *images.shape[1:])
 
     def _labels(self, batch: Batch, mask: jax.Array) -> dict[str, Any]:
@@ -456,7 +456,7 @@ class Stored(ADPretrain):
             maps = self._maps(extra, normalize(images, self.mean, self.std))
             kept.update({f"{n}{name}": m.astype(cfg.stored) for n, m in maps.items()})
 
-        keep("", whole(batch, cfg.side))
+        keep("", whole_images(batch, cfg.side))
         for i in range(cfg.variants):
             first, second, mask = self._variant(batch, i)
             if not self._first_is_plain:
@@ -522,13 +522,6 @@ class Stored(ADPretrain):
         """The projectors and the losses; the encoder is no part of a step."""
         made = super().parts(params, extra, views)
         return {name: part for name, part in made.items() if name != "encoder"}
-
-
-def whole(batch: Batch, side: int) -> jax.Array:
-    """The images of canvases, stretched to (b, side, side, 3) in [0, 1]."""
-    size = batch["size"]
-    boxes = jnp.concatenate([jnp.zeros_like(size), size], axis=1).astype(jnp.float32)
-    return resized_crop(batch["image"], boxes, side) / 255
 
 
 def sampled_mask(masks: jax.Array, size: jax.Array, side: int) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsad.augment.color import normalize
-from dsad.augment.crops import resized_crop
+from dsad.augment.crops import whole_images
 from dsad.augment.isstad_corruption import CorruptionConfig, corrupt
 from dsad.augment.views import IMAGENET_MEAN, IMAGENET_STD
 from dsad.core import rng, tree
@@ -151,9 +151,7 @@ class ISSTAD(EncoderObjective):
 
         With ``permute`` also ``noise`` (b, n), whose ranks are the order of the tokens.
         """
-        side, size = self.cfg.side, batch["size"]
-        whole = jnp.concatenate([jnp.zeros_like(size), size], axis=1).astype(jnp.float32)
-        clean = resized_crop(batch["image"], whole, side) / 255
+        clean = whole_images(batch, self.cfg.side)
 
         def keys(name: str) -> jax.Array:
             return rng.sample_keys(rng.named(key, name), batch["epoch"], batch["index"])

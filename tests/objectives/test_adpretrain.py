@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from dsad.augment.corruptions import ShapesConfig
+from dsad.augment.crops import whole_images
 from dsad.core.batch import Companions
 from dsad.core.config import Refused
 from dsad.core.errors import ConfigError
@@ -190,7 +191,7 @@ def test_the_mask_is_stretched_like_the_image():
     centre = ((np.arange(60) + 0.5) * 40 / 60).astype(int)
     np.testing.assert_array_equal(found[1], masks[1][centre[:, None], centre[None]])
     assert found[1].any()
-    wide = adpretrain.whole({"image": 255 * masks[..., None].repeat(3, -1), "size": size}, 60)
+    wide = whole_images({"image": 255 * masks[..., None].repeat(3, -1), "size": size}, 60)
     np.testing.assert_allclose(wide[0, :, :28], 0, atol=1e-6)
     np.testing.assert_allclose(wide[0, :, 32:], 1, atol=1e-6)
 
