@@ -142,7 +142,10 @@ class ADPretrain(EncoderObjective):
         network, options = family.fresh(cfg.arch, cfg.layers, dtype=cfg.dtype, zero_init_last=False)
         known = dataclasses.replace(family.preprocessing(cfg.arch), image_size=cfg.side, crop=1.0)
         super().__init__(cfg.arch, network, options=options, preprocessing=known)
-        self.widths = {n: map_shapes(self, cfg.side)[n].shape[-1] for n in cfg.layers}
+        shapes = map_shapes(self, cfg.side)
+        self.widths = {n: shapes[n].shape[-1] for n in cfg.layers}
+        #: Cells (h, w) of every map as its projector sees it.
+        self.grids = {n: self._grid(shapes[n]) for n in cfg.layers}
         for name, width in self.widths.items():
             if width % cfg.heads:
                 expected = f"a divisor of the {width} channels of {name}"
@@ -256,8 +259,8 @@ class ADPretrain(EncoderObjective):
                 )
             centre[name] = self._centre(extra["centre"][name], first, used & ~bad["norm"])
             distance = ops.radius(first, cfg.radius)
-            at["normal_radius"].append(_mean(distance, used & ~bad["norm"]))
-            at["defect_radius"].append(_mean(distance, used & bad["norm"]))
+            at["normal_radius"].append(ops.mean_of(distance, used & ~bad["norm"]))
+            at["defect_radius"].append(ops.mean_of(distance, used & bad["norm"]))
         angle, norm = (jnp.sum(jnp.stack(values)) for values in (angles, norms))
         scalars = {
             "angle": angle,
@@ -305,18 +308,11 @@ class ADPretrain(EncoderObjective):
                 "config.data.split: expected normal images that have another normal image of their "
                 "category and camera as a reference, found none. Set config.data.split to all."
             )
-        grids = map_shapes(self, self.cfg.side)
-        centre = {}
-        for name, total in sums.items():
-            cells = count * np.prod(self._grid(grids[name].shape))
-            centre[name] = jnp.asarray(total / cells, jnp.float32)
-        return {**extra, "centre": centre}
+        means = {name: total / count / np.prod(self.grids[name]) for name, total in sums.items()}
+        return {**extra, "centre": {n: jnp.asarray(x, jnp.float32) for n, x in means.items()}}
 
-    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Cells of a map (1, h, w, c) as the projectors see it."""
-        pooled = jax.eval_shape(
-            lambda x: ops.pooled(x, self.cfg.tokens), jax.ShapeDtypeStruct(shape, np.float32)
-        )
+    def _grid(self, shape: jax.ShapeDtypeStruct) -> tuple[int, int]:
+        pooled = jax.eval_shape(lambda x: ops.pooled(x, self.cfg.tokens), shape)
         return pooled.shape[1], pooled.shape[2]
 
     def _residual_sums(self, extra: Any, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -420,23 +416,16 @@ class ADPretrain(EncoderObjective):
         cfg, counted = self.cfg, jnp.ones(batch["index"].shape, bool)
         if cfg.anomalies == "real":
             counted = (batch["masked"] > 0) | (batch["label"] == 0)
-        grids = {name: self._grid(shape.shape) for name, shape in self._shapes.items()}
         angle, norm = {}, {}
-        for name in cfg.layers:
-            area = cfg.side**2 / np.prod(grids[name])
-            pixels = cfg.defect_pixels * (14**2 / area if cfg.labels == "released" else 1.0)
-            angle[name] = ops.token_labels(mask, grids[name], pixels=pixels)
-            corner = cfg.labels == "released"
-            norm[name] = ops.corner_labels(mask, grids[name]) if corner else angle[name]
+        for name, grid in self.grids.items():
+            released, area = cfg.labels == "released", cfg.side**2 / np.prod(grid)
+            pixels = cfg.defect_pixels * (14**2 / area if released else 1.0)
+            angle[name] = ops.token_labels(mask, grid, pixels=pixels)
+            norm[name] = ops.corner_labels(mask, grid) if released else angle[name]
         return {
             "angle_label": angle, "norm_label": norm, "counted": counted,
             "valid": batch["references"]["valid"],
         }  # fmt: skip
-
-    @functools.cached_property
-    def _shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        shapes = map_shapes(self, self.cfg.side)
-        return {name: shapes[name] for name in self.cfg.layers}
 
 
 class Stored(ADPretrain):
@@ -545,11 +534,6 @@ def _residual(maps: jax.Array, references: jax.Array, valid: jax.Array) -> jax.A
     usable = jnp.broadcast_to(valid[:, :, None], (b, r, cells)).reshape(b, r * cells)
     left = ops.residual(maps.reshape(b, -1, c), references.reshape(b, -1, c), usable)
     return left.reshape(maps.shape)
-
-
-def _mean(values: jax.Array, of: jax.Array) -> jax.Array:
-    count = jnp.sum(of, dtype=jnp.float32)
-    return jnp.sum(jnp.where(of, values, 0.0)) / jnp.maximum(count, 1.0)
 
 
 def build(cfg: Config, run: RunInfo) -> ADPretrain:

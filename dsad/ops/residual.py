@@ -165,7 +165,7 @@ def norm_loss(
         cells = cells & (gap > 0)
         safe = jnp.where(cells, gap, 0.0)
         steep = jax.lax.stop_gradient(jnp.exp(jnp.minimum(safe, STEEPEST)))
-        return _mean(jax.nn.softplus(safe) * steep, cells)
+        return mean_of(jax.nn.softplus(safe) * steep, cells)
 
     return term(at - r, good) + term(0.99 * r - at, good) + term(r + margin - at, bad)
 
@@ -202,7 +202,7 @@ def angle_loss(
     both = jnp.any(bad) & jnp.any(good)
     away = jnp.log(jnp.where(both & counted[None], opposite, 1.0))
     each = jnp.where(both, away - together[None], 0.0)
-    return _mean(each, jnp.broadcast_to(counted[None], each.shape))
+    return mean_of(each, jnp.broadcast_to(counted[None], each.shape))
 
 
 def _exponentials(
@@ -244,7 +244,7 @@ def _exponentials(
     return of_rows + back
 
 
-def _mean(values: jax.Array, of: jax.Array) -> jax.Array:
+def mean_of(values: jax.Array, of: jax.Array) -> jax.Array:
     """Mean of the values where ``of`` is True, 0 without any."""
     count = jnp.sum(of, dtype=jnp.float32)
     return jnp.sum(jnp.where(of, values, 0.0)) / jnp.maximum(count, 1.0)
