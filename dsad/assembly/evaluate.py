@@ -19,7 +19,7 @@ from dsad.core import distributed
 from dsad.core.detection import Detector, MapWrapper
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.core.types import Backbone, CanvasSource, Dataset, Progress
+from dsad.core.types import Backbone, CanvasSource, Dataset, FeatureMaps, Progress
 from dsad.data import base as data_base
 from dsad.data import files, heldout
 from dsad.evaluation import fitting, recalibration
@@ -265,6 +265,12 @@ def _check_saved(saved: Saved, config: Any, cfg: EvaluateConfig, dataset: Datase
         )
 
 
+@jax.jit
+def _maps(network: Any, pixels: jax.Array) -> FeatureMaps:
+    """Compiled once per architecture, not for each cell of a comparison."""
+    return network(pixels)
+
+
 def _check_projected(spec: str, backbone: Any, layers: Sequence[str]) -> None:
     """Refuse projectors of other layers, or that were trained on another encoder's maps."""
     for wrapper in wrappers.unwrap(spec).maps:
@@ -273,8 +279,7 @@ def _check_projected(spec: str, backbone: Any, layers: Sequence[str]) -> None:
         own = runs.backbone(f"run:{wrapper.run}", "", 0)
         projectors = wrapper.read().params  # which refuses runs without any
         pixels = np.random.default_rng(0).normal(size=(1, 112, 112, 3)).astype(np.float32)
-        compute = jax.jit(lambda network, pixels: network(pixels))
-        known, given = (jax.eval_shape(compute, network, pixels) for network in (own, backbone))
+        known, given = (jax.eval_shape(_maps, network, pixels) for network in (own, backbone))
         if missing := [name for name in layers if name in given and name not in projectors]:
             raise ConfigError(
                 f"config.detector.layers: {wrapper.run} has no projector of "
@@ -283,7 +288,7 @@ def _check_projected(spec: str, backbone: Any, layers: Sequence[str]) -> None:
         names = [name for name in layers if name in known and name in given]
         if not names:
             continue  # which the detector will refuse
-        theirs, ours = (compute(network.only(names), pixels) for network in (own, backbone))
+        theirs, ours = (_maps(network.only(names), pixels) for network in (own, backbone))
         for name in names:
             here, there = np.asarray(ours[name]), np.asarray(theirs[name])
             same = here.shape == there.shape
