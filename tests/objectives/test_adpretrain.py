@@ -18,7 +18,7 @@ from dsad.core.tree import flatten
 from dsad.core.types import EarlierWeights
 from dsad.data.companions import CompanionDraws
 from dsad.objectives import adpretrain
-from dsad.objectives.adpretrain import Config, LookConfig
+from dsad.objectives._adpretrain import Config, LookConfig
 from dsad.ops import residual as ops
 from tests.contracts.objectives import common
 from tests.contracts.objectives.adpretrain import CASE

@@ -1,4 +1,4 @@
-from dsad.objectives.adpretrain import LookConfig
+from dsad.objectives._adpretrain import LookConfig
 from tests.contracts.objectives.common import SIDE, Case
 
 CASE = Case(
