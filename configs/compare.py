@@ -29,10 +29,12 @@ their own, with as many rows as wanted:
 With "{seed}" each seed has a network of its own, and differences pair the seeds. A table's rows
 are in the order of the entries, or by name where in_order is left out.
 
-Variants, after a colon:
+Variants, after a colon and joined by commas:
     adpretrain raw, residual and projected maps of the encoder of runs/adpretrain-0, projectors of
                runs/adpretrain-0 to -2, on bottles, toothbrushes and cookies; layers
                other than the detectors' own by --config.backbones.raw.layers and so on
+    mobilenetv2 behind adpretrain: likewise of runs/adpretrain-mobilenetv2-0 to -2
+    trained    behind adpretrain: detectors that train, shortened for two cores, on bottles, seed 0
     imagenet   ResNet-18 with ImageNet's weights against random ones of three seeds, on MVTec AD
                (--config.datasets.mvtec.root=MVTEC); not run as it is
     smoke      two detectors on two random networks and two seeds, in seconds
@@ -53,16 +55,20 @@ def get_config(variants: str = ""):
     return apply_variants(config, variants, VARIANTS, __file__)
 
 
-def _adpretrain(config):
-    config.detectors = ("patchcore", "padim", "featurenorm")
-    encoder = "run:runs/adpretrain-0"
+def _wrapped(config, runs):
+    encoder = f"run:{runs}-0"
     rows = {
         "raw": encoder,
         "residual": f"residual:{encoder}",
-        "projected": f"projected:runs/adpretrain-{{seed}}:{encoder}",
+        "projected": f"projected:{runs}-{{seed}}:{encoder}",
     }
     rows = {name: comparison.backbone(spec) for name, spec in rows.items()}
     config.backbones = comparison.in_order(rows)
+
+
+def _adpretrain(config):
+    config.detectors = ("patchcore", "padim", "featurenorm")
+    _wrapped(config, "runs/adpretrain")
     mvtec = functools.partial(comparison.dataset, "mvtec")
     sets = {
         "bottle": mvtec(root="data/mvtec", categories=("bottle256",)),
@@ -73,6 +79,23 @@ def _adpretrain(config):
     }
     config.datasets = comparison.in_order(sets)
     config.seeds = (0, 1, 2)
+
+
+def _mobilenetv2(config):
+    _wrapped(config, "runs/adpretrain-mobilenetv2")
+
+
+def _trained(config):
+    config.detectors = ("cflow:small", "glass", "simplenet", "uniad:small")
+    config.settings = {
+        "glass": {
+            "evaluation": {"image_size": 96},
+            "detector": {"hidden": 512, "recipe": {"steps": 500}},
+        },
+        "simplenet": {"detector": {"hidden": 512, "recipe": {"steps": 300}}},
+    }
+    config.datasets = comparison.in_order({"bottle": config.datasets.bottle})
+    config.seeds = (0,)
 
 
 def _imagenet(config):
@@ -99,4 +122,7 @@ def _smoke(config):
     config.evaluation.update(image_size=64, batch_size=8)
 
 
-VARIANTS = {"adpretrain": _adpretrain, "imagenet": _imagenet, "smoke": _smoke}
+VARIANTS = {
+    "adpretrain": _adpretrain, "mobilenetv2": _mobilenetv2, "trained": _trained,
+    "imagenet": _imagenet, "smoke": _smoke,
+}  # fmt: skip
