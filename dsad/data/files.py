@@ -6,7 +6,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -288,7 +288,7 @@ class FileSource(EncodedSource):
 
     def __init__(self, dataset: "FileDataset", records: Sequence[Record]):
         super().__init__(records, lossy=dataset.config.lossy, rule=dataset.rule)
-        self._root = dataset.root
+        self._root, self._mask_content = dataset.root, dataset.mask_content
 
     def encoded(self, index: int) -> bytes:
         """The content of an image's file; raises DataError naming it (K8)."""
@@ -296,7 +296,8 @@ class FileSource(EncodedSource):
 
     def encoded_masks(self, index: int) -> list[bytes]:
         """The contents of the mask files of a sample."""
-        return [decode.read_bytes(self._root, path) for path in self.records[index].masks]
+        record = self.records[index]
+        return [self._mask_content(self._root, record.path, path) for path in record.masks]
 
     def size_of(self, index: int) -> int:
         """Bytes of a sample's files, asked from the file system."""
@@ -312,11 +313,19 @@ class FileSource(EncodedSource):
         return [self._root / path for path in (record.path, *record.masks)]
 
 
+def mask_file(root: pathlib.Path, image: str, path: str) -> bytes:
+    """The content of an image's mask file as it lies there; FaultError (K8) names it."""
+    del image
+    return decode.read_bytes(root, path)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileDataset(IndexedDataset):
     """An index of files that satisfies the Dataset protocol.
 
     ``normal_masks`` maps normal images to mask files that exist for them (all zero, or K6).
+    ``mask_content`` gives, of root, image and annotation file, the content of a mask file: another
+    one than ``mask_file`` draws what the annotation only describes.
     ``skipped`` says for a check why it does not apply. With ``procedural`` the test images are
     normal, and each has a twin with a defect drawn by ``config.seed``.
     """
@@ -326,6 +335,7 @@ class FileDataset(IndexedDataset):
     normal_masks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     procedural: bool = False
+    mask_content: Callable[[pathlib.Path, str, str], bytes] = mask_file
 
     def source(self, split: str, category: str | None = None) -> Source:
         """Samples of "train" or "test", of one category or of all, sorted by path."""
