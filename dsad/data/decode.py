@@ -163,6 +163,13 @@ def decoded_mask(
     return grey > rule.threshold
 
 
+def read_mask(
+    root: pathlib.Path, path: str, rule: MaskRule, faults: list[Fault] | None = None
+) -> np.ndarray:
+    """``decoded_mask`` of a file."""
+    return decoded_mask(read_bytes(root, path), path, rule, faults)
+
+
 def size_fault(path: str, mask: np.ndarray, shape: tuple[int, ...]) -> Fault | None:
     """The K2 fault of a mask (h, w) whose size is not its image's ``shape`` (h, w), or None."""
     if mask.shape == shape:

@@ -15,14 +15,10 @@ from PIL import Image, ImageOps, features
 
 from dsad.core.errors import DataError
 from dsad.data import decode, files
-from dsad.data.decode import MaskRule, decoded_mask, read_bytes, read_image
+from dsad.data.decode import MaskRule, read_image, read_mask
 from tests.data import trees
 
 STATUS = pathlib.Path("/proc/self/statm")
-
-
-def read_mask(root, path, rule):
-    return decoded_mask(read_bytes(root, path), path, rule)
 
 
 def written(folder, image, name="a.png", **kwargs):
