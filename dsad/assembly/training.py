@@ -165,7 +165,7 @@ def prepare(
     if training.held:
         out.print(f"{training.held}, every {training.run.config.probe.every} steps")
     run, shapes = training.run, jax.tree.leaves(training.run.abstract.params)
-    kind = {"train": "normal", "test": "test", "all": "normal and test"}[run.config.data.split]
+    kind = {"train": "training", "test": "test", "all": "training and test"}[run.config.data.split]
     out.print(
         f"{run.info.samples} {kind} images, {run.info.total_steps} steps of "
         f"{run.config.batch_size} images, {sum(math.prod(x.shape) for x in shapes):,} trainable "

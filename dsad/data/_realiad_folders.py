@@ -1,6 +1,5 @@
 """Where images and lists of Real-IAD lie, and which categories have both."""
 
-import os
 import pathlib
 
 from dsad.core.config import listed
@@ -9,15 +8,6 @@ from dsad.data.base import DataConfig, Fault, chosen, error, warning
 
 #: Folder of the multi-view lists, and what the names of the other lists begin with.
 LISTS = "realiad_jsons"
-
-
-def category_files(root: pathlib.Path, name: str) -> set[str]:
-    """Paths of all files of a category, each folder listed once."""
-    return {
-        (pathlib.Path(folder) / file).relative_to(root).as_posix()
-        for folder, _, names in os.walk(root / name, followlinks=True)
-        for file in names
-    }
 
 
 def _has_images(folder: pathlib.Path) -> bool:

@@ -61,6 +61,15 @@ def subfolders(folder: pathlib.Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
+def below(root: pathlib.Path, folder: str) -> set[str]:
+    """Paths relative to ``root`` of all files in a folder and below, each folder listed once."""
+    return {
+        (pathlib.Path(place) / file).relative_to(root).as_posix()
+        for place, _, names in os.walk(root / folder, followlinks=True)
+        for file in names
+    }
+
+
 def images(
     root: pathlib.Path,
     folder: pathlib.Path,

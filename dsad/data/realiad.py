@@ -108,7 +108,7 @@ class _Category:
         self.normal_masks: dict[str, str] = {}
         self.faults: list[Fault] = []
         self.many = _Groups()
-        self.files = places.category_files(root, name)
+        self.files = files.below(root, name)
         self.listed: dict[str, str] = {}
         self.masks: set[str] = set()
         #: Test images of NG objects that the list labels OK.
