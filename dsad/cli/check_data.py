@@ -66,7 +66,8 @@ def _table(report: CheckReport) -> Table:
         bad = f"{row.bad}\n({row.without_mask} no mask)" if told else row.bad
         area = "-" if row.area is None else f"{row.area:.3g}"
         size = row.sizes.replace("×", "\n×")
-        cells = (row.category, row.train, row.good, bad, row.kinds, size, row.modes, area)
+        train = f"{row.train}\n(+{row.validation} val.)" if row.validation else row.train
+        cells = (row.category, train, row.good, bad, row.kinds, size, row.modes, area)
         table.add_row(*map(str, cells), f"{row.vanished}/{row.regions}")
     return table
 

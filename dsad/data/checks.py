@@ -17,7 +17,7 @@ import scipy.ndimage
 
 from dsad.core.types import Dataset, Progress, Record, Source, silent
 from dsad.data import decode
-from dsad.data.base import DataConfig, Fault, FaultError, error, indexed, warning
+from dsad.data.base import DataConfig, Fault, FaultError, IndexedDataset, error, indexed, warning
 from dsad.data.canvases import nearest_pixels, size_on
 from dsad.data.files import EncodedSource, FileDataset, split_groups
 
@@ -37,7 +37,7 @@ TITLES = {
     "K11": "annotation and folder agree on the label",
     "K12": "the counts are the published ones",
     "K13": "groups stay on one side of the split",
-    "K14": "no image occurs twice, least of all in train and test",
+    "K14": "no image occurs twice, least of all in two splits",
     "K15": "no defect region vanishes at the working size",
 }
 #: What to do about a fault of each check, whatever else its message says.
@@ -79,6 +79,7 @@ class Row:
 
     category: str
     train: int
+    validation: int = 0
     good: int
     bad: int
     kinds: int
@@ -153,7 +154,8 @@ def _read_files(dataset: FileDataset, record: Record) -> _Read:
     for path in record.masks or ([normal] if normal else []):
         try:
             content = dataset.mask_content(dataset.root, record.path, path)
-            part = decode.decoded_mask(content, path, dataset.rule, unusable)
+            rule = dataset.rules.get(record.category, dataset.rule)
+            part = decode.decoded_mask(content, path, rule, unusable)
         except FaultError as problem:
             unusable.extend(problem.faults)
             continue
@@ -215,9 +217,9 @@ def _contradiction(item: _Seen, twin: _Seen) -> str:
 
 
 def _shared_content(seen: Iterable[_Seen]) -> list[Fault]:
-    """K14: the same path or pixels in train and test, or under two labels or masks.
+    """K14: the same path or pixels in two splits, or under two labels or masks.
 
-    What merely occurs twice on one side is counted, once per category.
+    What merely occurs twice in one split is counted, once per category.
     """
     first: dict[str, _Seen] = {}
     paths: dict[str, str] = {}
@@ -244,11 +246,11 @@ def _shared_content(seen: Iterable[_Seen]) -> list[Fault]:
     return faults
 
 
-def _order_faults(dataset: Dataset) -> list[Fault]:
+def _order_faults(name: str, sources: Mapping[str, Source]) -> list[Fault]:
     """K10: records that are not sorted by path depend on who listed the folder."""
-    paths = {s: [r.path for r in dataset.source(s).records] for s in ("train", "test")}
+    paths = {split: [r.path for r in source.records] for split, source in sources.items()}
     return [
-        error("K10", dataset.name, f"the {split} records are not in path order.")
+        error("K10", name, f"the {split} records are not in path order.")
         for split, found in paths.items()
         if found != sorted(found)
     ]
@@ -268,6 +270,7 @@ def _row(category: str, seen: list[_Seen]) -> Row:
     return Row(
         category=category,
         train=sum(s.split == "train" for s in seen),
+        validation=sum(s.split == "validation" for s in seen),
         good=len(test) - len(bad),
         bad=len(bad),
         kinds=len({r.kind for r in bad}),
@@ -290,10 +293,10 @@ def _vanished(row: Row, seen: list[_Seen], side: int) -> list[Fault]:
 
 
 def check_dataset(
-    dataset: Dataset, *, canvas: int, progress: Progress | None = None
+    dataset: IndexedDataset, *, canvas: int, progress: Progress | None = None
 ) -> CheckReport:
-    """Check every image and mask of a data set; ``canvas`` is the working size for K15."""
-    sources = {split: dataset.source(split) for split in ("train", "test")}
+    """Check every image and mask of all splits; ``canvas`` is the working size for K15."""
+    sources = {split: dataset.source(split) for split in dataset.splits}
     jobs = [(split, i) for split, source in sources.items() for i in range(len(source))]
     seen = []
     tell = progress or silent
@@ -306,7 +309,9 @@ def check_dataset(
     skipped = dataset.skipped if isinstance(dataset, FileDataset) else _SKIPPED
     faults = [*dataset.faults, *(fault for item in seen for fault in item.faults)]
     faults += [] if "K13" in skipped else split_groups({s: x.records for s, x in sources.items()})
-    faults = list(dict.fromkeys(faults + _shared_content(seen) + _order_faults(dataset)))
+    faults = list(
+        dict.fromkeys(faults + _shared_content(seen) + _order_faults(dataset.name, sources))
+    )
     rows = []
     for category in dataset.categories:
         mine = [s for s in seen if s.record.category == category]

@@ -191,16 +191,17 @@ def repeated(stem: str, path: str, other: str) -> Fault:
 
 
 def split_groups(splits: Mapping[str, Iterable[Record]]) -> list[Fault]:
-    """K13: groups of a category with images in train and in test."""
+    """K13: groups of a category with images in several splits."""
     sides: dict[tuple[str, str], dict[str, str]] = {}
     for split, records in splits.items():
         for r in records:
             if r.group:
                 sides.setdefault((r.category, r.group), {}).setdefault(split, r.path)
     return [
-        error("K13", side["test"], f"its group {group} is also in train, as {side['train']}.")
+        error("K13", path, f"its group {group} is also in {first}, as {side[first]}.")
         for (_, group), side in sides.items()
-        if {"train", "test"} <= side.keys()
+        for first, *others in [list(side)]
+        for path in (side[other] for other in others)
     ]
 
 
@@ -333,6 +334,7 @@ class FileDataset(IndexedDataset):
     """An index of files that satisfies the Dataset protocol.
 
     ``normal_masks`` maps normal images to mask files that exist for them (all zero, or K6).
+    ``rules`` are narrower rules of categories, by which the full check looks at masks.
     ``mask_content`` gives, of root, image and annotation file, the content of a mask file: another
     one than ``mask_file`` draws what the annotation only describes.
     ``skipped`` says for a check why it does not apply. With ``procedural`` the test images are
@@ -342,12 +344,13 @@ class FileDataset(IndexedDataset):
     root: pathlib.Path
     rule: decode.MaskRule
     normal_masks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rules: Mapping[str, decode.MaskRule] = dataclasses.field(default_factory=dict)
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     procedural: bool = False
     mask_content: Callable[[pathlib.Path, str, str], bytes] = mask_file
 
     def source(self, split: str, category: str | None = None) -> Source:
-        """Samples of "train" or "test", of one category or of all, sorted by path."""
+        """Samples of a split, of one category or of all, sorted by path."""
         records = select(self.splits, self.categories, split, category)
         if split == "train" or not self.procedural:
             return FileSource(self, records)

@@ -31,6 +31,7 @@ from dsad.core.config import listed
 from dsad.core.types import Record
 from dsad.data import _realiad_folders as places
 from dsad.data import files
+from dsad.data.about import About
 from dsad.data.base import DataConfig, Fault, error, variant, warning
 from dsad.data.decode import MaskRule
 
@@ -73,6 +74,19 @@ PUBLISHED = {
         split="published, single view (camera C1)",
     ),
 }  # fmt: skip
+
+
+ABOUT = About(
+    title="Real-IAD", licence="CC BY-NC-SA 4.0 (on request)",
+    citation="Wang et al., Real-IAD, CVPR 2024", address="on request from the owners",
+    masks="every value but 0 is a defect", columns=("train", "test", "bad"),
+    counts={
+        f"all categories, {list_.folder}": (list_.train, list_.test, list_.bad)
+        for list_ in PUBLISHED.values()
+    },
+    protocols={name: list_.split for name, list_ in PUBLISHED.items()},
+    remarks=("26,881 views of defective objects are labelled OK: their camera sees no defect.",),
+)  # fmt: skip
 
 
 def camera(path: str) -> str:
