@@ -111,7 +111,8 @@ class _Setup:
             self.faults.append(error("K0", self.file.name, f"cannot be read: {problem}. {_COPY}"))
             return []
         if columns != COLUMNS:
-            text = f"columns {listed(columns)}; expected {', '.join(COLUMNS)}. {_COPY}"
+            found = ", ".join(columns) or "none"
+            text = f"columns {found}; expected {', '.join(COLUMNS)}. {_COPY}"
             self.faults.append(error("K0", self.file.name, text))
             return []
         if not rows:

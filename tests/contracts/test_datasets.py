@@ -3,7 +3,8 @@
 A member ``dsad/data/NAME.py`` needs ``tests/contracts/datasets/NAME.py`` with
 ``small(name, root)``, which writes a small instance below ``root`` and returns its DataConfig.
 ``NAMES`` are the names under which it is loaded, where these are not its own;
-``HAS_TEST = False`` says that it is for pretraining alone.
+``HAS_TEST = False`` says that it is for pretraining alone, ``LABELLED_TRAIN`` under which names
+its training has labelled defects.
 """
 
 import dataclasses
@@ -48,7 +49,8 @@ def test_protocol_of_the_numbers(data):
 def test_training_is_normal_and_disjoint_from_test(config, data):
     train, test = data.source("train").records, data.source("test").records
     assert len(train) > 0
-    assert {r.label for r in train} == {0}
+    labelled = config.name in getattr(NAMES[config.name], "LABELLED_TRAIN", ())
+    assert {r.label for r in train} == ({0, 1} if labelled else {0})
     has_test = getattr(NAMES[config.name], "HAS_TEST", True)
     assert {r.label for r in test} == ({0, 1} if has_test else set())
     assert not {r.path for r in train} & {r.path for r in test}
