@@ -7,6 +7,7 @@ of them grey.
 import json
 import pathlib
 import random
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,15 +15,14 @@ import numpy as np
 from dsad.data.base import DataConfig
 from tests.data import trees
 
-#: Pixels of images and masks (h, w) or (h, w, 3), or the text of a file.
-Files = dict[str, np.ndarray | str]
+#: Pixels of images and masks (h, w) or (h, w, 3), or the content of a file.
+Files = dict[str, np.ndarray | str | bytes]
 EMPTY = np.zeros((trees.HEIGHT, trees.WIDTH), np.uint8)
 
 
 def images(paths: list[str], channels: int = 3) -> Files:
     """Different pixels for each path."""
-    seed = sum(map(ord, paths[0]))
-    return {path: trees.pixels(1000 * seed + i, channels) for i, path in enumerate(paths)}
+    return {path: trees.pixels(zlib.crc32(path.encode()), channels) for path in paths}
 
 
 def _numbered(folder: str, count: int, name: str = "{:03d}.png", channels: int = 3) -> Files:
@@ -177,7 +177,7 @@ def write(
 ) -> DataConfig:
     """Write the tree of a set with ``more`` files and without ``less``; its config.
 
-    Files are made in an order shuffled by ``order``. "*.PNG" files are PNG.
+    Files are made in an order shuffled by ``order``.
     """
     files = {path: c for path, c in {**TREES[name](), **more}.items() if path not in less}
     paths = list(files)
@@ -186,8 +186,8 @@ def write(
     for path in paths:
         content = files[path]
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
-            (root / path).write_text(content)
+        if isinstance(content, str | bytes):
+            (root / path).write_bytes(content.encode() if isinstance(content, str) else content)
         else:
             trees.save(root / path, content)
     return DataConfig(name=name, root=str(root), **keys)
