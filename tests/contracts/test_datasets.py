@@ -16,6 +16,7 @@ import pytest
 from dsad.core.config import members
 from dsad.core.errors import ConfigError
 from dsad.core.types import Dataset
+from dsad.data import about
 from dsad.data.base import load
 from dsad.data.checks import check
 
@@ -113,8 +114,32 @@ def test_check_covers_every_category(config, data):
     assert sum(row.train for row in report.rows) == len(data.source("train"))
 
 
+def test_every_split_is_sorted_and_apart(data):
+    paths = [r.path for split in data.splits for r in data.source(split).records]
+    assert len(set(paths)) == len(paths)
+    for split in data.splits:
+        records = data.source(split).records
+        assert [r.path for r in records] == sorted(r.path for r in records)
+        labels = {r.label for r in records}
+        assert labels <= ({0, 1} if split == "test" else {0}) or labels == {-1}
+
+
+def test_what_is_known_of_published_sets():
+    known = about.every()
+    assert set(known) == set(members("data")) - set(about.UNPUBLISHED)
+    for item in known.values():
+        assert item.title
+        assert item.licence
+        assert item.citation
+        assert item.masks
+        assert item.protocols
+        rows = [*item.counts.values(), *item.also.values()]
+        assert all(len(row) == len(item.columns) for row in rows)
+        assert item.also.keys() <= item.counts.keys()
+
+
 def test_unknown_names(data):
     with pytest.raises(ConfigError, match="no split"):
-        data.source("validation")
+        data.source("nothing_like_this")
     with pytest.raises(ConfigError, match="no category"):
         data.source("train", "nothing_like_this")
