@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dsad.assembly import thumbnails
+from dsad.assembly import catalogue, thumbnails
 from dsad.core import config as core_config
 from dsad.core import paths
 from dsad.core.errors import ConfigError
@@ -147,10 +147,15 @@ def main(argv: list[str]) -> int:
     command.string("pictures", "", "FILE.png: thumbnails of every kind, defects marked, as one.")
     command.string("fix_list", "", "FILE.csv: every fault in it, with what to do.")
     command.switch("strict", "Counts that differ from the published ones are errors.")
+    command.switch("list", "The published data sets; with --config.data.name=NAME more of one.")
     config, values, folders = command.parse(argv)
     if len(folders) > 1:
         raise ConfigError(f"dsad check-data: expected one folder, found also {folders[1]!r}.")
     out = console.console()
+    if values["list"].value:
+        given = any(a.startswith("--config.data.name") for a in argv)
+        catalogue.print_one(config.data.name, out) if given else catalogue.print_all(out)
+        return 0
     if values["strict"].value:
         flags.update(config, {"data.strict": True})
     for path in folders:

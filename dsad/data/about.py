@@ -22,7 +22,8 @@ class About:
       masks: how the value of a mask's pixel is read.
       columns: what ``counts`` count: a split's images ("train", its normal ones), "good" and "bad"
         test images, "kinds" of defects or one of them by name, and "dropped" ones.
-      counts: published counts by category; empty where none are known.
+      counts: published counts by category, or of "all" of one release; empty where none are known.
+      categories: how many there are, where the counts are not by category.
       also: other counts that are published too.
       protocols: by variant of the name what goes into the stamp about the split.
       remarks: what a user must know.
@@ -36,9 +37,17 @@ class About:
     masks: str
     columns: tuple[str, ...] = ("train", "good", "bad")
     counts: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    categories: int = 0
     also: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     protocols: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"": "as published"})
     remarks: tuple[str, ...] = ()
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Counts of all categories together by column, of the first release."""
+        whole = [counts for name, counts in self.counts.items() if name.startswith("all")]
+        rows = whole[:1] or list(self.counts.values())
+        return {name: sum(row[i] for row in rows) for i, name in enumerate(self.columns) if rows}
 
 
 def every() -> dict[str, About]:

@@ -21,7 +21,7 @@ ABOUT = About(
     title="DTD", licence="research use",
     citation="Cimpoi et al., Describing Textures in the Wild, CVPR 2014",
     address="https://www.robots.ox.ac.uk/~vgg/data/dtd", masks="none",
-    columns=("classes", "train"), counts={"all": (CLASSES, CLASSES * EACH)},
+    columns=("classes", "train"), counts={"all": (CLASSES, CLASSES * EACH)}, categories=CLASSES,
     protocols={"": "all images train"}
     | {split: f"training images of official split {split}" for split in SPLITS},
     remarks=("For pretraining and synthetic defects alone: there is no test.",),

@@ -29,7 +29,7 @@ ABOUT = About(
     title="ImageNet (ILSVRC 2012)", licence="ImageNet terms of access: research only",
     citation="Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015",
     address="https://image-net.org", masks="none", columns=("classes", "train"),
-    counts={"all": (CLASSES, IMAGES)}, protocols={"": "official training set"},
+    counts={"all": (CLASSES, IMAGES)}, categories=CLASSES, protocols={"": "official training set"},
     remarks=("For pretraining alone: there is no test.", "22 images are CMYK, one is a PNG."),
 )  # fmt: skip
 ARCHIVE = "ILSVRC2012_img_train.tar"

@@ -34,7 +34,7 @@ ABOUT = About(
     title="MTD", licence="none stated; citation asked, research use",
     citation="Huang et al., Surface defect saliency of magnetic tile, The Visual Computer 2020",
     masks="grey, a defect above 127", columns=("images",),
-    counts={f"MT_{defect}": (count,) for defect, count in COUNTS.items()},
+    counts={f"MT_{defect}": (count,) for defect, count in COUNTS.items()}, categories=1,
     protocols={
         "grouped": "grouped by tile (heuristic list of dsad)",
         "random": "random, by config.data.seed",

@@ -113,6 +113,7 @@ ABOUT = About(
     title="Real-IAD", licence="CC BY-NC-SA 4.0 (on request)",
     citation="Wang et al., Real-IAD, CVPR 2024", address="on request from the owners",
     masks="every value but 0 is a defect", columns=("train", "test", "bad"),
+    categories=len(CATEGORIES),
     counts={
         f"all categories, {lists.folder}": (lists.train, lists.test, lists.bad or 0)
         for lists in PUBLISHED.values()

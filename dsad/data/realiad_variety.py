@@ -31,7 +31,7 @@ ABOUT = About(
     title="Real-IAD Variety", licence="not verified; see the owner's page",
     citation="Zhu et al., Real-IAD Variety, 2025",
     address="https://huggingface.co/datasets/Real-IAD/Real-IAD_Variety",
-    masks="every value but 0 is a defect", columns=("train", "test"),
+    masks="every value but 0 is a defect", columns=("train", "test"), categories=160,
     counts={f"all 160 categories, {_LISTS.folder}": (_LISTS.train, _LISTS.test)},
     protocols={"": _LISTS.split},
     remarks=(
