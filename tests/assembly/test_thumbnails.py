@@ -65,7 +65,7 @@ def test_the_page_shows_what_cannot_be_read_and_long_names(tmp_path):
     image = Image.open(io.BytesIO(page))
     assert left == ""
     assert image.width == thumbnails.COLUMNS * (thumbnails.SIDE + thumbnails.GAP) + thumbnails.GAP
-    colours = {colour for _, colour in image.getcolors(1 << 24)}
+    colours = {colour for _, colour in image.getcolors(1 << 24) or ()}
     assert (0xD8, 0xD8, 0xD8) in colours
     assert (255, 0, 70) in colours
     one = indexed(DataConfig(**{**vars(config), "categories": ("plate",)}))
