@@ -110,7 +110,10 @@ class Dataset(Protocol):
     def origin(self) -> str: ...
 
     def source(self, split: str, category: str | None = None) -> Source:
-        """Samples of ``split`` ("train", "test"), of one category or of all, sorted by path."""
+        """Samples of ``split``, of one category or of all, sorted by path.
+
+        Every set has "train" and "test", some have "validation" and others.
+        """
         ...
 
 

@@ -5,6 +5,7 @@ is defective where it has a mask; ``Label/Labels.txt`` names the masks, and none
 """
 
 import dataclasses
+import pathlib
 import re
 
 from dsad.data import files, published
@@ -49,12 +50,13 @@ def scan(config: DataConfig) -> files.FileDataset:
     """The index with its faults, none of them raised."""
     data = published.index(config, LAYOUT, ABOUT)
     faults = []
-    for listed in sorted(data.root.glob("**/Label/Labels.txt")):
+    records = [r for records in data.splits.values() for r in records]
+    for folder in sorted({pathlib.PurePosixPath(r.path).parent / "Label" for r in records}):
+        lines = data.root / folder / "Labels.txt"
         # Only the names of masks are read: what else a line holds differs between copies.
-        named = re.findall(r"\d{4}_label\.(?i:png)", listed.read_text("utf-8", errors="replace"))
-        for name in sorted(set(named)):
-            if not (listed.parent / name).is_file():
-                path = (listed.parent / name).relative_to(data.root).as_posix()
+        text = lines.read_text("utf-8", errors="replace") if lines.is_file() else ""
+        for name in sorted(set(re.findall(r"\d{4}_label\.(?i:png)", text))):
+            if not (data.root / folder / name).is_file():
                 text = "no such file, though Labels.txt names it: its image would count as normal."
-                faults.append(error("K1", path, f"{text} Copy the data set again."))
+                faults.append(error("K1", f"{folder}/{name}", f"{text} Copy the data set again."))
     return dataclasses.replace(data, faults=(*data.faults, *faults))

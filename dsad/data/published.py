@@ -125,6 +125,7 @@ class _Tree:
         self.images: dict[tuple[str, ...], _Image] = {}
         self.masks: dict[tuple[str, ...], dict[str, str]] = {}
         self.empty: dict[str, str] = {}  # category by image folder without image
+        self.twice: dict[str, tuple[str, str]] = {}  # category, and the other path, by path
         self.others: list[str] = []
         listed = [(p, f) for p, f in walk(root, faults, stray=_any)] if root.is_dir() else []
         paths = sorted(path for found, _ in listed for path in found)
@@ -155,23 +156,26 @@ class _Tree:
             key = tuple(groups[name] for name in _SHARED)
             other = self.images.setdefault(key, _Image(path, groups)).path
             if other != path:
-                self.faults.append(files.repeated(groups["stem"], path, other))
+                self.twice[path] = groups["category"], other
         elif groups := layout.matched(layout.masks, full):
             parts = self.masks.setdefault(tuple(groups[name] for name in _SHARED), {})
             other = parts.setdefault(groups.get("part", ""), path)
             if other != path:
-                self.faults.append(files.repeated(groups["stem"], path, other))
+                self.twice[path] = groups["category"], other
         elif not any(re.fullmatch(pattern, full) for pattern in (*layout.aside, _TEXTS)):
             self.others.append(path)
 
     def report(self, categories: tuple[str, ...]) -> None:
-        """K0, K1 and K9 of what belongs to no image, in the categories that are read."""
+        """K0, K1, K7 and K9 in the categories that are read."""
         left_out = set(self.categories) - set(categories)
         expected = f"expected {self.layout.expected}."
         for folder, category in self.empty.items():
             if category not in left_out:
                 text = f"empty class: the folder holds no image; {expected}"
                 self.faults.append(error("K0", folder, text))
+        for path, (category, other) in self.twice.items():
+            if category not in left_out:
+                self.faults.append(files.repeated(pathlib.PurePath(path).stem, path, other))
         for key, masks in self.masks.items():
             if key not in self.images and key[1] not in left_out:
                 self.faults += map(files.orphan_mask, masks.values())

@@ -8,12 +8,16 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from dsad.cli import check_data
 from dsad.core.errors import DataError
-from dsad.data import ksdd, mvtec_ad2, mvtec_loco, published, records_builder
+from dsad.core.types import Record
+from dsad.data import files, ksdd, mvtec_ad2, mvtec_loco, published, records_builder
 from dsad.data.base import DataConfig, FaultError, indexed, load
 from dsad.data.checks import check
 from dsad.data.saturation import Saturation
+from dsad.plan._samples import published as published_size
 from tests.data import published_trees, trees
 from tests.data.published_trees import EMPTY, TREES, write
 
@@ -170,8 +174,14 @@ def test_root_may_be_a_category(tmp_path, name):
 
 def test_faults_of_other_categories_are_not_told(tmp_path):
     more = {"tubes/train/good/001 (copy).png": EMPTY, "tubes/odd/x.png": EMPTY}
-    config = write("mpdd", tmp_path, more=more, categories=("bracket_black",))
+    config = write("mpdd", tmp_path / "a", more=more, categories=("bracket_black",))
     assert {f.path for f in load(config).faults} == {"bracket_black"}  # its count
+    more = {"01/test/ko/0000.png": EMPTY}  # twice, as bmp and as png
+    config = write("btad", tmp_path / "b", more=more, categories=("02",))
+    assert {f.path for f in load(config).faults} == {"02"}
+    less = ["Class1/Train/Label/0002_label.PNG"]
+    config = write("dagm", tmp_path / "c", less=less, categories=("Class10",))
+    assert {f.path for f in load(config).faults} == {"Class10"}
 
 
 def test_strict_counts_are_errors(tmp_path):
@@ -318,6 +328,31 @@ def test_prepared_records_have_every_split(tmp_path, name):
         for a, b in zip(data.source(split), again.source(split), strict=True):
             np.testing.assert_array_equal(a.image, b.image)
             np.testing.assert_array_equal(a.mask, b.mask)
+
+
+def test_groups_stay_apart_from_validation_too():
+    def record(path):
+        return Record(path=path, category="a", label=0, kind="good", group="g")
+
+    splits = {"train": (), "validation": (record("v.png"),), "test": (record("t.png"),)}
+    fault = files.split_groups(splits)[0]
+    assert (fault.check, fault.path) == ("K13", "t.png")
+    assert "also in validation, as v.png" in fault.message
+
+
+def test_check_tells_validation_images(tmp_path):
+    out = io.StringIO()
+    console = Console(file=out, width=200, soft_wrap=True)
+    assert check_data.run(write("mvtec_loco", tmp_path), console) == 0
+    assert "(+2 val.)" in out.getvalue()
+
+
+def test_plan_knows_published_sizes():
+    config = DataConfig(name="mvtec_loco", categories=("pushpins", "screw_bag"))
+    assert published_size(config) == (372 + 360, 2)
+    assert published_size(DataConfig(name="mvtec")) == (3629, 15)
+    for name in ("adam3d", "ksdd", "realiad"):
+        assert published_size(DataConfig(name=name)) is None
 
 
 def test_canvases_are_of_what_is_trained_on(tmp_path):
