@@ -4,7 +4,7 @@ A member ``dsad/data/NAME.py`` needs ``tests/contracts/datasets/NAME.py`` with
 ``small(name, root)``, which writes a small instance below ``root`` and returns its DataConfig.
 ``NAMES`` are the names under which it is loaded, where these are not its own;
 ``HAS_TEST = False`` says that it is for pretraining alone, ``LABELLED_TRAIN`` under which names
-its training has labelled defects.
+its training has labelled defects; ``MASKED = False`` that its defects have no masks.
 """
 
 import dataclasses
@@ -57,7 +57,8 @@ def test_training_is_normal_and_disjoint_from_test(config, data):
     assert not {r.path for r in train} & {r.path for r in test}
 
 
-def test_samples_match_their_records(data):
+def test_samples_match_their_records(config, data):
+    masked = getattr(NAMES[config.name], "MASKED", True)
     for split in ("train", "test"):
         source = data.source(split)
         assert len(source) == len(source.records)
@@ -65,10 +66,13 @@ def test_samples_match_their_records(data):
             sample = source[i]
             assert sample.record == record
             assert (record.kind == "good") == (record.label == 0)
-            assert (not record.masks) == (record.label == 0)
+            assert bool(record.masks) == (record.label == 1 and masked)
             assert sample.image.dtype == np.uint8
             assert sample.image.ndim == 3
             assert sample.image.shape[2] == 3
+            assert (sample.mask is None) == (record.label == 1 and not masked)
+            if sample.mask is None:
+                continue
             assert sample.mask.dtype == bool
             assert sample.mask.shape == sample.image.shape[:2]
             assert sample.mask.any() == bool(record.label)

@@ -298,6 +298,36 @@ def dtd(root: pathlib.Path, name: str = "dtd", **kwargs) -> DataConfig:
     return DataConfig(name=name, root=str(root), **kwargs)
 
 
+def kaputt_rows(split: str) -> list[dict]:
+    """Rows of a table: by material two good images and a damaged one, each of an item."""
+    rows = []
+    for material in ("bag", "box"):
+        for i in range(3):
+            name = f"{split}-{material}-{i}"
+            rows.append({
+                "capture_id": name, "query_image": f"data/{split}/query-data/image/{name}.jpg",
+                "defect": i == 2, "major_defect": False, "item_material": material,
+                "defect_types": "penetration,spillage" if i == 2 else "",
+                "item_identifier": f"item {name}",
+            })  # fmt: skip
+    return rows
+
+
+def kaputt(root: pathlib.Path, name: str = "kaputt", **kwargs) -> DataConfig:
+    """Write Kaputt in miniature, crops and whole images; it has no masks of defects."""
+    from pyarrow import Table, parquet
+
+    root.mkdir(parents=True, exist_ok=True)
+    for s, split in enumerate(("train", "validation", "test")):
+        rows = kaputt_rows(split)
+        parquet.write_table(Table.from_pylist(rows), root / f"query-{split}.parquet")
+        for i, row in enumerate(rows):
+            for k, kind in enumerate(("crop", "image")):
+                file = root / f"data/{split}/query-data/{kind}/{row['capture_id']}.jpg"
+                save(file, pixels(100 * s + 10 * i + k))
+    return DataConfig(name=name, root=str(root), **{"missing_masks": "image_only", **kwargs})
+
+
 def batch_spec(side, facts=(), **needs):
     """What batches of canvases of a side hold."""
     asked = Needs(facts=tuple(facts), **needs)
