@@ -290,7 +290,7 @@ def _refuse(config: DataConfig, about: Mapping[str, Any], splits: Mapping[str, A
             "Leave it empty, or prepare the data set again."
         )
     if config.missing_masks == "error":
-        bare = [r for rs in splits.values() for r in rs if r.label and not r.masks]
+        bare = [r for rs in splits.values() for r in rs if r.label == 1 and not r.masks]
         if bare:
             faults = [files.missing_mask(r.path, "in the records", False) for r in bare]
             raise FaultError(
