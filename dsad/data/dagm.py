@@ -19,7 +19,7 @@ _SIZES = (
     *((1150, 150, 150),) * 4,
 )
 ABOUT = About(
-    title="DAGM 2007", licence="not stated by the owner",
+    title="DAGM 2007", licence="see the owner's page",
     citation="Wieler and Hahn, Weakly supervised learning for industrial optical inspection, DAGM "
     "2007",
     address="https://doi.org/10.5281/zenodo.12750201",

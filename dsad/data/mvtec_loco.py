@@ -32,6 +32,7 @@ ABOUT = About(
     remarks=(
         "The paper prints 354 and 59 normal images of splicing_connectors, the archive has 360 and "
         "60.",
+        "The names of the keys in defects_config.json were not checked on the real files.",
         "Published numbers are means of one run on logical and one on structural anomalies.",
     ),
 )  # fmt: skip
