@@ -47,7 +47,8 @@ class Training:
     """A run with its images: batches, and what of them lives on the devices, or None.
 
     ``earlier`` are the weights that it starts from, if they were asked for before the images;
-    ``probe`` measures its states on the images ``held`` out, if the config wants it.
+    ``probe`` measures its states on the images ``held`` out, if the config wants it. So many images
+    have ``defects``.
     """
 
     run: Run
@@ -56,6 +57,7 @@ class Training:
     earlier: EarlierWeights | None = None
     held: HeldOut | None = None
     probe: Callable[[TrainState], dict[str, float]] | None = None
+    defects: int = 0
 
     @functools.cached_property
     def pass_functions(self) -> tuple[Any, Any]:
@@ -94,7 +96,8 @@ def build(
     earlier = distributed.together(lambda: runs.checked_weights(run)) if weights else None
     probe = _probe(run, source, held) if held else None
     training = read(run, trained, progress)
-    return dataclasses.replace(training, earlier=earlier, held=held, probe=probe)
+    defects = sum(bool(record.label) for record in trained.records)
+    return dataclasses.replace(training, earlier=earlier, held=held, probe=probe, defects=defects)
 
 
 def _probe(run: Run, source: Source, held: HeldOut) -> Callable[[TrainState], dict[str, float]]:
@@ -166,6 +169,8 @@ def prepare(
         out.print(f"{training.held}, every {training.run.config.probe.every} steps")
     run, shapes = training.run, jax.tree.leaves(training.run.abstract.params)
     kind = {"train": "normal", "test": "test", "all": "normal and test"}[run.config.data.split]
+    if kind == "normal" and training.defects:
+        kind = f"training ({training.defects} with defects)"
     out.print(
         f"{run.info.samples} {kind} images, {run.info.total_steps} steps of "
         f"{run.config.batch_size} images, {sum(math.prod(x.shape) for x in shapes):,} trainable "

@@ -1,5 +1,7 @@
 """``dsad check-data``: every fault of a data set, a summary table, and an exit code."""
 
+import csv
+import io
 import os
 import re
 import shlex
@@ -10,11 +12,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dsad.assembly import catalogue, thumbnails
 from dsad.core import config as core_config
+from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.data import layout
-from dsad.data.base import DataConfig, Fault
-from dsad.data.checks import TITLES, CheckReport, check
+from dsad.data.base import DataConfig, Fault, indexed
+from dsad.data.checks import REMEDIES, TITLES, CheckReport, check_dataset
 from dsad.terminal import console, flags
 
 _COLOURS = {"error": "bold red", "warning": "yellow"}
@@ -62,20 +66,41 @@ def _table(report: CheckReport) -> Table:
         bad = f"{row.bad}\n({row.without_mask} no mask)" if told else row.bad
         area = "-" if row.area is None else f"{row.area:.3g}"
         size = row.sizes.replace("×", "\n×")
-        cells = (row.category, row.train, row.good, bad, row.kinds, size, row.modes, area)
+        train = f"{row.train}\n(+{row.validation} val.)" if row.validation else row.train
+        cells = (row.category, train, row.good, bad, row.kinds, size, row.modes, area)
         table.add_row(*map(str, cells), f"{row.vanished}/{row.regions}")
     return table
 
 
-def run(config: DataConfig, out: Console | None = None, *, every: bool = False) -> int:
+def fix_list(report: CheckReport) -> str:
+    """Every fault as a line of a CSV file, with what to do about it."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("check", "severity", "path", "message", "what to do"))
+    for f in report.faults:
+        rows.writerow((f.check, f.severity, f.path, f.message, REMEDIES[f.check]))
+    return text.getvalue()
+
+
+def run(
+    config: DataConfig, out: Console | None = None, *, every: bool = False, pictures: str = "",
+    fixes: str = "",
+) -> int:  # fmt: skip
     """Check the data set of ``config`` and print the outcome; 0 without errors, else 1.
 
-    Equal faults are one line, or a line for ``every`` file. Raises ConfigError for a name, root or
-    category that cannot be meant.
+    Equal faults are one line, or a line for ``every`` file. The files ``pictures`` and ``fixes``
+    get thumbnails and the fix list, where they are named. Raises ConfigError for a name, root or
+    category that cannot be meant, WorkdirError for a file that cannot be written.
     """
     out = out or console.console()
+    for flag, path, suffix in (("pictures", pictures, ".png"), ("fix-list", fixes, ".csv")):
+        if path and not path.lower().endswith(suffix):
+            raise ConfigError(f"--{flag}={path}: expected a file name that ends in {suffix}.")
+        if path:
+            paths.check_place(path, f"Name another with --{flag}=FILE{suffix}.", file=True)
+    dataset = indexed(config)
     with console.progress("checking", out) as tell:
-        report = check(config, progress=tell)
+        report = check_dataset(dataset, canvas=config.canvas, progress=tell)
     _print_faults(report, out, every=every)
     _print_checks(report, out)
     out.print(f"{report.protocol['dataset']}, split: {report.protocol['split']}", style="bold")
@@ -84,6 +109,13 @@ def run(config: DataConfig, out: Console | None = None, *, every: bool = False) 
         "kinds: of defects. area: median defect area of the anomalous images. vanish: defect "
         f"regions without a pixel on the canvas of {config.canvas}."
     )
+    if fixes:
+        paths.write_whole(fixes, fix_list(report))
+        out.print(f"{len(report.faults):,} faults and what to do: {fixes}")
+    if pictures:
+        page, left = thumbnails.sheet(dataset)
+        paths.write_whole(pictures, page)
+        out.print(f"pictures: {pictures}{f' ({left})' if left else ''}")
     count = Counter(f.severity for f in report.faults)
     verdict = "usable" if report.ok else "NOT usable"
     out.print(f"{report.name}: {count['error']} errors, {count['warning']} warnings: {verdict}.")
@@ -112,11 +144,21 @@ def main(argv: list[str]) -> int:
         config="configs/data.py", positional=True,
     )  # fmt: skip
     command.switch("all", "A line for every file instead of one for equal faults.")
-    config, values, paths = command.parse(argv)
-    if len(paths) > 1:
-        raise ConfigError(f"dsad check-data: expected one folder, found also {paths[1]!r}.")
+    command.string("pictures", "", "FILE.png: thumbnails of every kind, defects marked, as one.")
+    command.string("fix_list", "", "FILE.csv: every fault in it, with what to do.")
+    command.switch("strict", "Counts that differ from the published ones are errors.")
+    command.switch("list", "The published data sets; with --config.data.name=NAME more of one.")
+    config, values, folders = command.parse(argv)
+    if len(folders) > 1:
+        raise ConfigError(f"dsad check-data: expected one folder, found also {folders[1]!r}.")
     out = console.console()
-    for path in paths:
+    if values["list"].value:
+        given = any(a.startswith("--config.data.name") for a in argv)
+        catalogue.print_one(config.data.name, out) if given else catalogue.print_all(out)
+        return 0
+    if values["strict"].value:
+        flags.update(config, {"data.strict": True})
+    for path in folders:
         if any(a.startswith("--config.data.name") for a in argv):
             raise ConfigError(
                 f"dsad check-data: {path} or --config.data.name? A folder says its name itself; "
@@ -127,7 +169,10 @@ def main(argv: list[str]) -> int:
         out.print("taken: " + ", ".join(f"{key} {value}" for key, value in keys.items()))
         if others:
             out.print(f"left out, as their names say neither good nor bad: {', '.join(others)}")
-    return run(data_config(config), out, every=bool(values["all"].value))
+    return run(
+        data_config(config), out, every=bool(values["all"].value),
+        pictures=str(values["pictures"].value), fixes=str(values["fix_list"].value),
+    )  # fmt: skip
 
 
 def data_config(config: Any) -> DataConfig:

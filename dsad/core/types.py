@@ -22,10 +22,11 @@ class Record:
     """What an index knows of one image without decoding it.
 
     ``path`` is the identity of the image: its path relative to the data set's root.
-    ``label`` is 0 for normal and 1 for anomalous; ``kind`` is "good" or the defect type. ``masks``
+    ``label`` is 0 for normal, 1 for anomalous, and -1 where only the data's owner knows: such
+    images have a split of their own. ``kind`` is "good", the defect type or "unlabelled". ``masks``
     are the files of an anomalous image's defects, none without annotation. ``group`` names what
     several images of a category show, such as one photographed object; ``camera`` by which of
-    several cameras it was taken.
+    several cameras, or in which light, it was taken.
     """
 
     path: str
@@ -42,7 +43,8 @@ class Sample:
     """One decoded image: ``image`` (h, w, 3) uint8 RGB, ``mask`` (h, w) bool, True on defects.
 
     Single-channel files are repeated to three equal channels. ``mask`` is all False for normal
-    images and None for an anomalous image without annotation (only if the config allows that).
+    images and None for an anomalous image without annotation (only if the config allows that) and
+    for an unlabelled one.
     """
 
     record: Record
@@ -108,7 +110,10 @@ class Dataset(Protocol):
     def origin(self) -> str: ...
 
     def source(self, split: str, category: str | None = None) -> Source:
-        """Samples of ``split`` ("train", "test"), of one category or of all, sorted by path."""
+        """Samples of ``split``, of one category or of all, sorted by path.
+
+        Every set has "train" and "test", some have "validation" and others.
+        """
         ...
 
 

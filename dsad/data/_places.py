@@ -5,7 +5,7 @@ import glob
 import os
 import pathlib
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from dsad.core.config import Refused, suggestion
 from dsad.data import files
@@ -23,11 +23,12 @@ WORDS = {
 
 
 def walk(
-    root: pathlib.Path, faults: list[Fault], start: str = ""
-) -> Iterator[tuple[list[str], list[str]]]:
+    root: pathlib.Path, faults: list[Fault], start: str = "",
+    stray: Callable[[str], str] = files.stray,
+) -> Iterator[tuple[list[str], list[str]]]:  # fmt: skip
     """Per folder from ``start`` down: its images and visible folders, as paths below the root.
 
-    Paths have forward slashes.
+    Paths have forward slashes. ``stray`` says why a file of a name is ignored, or "".
     """
 
     def unlisted(problem: OSError) -> None:
@@ -39,7 +40,7 @@ def walk(
         below = pathlib.Path(folder).relative_to(root).as_posix()
         prefix = "" if below == "." else f"{below}/"
         reasons = {name: files.barred(os.path.join(folder, name)) for name in folders}
-        reasons |= {name: files.stray(name) for name in names}
+        reasons |= {name: stray(name) for name in names}
         faults += [files.ignored(prefix + n, reason) for n, reason in reasons.items() if reason]
         folders[:] = [name for name in folders if not reasons[name]]  # what is entered next
         yield [prefix + n for n in names if not reasons[n]], [prefix + n for n in folders]

@@ -1,35 +1,24 @@
-"""Where images and lists of Real-IAD lie, and which categories have both."""
+"""Where images and lists of Real-IAD's families lie, and which categories have both."""
 
-import os
 import pathlib
+from collections.abc import Sequence
 
 from dsad.core.config import listed
 from dsad.data import files
 from dsad.data.base import DataConfig, Fault, chosen, error, warning
-
-#: Folder of the multi-view lists, and what the names of the other lists begin with.
-LISTS = "realiad_jsons"
-
-
-def category_files(root: pathlib.Path, name: str) -> set[str]:
-    """Paths of all files of a category, each folder listed once."""
-    return {
-        (pathlib.Path(folder) / file).relative_to(root).as_posix()
-        for folder, _, names in os.walk(root / name, followlinks=True)
-        for file in names
-    }
 
 
 def _has_images(folder: pathlib.Path) -> bool:
     return any((folder / part).is_dir() for part in ("OK", "NG"))
 
 
-def image_root(root: pathlib.Path, faults: list[Fault]) -> pathlib.Path:
-    """The folder of the categories: the root, or the one release in it."""
+def image_root(root: pathlib.Path, prefix: str, faults: list[Fault]) -> pathlib.Path:
+    """The folder of the categories: the root, or the one release in it, by its ``prefix``."""
     inside = files.subfolders(root)
     if any(_has_images(root / name) for name in inside):
         return root
-    releases = [n for n in inside if n.startswith("realiad_") and not n.startswith(LISTS)]
+    lists = f"{prefix}jsons"
+    releases = [n for n in inside if n.startswith(prefix) and not n.startswith(lists)]
     if len(releases) > 1:
         text = f"several releases: {listed(releases)}; set config.data.root to one of them."
         faults.append(error("K0", str(root), text))
@@ -37,29 +26,29 @@ def image_root(root: pathlib.Path, faults: list[Fault]) -> pathlib.Path:
 
 
 def list_folder(
-    root: pathlib.Path, images: pathlib.Path, name: str, faults: list[Fault]
+    root: pathlib.Path, images: pathlib.Path, places: Sequence[str], faults: list[Fault]
 ) -> pathlib.Path | None:
-    """Where the lists lie: beside the images, in the folder that the archive makes or without."""
+    """Where the lists lie: in the first of the ``places``, beside the images."""
     bases = dict.fromkeys((root.absolute(), images.absolute(), images.absolute().parent))
-    tried = [base / part for base in bases for part in (pathlib.Path(LISTS, name), name)]
-    for folder in tried:
+    for folder in (base / place for base in bases for place in places):
         if any(folder.glob("*.json")):
             return folder
-    text = f"no lists: expected <category>.json in {LISTS}/{name} or {name}, in "
-    text += f"{listed(map(str, bases))}. Unpack {LISTS}.zip there."
-    faults.append(error("K0", name, text))
+    archive = places[0].partition("/")[0]
+    text = f"no lists: expected <category>.json in {' or '.join(places)}, in "
+    text += f"{listed(map(str, bases))}. Unpack {archive}.zip there."
+    faults.append(error("K0", places[-1], text))
     return None
 
 
 def readable_categories(
-    images: pathlib.Path, lists: pathlib.Path, config: DataConfig, faults: list[Fault]
+    images: pathlib.Path, lists: pathlib.Path, prefix: str, config: DataConfig, faults: list[Fault]
 ) -> tuple[str, ...]:
     """Categories to read, both with images and with a list; a fault of each other one."""
     inside = files.subfolders(images)
     folders = {name for name in inside if _has_images(images / name)}
     listed_names = {file.stem for file in lists.glob("*.json") if not file.name.startswith(".")}
     for name in inside:
-        if name not in folders | listed_names and not name.startswith("realiad_"):
+        if name not in folders | listed_names and not name.startswith(prefix):
             faults.append(files.ignored(name, "not a category (no OK/ or NG/ inside)"))
     if not folders:
         text = f"no category found: expected {images.name}/<category>/OK and NG."

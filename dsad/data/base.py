@@ -146,7 +146,10 @@ class Fault:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IndexedDataset(abc.ABC):
-    """What the data sets of an index have in common, see ``core.types.Dataset``."""
+    """What the data sets of an index have in common, see ``core.types.Dataset``.
+
+    ``splits`` are "train", "test" and what else the set has, such as "validation".
+    """
 
     name: str
     categories: tuple[str, ...]
@@ -158,7 +161,7 @@ class IndexedDataset(abc.ABC):
 
     @abc.abstractmethod
     def source(self, split: str, category: str | None = None) -> Any:
-        """Samples of "train" or "test", of one category or of all, sorted by path."""
+        """Samples of a split, of one category or of all, sorted by path."""
 
 
 class FaultError(DataError):

@@ -17,7 +17,7 @@ import scipy.ndimage
 
 from dsad.core.types import Dataset, Progress, Record, Source, silent
 from dsad.data import decode
-from dsad.data.base import DataConfig, Fault, FaultError, error, indexed, warning
+from dsad.data.base import DataConfig, Fault, FaultError, IndexedDataset, error, indexed, warning
 from dsad.data.canvases import nearest_pixels, size_on
 from dsad.data.files import EncodedSource, FileDataset, split_groups
 
@@ -37,8 +37,28 @@ TITLES = {
     "K11": "annotation and folder agree on the label",
     "K12": "the counts are the published ones",
     "K13": "groups stay on one side of the split",
-    "K14": "train and test share no path and no content",
+    "K14": "no image occurs twice, least of all in two splits",
     "K15": "no defect region vanishes at the working size",
+}
+#: What to do about a fault of each check, whatever else its message says.
+REMEDIES = {
+    "K0": "point config.data.root to the published layout, or copy what is missing",
+    "K1": "add the mask, remove the one without image, or leave pixels unmeasured for such images "
+    'with config.data.missing_masks="image_only"',
+    "K2": "export the mask again at the size of its image",
+    "K3": "convert the file to 8-bit RGB or grey, or name its mode in config.data.lossy",
+    "K4": "binarise the mask at its full size and save it again",
+    "K5": "draw the defect, or count the image among the normal ones",
+    "K6": "move the image to the anomalous ones, or empty the mask",
+    "K7": "rename or remove one of the two",
+    "K8": "copy the file again from the published archive",
+    "K9": "remove the file, or rename it as the layout asks",
+    "K10": "report this: the reader of the data set has to sort",
+    "K11": "correct the label or move the file; the list wins",
+    "K12": "copy the published archive again, or state the difference",
+    "K13": "keep all images of the group on one side of the split",
+    "K14": "remove one of the two, or state the overlap beside the numbers",
+    "K15": "work at a larger size, or state that these defects cannot be found",
 }
 _SKIPPED = {name: "no files" for name in ("K3", "K4", "K7", "K9")} | {
     "K11": "labels are generated",
@@ -59,6 +79,7 @@ class Row:
 
     category: str
     train: int
+    validation: int = 0
     good: int
     bad: int
     kinds: int
@@ -99,6 +120,7 @@ class _Seen:
     size: tuple[int, int] | None = None  # height, width
     mode: str = ""
     digest: str = ""
+    mask_digest: str = ""
     area: float | None = None
     regions: int = 0
     vanished: int = 0
@@ -131,7 +153,9 @@ def _read_files(dataset: FileDataset, record: Record) -> _Read:
     unusable: list[Fault] = []  # of masks whose pixels say nothing
     for path in record.masks or ([normal] if normal else []):
         try:
-            part = decode.read_mask(dataset.root, path, dataset.rule, unusable)
+            content = dataset.mask_content(dataset.root, record.path, path)
+            rule = dataset.rules.get(record.category, dataset.rule)
+            part = decode.decoded_mask(content, path, rule, unusable)
         except FaultError as problem:
             unusable.extend(problem.faults)
             continue
@@ -168,10 +192,9 @@ def _look(dataset: Dataset, source: Source, split: str, index: int, side: int) -
         faults, image, mode, mask = _read_sample(source, index)
     shown: dict[str, Any] = {}
     if image is not None:
-        size = image.shape[:2]
-        digest = hashlib.blake2b(image.tobytes(), digest_size=16, person=b"%dx%d" % size)
-        shown = {"size": size, "digest": digest.hexdigest()}
+        shown = {"size": image.shape[:2], "digest": _digest(image)}
     if record.label and mask is not None:
+        shown["mask_digest"] = _digest(mask)
         if not mask.any():
             text = "the mask is empty: pixel metrics keep the image, AUPRO has no region for it."
             faults.append(warning("K5", record.masks[0] if record.masks else record.path, text))
@@ -180,30 +203,54 @@ def _look(dataset: Dataset, source: Source, split: str, index: int, side: int) -
     return _Seen(record=record, split=split, faults=tuple(faults), mode=mode, **shown)
 
 
+def _digest(pixels: np.ndarray) -> str:
+    """Equal for equal pixels (h, w, ...) of equal size alone."""
+    size = b"%dx%d" % pixels.shape[:2]
+    return hashlib.blake2b(pixels.tobytes(), digest_size=16, person=size).hexdigest()
+
+
+def _contradiction(item: _Seen, twin: _Seen) -> str:
+    """What makes two images of the same pixels more than a waste; "" if nothing does."""
+    if twin.split != item.split or twin.record.label != item.record.label:
+        return "."
+    return ", but another mask." if twin.mask_digest != item.mask_digest else ""
+
+
 def _shared_content(seen: Iterable[_Seen]) -> list[Fault]:
-    """K14: the same path or the same pixels in train and test, or under two labels."""
+    """K14: the same path or pixels in two splits, or under two labels or masks.
+
+    What merely occurs twice in one split is counted, once per category.
+    """
     first: dict[str, _Seen] = {}
     paths: dict[str, str] = {}
+    twice: dict[tuple[str, str], list[tuple[str, str]]] = {}
     faults = []
     for item in seen:
-        path = item.record.path
-        if paths.setdefault(path, item.split) != item.split:
-            faults.append(error("K14", path, f"in {paths[path]} and in {item.split}."))
+        path, split = item.record.path, item.split
+        if paths.setdefault(path, split) != split:
+            faults.append(error("K14", path, f"in {paths[path]} and in {split}."))
         if not item.digest:
             continue
         twin = first.setdefault(item.digest, item)
-        crosses = twin.split != item.split or twin.record.label != item.record.label
-        if twin.record.path != path and crosses:
-            text = f"same pixels as {twin.record.path} ({twin.split}, {twin.record.kind})."
+        if twin.record.path == path:
+            continue
+        if end := _contradiction(item, twin):
+            text = f"same pixels as {twin.record.path} ({twin.split}, {twin.record.kind}){end}"
             faults.append(warning("K14", path, text))
+        else:
+            twice.setdefault((item.record.category, split), []).append((path, twin.record.path))
+    for (category, split), pairs in twice.items():
+        count = f"{len(pairs)} {split} image{'s repeat' if len(pairs) > 1 else ' repeats'}"
+        text = f"{count} the pixels of another; the first is {pairs[0][0]}, as {pairs[0][1]}."
+        faults.append(warning("K14", category, text))
     return faults
 
 
-def _order_faults(dataset: Dataset) -> list[Fault]:
+def _order_faults(name: str, sources: Mapping[str, Source]) -> list[Fault]:
     """K10: records that are not sorted by path depend on who listed the folder."""
-    paths = {s: [r.path for r in dataset.source(s).records] for s in ("train", "test")}
+    paths = {split: [r.path for r in source.records] for split, source in sources.items()}
     return [
-        error("K10", dataset.name, f"the {split} records are not in path order.")
+        error("K10", name, f"the {split} records are not in path order.")
         for split, found in paths.items()
         if found != sorted(found)
     ]
@@ -223,6 +270,7 @@ def _row(category: str, seen: list[_Seen]) -> Row:
     return Row(
         category=category,
         train=sum(s.split == "train" for s in seen),
+        validation=sum(s.split == "validation" for s in seen),
         good=len(test) - len(bad),
         bad=len(bad),
         kinds=len({r.kind for r in bad}),
@@ -245,10 +293,10 @@ def _vanished(row: Row, seen: list[_Seen], side: int) -> list[Fault]:
 
 
 def check_dataset(
-    dataset: Dataset, *, canvas: int, progress: Progress | None = None
+    dataset: IndexedDataset, *, canvas: int, progress: Progress | None = None
 ) -> CheckReport:
-    """Check every image and mask of a data set; ``canvas`` is the working size for K15."""
-    sources = {split: dataset.source(split) for split in ("train", "test")}
+    """Check every image and mask of all splits; ``canvas`` is the working size for K15."""
+    sources = {split: dataset.source(split) for split in dataset.splits}
     jobs = [(split, i) for split, source in sources.items() for i in range(len(source))]
     seen = []
     tell = progress or silent
@@ -261,7 +309,9 @@ def check_dataset(
     skipped = dataset.skipped if isinstance(dataset, FileDataset) else _SKIPPED
     faults = [*dataset.faults, *(fault for item in seen for fault in item.faults)]
     faults += [] if "K13" in skipped else split_groups({s: x.records for s, x in sources.items()})
-    faults = list(dict.fromkeys(faults + _shared_content(seen) + _order_faults(dataset)))
+    faults = list(
+        dict.fromkeys(faults + _shared_content(seen) + _order_faults(dataset.name, sources))
+    )
     rows = []
     for category in dataset.categories:
         mine = [s for s in seen if s.record.category == category]

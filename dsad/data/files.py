@@ -6,7 +6,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,15 @@ def subfolders(folder: pathlib.Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def below(root: pathlib.Path, folder: str) -> set[str]:
+    """Paths relative to ``root`` of all files in a folder and below, each folder listed once."""
+    return {
+        (pathlib.Path(place) / file).relative_to(root).as_posix()
+        for place, _, names in os.walk(root / folder, followlinks=True)
+        for file in names
+    }
 
 
 def images(
@@ -182,16 +191,17 @@ def repeated(stem: str, path: str, other: str) -> Fault:
 
 
 def split_groups(splits: Mapping[str, Iterable[Record]]) -> list[Fault]:
-    """K13: groups of a category with images in train and in test."""
+    """K13: groups of a category with images in several splits."""
     sides: dict[tuple[str, str], dict[str, str]] = {}
     for split, records in splits.items():
         for r in records:
             if r.group:
                 sides.setdefault((r.category, r.group), {}).setdefault(split, r.path)
     return [
-        error("K13", side["test"], f"its group {group} is also in train, as {side['train']}.")
+        error("K13", path, f"its group {group} is also in {first}, as {side[first]}.")
         for (_, group), side in sides.items()
-        if {"train", "test"} <= side.keys()
+        for first, *others in [list(side)]
+        for path in (side[other] for other in others)
     ]
 
 
@@ -288,7 +298,7 @@ class FileSource(EncodedSource):
 
     def __init__(self, dataset: "FileDataset", records: Sequence[Record]):
         super().__init__(records, lossy=dataset.config.lossy, rule=dataset.rule)
-        self._root = dataset.root
+        self._root, self._mask_content = dataset.root, dataset.mask_content
 
     def encoded(self, index: int) -> bytes:
         """The content of an image's file; raises DataError naming it (K8)."""
@@ -296,7 +306,8 @@ class FileSource(EncodedSource):
 
     def encoded_masks(self, index: int) -> list[bytes]:
         """The contents of the mask files of a sample."""
-        return [decode.read_bytes(self._root, path) for path in self.records[index].masks]
+        record = self.records[index]
+        return [self._mask_content(self._root, record.path, path) for path in record.masks]
 
     def size_of(self, index: int) -> int:
         """Bytes of a sample's files, asked from the file system."""
@@ -312,11 +323,20 @@ class FileSource(EncodedSource):
         return [self._root / path for path in (record.path, *record.masks)]
 
 
+def mask_file(root: pathlib.Path, image: str, path: str) -> bytes:
+    """The content of an image's mask file as it lies there; FaultError (K8) names it."""
+    del image
+    return decode.read_bytes(root, path)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileDataset(IndexedDataset):
     """An index of files that satisfies the Dataset protocol.
 
     ``normal_masks`` maps normal images to mask files that exist for them (all zero, or K6).
+    ``rules`` are narrower rules of categories, by which the full check looks at masks.
+    ``mask_content`` gives, of root, image and annotation file, the content of a mask file: another
+    one than ``mask_file`` draws what the annotation only describes.
     ``skipped`` says for a check why it does not apply. With ``procedural`` the test images are
     normal, and each has a twin with a defect drawn by ``config.seed``.
     """
@@ -324,11 +344,13 @@ class FileDataset(IndexedDataset):
     root: pathlib.Path
     rule: decode.MaskRule
     normal_masks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rules: Mapping[str, decode.MaskRule] = dataclasses.field(default_factory=dict)
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     procedural: bool = False
+    mask_content: Callable[[pathlib.Path, str, str], bytes] = mask_file
 
     def source(self, split: str, category: str | None = None) -> Source:
-        """Samples of "train" or "test", of one category or of all, sorted by path."""
+        """Samples of a split, of one category or of all, sorted by path."""
         records = select(self.splits, self.categories, split, category)
         if split == "train" or not self.procedural:
             return FileSource(self, records)

@@ -84,7 +84,8 @@ def left(data: files.FileDataset, fitted: Collection[str], category: str = "") -
             "one is named: nothing is left to test. Name other good images with "
             "--config.data.normal=DIR, or bad ones with --config.data.abnormal=DIR."
         )
-    splits = {"train": files.by_path([*data.splits["train"], *seen]), "test": files.by_path(test)}
+    train = files.by_path([*data.splits["train"], *seen])
+    splits = {**data.splits, "train": train, "test": files.by_path(test)}
     text = f"{len(new):,} normal images tested, {len(seen):,} that the model was fitted on are not"
     if leaks := len(files.split_groups(splits)):
         text += f"; {leaks:,} groups are tested of which it was fitted on other images"

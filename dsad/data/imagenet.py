@@ -19,11 +19,19 @@ from typing import Any, NamedTuple
 
 from dsad.core.types import Record
 from dsad.data import files, folder
+from dsad.data.about import About
 from dsad.data.base import DataConfig, Fault, FaultError, IndexedDataset, chosen, error, variant
 from dsad.data.decode import MaskRule
 
 #: Classes and images of the training set.
 CLASSES, IMAGES = 1000, 1_281_167
+ABOUT = About(
+    title="ImageNet (ILSVRC 2012)", licence="ImageNet terms of access: research only",
+    citation="Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015",
+    address="https://image-net.org", masks="none", columns=("classes", "train"),
+    counts={"all": (CLASSES, IMAGES)}, categories=CLASSES, protocols={"": "official training set"},
+    remarks=("For pretraining alone: there is no test.", "22 images are CMYK, one is a PNG."),
+)  # fmt: skip
 ARCHIVE = "ILSVRC2012_img_train.tar"
 _CLASS_TAR = re.compile(r"n\d{8}\.tar")
 

@@ -23,12 +23,27 @@ import pathlib
 
 from dsad.core.types import Record
 from dsad.data import files
+from dsad.data.about import About
 from dsad.data.base import DataConfig, Fault, chosen, error, variant, warning
 from dsad.data.decode import MaskRule
 
 CATEGORY = "magnetic_tile"
 #: Images per folder MT_<name>; Free is normal.
 COUNTS = {"Blowhole": 115, "Break": 85, "Crack": 57, "Fray": 32, "Free": 952, "Uneven": 103}
+ABOUT = About(
+    title="MTD", licence="none stated; citation asked, research use",
+    citation="Huang et al., Surface defect saliency of magnetic tile, The Visual Computer 2020",
+    masks="grey, a defect above 127", columns=("images",),
+    counts={f"MT_{defect}": (count,) for defect, count in COUNTS.items()}, categories=1,
+    protocols={
+        "grouped": "grouped by tile (heuristic list of dsad)",
+        "random": "random, by config.data.seed",
+    },
+    remarks=(
+        "Every tile was shot under about six exposures: a random cut puts twins into training.",
+        "The masks of four images of MT_Uneven are empty.",
+    ),
+)  # fmt: skip
 #: Normals for training and test of the published random split.
 RANDOM_SIZES = (761, 190)
 

@@ -10,6 +10,7 @@ import pathlib
 
 from dsad.core.types import Record
 from dsad.data import files
+from dsad.data.about import About
 from dsad.data.base import DataConfig, Fault, chosen, error, variant, warning
 from dsad.data.decode import MaskRule
 
@@ -31,6 +32,14 @@ OFFICIAL = {
     "wood": (247, 19, 60, 5),
     "zipper": (240, 32, 119, 7),
 }
+ABOUT = About(
+    title="MVTec AD", licence="CC BY-NC-SA 4.0",
+    citation="Bergmann et al., MVTec AD, CVPR 2019",
+    address="https://www.mvtec.com/company/research/datasets/mvtec-ad",
+    masks="0 and 255", columns=("train", "good", "bad", "kinds"), counts=OFFICIAL,
+    protocols={"": "official"},
+    remarks=("Any other folders in this layout can be read; they are then named by their folder.",),
+)  # fmt: skip
 _PARTS = ("train", "test", "ground_truth")
 
 

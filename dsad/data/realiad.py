@@ -24,13 +24,14 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsad.core.config import listed
 from dsad.core.types import Record
 from dsad.data import _realiad_folders as places
 from dsad.data import files
+from dsad.data.about import About
 from dsad.data.base import DataConfig, Fault, error, variant, warning
 from dsad.data.decode import MaskRule
 
@@ -52,33 +53,77 @@ _OBJECT = re.compile(r"(?:OK|NG/[^/]+)/S\d+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Published:
-    """A family of lists: its folder, the cameras in it, its counts over all 30 categories."""
+class Lists:
+    """Lists of one kind: where they lie, their cameras, their counts over all categories.
 
-    folder: str
-    cameras: tuple[str, ...]
+    ``unseen`` are test images of NG objects that count as normal; None is unknown.
+    """
+
+    places: tuple[str, ...]
+    cameras: tuple[str, ...] = CAMERAS
     train: int
     test: int
-    bad: int
+    bad: int | None
+    unseen: int | None = None
     split: str
+
+    @property
+    def folder(self) -> str:
+        """For people."""
+        return self.places[-1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A data set in this layout.
+
+    Attributes:
+      about: what is known of it.
+      lists: by the variant of its name.
+      prefix: what the names of its folders of images and lists begin with.
+      categories: how many there are.
+      suffix: of images.
+      name: of an image without suffix; the first group is the camera.
+      kinds: by the class in a list; None: every class is a kind of its own, and a view of a
+        defective object without a mask counts as normal.
+
+    """
+
+    about: About
+    lists: Mapping[str, Lists]
+    prefix: str
+    categories: int
+    suffix: str = ".jpg"
+    name: re.Pattern[str] = _NAME
+    kinds: Mapping[str, str] | None = None
 
 
 PUBLISHED = {
-    "": _Published(
-        folder=places.LISTS, cameras=CAMERAS, train=36_465, test=114_585, bad=51_329,
+    "": Lists(
+        places=("realiad_jsons/realiad_jsons", "realiad_jsons"),
+        train=36_465, test=114_585, bad=51_329, unseen=26_881,
         split="published, multi-view (every view of five cameras an image)",
     ),
-    "single": _Published(
-        folder=f"{places.LISTS}_sv", cameras=("C1",), train=10_408, test=19_802, bad=9_415,
-        split="published, single view (camera C1)",
+    "single": Lists(
+        places=("realiad_jsons/realiad_jsons_sv", "realiad_jsons_sv"), cameras=("C1",),
+        train=10_408, test=19_802, bad=9_415, split="published, single view (camera C1)",
     ),
 }  # fmt: skip
-
-
-def camera(path: str) -> str:
-    """The camera "C1" (top) to "C5" that took an image, by its file name; "" of others."""
-    match = _NAME.fullmatch(pathlib.PurePosixPath(path).stem)
-    return match[1] if match else ""
+ABOUT = About(
+    title="Real-IAD", licence="CC BY-NC-SA 4.0 (on request)",
+    citation="Wang et al., Real-IAD, CVPR 2024", address="on request from the owners",
+    masks="every value but 0 is a defect", columns=("train", "test", "bad"),
+    categories=len(CATEGORIES),
+    counts={
+        f"all categories, {lists.folder}": (lists.train, lists.test, lists.bad or 0)
+        for lists in PUBLISHED.values()
+    },
+    protocols={name: lists.split for name, lists in PUBLISHED.items()},
+    remarks=("26,881 views of defective objects are labelled OK: their camera sees no defect.",),
+)  # fmt: skip
+FAMILY = Family(
+    about=ABOUT, lists=PUBLISHED, prefix="realiad_", categories=len(CATEGORIES), kinds=KINDS
+)
 
 
 class _Groups:
@@ -101,14 +146,15 @@ class _Category:
 
     def __init__(
         self, name: str, root: pathlib.Path, file: pathlib.Path, config: DataConfig,
-        published: _Published,
+        family: Family, published: Lists,
     ):  # fmt: skip
-        self.name, self.file, self.config, self.published = name, file, config, published
+        self.name, self.file, self.config, self.family = name, file, config, family
+        self.published = published
         self.splits: dict[str, list[Record]] = {"train": [], "test": []}
         self.normal_masks: dict[str, str] = {}
         self.faults: list[Fault] = []
         self.many = _Groups()
-        self.files = places.category_files(root, name)
+        self.files = files.below(root, name)
         self.listed: dict[str, str] = {}
         self.masks: set[str] = set()
         #: Test images of NG objects that the list labels OK.
@@ -180,13 +226,17 @@ class _Category:
             text = f"category {item['category']!r} in the list of {self.name}."
             self.faults.append(error("K11", where, text))
         code = item.get("anomaly_class")
-        if not isinstance(code, str) or code not in KINDS:
-            text = f"anomaly_class {code!r} of {path}: expected one of {listed(KINDS)}."
+        kinds = self.family.kinds
+        if not isinstance(code, str) or not code or (kinds and code not in kinds):
+            known = f"one of {listed(kinds)}" if kinds else "OK or the name of a defect"
+            text = f"anomaly_class {code!r} of {path}: expected {known}."
             self.faults.append(error("K11", where, text))
             return None
         place = self._place(path)
         if place is None:
             return None
+        if kinds is None and not mask:
+            code = "OK"
         label = int(code != "OK")
         if split == "train" and label:
             text = f"{path} is anomalous ({code}): expected normal training images only; lists "
@@ -198,10 +248,15 @@ class _Category:
         if not label and there:
             self.normal_masks[path] = there
         return Record(
-            path=path, category=self.name, label=label, kind=KINDS[code], group=place,
-            camera=camera(path),
+            path=path, category=self.name, label=label, kind=kinds[code] if kinds else _kind(code),
+            group=place, camera=self._view(path),
             masks=(there,) if label and there else (),
         )  # fmt: skip
+
+    def _view(self, path: str) -> str:
+        """The camera of a file, "" where its name tells none."""
+        match = self.family.name.fullmatch(pathlib.PurePosixPath(path).stem)
+        return match[1] if match else ""
 
     def _place(self, path: str) -> str | None:
         """The folder of the object within its category, None of what is no image of the set."""
@@ -211,14 +266,14 @@ class _Category:
             return None
         file = pathlib.PurePosixPath(path)
         place = file.parent.relative_to(self.name).as_posix()
-        view = _NAME.fullmatch(file.stem)
-        if file.suffix != ".jpg" or not view or not _OBJECT.fullmatch(place):
+        view, suffix = self._view(path), self.family.suffix
+        if file.suffix != suffix or not view or not _OBJECT.fullmatch(place):
             text = f"expected {self.name}/OK/S<number> or {self.name}/NG/<code>/S<number>, and in "
-            text += "it <name>_C<1..5>_<time>.jpg: object and camera are known by them."
+            text += f"it <name>_C<1..5>_<time>{suffix}: object and camera are known by them."
             self.faults.append(error("K9", path, text))
             return None
-        if view[1] not in self.published.cameras:
-            text = f"camera {view[1]} in the list of {listed(self.published.cameras)}."
+        if view not in self.published.cameras:
+            text = f"camera {view} in the list of {listed(self.published.cameras)}."
             self.faults.append(error("K9", path, text))
             return None
         return place
@@ -226,11 +281,12 @@ class _Category:
     def _compare(self, place: str, code: str, split: str, path: str) -> None:
         """K11: the list and the folder; the list wins."""
         folder = place.split("/")[-2]
-        if code == folder:
+        if _kind(code) == _kind(folder):
             return
         if code == "OK":
             self.unseen += split == "test"
-            text = "in NG folders labelled OK by the list, which is followed (no defect in view)"
+            how = "labelled OK" if self.family.kinds else "without a mask"
+            text = f"in NG folders {how} by the list, which is followed (no defect in view)"
         elif folder == "OK":
             text = "in OK folders labelled anomalous by the list, which is followed"
         else:
@@ -240,7 +296,7 @@ class _Category:
     def _mask(self, path: str, mask: str, code: str) -> str:
         """The mask of an image if its file exists, else "" and a fault."""
         expected = str(pathlib.PurePosixPath(path).with_suffix(".png"))
-        if mask and mask != expected:
+        if mask and mask != expected and self.family.suffix != ".png":
             self.many.add("K1", "with a mask of another name in the list, which is followed", path)
         if mask in self.files:
             return mask
@@ -268,52 +324,67 @@ class _Category:
 
     def _rest(self) -> None:
         """Files that the list does not name."""
+        suffix = self.family.suffix
         for path in sorted(self.files - self.listed.keys() - self.masks):
-            file = pathlib.PurePosixPath(path)
-            camera_of = _NAME.fullmatch(file.stem)
-            image = str(file.with_suffix(".jpg"))
+            file, view = pathlib.PurePosixPath(path), self._view(path)
+            image = str(file.with_suffix(suffix))
             if file.suffix == ".png" and image not in self.files:
                 self.faults.append(files.orphan_mask(path))
-            elif file.suffix in (".jpg", ".png") and camera_of and not files.stray(file.name):
-                if camera_of[1] not in self.published.cameras:
+            elif file.suffix in (suffix, ".png") and view and not files.stray(file.name):
+                if view not in self.published.cameras:
                     continue  # of a camera that the list leaves out
-                if file.suffix == ".jpg":
+                if file.suffix == suffix:
                     self.many.add("K9", "not in the list: ignored", path)
                 elif image in self.listed:
                     text = "with a mask beside it that the list does not name: the mask is ignored"
                     self.many.add("K11", text, image)
             else:
-                reason = files.stray(file.name, (".jpg", ".png")) or "no name of the layout"
+                reason = files.stray(file.name, (suffix, ".png")) or "no name of the layout"
                 self.faults.append(files.ignored(path, reason))
 
 
+def _kind(code: str) -> str:
+    """A kind by the words of a list, whose spelling varies."""
+    return "good" if code == "OK" else "_".join(code.lower().split())
+
+
+def _counted(counts: Sequence[int | None]) -> str:
+    return "/".join("?" if n is None else f"{n:,}" for n in counts)
+
+
 def _check_counts(
-    parts: list[_Category], published: _Published, config: DataConfig, faults: list[Fault]
+    parts: list[_Category], published: Lists, config: DataConfig, faults: list[Fault]
 ) -> None:
-    """K12, where all categories are read."""
+    """K12, where all categories are read; unknown counts fit any."""
     train, test = (sum(len(part.splits[s]) for part in parts) for s in ("train", "test"))
     bad = sum(r.label for part in parts for r in part.splits["test"])
     counts, expected = (train, test, bad), (published.train, published.test, published.bad)
-    if counts != expected:
-        text = "/".join(f"{n:,}" for n in counts) + " train/test/anomalous images; the published "
-        text += "list has " + "/".join(f"{n:,}" for n in expected) + "."
-        faults.append(files.miscounted(config, published.folder, text))
+    if any(b is not None and a != b for a, b in zip(counts, expected, strict=True)):
+        text = f"{_counted(counts)} train/test/anomalous images; the published list has "
+        faults.append(files.miscounted(config, published.folder, f"{text}{_counted(expected)}."))
     unseen = sum(part.unseen for part in parts)
-    if len(published.cameras) > 1 and unseen != 26_881:
+    if published.unseen not in (None, unseen):
         text = f"{unseen:,} test images of NG objects are labelled OK; the published list has "
-        faults.append(files.miscounted(config, published.folder, f"{text}26,881."))
+        faults.append(files.miscounted(config, published.folder, f"{text}{published.unseen:,}."))
 
 
 def scan(config: DataConfig) -> files.FileDataset:
     """The index with its faults, none of them raised."""
-    published = PUBLISHED[variant(config, tuple(PUBLISHED))]
+    return index(config, FAMILY)
+
+
+def index(config: DataConfig, family: Family) -> files.FileDataset:
+    """Likewise of a data set in this layout."""
+    published, about = family.lists[variant(config, tuple(family.lists))], family.about
     root = files.root_folder(config)
     faults = [] if root.is_dir() else [files.missing_root(root)]
-    images = places.image_root(root, faults) if root.is_dir() else root
+    images = places.image_root(root, family.prefix, faults) if root.is_dir() else root
     parts: list[_Category] = []
-    if not faults and (lists := places.list_folder(root, images, published.folder, faults)):
-        for name in places.readable_categories(images, lists, config, faults):
-            parts.append(_Category(name, images, lists / f"{name}.json", config, published))
+    if not faults and (lists := places.list_folder(root, images, published.places, faults)):
+        names = places.readable_categories(images, lists, family.prefix, config, faults)
+        for name in names:
+            file = lists / f"{name}.json"
+            parts.append(_Category(name, images, file, config, family, published))
             parts[-1].read()
             faults += parts[-1].faults
     categories = tuple(part.name for part in parts)
@@ -322,18 +393,19 @@ def scan(config: DataConfig) -> files.FileDataset:
     }
     faults += files.split_groups(splits)
     skipped = {"K4": "any grey; every value but 0 is a defect"}
-    if set(categories) == set(CATEGORIES):
+    if len(categories) == family.categories:
         _check_counts(parts, published, config, faults)
     else:
-        skipped["K12"] = "the published counts are of all 30 categories together"
+        text = f"the published counts are of all {family.categories} categories together"
+        skipped["K12"] = text
     return files.FileDataset(
         name=config.name, categories=categories, config=config, root=images, splits=splits,
         rule=MaskRule(threshold=0, values=None), faults=tuple(faults), skipped=skipped,
         normal_masks={p: m for part in parts for p, m in part.normal_masks.items()},
         protocol=files.protocol(
-            config, splits, licence="CC BY-NC-SA 4.0 (Real-IAD, on request)", dataset="Real-IAD",
+            config, splits, licence=f"{about.licence} ({about.title})", dataset=about.title,
             split=published.split, images=images.resolve().name,
             labels="the published list, not the folder", groups="the photographed object",
-            masks="every value but 0 is a defect", citation="Wang et al., Real-IAD, CVPR 2024",
+            masks=about.masks, citation=about.citation,
         ),
     )  # fmt: skip

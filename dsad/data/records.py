@@ -191,7 +191,7 @@ class RecordDataset(IndexedDataset):
     stored: Mapping[str, _Stored]
 
     def source(self, split: str, category: str | None = None) -> Any:
-        """Samples of "train" or "test", of one category or of all, sorted by path."""
+        """Samples of a split, of one category or of all, sorted by path."""
         if self.about["canvas"] and split not in self.stored:
             raise ConfigError(
                 f"{self.root} holds canvases of the {listed(self.stored)} images alone, not of the "
@@ -290,7 +290,7 @@ def _refuse(config: DataConfig, about: Mapping[str, Any], splits: Mapping[str, A
             "Leave it empty, or prepare the data set again."
         )
     if config.missing_masks == "error":
-        bare = [r for r in splits["test"] if r.label and not r.masks]
+        bare = [r for rs in splits.values() for r in rs if r.label == 1 and not r.masks]
         if bare:
             faults = [files.missing_mask(r.path, "in the records", False) for r in bare]
             raise FaultError(
@@ -305,7 +305,7 @@ def scan(config: DataConfig) -> RecordDataset:
     if not root.is_dir():
         raise FaultError(files.missing_root(root))
     about = read_about(root)
-    counts = {split: about["counts"].get(split, 0) for split in ("train", "test")}
+    counts = {"train": 0, "test": 0, **about["counts"]}
     whole = {split: _read_index(root, split, n) if n else () for split, n in counts.items()}
     stored = {split: _open(root, split, n) for split, n in counts.items() if n}
     categories = chosen(config, tuple(about["categories"]))

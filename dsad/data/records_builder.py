@@ -73,7 +73,8 @@ def plan(dataset: IndexedDataset, canvas: int = 0, progress: Progress | None = N
     """
     sizes = {}
     only = dataset.config.split if canvas else "all"
-    splits = ("train", "test") if only == "all" else (only,)
+    both = ("train", "test") if canvas else tuple(dataset.splits)
+    splits = both if only == "all" else (only,)
     channels = 3 + any(r.label for split in splits for r in dataset.splits[split])  # with the mask
     files = _Counter(sum(len(dataset.splits[split]) for split in splits), progress)
     for split in splits:

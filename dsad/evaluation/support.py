@@ -136,9 +136,10 @@ def choose(
     seeds: Sequence[int],
     holdout: Callable[[int], tuple[int, int]] | None = None,
 ) -> dict[str, dict[int, Support]]:
-    """The support set of every category and seed; raises ConfigError with all faults at once.
+    """The support set of every category and seed, of normal training images alone.
 
-    ``holdout`` says how many groups and how many images of so many to hold out, at least.
+    ``holdout`` says how many groups and how many images of so many to hold out, at least. Raises
+    ConfigError with all faults at once.
     """
     if shots < 0:
         raise ConfigError(f"shots: expected 0 (all training images) or more, found {shots}.")
@@ -147,7 +148,9 @@ def choose(
     made: dict[str, dict[int, Support]] = {}
     faults = []
     for category in categories:
-        records = {r.path: r for r in dataset.source("train", category).records}
+        # Sets for methods with labels, such as visa:highshot, have defects in training too.
+        train = dataset.source("train", category).records
+        records = {r.path: r for r in train if not r.label}
         paths = list(records)
         if len(paths) < shots:
             faults.append(f"{category}: {len(paths)} training images, shots = {shots}")

@@ -4,8 +4,8 @@ import os
 import pathlib
 
 from dsad.assembly.pretrain import DataFacts, PretrainConfig, held_out
+from dsad.data import about, imagenet, mtd
 from dsad.data import base as data_base
-from dsad.data import imagenet, mtd, mvtec
 
 #: Shipped configs that are for a data set which their ``data.name`` does not tell.
 CONFIGS = {"mae_imagenet": "imagenet"}
@@ -39,9 +39,12 @@ def published(data: data_base.DataConfig, config: str = "") -> tuple[int, int] |
         return None
     if name == "imagenet" and not data.categories:
         return imagenet.IMAGES, imagenet.CLASSES
-    if name == "mvtec" and set(data.categories) <= set(mvtec.OFFICIAL):
-        chosen = data.categories or mvtec.OFFICIAL
-        return sum(mvtec.OFFICIAL[c][0] for c in chosen), len(chosen)
+    known = about.every().get(name)
+    chosen = data.categories or tuple(known.counts if known else ())
+    rows = known.counts if known and {"train", "good"} <= set(known.columns) else {}
+    if known and chosen and set(chosen) <= rows.keys():
+        column = known.columns.index("train")
+        return sum(known.counts[c][column] for c in chosen), len(chosen)
     if name == "mtd:random":
         return mtd.RANDOM_SIZES[0], 1
     if name == "mtd:grouped":

@@ -3,7 +3,8 @@
 A member ``dsad/data/NAME.py`` needs ``tests/contracts/datasets/NAME.py`` with
 ``small(name, root)``, which writes a small instance below ``root`` and returns its DataConfig.
 ``NAMES`` are the names under which it is loaded, where these are not its own;
-``HAS_TEST = False`` says that it is for pretraining alone.
+``HAS_TEST = False`` says that it is for pretraining alone, ``LABELLED_TRAIN`` under which names
+its training has labelled defects; ``MASKED = False`` that its defects have no masks.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import pytest
 from dsad.core.config import members
 from dsad.core.errors import ConfigError
 from dsad.core.types import Dataset
+from dsad.data import about
 from dsad.data.base import load
 from dsad.data.checks import check
 
@@ -48,13 +50,15 @@ def test_protocol_of_the_numbers(data):
 def test_training_is_normal_and_disjoint_from_test(config, data):
     train, test = data.source("train").records, data.source("test").records
     assert len(train) > 0
-    assert {r.label for r in train} == {0}
+    labelled = config.name in getattr(NAMES[config.name], "LABELLED_TRAIN", ())
+    assert {r.label for r in train} == ({0, 1} if labelled else {0})
     has_test = getattr(NAMES[config.name], "HAS_TEST", True)
     assert {r.label for r in test} == ({0, 1} if has_test else set())
     assert not {r.path for r in train} & {r.path for r in test}
 
 
-def test_samples_match_their_records(data):
+def test_samples_match_their_records(config, data):
+    masked = getattr(NAMES[config.name], "MASKED", True)
     for split in ("train", "test"):
         source = data.source(split)
         assert len(source) == len(source.records)
@@ -62,10 +66,13 @@ def test_samples_match_their_records(data):
             sample = source[i]
             assert sample.record == record
             assert (record.kind == "good") == (record.label == 0)
-            assert (not record.masks) == (record.label == 0)
+            assert bool(record.masks) == (record.label == 1 and masked)
             assert sample.image.dtype == np.uint8
             assert sample.image.ndim == 3
             assert sample.image.shape[2] == 3
+            assert (sample.mask is None) == (record.label == 1 and not masked)
+            if sample.mask is None:
+                continue
             assert sample.mask.dtype == bool
             assert sample.mask.shape == sample.image.shape[:2]
             assert sample.mask.any() == bool(record.label)
@@ -111,8 +118,35 @@ def test_check_covers_every_category(config, data):
     assert sum(row.train for row in report.rows) == len(data.source("train"))
 
 
+def test_every_split_is_sorted_and_apart(config, data):
+    mixed = {"test"}
+    if config.name in getattr(NAMES[config.name], "LABELLED_TRAIN", ()):
+        mixed.add("train")
+    paths = [r.path for split in data.splits for r in data.source(split).records]
+    assert len(set(paths)) == len(paths)
+    for split in data.splits:
+        records = data.source(split).records
+        assert [r.path for r in records] == sorted(r.path for r in records)
+        labels = {r.label for r in records}
+        assert labels <= ({0, 1} if split in mixed else {0}) or labels == {-1}
+
+
+def test_what_is_known_of_published_sets():
+    known = about.every()
+    assert set(known) == set(members("data")) - set(about.UNPUBLISHED)
+    for item in known.values():
+        assert item.title
+        assert item.licence
+        assert item.citation
+        assert item.masks
+        assert item.protocols
+        rows = [*item.counts.values(), *item.also.values()]
+        assert all(len(row) == len(item.columns) for row in rows)
+        assert item.also.keys() <= item.counts.keys()
+
+
 def test_unknown_names(data):
     with pytest.raises(ConfigError, match="no split"):
-        data.source("validation")
+        data.source("nothing_like_this")
     with pytest.raises(ConfigError, match="no category"):
         data.source("train", "nothing_like_this")

@@ -1,7 +1,9 @@
 """The printed outcome of check-data."""
 
+import csv
 import io
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from dsad.cli.check_data import _table, data_config, run
 from dsad.core.errors import ConfigError
 from dsad.data import layout
 from dsad.data.base import DataConfig, SyntheticConfig, indexed, load
-from dsad.data.checks import CheckReport, Row, check
+from dsad.data.checks import REMEDIES, TITLES, CheckReport, Row, check
 from dsad.terminal import flags
 from tests.data import trees
 
@@ -226,3 +228,77 @@ def test_the_table_fits_80_columns_with_whole_numbers():
     for number in ("12345", "4321", "1234", "321 no mask", "1024–4096", "0.00123", "1234/12345"):
         assert number in text
     assert "…" not in text
+
+
+def test_pictures_and_fix_list_are_written_and_nothing_else_is_changed(tmp_path, capsys):
+    config = trees.mvtec(tmp_path / "mv")
+    (tmp_path / "mv/disc/ground_truth/dent/000_mask.png").unlink()
+    (tmp_path / "mv/disc/train/good/a, b.txt").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    data = ["check-data", "--config.data.name=mvtec", f"--config.data.root={config.root}"]
+    page, fixes = f"{tmp_path}/out/page.png", f"{tmp_path}/out/fixes.csv"
+    assert main.main([*data, f"--pictures={page}", f"--fix-list={fixes}"]) == 1
+    text = capsys.readouterr().out
+    assert f"pictures: {page}\n" in text
+    assert f"2 faults and what to do: {fixes}" in text
+    assert Image.open(page).width > 1000
+    with open(fixes, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["check"], r["severity"], r["path"]) for r in rows] == [
+        ("K1", "error", "disc/test/dent/000.png"),
+        ("K9", "warning", "disc/train/good/a, b.txt"),
+    ]
+    assert rows[0]["message"].startswith("anomalous image without mask")
+    assert all(r["what to do"] for r in rows)
+    new = sorted({*tmp_path.rglob("*")} - {*before})
+    assert [p.name for p in new] == ["out", "fixes.csv", "page.png"]
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_check(tmp_path, capsys):
+    for flag in ("--pictures=page.jpg", "--fix-list=faults.txt"):
+        assert main.main(["check-data", flag]) == 2
+        assert "expected a file name that ends in ." in capsys.readouterr().err
+    (tmp_path / "p.png").mkdir()
+    assert main.main(["check-data", f"--pictures={tmp_path}/p.png"]) != 0
+    captured = capsys.readouterr()
+    assert "expected a file, found a directory" in captured.err
+    assert "checking" not in captured.out
+
+
+def test_strict_is_short_for_the_key(tmp_path, capsys):
+    trees.mvtec(tmp_path)
+    (tmp_path / "disc").rename(tmp_path / "bottle")
+    data = ["check-data", "--config.data.name=mvtec", f"--config.data.root={tmp_path}"]
+    assert main.main(data) == 0
+    assert main.main([*data, "--strict"]) == 1
+    assert "error   bottle: [K12]" in capsys.readouterr().out
+
+
+def test_every_check_says_what_to_do():
+    assert REMEDIES.keys() == TITLES.keys()
+
+
+def k14(config):
+    return [(f.severity, f.path, f.message) for f in check(config).faults if f.check == "K14"]
+
+
+def test_images_that_occur_twice_on_one_side_are_counted_once_per_category(tmp_path):
+    config = trees.mvtec(tmp_path)
+    good = tmp_path / "disc/train/good"
+    shutil.copy(good / "000.png", good / "twin1.png")
+    trees.save(good / "twin2.bmp", trees.pixels(0))  # the same pixels in another file
+    assert k14(config) == [
+        ("warning", "disc", "2 train images repeat the pixels of another; the first is "
+         "disc/train/good/twin1.png, as disc/train/good/000.png."),
+    ]  # fmt: skip
+
+
+def test_equal_images_with_equal_masks_are_twins_and_with_other_masks_a_contradiction(tmp_path):
+    config = trees.mvtec(tmp_path)
+    shutil.copy(tmp_path / "disc/test/dent/000.png", tmp_path / "disc/test/dent/001.png")
+    [(_, path, text)] = k14(config)
+    assert (path, text.startswith("1 test image repeats the pixels")) == ("disc", True)
+    trees.save(tmp_path / "disc/ground_truth/dent/001_mask.png", trees.mask()[::-1])
+    [(_, path, text)] = k14(config)
+    assert path == "disc/test/dent/001.png"
+    assert text == "same pixels as disc/test/dent/000.png (test, dent), but another mask."

@@ -1,5 +1,6 @@
 """Real-IAD: the traps of its lists, on a miniature of the published layout."""
 
+import dataclasses
 import json
 import shutil
 
@@ -276,7 +277,8 @@ def test_transform_of_the_list_is_not_applied(tree):
 def test_counts_where_all_categories_are_there(tree, monkeypatch):
     report = check(config(tree))
     assert report.skipped["K12"] == "the published counts are of all 30 categories together"
-    monkeypatch.setattr(realiad, "CATEGORIES", ("audiojack",))
+    one = dataclasses.replace(realiad.FAMILY, categories=1)
+    monkeypatch.setattr(realiad, "FAMILY", one)
     texts = [text for k, _, text in faults(tree) if k == "K12"]
     assert texts == [
         "realiad_jsons: 10/15/6 train/test/anomalous images; the published list has "
@@ -304,3 +306,29 @@ def test_records_keep_objects_and_masks(tree):
         assert again.splits[split] == data.splits[split]
     row = next(i for i, r in enumerate(data.splits["test"]) if r.label)
     np.testing.assert_array_equal(again.source("test")[row].mask, trees.mask() > 0)
+
+
+def test_variety_reads_png_images_and_masks_by_the_list(tmp_path):
+    data = load(trees.realiad_variety(tmp_path, categories=("ball_pin",)))
+    test = data.source("test")
+    assert (len(data.splits["train"]), len(test)) == (5, 10)
+    bad = [r for r in test.records if r.label]
+    assert {r.kind for r in bad} == {"porosity"}
+    assert [r.camera for r in bad] == ["C1", "C2", "C3"]
+    assert bad[0].masks[0].endswith("_C1_2024_mask.png")
+    found = [(f.check, f.severity, f.message) for f in check(data.config).faults]
+    # Views that do not see the defect count as normal; PNG masks are no strays.
+    assert [(check, severity) for check, severity, _ in found] == [("K11", "warning")]
+    assert found[0][2].startswith("2 images in NG folders without a mask by the list")
+    (tmp_path / "realiadvariety_raw/ball_pin" / bad[0].masks[0][9:]).unlink()
+    with pytest.raises(DataError, match=r"\[K1\] anomalous image without mask"):
+        load(data.config)
+
+
+def test_variety_lists_directly_in_their_folder(tmp_path):
+    config = trees.realiad_variety(tmp_path)
+    inner = tmp_path / "realiadvariety_jsons/Real-IAD_Variety_jsons"
+    for file in inner.iterdir():
+        file.rename(inner.parent / file.name)
+    inner.rmdir()
+    assert load(config).categories == ("3_adapter", "ball_pin")

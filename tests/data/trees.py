@@ -1,5 +1,6 @@
 """Miniature data sets on disk: 24×16 images, non-square so that swapped axes show."""
 
+import csv
 import io
 import json
 import pathlib
@@ -197,6 +198,134 @@ def realiad(
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(content))
     return DataConfig(name=name, root=str(root), **kwargs)
+
+
+def realiad_variety(root: pathlib.Path, categories=("3_adapter", "ball_pin"), **kwargs):
+    """Write Real-IAD Variety in miniature: PNG images, masks by the list, words for classes."""
+    for c, category in enumerate(categories):
+        content: dict = {"meta": {"prefix": f"{category}/", "normal_class": "OK"}}
+        places = {"train": ("OK/S0001",), "test": ("OK/S0002", "NG/Porosity/S0001")}
+        for split, objects in places.items():
+            items = content[split] = []
+            seed = 100 * c + (50 if split == "test" else 0)
+            for i, (place, view) in enumerate((p, v) for p in objects for v in "12345"):
+                path = f"{place}/{category}_{place[-4:]}_C{view}_2024.png"
+                save(root / "realiadvariety_raw" / category / path, pixels(seed + i))
+                masked = place.startswith("NG") and view < "4"  # the others do not see the defect
+                mask_path = f"{path[:-4]}_mask.png" if masked else None
+                if mask_path:
+                    save(root / "realiadvariety_raw" / category / mask_path, mask(3))
+                items.append({
+                    "category": category, "image_path": path, "mask_path": mask_path,
+                    "anomaly_class": "porosity" if place.startswith("NG") else "OK",
+                })  # fmt: skip
+        file = root / "realiadvariety_jsons/Real-IAD_Variety_jsons" / f"{category}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+    return DataConfig(name="realiad_variety", root=str(root), **kwargs)
+
+
+def visa_rows(setup: str = "1cls", categories=("candle", "pcb1")) -> list[dict[str, str]]:
+    """Rows of a CSV file: by object 5 normal images and 3 anomalous ones, whose names they share.
+
+    The setups of two classes train on an anomalous one too.
+    """
+    rows = []
+    for category in categories:
+        for i in range(5):
+            rows.append({
+                "object": category, "split": "train" if i < 3 else "test", "label": "normal",
+                "image": f"{category}/Data/Images/Normal/{i:03d}.JPG", "mask": "",
+            })  # fmt: skip
+        for i in range(3):
+            rows.append({
+                "object": category, "split": "train" if setup != "1cls" and not i else "test",
+                "label": "anomaly", "image": f"{category}/Data/Images/Anomaly/{i:03d}.JPG",
+                "mask": f"{category}/Data/Masks/Anomaly/{i:03d}.png",
+            })  # fmt: skip
+    return rows
+
+
+def visa_csv(root: pathlib.Path, setup: str, rows: list[dict[str, str]]) -> None:
+    """Write the CSV file of a setup, with the line ends of the published ones."""
+    file = root / "split_csv" / f"{setup}.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\r\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def visa(root: pathlib.Path, name: str = "visa", **kwargs) -> DataConfig:
+    """Write VisA in miniature with its three setups; masks hold numbers of classes."""
+    for setup in ("1cls", "2cls_highshot", "2cls_fewshot"):
+        visa_csv(root, setup, visa_rows(setup))
+    for i, row in enumerate(visa_rows()):
+        save(root / row["image"], pixels(i))
+        if row["mask"]:
+            save(root / row["mask"], mask(1 + i % 9))
+    return DataConfig(name=name, root=str(root), **kwargs)
+
+
+def deeppcb(root: pathlib.Path, **kwargs) -> DataConfig:
+    """Write DeepPCB in miniature: two training pairs and two for the test, one of them in RGB."""
+    group = root / "PCBData" / "group00041"
+    lines: dict[str, list[str]] = {"trainval": [], "test": []}
+    for i in range(4):
+        name = f"0004100{i}"
+        for k, what in enumerate(("test", "temp")):
+            save(group / f"00041/{name}_{what}.jpg", pixels(10 * i + k, 3 if i == 2 else 1))
+        boxes = "10 4 15 7 3\n" + ("1 1 3 2 6\n" if i == 3 else "")
+        (group / "00041_not").mkdir(exist_ok=True)
+        (group / "00041_not" / f"{name}.txt").write_text(boxes)
+        line = f"group00041/00041/{name}.jpg group00041/00041_not/{name}.txt"
+        lines["trainval" if i < 2 else "test"].append(line)
+    for name, listed in lines.items():
+        (root / "PCBData" / f"{name}.txt").write_text("\n".join(listed) + "\n")
+    return DataConfig(name="deeppcb", root=str(root), **kwargs)
+
+
+def dtd(root: pathlib.Path, name: str = "dtd", **kwargs) -> DataConfig:
+    """Write DTD in miniature: three images of two textures, two of each in the list of split 1."""
+    for c, texture in enumerate(("banded", "dotted")):
+        for i in range(3):
+            save(root / "images" / texture / f"{texture}_{i:04d}.jpg", pixels(10 * c + i))
+    (root / "labels").mkdir()
+    listed = [
+        f"{texture}/{texture}_{i:04d}.jpg" for texture in ("banded", "dotted") for i in (0, 2)
+    ]
+    (root / "labels/train1.txt").write_text("\n".join(listed) + "\n")
+    return DataConfig(name=name, root=str(root), **kwargs)
+
+
+def kaputt_rows(split: str) -> list[dict]:
+    """Rows of a table: by material two good images and a damaged one, each of an item."""
+    rows = []
+    for material in ("bag", "box"):
+        for i in range(3):
+            name = f"{split}-{material}-{i}"
+            rows.append({
+                "capture_id": name, "query_image": f"data/{split}/query-data/image/{name}.jpg",
+                "defect": i == 2, "major_defect": False, "item_material": material,
+                "defect_types": "penetration,spillage" if i == 2 else "",
+                "item_identifier": f"item {name}",
+            })  # fmt: skip
+    return rows
+
+
+def kaputt(root: pathlib.Path, name: str = "kaputt", **kwargs) -> DataConfig:
+    """Write Kaputt in miniature, crops and whole images; it has no masks of defects."""
+    from pyarrow import Table, parquet
+
+    root.mkdir(parents=True, exist_ok=True)
+    for s, split in enumerate(("train", "validation", "test")):
+        rows = kaputt_rows(split)
+        parquet.write_table(Table.from_pylist(rows), root / f"query-{split}.parquet")
+        for i, row in enumerate(rows):
+            for k, kind in enumerate(("crop", "image")):
+                file = root / f"data/{split}/query-data/{kind}/{row['capture_id']}.jpg"
+                save(file, pixels(100 * s + 10 * i + k))
+    return DataConfig(name=name, root=str(root), **{"missing_masks": "image_only", **kwargs})
 
 
 def batch_spec(side, facts=(), **needs):

@@ -1,0 +1,5 @@
+from tests.data import trees
+
+
+def small(name, root):
+    return trees.deeppcb(root)
