@@ -1,4 +1,4 @@
-"""Peak memory in bytes of a process that scores the picture FILE, COUNT times, with the model DIR."""
+"""Peak memory in bytes of a process that scores FILE, COUNT times, with the model in DIR."""
 
 import pathlib
 import sys
