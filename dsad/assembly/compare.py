@@ -152,7 +152,7 @@ def prepare(
                     overwrite=number in made.again,
                 )  # fmt: skip
             if number not in made.done:
-                key = (cell.dataset, *cell.network, parts.config.evaluation.image_size)
+                key = (cell.dataset, *cell.network, parts.config.evaluation.preprocessing)
                 sizes[key] = max(size, sizes.get(key, 0))
     if faults:
         raise ConfigError(f"dsad compare: nothing was computed, because of\n  {faults}")

@@ -384,8 +384,10 @@ def _share_layers(cells: Sequence[Cell], first: Sequence[str], faults: Faults) -
     groups = []
     for cell in cells:
         with faults.of(cell.title, cell):
-            key = (*cell.network, cell.config.evaluation.image_size)
-            _, detector = evaluate.parse(cell.config)
+            parsed, detector = evaluate.parse(cell.config)
+            # Not the preprocessing itself: a size of 0 is the backbone's own.
+            seen = (parsed.evaluation.image_size, parsed.evaluation.image_width)
+            key = (*cell.network, *seen, parsed.evaluation.resize)
             wanted = layers.setdefault(key, dict.fromkeys(first))
             wanted |= dict.fromkeys((*detector.layers, *detector.traits.tokens))
             groups.append((cell, wanted))

@@ -31,13 +31,13 @@ from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.tree import rebuilt
 from dsad.core.types import Backbone, HasEncoder, RunInfo, Source
-from dsad.evaluation.batches import HostBatch, Picture
+from dsad.evaluation.batches import Picture
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.predictions import Decision, Prediction, overlay
 from dsad.evaluation.reader import Reader
 from dsad.evaluation.results import Results
-from dsad.evaluation.scored import stream
+from dsad.evaluation.scored import ScoredImage, stream
 from dsad.models import wrappers
 
 
@@ -115,9 +115,10 @@ class FittedModel:
         Raises DataError for what cannot be read.
         """
         decision = self.decision(rate, threshold)
-        for host, maps, scores in self.stream(self._source([image]), batch=1):
-            return decision.predict(float(scores[0]), self.original(maps[0], host.shapes[0]))
-        raise AssertionError
+        ((found,),) = (
+            images for images, _ in self.stream(self._source([image]), batch=1) if images
+        )
+        return decision.predict(found.score, self.original(found))
 
     def overlay(
         self, image: str | os.PathLike[str] | np.ndarray, prediction: Prediction
@@ -139,17 +140,17 @@ class FittedModel:
         """
         scores, maps = [], []
         batch = self.evaluation.batch_size
-        for host, small, image in self.stream(self._source(images), batch=batch):
-            scores.append(image)
-            maps += map(self.original, small, host.shapes)
-        return np.concatenate(scores or [np.zeros(0, np.float32)]), maps
+        for found, _ in self.stream(self._source(images), batch=batch):
+            scores += [x.score for x in found]
+            maps += [self.original(x) for x in found]
+        return np.asarray(scores, np.float32), maps
 
     def _source(self, images: Sequence[Any]) -> Source:
         return pictures.source(images, lossy=tuple(self.config["data"]["lossy"]))
 
     def stream(
         self, source: Source, *, batch: int, picture: Picture | None = None
-    ) -> Iterator[tuple[HostBatch, np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[list[ScoredImage], int]]:
         """Batches of a source as ``scored.stream`` gives them; nothing is kept."""
         if batch not in self._devices:
             self._devices[batch] = self._device(batch)
@@ -157,9 +158,9 @@ class FittedModel:
         reader = Reader(device, self.evaluation)
         yield from stream(reader, fitted, source, "images", picture=picture)
 
-    def original(self, scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-        """A map of ``stream`` on the pixels of its image (h, w)."""
-        return self.evaluation.preprocessing.to_original(scores, shape)
+    def original(self, image: ScoredImage) -> np.ndarray:
+        """The map of an image of ``stream`` on its pixels (h, w)."""
+        return image.original(self.evaluation.preprocessing)
 
     @functools.cached_property
     def _devices(self) -> dict[int, tuple[Device, Fitted]]:

@@ -30,6 +30,7 @@ from dsad.core.types import Progress
 from dsad.evaluation.maps import MapWriter
 from dsad.evaluation.predictions import Decision, Prediction, overlay
 from dsad.evaluation.report import gallery
+from dsad.evaluation.scored import ScoredImage
 from dsad.evaluation.stamp import plain
 
 ABOUT = "about.json"
@@ -225,18 +226,12 @@ def _rows(
     waiting: list[tuple[str, concurrent.futures.Future[_Image]]] = []
     with concurrent.futures.ThreadPoolExecutor(model.evaluation.workers) as pool:
         try:
-            for host, found, scores in model.stream(source, batch=BATCH, picture=gallery.shrunk):
+            for found, _ in model.stream(source, batch=BATCH, picture=gallery.shrunk):
                 jobs = []
-                numbers: list[int] = host.index[host.own].tolist()
-                for number, small, values, shape, score in zip(
-                    numbers, host.pictures, found, host.shapes, scores.tolist(), strict=True
-                ):
-                    assert small is not None  # ``picture`` makes one of every image
-                    fault = source.faults.pop(number, "")
-                    job = pool.submit(
-                        output.write, names[number], fault, small, values, shape, score
-                    )
-                    jobs.append((images[number], job))
+                for image in found:
+                    fault = source.faults.pop(image.number, "")
+                    job = pool.submit(output.write, names[image.number], fault, image)
+                    jobs.append((images[image.number], job))
                 yield from (_counted(path, job.result(), summary) for path, job in waiting)
                 waiting = jobs
             yield from (_counted(path, job.result(), summary) for path, job in waiting)
@@ -262,27 +257,21 @@ class _Output(NamedTuple):
     folder: epath.Path
     tiffs: MapWriter | None
 
-    def write(
-        self,
-        name: str,
-        fault: str,
-        picture: np.ndarray,
-        found: np.ndarray,
-        shape: tuple[int, int],
-        score: float,
-    ) -> _Image:
-        if not fault and not np.isfinite([score, found.min(), found.max()]).all():
-            fault = f"the score, {score}, or its map is not finite"
+    def write(self, name: str, fault: str, image: ScoredImage) -> _Image:
+        found, picture, shape = image.map, image.picture, image.shape
+        assert picture is not None  # ``stream`` makes one of every image
+        if not fault and not np.isfinite([image.score, found.min(), found.max()]).all():
+            fault = f"the score, {image.score}, or its map is not finite"
         if fault:
             return _Image(fault)
-        values = self.model.original(found, shape)
+        values = self.model.original(image)
         place = f"{OVERLAYS}/{name}.png"
         scale = self.model.scales.get(self.model.category, {})
         drawn = overlay(picture, values, scale, self.decision.region)
         paths.write_whole(self.folder / place, _png(drawn), _ADVICE)
         if self.tiffs:
             self.tiffs.write(f"{name}.tiff", values)
-        row, regions = _filled(self.decision.predict(score, values))
+        row, regions = _filled(self.decision.predict(image.score, values))
         return _Image("", row | {"overlay": place}, regions, pictures.brightness(picture), shape)
 
 

@@ -116,8 +116,8 @@ def measure(
 
 
 def _by_dsad(model: FittedModel, files: Sequence[str], batch: int) -> Any:
-    for host, maps, scores in model.stream(pictures.source(files), batch=batch):
-        yield from zip(scores.tolist(), map(model.original, maps, host.shapes), strict=True)
+    for images, _ in model.stream(pictures.source(files), batch=batch):
+        yield from ((x.score, model.original(x)) for x in images)
 
 
 def _written(model: FittedModel, files: Sequence[str], place: pathlib.Path) -> None:

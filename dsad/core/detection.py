@@ -5,11 +5,34 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core.recipe import Recipe
 from dsad.core.types import FeatureMaps, Progress, Trainable, Tree
+
+#: Which part of each input counts, (b, 2, 2): rows and columns, from and to, as shares of it. The
+#: rest is no part of the image, or counts in another of its inputs. None: all of it.
+Inside = Any
+
+
+def within(inside: Any, grid: tuple[int, int]) -> jax.Array:
+    """The cells (b, gh, gw) bool of a grid whose centres lie inside, at least the most central."""
+    parts = []
+    for axis, cells in enumerate(grid):
+        at = jnp.asarray((np.arange(cells, dtype=np.float32) + 0.5) / cells)[None, :]
+        low, high = (jnp.asarray(inside)[:, axis, i, None] for i in (0, 1))
+        central = jnp.argmin(jnp.abs(at - (low + high) / 2), axis=1)
+        parts.append(((at >= low) & (at < high)) | (jnp.arange(cells)[None] == central[:, None]))
+    return parts[0][:, :, None] & parts[1][:, None, :]
+
+
+def highest(maps: jax.Array, inside: Inside = None) -> jax.Array:
+    """The largest value (b,) of maps (b, gh, gw) that lies inside."""
+    if inside is not None:
+        maps = jnp.where(within(inside, (maps.shape[1], maps.shape[2])), maps, -jnp.inf)
+    return jnp.max(maps, axis=(1, 2))
 
 
 class FeatureBatch(NamedTuple):
@@ -19,6 +42,7 @@ class FeatureBatch(NamedTuple):
     valid: np.ndarray  # (b,) bool
     category: str
     index: np.ndarray  # (b,) int, sample index in its source
+    inside: np.ndarray | None = None  # (b, 2, 2), see ``Inside``; None: all of it
 
 
 class FeatureSource(Protocol):
@@ -114,8 +138,14 @@ class Detector(Protocol):
         """
         ...
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
-        """Pure and jittable; ``mesh``, of several devices, may split the work."""
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
+        """Pure and jittable; ``mesh``, of several devices, may split the work.
+
+        What does not lie ``inside`` has no part in an image score that is the highest of places.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dsad.core import hosts, rng
 from dsad.core.config import Settings, field, listed
-from dsad.core.detection import DetectorTraits, FeatureSource
+from dsad.core.detection import DetectorTraits, FeatureSource, within
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.recipe import Recipe
 from dsad.core.types import FeatureMaps, Progress, Tree
@@ -118,7 +118,8 @@ class FeatureDetector(Generic[C]):
                     f"detector {self._name}: NaN or infinite features of {batch.category} samples "
                     f"{index[broken].tolist()}; expected finite ones. Check the weights."
                 )
-            yield Cells(jax.tree.unflatten(structure, leaves), index, batch.category)
+            inside = None if batch.inside is None else np.asarray(batch.inside)[valid]
+            yield Cells(jax.tree.unflatten(structure, leaves), index, batch.category, inside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +155,20 @@ class EmbedsCells(Protocol):
 class Cells(NamedTuple):
     """The valid images of one batch: ``values`` (n, ...) float32, ``index`` (n,), ``category``.
 
-    ``values`` is one array, or a tree of arrays if that is what was computed.
+    ``values`` is one array, or a tree of arrays if that is what was computed. ``inside`` is that of
+    the batch.
     """
 
     values: Any
     index: np.ndarray
     category: str
+    inside: np.ndarray | None = None
+
+    def counted(self, grid: tuple[int, int]) -> np.ndarray:
+        """Which cells (n, cells) of a grid count: those of the image, each in one of its inputs."""
+        if self.inside is None:
+            return np.ones((len(self.index), grid[0] * grid[1]), bool)
+        return np.asarray(within(self.inside, grid)).reshape(len(self.index), -1)
 
 
 def select(features: FeatureMaps, layers: Sequence[str]) -> list[jax.Array]:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import field
-from dsad.core.detection import FeatureSource, Scores
+from dsad.core.detection import FeatureSource, Inside, Scores, highest
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import (
     Backbone,
@@ -159,14 +159,17 @@ class Cflow(TrainedDetector[Config]):
             tops = np.maximum(tops, [level.max() for level in cells.values])
         return {**state, "tops": jnp.asarray(tops, jnp.float32)}
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, gh, gw) of the first layer's grid; image (b,): its maximum."""
         levels = self._densities(state, features, mesh)
         shares = [jnp.expm1(ll - state["tops"][i]) for i, ll in enumerate(levels)]
         grid = (shares[0].shape[1], shares[0].shape[2])
         same = [m if m.shape[1:] == grid else resize_maps(m, grid, True) for m in shares]
         maps = -sum(same[1:], start=same[0])
-        return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
+        return Scores(map=maps, image=highest(maps, inside))
 
     def _densities(self, state: Tree, features: FeatureMaps, mesh: Any) -> list[jax.Array]:
         """Ll (b, h, w) of every level, image by image: the batch's size changes nothing."""

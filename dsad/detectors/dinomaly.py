@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import Refused, field
-from dsad.core.detection import Scores
+from dsad.core.detection import Inside, Scores, highest
 from dsad.core.errors import ConfigError
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import Backbone, FeatureMaps, ObjectiveTraits, Scalars, Trainable, Tree
@@ -214,7 +214,10 @@ class Dinomaly(TrainedDetector[Config]):
         """The reconstruction of these layers; ConfigError if they are not of one size."""
         return Decoder(self.config, specs)
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, gh, gw) of 1 - cos; image (b,): its maximum."""
         cfg = self.config
 
@@ -225,7 +228,7 @@ class Dinomaly(TrainedDetector[Config]):
 
         images = dict(zip(cfg.layers, select(features, cfg.layers), strict=True))
         maps = per_image(of_image, state, images, mesh)
-        return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
+        return Scores(map=maps, image=highest(maps, inside))
 
 
 build = Dinomaly

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsad.core.config import field
-from dsad.core.detection import FeatureSource, Scores
+from dsad.core.detection import FeatureSource, Inside, Scores, highest
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import DetectorConfig, FeatureDetector, select
 from dsad.ops.residual import Radius, radius
@@ -44,7 +44,10 @@ class FeatureNorm(FeatureDetector[Config]):
         """Nothing is learnt, no image is read: what is normal, a map wrapper has to know."""
         return {}
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, gh, gw) on the grid of the first layer; image (b,): its maximum.
 
         The other layers' maps are resampled with corners aligned.
@@ -52,7 +55,7 @@ class FeatureNorm(FeatureDetector[Config]):
         maps = [radius(values, self.config.radius) for values in select(features, self.layers)]
         grid = (maps[0].shape[1], maps[0].shape[2])
         mean = jnp.mean(jnp.stack([resize_maps(m, grid, align_corners=True) for m in maps]), axis=0)
-        return Scores(map=mean, image=jnp.max(mean, axis=(1, 2)))
+        return Scores(map=mean, image=highest(mean, inside))
 
 
 build = FeatureNorm

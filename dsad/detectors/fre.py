@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from dsad.core.config import field
-from dsad.core.detection import DetectorTraits, FeatureSource, Scores
+from dsad.core.detection import DetectorTraits, FeatureSource, Inside, Scores
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, select
@@ -114,7 +114,10 @@ class Fre(FeatureDetector[Config]):
             }
         return state
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Squared errors: map (b, gh, gw) on the first layer's pooled grid, image (b,) their sum.
 
         Maps of further layers are brought to that grid bilinearly and scaled by the ratio of the

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import Refused, field
-from dsad.core.detection import DetectorTraits, FeatureSource, Scores
+from dsad.core.detection import DetectorTraits, FeatureSource, Inside, Scores, highest
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, joined
@@ -100,7 +100,10 @@ class Gde(FeatureDetector[Config]):
         fit = self._fit_positions if self.config.per_position else self._fit_global
         return jax.tree.map(jnp.asarray, fit(blocks, key))
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, H, W) in input pixels, see ``patch_heatmap``; image (b,): largest patch score.
 
         The image score is taken before the map is smoothed, as published.
@@ -109,7 +112,7 @@ class Gde(FeatureDetector[Config]):
         maps = gaussian.patch_heatmap(
             scores, self.config.patch, self.config.stride, normalise=self.config.normalise
         )
-        return Scores(map=maps, image=jnp.max(scores, axis=(1, 2)))
+        return Scores(map=maps, image=highest(scores, inside))
 
     # --- fitting
 
@@ -117,7 +120,7 @@ class Gde(FeatureDetector[Config]):
         kept: list[tuple[int, np.ndarray]] = []
         category, grid, most = "", (0, 0), self.config.images
         for block in blocks:
-            values, index, category = block
+            values, index, category, _ = block
             grid = values.shape[1:3]
             # Once images are dropped, a view would hold those beside it.
             drops = bool(most) and len(kept) + len(index) > most

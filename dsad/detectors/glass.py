@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from dsad.augment.perlin import blended, perlin_masks, textures
 from dsad.core import rng
 from dsad.core.config import Refused, field
-from dsad.core.detection import FeatureSource, ImageMaps, Scores
+from dsad.core.detection import FeatureSource, ImageMaps, Inside, Scores, highest
 from dsad.core.errors import DataError
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import FeatureMaps, ObjectiveTraits, Progress, Scalars, Trainable, Tree
@@ -107,7 +107,7 @@ class Glass(Discriminating[Config]):
         Raises DataError without images, or for broken features.
         """
         total, count = np.zeros(()), 0
-        for values, _, _ in self._cells(source):
+        for values, *_ in self._cells(source):
             total, count = total + values.sum(axis=0, dtype=np.float64), count + len(values)
         if not count:
             raise DataError("detector glass: expected at least 1 normal image, found 0.")
@@ -137,10 +137,13 @@ class Glass(Discriminating[Config]):
         state = super().fit(source, mesh=mesh, key=key, progress=progress, trained=trained)
         return {name: state[name] for name in PARTS if name in state}
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, gh, gw): probability of an anomaly; image (b,): its maximum."""
         maps = jax.nn.sigmoid(judged(state, self.embed(features)))
-        return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
+        return Scores(map=maps, image=highest(maps, inside))
 
 
 class Synthesis(Trainable):

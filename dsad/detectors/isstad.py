@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsad.core.config import Refused, field, listed
-from dsad.core.detection import DetectorTraits, FeatureSource, Scores
+from dsad.core.detection import DetectorTraits, FeatureSource, Inside, Scores
 from dsad.core.errors import ConfigError
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import DetectorConfig, FeatureDetector, select
@@ -110,7 +110,10 @@ class Isstad(FeatureDetector[Config]):
             )
         return {"row": jnp.asarray(rows[0] if rows else 0, jnp.int32)}
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """The maps (b, h, w) and image scores (b,) that the config names.
 
         Raises ConfigError for a missing map and for maps that are not (b, h, w, 1) of one size.

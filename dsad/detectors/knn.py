@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import Refused, field
-from dsad.core.detection import FeatureSource, Scores
+from dsad.core.detection import FeatureSource, Inside, Scores, highest
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import (
@@ -73,7 +73,10 @@ class Knn(FeatureDetector[Config]):
         """
         return bank_state(self._bank(source, key), mesh)
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, gh, gw): mean distance to the k nearest rows; image (b,): its maximum.
 
         ``mesh`` splits the search over the devices.
@@ -85,7 +88,7 @@ class Knn(FeatureDetector[Config]):
             precision=self.config.precision,
         )  # fmt: skip
         maps = jnp.mean(distances, axis=1).reshape(embedded.shape[:3])
-        return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
+        return Scores(map=maps, image=highest(maps, inside))
 
     def prepared(self, state: Tree) -> Tree:
         """The state with a bank that is searched at once."""
@@ -94,15 +97,18 @@ class Knn(FeatureDetector[Config]):
     def _bank(self, source: FeatureSource, key: jax.Array) -> np.ndarray:
         most, key = self.config.bank_rows, rng.named(key, "knn bank")
         rows, subset = [], Subset(most)
-        for values, index, _ in self._cells(source):
-            flat = values.reshape(-1, values.shape[-1])
+        for cells in self._cells(source):
+            values, index = cells.values, cells.index
+            counted = cells.counted(values.shape[1:3]).ravel()
+            flat = values.reshape(-1, values.shape[-1])[counted]
             if not most:
                 rows.append(flat)
                 continue
-            count = len(flat) // len(index)
+            count = len(counted) // len(index)
             bits = rng.priorities(key, index, (count,)).ravel()
             cell = np.tile(np.arange(count), len(index))
-            subset.add(flat, np.stack([bits, np.repeat(index, count), cell]))
+            places = np.stack([bits, np.repeat(index, count), cell])
+            subset.add(flat, places[:, counted])
         if len(subset):
             kept, (_, image, cell) = subset.found()
             rows = [kept[np.lexsort((cell, image))]]

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core.config import Refused, field
-from dsad.core.detection import DetectorTraits, FeatureSource, Scores
+from dsad.core.detection import DetectorTraits, FeatureSource, Inside, Scores, highest
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import DetectorConfig, FeatureDetector, joined
@@ -97,12 +97,15 @@ class Padim(FeatureDetector[Config]):
         made = []
         for group in range(groups):
             fold = _Fold(self.config.form)
-            for values, index, _ in self._cells(source, functools.partial(_embed, self, group)):
+            for values, index, *_ in self._cells(source, functools.partial(_embed, self, group)):
                 fold.add(values, index)
             made.append(jax.tree.map(jnp.asarray, self._part(fold)))
         return tuple(made)
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, gh, gw) of Mahalanobis distances; image (b,): its maximum."""
         maps = [
             gaussian.per_position(values, part, self._distance)
@@ -111,7 +114,7 @@ class Padim(FeatureDetector[Config]):
         grid = (maps[0].shape[1], maps[0].shape[2])
         same = [m if m.shape[1:] == grid else resize_maps(m, grid, True) for m in maps]
         mean = sum(same[1:], start=same[0]) / len(same)
-        return Scores(map=mean, image=jnp.max(mean, axis=(1, 2)))
+        return Scores(map=mean, image=highest(mean, inside))
 
     def _distance(self, rows: jax.Array, part: Tree) -> jax.Array:
         if "inner" not in part:

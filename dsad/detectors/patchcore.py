@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dsad.core import hosts, rng
 from dsad.core.config import Refused, field
-from dsad.core.detection import FeatureSource, Scores
+from dsad.core.detection import FeatureSource, Inside, Scores, highest, within
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import FeatureDetector, bank_state, prepared_state
@@ -83,7 +83,10 @@ class PatchCore(FeatureDetector[Config]):
         """
         return bank_state(self._bank(self._gathered(source), mesh, key, progress), mesh)
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, gh, gw): distance, or its square, to the nearest row; image (b,).
 
         ``mesh`` splits the search over the devices.
@@ -96,9 +99,13 @@ class PatchCore(FeatureDetector[Config]):
         )
         distances = distances.reshape(shape[0], -1)
         values = jnp.square(distances) if self.config.score == "squared" else distances
-        image = jnp.max(values, axis=1)
+        image = highest(values.reshape(shape), inside)
         if self.config.reweighted:
-            worst = jnp.argmax(distances, axis=1)[:, None]
+            counted = distances
+            if inside is not None:
+                cells = within(inside, (shape[1], shape[2])).reshape(shape[0], -1)
+                counted = jnp.where(cells, distances, -jnp.inf)
+            worst = jnp.argmax(counted, axis=1)[:, None]
             cell = jnp.take_along_axis(
                 queries.reshape(shape[0], -1, queries.shape[1]), worst[..., None], axis=1
             )[:, 0]
@@ -113,13 +120,14 @@ class PatchCore(FeatureDetector[Config]):
     def _gathered(self, source: FeatureSource) -> np.ndarray:
         """Every row (N, d), ascending by sample and cell, grown in place."""
         rows, order = np.zeros((0, 0), np.float32), []
-        for values, index, _ in self._cells(source):
-            values = values.reshape(-1, values.shape[-1])
+        for cells in self._cells(source):
+            counted = cells.counted(cells.values.shape[1:3])
+            values = cells.values.reshape(-1, cells.values.shape[-1])[counted.ravel()]
             at = len(rows)
             # In place: the allocator moves pages, so rows never exist twice.
             rows.resize((at + len(values), values.shape[1]), refcheck=False)
             rows[at:] = values
-            order.append(np.repeat(index, len(values) // len(index)))
+            order.append(np.repeat(cells.index, counted.sum(axis=1)))
         if not order:
             return rows
         order = np.concatenate(order)

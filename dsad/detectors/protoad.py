@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import field
-from dsad.core.detection import FeatureSource, Scores
+from dsad.core.detection import FeatureSource, Inside, Scores, highest
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, joined
@@ -85,23 +85,28 @@ class ProtoAd(FeatureDetector[Config]):
         found = finch.prototypes(rows, self.config.level, self.config.prototypes, mesh=mesh)
         return {"prototypes": jnp.asarray(_bucketed(found))}
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, gh, gw): 1 - the largest cosine to a prototype; image (b,): its maximum.
 
         Cells of zeros score 1. ``mesh`` splits the images over the devices. Memory beyond the
         features: that of ``nearest`` for the cells of one image.
         """
         maps = per_image(_distances, state["prototypes"], self.embed(features), mesh)
-        return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
+        return Scores(map=maps, image=highest(maps, inside))
 
     def _per_image(
         self, source: FeatureSource, key: jax.Array
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Unit rows (m, d) of one image, and their draw, sample index and number (3, m)."""
-        for values, index, _ in self._cells(source):
-            draws = rng.priorities(key, index, (values[0, ..., 0].size,))
-            for image, sample, drawn in zip(values, index, draws, strict=True):
-                rows = finch.normalised(image.reshape(-1, image.shape[-1]))
+        for cells in self._cells(source):
+            counted = cells.counted(cells.values.shape[1:3])
+            draws = rng.priorities(key, cells.index, (counted.shape[1],))
+            parts = zip(cells.values, cells.index, draws, counted, strict=True)
+            for image, sample, drawn, which in parts:
+                rows = finch.normalised(image.reshape(-1, image.shape[-1])[which])
                 rows = rows[rows.any(axis=1)]
                 rows = finch.prototypes(rows, self.config.image_levels)
                 number = np.arange(len(rows))

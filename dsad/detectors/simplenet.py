@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import field
-from dsad.core.detection import Scores
+from dsad.core.detection import Inside, Scores, highest
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import Backbone, FeatureMaps, ObjectiveTraits, Scalars, Trainable, Tree
 from dsad.detectors._discriminator import (
@@ -61,10 +61,13 @@ class SimpleNet(Discriminating[Config]):
         """The hinge loss on batches of feature maps."""
         return Hinge(self, specs)
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, gh, gw): -D; image (b,): its maximum."""
         maps = -judged(state, self.embed(features))
-        return Scores(map=maps, image=jnp.max(maps, axis=(1, 2)))
+        return Scores(map=maps, image=highest(maps, inside))
 
 
 class Hinge(Trainable):

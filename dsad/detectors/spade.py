@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import field
-from dsad.core.detection import FeatureSource, Scores
+from dsad.core.detection import FeatureSource, Inside, Scores
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
-from dsad.detectors._features import DetectorConfig, FeatureDetector, Subset, select
+from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, Subset, select
 from dsad.ops.images import per_image
 from dsad.ops.neighbors import nearest
 from dsad.ops.resize import resize_maps
@@ -70,14 +70,11 @@ class Spade(FeatureDetector[Config]):
         return self.config.pooled or self.config.layers[-1]
 
     def embed(self, features: FeatureMaps) -> dict[str, Any]:
-        """{"pooled": (b, d), "gallery": {layer: (b, cells, d)}} of a batch."""
+        """{"pooled": (b, d), "gallery": {layer: (b, h, w, d)}} of a batch."""
         maps = dict(zip(self.layers, select(features, self.layers), strict=True))
         return {
             "pooled": jnp.mean(maps[self._pooled], axis=(1, 2)),
-            "gallery": {
-                n: maps[n].reshape(maps[n].shape[0], -1, maps[n].shape[3])
-                for n in self.config.layers
-            },
+            "gallery": {n: maps[n] for n in self.config.layers},
         }
 
     def _fit(
@@ -91,8 +88,10 @@ class Spade(FeatureDetector[Config]):
         with NaN or infinite features.
         """
         key, subset = rng.named(key, "spade gallery"), Subset(self.config.gallery_images)
-        for values, index, _ in self._cells(source):
-            subset.add(values, np.stack([rng.priorities(key, index), index]))
+        for cells in self._cells(source):
+            gallery = {n: _gallery(cells, maps) for n, maps in cells.values["gallery"].items()}
+            places = np.stack([rng.priorities(key, cells.index), cells.index])
+            subset.add({**cells.values, "gallery": gallery}, places)
         if not len(subset):
             raise DataError(
                 "detector spade: expected at least 1 normal image, found 0. Check the train split."
@@ -103,7 +102,10 @@ class Spade(FeatureDetector[Config]):
         state = self._padded(state)
         return jax.tree.map(jnp.asarray, state)
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, gh, gw): mean over the layers of the distances; image (b,): mean over K images.
 
         Distances are Euclidean; maps of deeper layers are brought to the first grid bilinearly.
@@ -124,7 +126,8 @@ class Spade(FeatureDetector[Config]):
         count = min(self.config.neighbours, squares.shape[0])
         closest, chosen = lax.top_k(-squares, count)
         found = {}
-        for name, queries in image["gallery"].items():
+        for name, maps in image["gallery"].items():
+            queries = maps.reshape(-1, maps.shape[-1])
             bank = state["gallery"][name][chosen].reshape(-1, queries.shape[1])
             distances, _ = nearest(queries, bank, self.config.kappa)
             found[name] = jnp.mean(distances, axis=1)
@@ -155,6 +158,17 @@ class Spade(FeatureDetector[Config]):
                     f"{name} in the {used} nearest images, found {used * gallery.shape[1]}. Lower "
                     "detector.kappa."
                 )
+
+
+def _gallery(cells: Cells, maps: np.ndarray) -> np.ndarray:
+    """Cells (n, cells, d) of maps (n, h, w, d); in the place of one that does not count, another.
+
+    So all images have as many, and none has a cell that does not count.
+    """
+    counted = cells.counted(maps.shape[1:3])
+    number = np.where(counted, np.arange(counted.shape[1]), counted.argmax(axis=1)[:, None])
+    flat = maps.reshape(*counted.shape, maps.shape[-1])
+    return flat if counted.all() else np.take_along_axis(flat, number[..., None], axis=1)
 
 
 build = Spade

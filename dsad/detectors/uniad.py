@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from dsad.core import rng
 from dsad.core.batch import Batch
 from dsad.core.config import Refused, field
-from dsad.core.detection import Scores
+from dsad.core.detection import Inside, Scores, highest
 from dsad.core.errors import ConfigError
 from dsad.core.recipe import OptimConfig, Recipe
 from dsad.core.types import Backbone, FeatureMaps, ObjectiveTraits, Scalars, Trainable, Tree
@@ -159,7 +159,10 @@ class UniAD(TrainedDetector[Config]):
         """The reconstruction of tokens on the grid of these features."""
         return Reconstruction(self.config, specs)
 
-    def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
+    def score(
+        self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
+        inside: Inside = None,
+    ) -> Scores:  # fmt: skip
         """Map (b, gh, gw) of norms of the errors; image (b,), see ``Config.image_score``."""
 
         def of_image(state: Tree, image: FeatureMaps) -> jax.Array:
@@ -171,15 +174,15 @@ class UniAD(TrainedDetector[Config]):
 
         images = dict(zip(self.layers, select(features, self.layers), strict=True))
         maps = per_image(of_image, state, images, mesh)
-        return Scores(map=maps, image=pooled_maximum(maps))
+        return Scores(map=maps, image=pooled_maximum(maps, inside))
 
 
-def pooled_maximum(maps: jax.Array) -> jax.Array:
+def pooled_maximum(maps: jax.Array, inside: Inside = None) -> jax.Array:
     """The highest mean (b,) of 16 × 16 pixels of maps (b, h, w) with 16 pixels a cell."""
     pixels = resize_maps(maps, (CELL * maps.shape[1], CELL * maps.shape[2]), True)
     window = (1, CELL, CELL)
     sums = lax.reduce_window(pixels, np.float32(0), lax.add, window, (1, 1, 1), "VALID")
-    return jnp.max(sums, axis=(1, 2)) / CELL**2
+    return highest(sums, inside) / CELL**2
 
 
 build = UniAD

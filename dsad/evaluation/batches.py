@@ -2,22 +2,22 @@
 
 import concurrent.futures
 import functools
+import itertools
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
 from jax.sharding import Mesh
 
+from dsad.core.errors import ConfigError
 from dsad.core.hosts import own_rows
-from dsad.core.types import (
-    KnownSource,
-    Source,
-)
+from dsad.core.types import KnownSource, Source
 from dsad.evaluation import stored
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.hosts import Hosts
-from dsad.evaluation.preprocessing import Preprocessing
+from dsad.evaluation.preprocessing import WHOLE, Preprocessing, View
 
 #: Shrinks a decoded image (h, w, 3) uint8 for a report.
 Picture = Callable[[np.ndarray], np.ndarray]
@@ -26,10 +26,11 @@ Inputs = Mapping[str, tuple[np.ndarray, tuple[int, int]]]
 
 
 class HostBatch(NamedTuple):
-    """A fixed-size batch; ``shapes`` and ``masks`` belong to its ``own`` rows.
+    """A fixed-size batch; what is a list belongs to its ``own`` rows.
 
     These are the valid ones, with several processes those of them that lie on this one's devices;
-    images of other rows are black.
+    images of other rows are black. A row is a view of an image, which has one or more of them, in
+    order; mask and picture come with the first.
     """
 
     images: np.ndarray  # (b, s, s, 3) uint8
@@ -40,44 +41,102 @@ class HostBatch(NamedTuple):
     found: list[stored.Found]  # of the own rows, empty without a store
     own: np.ndarray  # (b,) bool
     pictures: list[np.ndarray | None]  # of the own rows, where asked for and decoded
+    parts: list[tuple[int, int]]  # number of the view, and how many the image has
+    inside: np.ndarray | None = None  # (b, 2, 2, 2), see ``Preprocessing.inside``
+
+    def images_of(self, rows: np.ndarray) -> int:
+        """How many images begin in these rows (b,) bool; of several processes each has one row."""
+        if all(count == 1 for _, count in self.parts):
+            return int(rows.sum())
+        first = np.zeros(len(rows), bool)
+        first[self.own] = [number == 0 for number, _ in self.parts]
+        return int((first & rows).sum())
 
 
 class _Row(NamedTuple):
-    """One image of a batch; ``image`` is None where its features are stored."""
+    """A view of an image; ``image`` is None where its features are stored."""
 
     image: np.ndarray | None
     shape: tuple[int, int]
     mask: np.ndarray | None
     found: stored.Found | None
     picture: np.ndarray | None = None
+    part: tuple[int, int] = (0, 1)
+    inside: np.ndarray | None = None
 
 
-def _row(
-    source: Source,
-    index: int,
-    into: Preprocessing,
-    store: stored.FeatureStore | None,
-    picture: Picture | None,
-    inputs: Inputs,
-) -> _Row:
-    """Decode and resize an image, as far as nothing is known of it."""
-    identity = stored.of_file(source, index) if store else None
-    if store and identity and (found := store.find(identity)):
-        mask = cast(KnownSource, source).annotation(index, found.shape)
-        return _Row(None, found.shape, mask, found)
-    mask = small = found = None
-    if known := inputs.get(source.records[index].path):
-        image, shape = known
-    else:
-        sample = source[index]
-        image, shape, mask = into.to_input(sample.image), sample.image.shape[:2], sample.mask
-        small = picture(sample.image) if picture else None
-    if store and not identity:
-        identity = stored.of_pixels(image)
-        found = store.find(identity, shape)
-    if store and identity and not found:
-        found = stored.Found(identity, shape, None)
-    return _Row(image, shape, mask, found, small)
+class _Image:
+    """An image of a source, decoded when a view of it is asked for, once."""
+
+    def __init__(
+        self, source: Source, index: int, into: Preprocessing, store: stored.FeatureStore | None,
+        picture: Picture | None, inputs: Inputs,
+    ) -> None:  # fmt: skip
+        self._source, self.index, self._into, self._store = source, index, into, store
+        self._picture, self._given = picture, inputs.get(source.records[index].path)
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _identity(self) -> str | None:
+        return stored.of_file(self._source, self.index) if self._store else None
+
+    @functools.cached_property
+    def _first(self) -> stored.Found | None:
+        """What is stored of the first view."""
+        return self._stored(0) if self._store and self._identity else None
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int]:
+        """(h, w) of the original."""
+        if self._given:
+            return self._given[1]
+        return self._first.shape if self._first else self._decoded[0].shape[:2]
+
+    @functools.cached_property
+    def views(self) -> Sequence[View]:
+        return self._into.views(self.shape)
+
+    @functools.cached_property
+    def _decoded(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Pixels, mask and small picture."""
+        sample = self._source[self.index]
+        small = self._picture(sample.image) if self._picture else None
+        return sample.image, sample.mask, small
+
+    def _stored(self, number: int) -> stored.Found | None:
+        assert self._store
+        return self._store.find(stored.of_view(self._identity or "", number))
+
+    def row(self, number: int = 0) -> _Row:
+        """A view of the image, as far as nothing is known of it."""
+        with self._lock:
+            found = self._first if number == 0 else None
+            if found is None and self._store and self._identity:
+                found = self._stored(number)
+            known = found is not None and found.maps is not None
+            pixels = mask = small = None
+            if self._given:
+                pixels = self._given[0]
+            elif not known:
+                image, mask, small = self._decoded
+                pixels = self._into.to_input(image, self.views[number])
+        if known and number == 0 and not self._given:
+            mask = cast(KnownSource, self._source).annotation(self.index, self.shape)
+        if self._store and not found:
+            assert pixels is not None
+            if self._identity:
+                found = stored.Found(stored.of_view(self._identity, number), self.shape, None)
+            else:
+                identity = stored.of_pixels(pixels)
+                found = self._store.find(identity, self.shape) or stored.Found(
+                    identity, self.shape, None
+                )
+        first = number == 0
+        return _Row(
+            pixels, self.shape, mask if first else None, found, small if first else None,
+            (number, len(self.views)),
+            None if self._into.whole else self._into.inside([self.views[number]], self.shape)[0],
+        )  # fmt: skip
 
 
 def batches(
@@ -95,37 +154,102 @@ def batches(
     Each process decodes the rows that are to lie on its devices of the mesh. Images whose features
     are in the ``store`` may be left black, as nobody needs them. ``inputs`` are not decoded again,
     and have neither mask nor picture.
+
+    Raises ConfigError for windows with several processes.
     """
-    into = config.preprocessing
-    prepare = functools.partial(
-        _row, source, into=into, store=store, picture=picture, inputs=inputs or {}
+    into, together = config.preprocessing, Hosts.of(mesh).together
+    images = functools.partial(
+        _Image, source, into=into, store=store, picture=picture, inputs=inputs or {}
     )
-    ahead = batch + 2 * config.workers
-    here, together = own_rows(mesh, batch), Hosts.of(mesh).together
+    here = own_rows(mesh, batch)
+    if into.single:
+        starts = range(0, len(source), batch)
+        rows = ((i, images(i).row) for i in range(len(source)) if here[i % batch])
+    elif not here.all():
+        raise ConfigError(
+            'config.evaluation.resize: "windows" need one process, found several. Evaluate on one '
+            'machine, or set it to "longer".'
+        )
+    else:
+        starts, rows = itertools.count(0, batch), None
     with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
-        waiting: deque[concurrent.futures.Future[_Row]] = deque()
-        upcoming = iter(i for i in range(len(source)) if here[i % batch])
-
-        def following() -> _Row:
-            while len(waiting) < ahead and (index := next(upcoming, None)) is not None:
-                waiting.append(pool.submit(prepare, index))
-            return waiting.popleft().result()
-
+        ahead = _Ahead(pool, rows or _window_rows(images, len(source), pool), batch, config.workers)
         try:
-            for start in range(0, len(source), batch):
+            for start in starts:
                 index = np.arange(start, start + batch)
                 index[index >= len(source)] = -1
-                own = here & (index >= 0)
+                wanted = here & (index >= 0) if into.single else here
                 # A broken file is known to all before they wait for each other's features.
-                made = together(lambda own=own: [following() for _ in range(own.sum())])
-                images = np.zeros((batch, *into.size, 3), np.uint8)
-                for row, at in zip(made, np.flatnonzero(own), strict=True):
-                    if row.image is not None:
-                        images[at] = row.image
-                shapes, masks = [row.shape for row in made], [row.mask for row in made]
-                found = [row.found for row in made if row.found]
-                pictures = [row.picture for row in made]
-                yield HostBatch(images, index >= 0, index, shapes, masks, found, own, pictures)
+                count = int(wanted.sum())
+                made = together(lambda count=count: list(itertools.islice(ahead, count)))
+                if not into.single:
+                    index = np.full(batch, -1)
+                    index[: len(made)] = [number for number, _ in made]
+                    wanted = index >= 0
+                    if not made:
+                        return
+                yield _gathered(into, index, wanted, [row for _, row in made])
         finally:
-            for future in waiting:
-                future.cancel()
+            ahead.cancel()
+
+
+class _Ahead:
+    """The results of calls, in order, some of them made ahead by threads."""
+
+    def __init__(
+        self, pool: concurrent.futures.Executor, calls: Iterator[tuple[int, Callable[[], _Row]]],
+        batch: int, workers: int,
+    ) -> None:  # fmt: skip
+        self._pool, self._calls, self._most = pool, calls, batch + 2 * workers
+        self._waiting: deque[tuple[int, concurrent.futures.Future[_Row]]] = deque()
+
+    def __iter__(self) -> Iterator[tuple[int, _Row]]:
+        return self
+
+    def __next__(self) -> tuple[int, _Row]:
+        while len(self._waiting) < self._most and (call := next(self._calls, None)):
+            self._waiting.append((call[0], self._pool.submit(call[1])))
+        if not self._waiting:
+            raise StopIteration
+        number, row = self._waiting.popleft()
+        return number, row.result()
+
+    def cancel(self) -> None:
+        for _, row in self._waiting:
+            row.cancel()
+
+
+def _window_rows(
+    images: Callable[[int], _Image], count: int, pool: concurrent.futures.Executor
+) -> Iterator[tuple[int, Callable[[], _Row]]]:
+    """All views of every image; the next image is decoded meanwhile."""
+
+    def opened(number: int) -> _Image:
+        image = images(number)
+        _ = image.shape
+        return image
+
+    coming = pool.submit(opened, 0) if count else None
+    for number in range(count):
+        assert coming is not None
+        image = coming.result()
+        coming = pool.submit(opened, number + 1) if number + 1 < count else None
+        for view in range(len(image.views)):
+            yield number, functools.partial(image.row, view)
+
+
+def _gathered(
+    into: Preprocessing, index: np.ndarray, own: np.ndarray, made: Sequence[_Row]
+) -> HostBatch:
+    images = np.zeros((len(index), *into.size, 3), np.uint8)
+    inside = None if into.whole else np.tile(WHOLE, (len(index), 1, 1, 1))
+    for row, at in zip(made, np.flatnonzero(own), strict=True):
+        if row.image is not None:
+            images[at] = row.image
+        if inside is not None:
+            inside[at] = row.inside
+    return HostBatch(
+        images, index >= 0, index, [row.shape for row in made], [row.mask for row in made],
+        [row.found for row in made if row.found], own, [row.picture for row in made],
+        [row.part for row in made], inside,
+    )  # fmt: skip

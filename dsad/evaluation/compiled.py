@@ -12,7 +12,14 @@ import PIL
 from jax import lax
 from jax.sharding import Mesh
 
-from dsad.core.detection import Detector, DetectorTraits, HasPanels, MapWrapper, Scores
+from dsad.core.detection import (
+    Detector,
+    DetectorTraits,
+    HasPanels,
+    MapWrapper,
+    Scores,
+    within,
+)
 from dsad.core.hosts import own_part, own_rows, put
 from dsad.core.mesh import batch_sharding, replicated
 from dsad.core.types import Backbone, FeatureMaps, HasTokens, Tree
@@ -28,17 +35,50 @@ from dsad.ops.resize import top_count
 
 
 def finished(
-    traits: DetectorTraits, size: tuple[int, int], align_corners: bool, scores: Scores
-) -> Scores:
-    """Scores with maps (b, *size): upsampled, smoothed, and summed up as the traits say."""
-    maps = resize.resize_maps(scores.map, size, align_corners=align_corners)
+    traits: DetectorTraits, size: tuple[int, int], align_corners: bool, scores: Scores,
+    inside: jax.Array | None = None,
+) -> Scores:  # fmt: skip
+    """Scores with maps (b, *size): upsampled, smoothed, and summed up as the traits say.
+
+    ``inside`` (b, 2, 2, 2) is as of ``Preprocessing.inside``: cells beyond the image are taken for
+    those at its border, and pixels that do not count have no part in the image score.
+    """
+    maps = scores.map if inside is None else _bordered(scores.map, inside[:, 1])
+    maps = resize.resize_maps(maps, size, align_corners=align_corners)
     maps = resize.gaussian_smooth(maps, traits.sigma) if traits.sigma > 0 else maps
     if traits.image_score == "method":
         return Scores(map=maps, image=scores.image)
     pixels = size[0] * size[1]
-    count = top_count(traits.image_share, pixels) if traits.image_score == "top" else 1
-    highest, _ = lax.top_k(maps.reshape(-1, pixels), count)
-    return Scores(map=maps, image=jnp.mean(highest, axis=1))
+    values = maps.reshape(-1, pixels)
+    if inside is None:
+        count = top_count(traits.image_share, pixels) if traits.image_score == "top" else 1
+        highest, _ = lax.top_k(values, count)
+        return Scores(map=maps, image=jnp.mean(highest, axis=1))
+    counted = within(inside[:, 0], size).reshape(-1, pixels)
+    share = traits.image_share if traits.image_score == "top" else 0.0
+    return Scores(map=maps, image=_top(values, counted, share))
+
+
+def _bordered(maps: jax.Array, content: jax.Array) -> jax.Array:
+    """Maps (b, gh, gw) whose cells beyond the image are those at its border."""
+    cells = within(content, (maps.shape[1], maps.shape[2]))
+    for axis in (1, 2):
+        there = jnp.any(cells, axis=3 - axis)
+        count = there.shape[1]
+        first, last = jnp.argmax(there, axis=1), count - 1 - jnp.argmax(there[:, ::-1], axis=1)
+        place = jnp.clip(jnp.arange(count)[None], first[:, None], last[:, None])
+        maps = jnp.take_along_axis(maps, jnp.expand_dims(place, 3 - axis), axis=axis)
+    return maps
+
+
+def _top(values: jax.Array, counted: jax.Array, share: float) -> jax.Array:
+    """Mean (b,) of the highest ``share`` of the counted values (b, n), of at least one."""
+    order = jnp.sort(jnp.where(counted, values, -jnp.inf), axis=1)[:, ::-1]
+    most = jnp.sum(counted, axis=1, keepdims=True, dtype=jnp.float32)
+    count = jnp.maximum(jnp.ceil(jnp.round(share * most, 3)), 1)
+    chosen = jnp.arange(order.shape[1])[None] < count
+    total = jnp.sum(jnp.where(chosen, order, 0.0), axis=1)
+    return total / jnp.sum(chosen, axis=1, dtype=jnp.float32)
 
 
 def transformed(
@@ -85,7 +125,7 @@ class Device:
     ) -> None:
         self.mesh = mesh
         self.batch = -(-config.batch_size // mesh.size) * mesh.size
-        self.layers = tuple(detector.layers)
+        self.layers, self._traits = tuple(detector.layers), detector.traits
         self.preprocessing = config.preprocessing
         several = mesh if mesh.size > 1 else None
         self._wrapped = functools.partial(transformed, tuple(map_wrappers), several)
@@ -114,7 +154,8 @@ class Device:
         tokens = tuple(name for name in every if name in vectors)
         self._features = Extractor(maps, self.preprocessing.size, mesh, tokens=tokens)
         self._panels: Extractor | None = None
-        if config.gallery > 0 and isinstance(detector, HasPanels):
+        stretched = self.preprocessing.whole and self.preprocessing.everything
+        if config.gallery > 0 and isinstance(detector, HasPanels) and stretched:
             self._panels = Extractor(
                 detector.panel_layers, self.preprocessing.size, mesh, detector.panels
             )
@@ -262,12 +303,25 @@ class Device:
         places = put(index.astype(np.int32), batch_sharding(self.mesh))
         return jax.block_until_ready(self._transform(banks, maps, places))
 
+    def image_score(self, scores: Sequence[float], pixels: np.ndarray) -> float:
+        """That of an image by the scores of its views, the highest, or by its map (h, w)."""
+        if self._traits.image_score != "top":
+            return max(scores)
+        count = top_count(self._traits.image_share, pixels.size)
+        return float(np.partition(pixels, -count, axis=None)[-count:].mean())
+
     def score(
         self, fitted: Fitted, maps: FeatureMaps, host: HostBatch
     ) -> tuple[np.ndarray, np.ndarray]:
         """Maps (n, s, s) and image scores (n,) f32 of the own rows of a batch."""
         maps = self.transform(fitted.banks, maps, np.full(self.batch, -1))
-        scores = self._finish(self._score(fitted.state, maps))
+        if host.inside is None:
+            scores = self._finish(self._score(fitted.state, maps))
+        else:
+            inside = put(host.inside, batch_sharding(self.mesh))
+            scores = self._finish(
+                self._score(fitted.state, maps, inside=inside[:, 0]), inside=inside
+            )
         own = host.own[own_rows(self.mesh, self.batch)]
         found = (np.asarray(own_part(x), np.float32)[own] for x in (scores.map, scores.image))
         return next(found), next(found)

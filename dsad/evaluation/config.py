@@ -5,15 +5,18 @@ from typing import Literal
 from dsad.core.config import Refused, Settings, field
 from dsad.core.paths import is_remote
 from dsad.evaluation import metrics
-from dsad.evaluation.preprocessing import Preprocessing
+from dsad.evaluation.preprocessing import Method, Preprocessing
 
 
 class EvalConfig(Settings, place="evaluation"):
     """How numbers are measured; everything here that changes their meaning is in the stamp.
 
     Attributes:
-      image_size: side in pixels of the square network input; `dsad evaluate` takes 0 for the
-        backbone's own.
+      image_size: height in pixels of the network's input; `dsad evaluate` takes 0 for the side of
+        the backbone's own.
+      image_width: its width; 0: as its height.
+      resize: how images become such inputs, crop: which middle of them, overlap, scale: of
+        windows; see ``evaluation.preprocessing.Preprocessing``.
       batch_size: images per device step over the whole mesh; rounded up to a multiple of its
         devices.
       align_corners: cell centres (False) or corner cells (True) are placed at the border when
@@ -42,6 +45,11 @@ class EvalConfig(Settings, place="evaluation"):
     """
 
     image_size: int = field(224, at_least=0)
+    image_width: int = field(0, at_least=0)
+    resize: Method = "stretched"
+    crop: float = field(1.0, above=0, at_most=1)
+    overlap: int = field(32, at_least=0)
+    scale: float = field(1.0, above=0)
     batch_size: int = field(32, at_least=1)
     align_corners: bool = False
     fpr_limit: float = field(0.3, above=0, at_most=1)
@@ -59,11 +67,16 @@ class EvalConfig(Settings, place="evaluation"):
     def check(self) -> None:
         if is_remote(self.feature_cache):
             raise Refused("feature_cache", "a folder of this machine", self.feature_cache)
+        if self.image_size:
+            self.preprocessing.check()
 
     @property
     def preprocessing(self) -> Preprocessing:
         """From file pixels to the network's input and back."""
-        return Preprocessing(height=self.image_size, width=self.image_size)
+        return Preprocessing(
+            height=self.image_size, width=self.image_width or self.image_size, method=self.resize,
+            crop=self.crop, overlap=self.overlap, scale=self.scale,
+        )  # fmt: skip
 
     @property
     def metric_names(self) -> tuple[str, ...]:

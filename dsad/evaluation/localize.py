@@ -114,6 +114,11 @@ def localize(
         raise ConfigError("one model for all categories needs one backbone, found one for each.")
     if detector.traits.trains_on and train is None:
         raise ConfigError("localize: this detector trains; expected train=, found None.")
+    if map_wrappers and detector.traits.trains_on == "images" and not config.preprocessing.single:
+        raise ConfigError(
+            'config.evaluation.resize: "windows" do not go with a detector that trains on images '
+            "behind a map wrapper. Take the wrapper from config.backbone, or another resize."
+        )
     protocol = {**settings(detector, config, sets, tuple(map_wrappers or ())), "detector_state": {}}
     if given:
         protocol["support"] = given.stamp["support"]

@@ -68,7 +68,8 @@ class Features:
     Sample indices continue from one source to the next. ``banks`` are those of the map wrappers
     that the features have passed. Images ``left_out``, by path, are padding, and have no index.
     ``seconds`` are those spent in reading and the network. Of ``rotations`` samples each are one
-    image; with ``by_image`` its number is that of them all.
+    image; with ``by_image`` its number is that of them all. An image that becomes several inputs
+    is as many samples.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class Features:
         reader, parts, tick, keep, split = self._parts
         self._passes += 1
         first = self._passes == 1  # progress counts images, not passes
-        start, offset = time.perf_counter(), 0
+        start, offset, inputs = time.perf_counter(), 0, 0
+        single = reader.config.preprocessing.single
         for category, source in parts:
             used = np.asarray([r.path not in self._left_out for r in source.records], bool)
             numbers = np.where(used, np.cumsum(used) - 1 + offset, -1)
@@ -105,9 +107,14 @@ class Features:
                 self.seconds += time.perf_counter() - start
                 index = np.where(host.valid, numbers[host.index], -1)
                 valid = index >= 0
-                tick(int(valid.sum()) if first else 0)
+                tick(host.images_of(valid) if first else 0)
                 image = np.where(valid, index // self._rotations, -1)
                 maps = reader.device.transform(self._banks, maps, image)
-                yield FeatureBatch(maps, valid, category, image if self._by_image else index)
+                if not single:  # every input has a number of its own
+                    index = np.where(valid, inputs + np.cumsum(valid) - 1, -1)
+                    inputs += int(valid.sum())
+                inside = None if host.inside is None else host.inside[:, 0]
+                number = image if self._by_image else index
+                yield FeatureBatch(maps, valid, category, number, inside)
                 start = time.perf_counter()
             offset += int(used.sum())

@@ -2,21 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsad.core.types import Source
-from dsad.evaluation.batches import HostBatch, Picture
+from dsad.evaluation.batches import Picture
 from dsad.evaluation.compiled import Fitted
 from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.maps import MapWriter
+from dsad.evaluation.preprocessing import Preprocessing
 from dsad.evaluation.reader import Reader
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """The scored images of one category, in source order, on original pixels.
+    """The scored images of one category, in source order, on original pixels that were inspected.
 
     With several processes (``hosts``) scores, labels and kinds are those of all images everywhere,
     but a process has the maps and masks of the images with the numbers ``own`` only, ascending.
@@ -96,16 +97,20 @@ def score(
     masks: dict[int, np.ndarray | None] = {}
     scores: dict[int, float] = {}
     pictures, inputs = {}, {}
-    for host, found, image in stream(reader, fitted, source, name, keep=keep, picture=picture):
-        numbers = host.index[host.own].tolist()
-        made = hosts.together(lambda f=found, h=host, n=numbers: _originals(f, h, n, reader))
-        drawn = [i for i, small in enumerate(host.pictures) if small is not None]
-        pictures.update({numbers[i]: host.pictures[i] for i in drawn})
-        if drawn and reader.device.draws_panels:
-            rows = host.images[host.own]
-            inputs.update({numbers[i]: (rows[i], host.shapes[i]) for i in drawn})
-        truth = dict(zip(numbers, host.masks, strict=True))
-        scores.update(zip(numbers, image.tolist(), strict=True))
+    into = reader.config.preprocessing
+    small = (lambda image: picture(into.inspected_part(image))) if picture else None
+    for images, count in stream(reader, fitted, source, name, keep=keep, picture=small):
+
+        def originals(images: Sequence[ScoredImage] = images) -> dict[int, np.ndarray]:
+            return {x.number: x.original(into) for x in images}
+
+        made = hosts.together(originals)
+        drawn = [x for x in images if x.picture is not None]
+        pictures.update({x.number: x.picture for x in drawn})
+        if reader.device.draws_panels:
+            inputs.update({x.number: (x.input, x.shape) for x in drawn})
+        truth = {x.number: x.mask for x in images}
+        scores.update({x.number: x.score for x in images})
         if hosts.several and (whole or writer):
             sent = hosts.to_main(made)
             if whole:
@@ -114,9 +119,10 @@ def score(
             sent = made
         if writer:
             hosts.together(lambda s=sent: _write(writer, source, s))
-        maps.update(made)
-        masks.update(truth)
-        tick(int(host.valid.sum()))
+        maps.update({i: into.inspected_part(x) for i, x in made.items()})
+        parts = {i: None if x is None else into.inspected_part(x) for i, x in truth.items()}
+        masks.update(parts)
+        tick(count)
     own = sorted(maps)
     return Scored(
         [maps[i] for i in own],
@@ -131,6 +137,22 @@ def score(
     )
 
 
+class ScoredImage(NamedTuple):
+    """One image of a source as it was scored."""
+
+    number: int
+    score: float
+    map: np.ndarray  # of a single view (height, width) f32, on the network's input; else (h, w)
+    shape: tuple[int, int]  # (h, w) of the original
+    mask: np.ndarray | None  # (h, w) bool
+    picture: np.ndarray | None  # a small one, where it was asked for and decoded
+    input: np.ndarray | None  # (height, width, 3) uint8, the network's, of a single view
+
+    def original(self, into: Preprocessing) -> np.ndarray:
+        """The map (h, w) f32 on the pixels of the image."""
+        return into.to_original(self.map, self.shape) if into.single else self.map
+
+
 def stream(
     reader: Reader,
     fitted: Fitted,
@@ -139,55 +161,65 @@ def stream(
     *,
     keep: bool = False,
     picture: Picture | None = None,
-) -> Iterator[tuple[HostBatch, np.ndarray, np.ndarray]]:
-    """Batches with maps on the network's input and scores, of the own rows."""
+) -> Iterator[tuple[list[ScoredImage], int]]:
+    """Batches of this process's images, each when the last of its views is scored.
+
+    With them comes how many images all processes have just scored.
+    """
     reader.use(fitted.statistics)
+    into = reader.config.preprocessing
+    first: tuple[Any, ...] = ()  # shape, mask and pictures of the image at hand
+    canvas, views, parts = np.zeros((0, 0)), [], []  # its map, and its views with their scores
     for host, features in reader.read(source, name, keep=keep, picture=picture):
-        yield host, *reader.device.score(fitted, features, host)
+        maps, scores = reader.device.score(fitted, features, host)
+        rows = host.images[host.own] if len(host.images) else [None] * len(maps)
+        pictures = host.pictures or [None] * len(maps)
+        made = []
+        for i, number in enumerate(host.index[host.own].tolist()):
+            part, count = host.parts[i]
+            if part == 0:
+                first, parts = (host.shapes[i], host.masks[i], pictures[i], rows[i]), []
+            if into.single:
+                made.append(ScoredImage(number, float(scores[i]), maps[i], *first))
+                continue
+            if part == 0:
+                canvas, views = np.empty(first[0], np.float32), into.views(first[0])
+            views[part].paint(canvas, maps[i])
+            parts.append(float(scores[i]))
+            if part == count - 1:
+                score = reader.device.image_score(parts, canvas)
+                made.append(ScoredImage(number, score, canvas, *first))
+        yield made, int(host.valid.sum()) if into.single else len(made)
 
 
 def held_out(
     reader: Reader, fitted: Fitted, source: Source, name: str, tick: Callable[[int], None]
 ) -> Scored:
     """Score normal images, whose maps are made anew whenever they are asked for, one at a time."""
-    kept: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
+    kept: dict[int, ScoredImage] = {}
     scores: dict[int, float] = {}
-    for host, small, image in stream(reader, fitted, source, name):
-        numbers = host.index[host.own].tolist()
-        kept.update(zip(numbers, zip(small, host.shapes, strict=True), strict=True))
-        scores.update(zip(numbers, image.tolist(), strict=True))
-        tick(int(host.valid.sum()))
+    for images, count in stream(reader, fitted, source, name):
+        kept.update({x.number: x for x in images})
+        scores.update({x.number: x.score for x in images})
+        tick(count)
     own, hosts = sorted(kept), reader.device.hosts
-    maps = _Originals([kept[i] for i in own], reader.config.preprocessing.to_original)
+    maps = _Originals([kept[i] for i in own], reader.config.preprocessing)
     listed = np.asarray(hosts.listed(scores), np.float32)
     kinds, labels = [r.kind for r in source.records], [r.label for r in source.records]
     return Scored(maps, [None] * len(own), listed, np.asarray(labels, np.int64), kinds, hosts, own)
 
 
 class _Originals(Sequence[np.ndarray]):
-    """Maps (h, w) on original pixels; those on the network's input are held."""
+    """Maps (h, w) of inspected pixels; those on the network's inputs are held."""
 
-    def __init__(
-        self,
-        small: Sequence[tuple[np.ndarray, tuple[int, int]]],
-        back: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
-    ) -> None:
-        self._small, self._back = small, back
+    def __init__(self, images: Sequence[ScoredImage], into: Preprocessing) -> None:
+        self._images, self._into = images, into
 
     def __len__(self) -> int:
-        return len(self._small)
+        return len(self._images)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._back(*self._small[index])
-
-
-def _originals(
-    found: np.ndarray, host: HostBatch, numbers: Sequence[int], reader: Reader
-) -> dict[int, np.ndarray]:
-    """Maps on original pixels by the number of their image."""
-    back = reader.config.preprocessing.to_original
-    pairs = zip(numbers, found, host.shapes, strict=True)
-    return {number: back(small, shape) for number, small, shape in pairs}
+        return self._into.inspected_part(self._images[index].original(self._into))
 
 
 def _masks_on_main(

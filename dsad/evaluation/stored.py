@@ -130,6 +130,11 @@ def of_file(source: Source, index: int) -> str | None:
     return f"file {source.identity(index)}" if isinstance(source, KnownSource) else None
 
 
+def of_view(identity: str, number: int) -> str:
+    """Identity of one of the inputs that an image becomes; the first has that of the image."""
+    return f"{identity} view {number}" if number else identity
+
+
 def of_pixels(image: np.ndarray) -> str:
     """Identity by the network's input (s, s, 3) uint8, for any other source."""
     return f"pixels {hashlib.sha256(image.tobytes()).hexdigest()}"
