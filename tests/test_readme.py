@@ -55,6 +55,17 @@ SHORT = {
     "fit": ["--config.evaluation.image_size=32", "--config.evaluation.batch_size=4"],
     # Compiling for a slice needs libtpu and minutes: tests of its own do that.
     "plan": ["--topology=local", "--cache=off", "--config.mesh.fsdp=1"],
+    "pretrain --config=configs/adpretrain.py": [
+        "--config.objective.side=32", "--config.objective.slots=8",
+        "--config.objective.references=(1,2)", "--config.batch_size=2",
+    ],
+    # A seed has a run of its own.
+    "compare --config=configs/compare.py": ["--config.seeds=(0,)"],
+    "--config=configs/compare.py:adpretrain,trained": [
+        "--config.settings.glass.detector.recipe.steps=1",
+        "--config.settings.simplenet.detector.recipe.steps=1",
+        "--config.settings.glass.evaluation.image_size=32",
+    ],
     "plan --config=configs/mae_imagenet.py": [
         "--config.batch_size=4", "--config.data.canvas=32",
         "--config.objective.encoder.width=64", "--config.objective.encoder.depth=2",
@@ -107,7 +118,8 @@ def folder(tmp_path_factory):
     """A working directory with small data under the names that the README uses."""
     base = tmp_path_factory.mktemp("readme")
     trees.mvtec(base / "data" / "mvtec")
-    shutil.copytree(base / "data" / "mvtec" / "disc", base / "data" / "mvtec" / "bottle256")
+    for name in ("mvtec/bottle256", "mvtec/toothbrush_reheld256", "lookout/cookie_288x384"):
+        shutil.copytree(base / "data" / "mvtec" / "disc", base / "data" / name)
     trees.mtd_grouped(base / "data" / "mtd")
     trees.imagenet(base / "data" / "tiny", "folder")
     trees.good_and_bad(base / "pics")
@@ -131,7 +143,7 @@ def case(block: str):
     """The long blocks, all results and the benchmarks, are left to the slow run."""
     long = (
         "runs/ds2-mtd", "runs/corrupt-bottle", "runs/simsiam-0", "bottle-patchcore",
-        "runs/mae-bottle",
+        "runs/mae-bottle", "runs/adpretrain-0",
         "config.shots", "dsad bench",
         "dsad plan", "runs/pixpro", "runs/pics", "runs/good-bad",
         "check-data --config.data.name=mvtec", "dsad export",
