@@ -174,6 +174,7 @@ FREE = (
     "config.evaluation.cache_mb", "config.evaluation.feature_cache",
     "config.evaluation.cache_layers", "config.evaluation.gallery", "config.evaluation.save_maps",
     "config.evaluation.method", "config.evaluation.fpr_limit",
+    "config.evaluation.further",
 )  # fmt: skip
 
 

@@ -14,11 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 
 import dsad
 from dsad.core.config import listed
+from dsad.core.detection import PIXELS
 from dsad.core.errors import ConfigError
 from dsad.core.hosts import put, spans
 from dsad.core.mesh import batch_sharding, replicated
 from dsad.core.types import Backbone, FeatureMaps, HasTokens
 from dsad.evaluation.hosts import Hosts
+from dsad.models.wrappers import WithPixels
 
 
 def fetched(mesh: Mesh) -> NamedSharding:
@@ -59,6 +61,8 @@ class Extractor:
 
         Raises ConfigError, with all the maps that it has, for a layer that it does not have.
         """
+        if PIXELS in self.layers:
+            backbone = WithPixels(encoder=backbone)
         like = jax.tree.structure(untitled(backbone)) if _is_arrays(backbone) else None
         if like is None or self._like is None or like != self._like:
             check_maps(backbone, self.size, self.layers, self.tokens)
