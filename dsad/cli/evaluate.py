@@ -16,8 +16,8 @@ from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.data.base import PLACES, read_as
 from dsad.evaluation import thresholds
-from dsad.evaluation.label_results import PROBES, LabelResults
 from dsad.evaluation.config import ABOUT_FURTHER
+from dsad.evaluation.label_results import PROBES, LabelResults
 from dsad.evaluation.results import Results, shown
 from dsad.terminal import console, flags
 

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from dsad.core.recipe import Recipe
 from dsad.core.types import Backbone, FeatureMaps, Progress, Trainable, Tree
 
-
 #: As layer of a detector: the network's input itself, (b, H, W, 3) normalised.
 PIXELS = "pixels"
 

@@ -7,7 +7,6 @@ from dsad.core.paths import is_remote
 from dsad.evaluation import metrics
 from dsad.evaluation.preprocessing import Preprocessing
 
-
 #: Further numbers by kind, with what the stamp says of them.
 FURTHER = {
     "anomalous": {

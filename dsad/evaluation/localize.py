@@ -182,8 +182,8 @@ def _check_labelled(
     """Refuse what does not go with a detector that trains the network on labelled images."""
     if map_wrappers:
         raise ConfigError(
-            f"config.backbone: this detector trains the network itself, found {listed(map_wrappers)} "
-            "around it. Name the network alone."
+            "config.backbone: this detector trains the network itself, found around it: "
+            f"{listed(map_wrappers)}. Name the network alone."
         )
     if config.recalibrate:
         raise ConfigError(

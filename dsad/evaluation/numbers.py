@@ -66,7 +66,8 @@ def _further(scored: Scored, kept: list[int], config: EvalConfig, hosts: Hosts) 
     for kind, rows in (("anomalous", anomalous), ("visa", kept)):
         if kind not in config.further:
             continue
-        maps, masks = [scored.maps[i] for i in rows], [scored.masks[i] for i in rows]
+        maps = [scored.maps[i] for i in rows]
+        masks = [mask for i in rows if (mask := scored.masks[i]) is not None]
         if kind == "visa":
             found |= {f"pixel_{n}_visa": x for n, x in visa.areas(maps, masks).items()}
         else:
