@@ -107,11 +107,14 @@ class TwoClass(TrainedDetector[Config]):
         return {n: x for n, x in whole(params, state).items() if n != FROZEN}
 
     def score(self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None) -> Scores:
-        """Probabilities: map (b, H, W) of defects, image (b,) of an anomaly."""
+        """Logits: map (b, H, W) of defects, image (b,) of an anomaly.
+
+        Probabilities near 1 would be equal in float32.
+        """
         (images,) = select(features, self.layers)
         image = classified(state, images, self.config)
         maps, _ = segmented(state, images, self.config, train=False)
-        return Scores(map=jax.nn.sigmoid(maps), image=jax.nn.sigmoid(image))
+        return Scores(map=maps, image=image)
 
 
 def pyramid(state: Tree, name: str, images: jax.Array, layers: Sequence[str]) -> list[jax.Array]:
