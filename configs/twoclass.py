@@ -12,7 +12,7 @@ Of every category as many normal and anomalous images are drawn, five times, and
 mean and deviation over the draws. Where training has no anomalous image they are drawn from the
 test images; these, and what is in one group with them, are not tested then. Beside the usual
 numbers stand those of anomalous images alone and those of VisA's code. Two residual networks are
-trained for each category and draw: hours on a GPU for VisA, a day and more on a CPU.
+trained for each category and draw; neither time nor numbers are measured yet.
 
 Variants, after a colon and joined by commas:
     5shot      5 + 5 images of each category, drawn by the seeds 0 to 4; 300 steps

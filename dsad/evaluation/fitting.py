@@ -150,6 +150,12 @@ def supports(
             f"{dataset.name}: no {_SAID[split]} image in {listed(empty)}. Add some, or leave these "
             "categories out of config.data.categories."
         )
+    labelled = detector.traits.trains_on == "labelled"
+    if labelled and config.recalibrate:
+        raise ConfigError(
+            "config.evaluation.recalibrate: this detector trains the network itself; expected "
+            "False, found True."
+        )
     if split == "test":
         return _test_images(dataset, categories, config, sampling)
     seeds = sampling.seeds
@@ -160,7 +166,7 @@ def supports(
 
     sets = support.choose(
         dataset, categories, shots=sampling.shots, seeds=seeds, holdout=holdout if rate else None,
-        labelled=detector.traits.trains_on == "labelled",
+        labelled=labelled,
     )  # fmt: skip
     fewest = {
         c: min(len(x.bank) - len(x.held_out) - len(x.anomalous) for x in sets[c].values())

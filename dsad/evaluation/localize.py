@@ -115,7 +115,7 @@ def localize(
     if detector.traits.trains_on and train is None:
         raise ConfigError("localize: this detector trains; expected train=, found None.")
     if detector.traits.trains_on == "labelled":
-        _check_labelled(config, map_wrappers or {}, given, dataset)
+        _check_labelled(map_wrappers or {}, given, dataset)
     protocol = {**settings(detector, config, sets, tuple(map_wrappers or ())), "detector_state": {}}
     if given:
         protocol["support"] = given.stamp["support"]
@@ -174,21 +174,13 @@ def localize(
 
 
 def _check_labelled(
-    config: EvalConfig,
-    map_wrappers: Mapping[str, MapWrapper],
-    given: fitting.Given | None,
-    dataset: Dataset,
+    map_wrappers: Mapping[str, MapWrapper], given: fitting.Given | None, dataset: Dataset
 ) -> None:
     """Refuse what does not go with a detector that trains the network on labelled images."""
     if map_wrappers:
         raise ConfigError(
             "config.backbone: this detector trains the network itself, found around it: "
             f"{listed(map_wrappers)}. Name the network alone."
-        )
-    if config.recalibrate:
-        raise ConfigError(
-            "config.evaluation.recalibrate: this detector trains the network itself; expected "
-            "False, found True."
         )
     if given and given.stamp["dataset"]["name"] == dataset.name:
         untested = given.stamp["support"].get("untested", {})

@@ -9,7 +9,9 @@ from dsad.evaluation.fitting import Labelled
 from dsad.models import resnet
 from tests.contracts.detectors import common
 
-RECIPE = Recipe(steps=40, batch_size=8, optim=OptimConfig(name="sgd", lr=0.01, momentum=0.9))
+RECIPE = Recipe(
+    steps=80, batch_size=8, optim=OptimConfig(name="sgd", lr=0.1, momentum=0.9, clip=1.0)
+)
 SMALL = {
     "layers": ("stem", "layer1"), "width": 4, "gamma": 0.0, "jitter": (0.0,) * 4, "recipe": RECIPE,
 }  # fmt: skip
