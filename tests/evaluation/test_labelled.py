@@ -158,9 +158,9 @@ def run(dataset, detector=DETECTOR, **given):
 def test_it_learns_from_two_shots_and_says_what_was_tested():
     results = run(Grouped(**PLAIN), further=("anomalous", "visa"))
     mean, about = results.mean, results.stamp
-    assert mean["image_auroc"] > 0.9
-    assert mean["pixel_auroc"] > 0.9
-    assert mean["pixel_ap"] > 0.5
+    assert mean["image_auroc"] > 0.85
+    assert mean["pixel_auroc"] > 0.8
+    assert mean["pixel_ap"] > 0.25  # of 0.02 by chance
     assert mean["pixel_ap_anomalous"] >= mean["pixel_ap"]
     assert abs(mean["pixel_auroc_visa"] - mean["pixel_auroc"]) < 0.01
     assert set(results.std["mean"]) == set(mean)
