@@ -16,7 +16,7 @@ from etils import epath
 from dsad.assembly.pretrain import lengths
 from dsad.core import batch as batches
 from dsad.core import hosts, paths, tree
-from dsad.core.detection import Detector, Measures, TrainsOnData
+from dsad.core.detection import Adopts, Detector, Measures, TrainsOnData
 from dsad.core.errors import ConfigError, DataError, StoppedError
 from dsad.core.mesh import replicated
 from dsad.core.platform import free_memory
@@ -127,8 +127,11 @@ def _built(detector: TrainsOnData, specs: Tree, given: tuple[Any, Tree], mesh: A
     def fresh(network: Any, measured: Tree, lengths: jax.Array, key: jax.Array) -> TrainState:
         params, extra = objective.init(key)
         extra = {**extra, **measured}
-        if network is not None:  # the steps give away what they are given
-            extra = {**extra, _BACKBONE: jax.tree.map(jnp.copy, network)}
+        own = jax.tree.map(jnp.copy, network)  # the steps give away what they are given
+        if isinstance(objective, Adopts):
+            params, extra = objective.adopt(params, extra, own)
+        elif network is not None:
+            extra = {**extra, _BACKBONE: own}
         opt_state: Any = tx.init(params)
         opt_state = {**opt_state, "lengths": lengths}
         step = jnp.zeros((), jnp.int32)
@@ -155,9 +158,9 @@ def _samples(detector: Any, data: TrainingData) -> tuple[dict[str, Any], Any]:
         parts = list(data.images())
         if not sum(map(len, parts)):
             raise _nothing(data)
-        images = np.concatenate(parts)
-        size = np.tile(np.asarray(images.shape[1:3], np.int32), (len(images), 1))
-        return {"image": images, "size": size}, data.backbone
+        return _sized(np.concatenate(parts)), data.backbone
+    if detector.traits.trains_on == "labelled":
+        return _labelled(data), data.network
     names, rows, index = (*detector.layers, *detector.traits.tokens), [], []
     for batch in data.features:
         valid = np.asarray(batch.valid, bool)
@@ -182,6 +185,32 @@ def _samples(detector: Any, data: TrainingData) -> tuple[dict[str, Any], Any]:
     for name in reversed(names):
         columns[name] = _column([row.pop() for row in rows], places)
     return {"features": columns}, None
+
+
+def _sized(images: np.ndarray) -> dict[str, np.ndarray]:
+    size = np.tile(np.asarray(images.shape[1:3], np.int32), (len(images), 1))
+    return {"image": images, "size": size}
+
+
+def _labelled(data: TrainingData) -> dict[str, np.ndarray]:
+    """Images, labels and masks; there have to be normal and anomalous ones."""
+    assert data.labelled is not None
+    rows = list(data.labelled())
+    if not rows:
+        raise _nothing(data)
+    label = np.asarray([row.label for row in rows], np.int32)
+    if len(np.unique(label)) < 2:
+        raise DataError(
+            f"{data.title}: this detector learns from normal and anomalous images, found "
+            f"{np.sum(label == 0)} normal and {np.sum(label == 1)} anomalous. Name a data set with "
+            "labelled defects, such as visa:fewshot, or set config.shots."
+        )
+    return {
+        **_sized(np.stack([row.image for row in rows])),
+        "label": label,
+        "mask": np.stack([row.mask for row in rows]),
+        "masked": np.asarray([row.masked for row in rows], np.int32),
+    }
 
 
 def _check_room(data: TrainingData, rows: Sequence[np.ndarray]) -> None:

@@ -158,9 +158,10 @@ class Evaluation:
         made = {}
         for category, by_seed in self.sets.by_category.items():
             source = self.dataset.source("train", category)
-            bank = next(iter(by_seed.values())).bank
+            own = next(iter(by_seed.values()))
+            normal = [path for path in own.bank if path not in own.anomalous]
             made[category] = {
-                **pictures.looks(subset(source, bank)), "contents": heldout.contents(source)
+                **pictures.looks(subset(source, normal)), "contents": heldout.contents(source)
             }  # fmt: skip
         return made
 
@@ -174,6 +175,7 @@ FREE = (
     "config.evaluation.cache_mb", "config.evaluation.feature_cache",
     "config.evaluation.cache_layers", "config.evaluation.gallery", "config.evaluation.save_maps",
     "config.evaluation.method", "config.evaluation.fpr_limit",
+    "config.evaluation.further",
 )  # fmt: skip
 
 

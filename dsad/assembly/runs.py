@@ -280,8 +280,7 @@ class RunBackbone:
     @property
     def statistics(self) -> Any:
         """The encoder's; see ``models.statistics.HasStatistics``, as for the next two."""
-        network = self.encoder(self.params, self.extra) if self.encoder else None
-        return statistics.present(network.extra) if network else {}
+        return statistics.present(self.weights.extra) if self.weights else {}
 
     def with_statistics(self, statistics: Any) -> "RunBackbone":
         assert self.encoder is not None
@@ -293,9 +292,13 @@ class RunBackbone:
         return dataclasses.replace(self, extra=jax.tree.unflatten(structure, leaves))
 
     def measured(self, images: jax.Array) -> Any:
-        assert self.encoder is not None
-        network = self.encoder(self.params, self.extra)
-        return statistics.measured(network, images, applied=True)
+        assert self.weights is not None
+        return statistics.measured(self.weights, images, applied=True)
+
+    @property
+    def weights(self) -> Encoder | None:
+        """See ``models.family.HasWeights``."""
+        return self.encoder(self.params, self.extra) if self.encoder else None
 
     def only(self, layers: Sequence[str]) -> "RunBackbone":
         """One that computes just these maps and tokens."""

@@ -16,6 +16,7 @@ from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.data.base import PLACES, read_as
 from dsad.evaluation import thresholds
+from dsad.evaluation.config import ABOUT_FURTHER
 from dsad.evaluation.label_results import PROBES, LabelResults
 from dsad.evaluation.results import Results, shown
 from dsad.terminal import console, flags
@@ -27,9 +28,15 @@ _NAMED = ("root", "normal", "manifest")
 def table(results: Results, title: str = "") -> Table:
     """Numbers per category, per kind of defect, and the mean; ± the deviation over seeds.
 
-    F1-max is left to results.json and the report: the table fits 80 columns.
+    F1-max is left to results.json and the report: the table fits 80 columns. Of further numbers
+    there are the means, below it.
     """
-    names = [name for name in results.metric_names if not name.endswith("_f1_max")]
+    further = [name for name in results.metric_names if name in ABOUT_FURTHER]
+    names = [
+        name
+        for name in results.metric_names
+        if not name.endswith("_f1_max") and name not in further
+    ]
     columns = ("images", *(name.replace("_", "\n", 1) for name in names))
     made = console.table("category / kind", *columns, title=title or None, title_justify="left")
     std = results.std
@@ -44,7 +51,13 @@ def table(results: Results, title: str = "") -> Table:
     made.add_section()
     cells = _cells(results.mean, names, std["mean"] if std else {})
     made.add_row("mean", "", *cells, style="bold")
-    captions = [text for text in (results.about_defects, results.about_means) if text]
+    captions = [
+        f"{name}: {cell.replace(chr(10), ' ')}"
+        for name, cell in zip(
+            further, _cells(results.mean, further, std["mean"] if std else {}), strict=True
+        )
+    ]
+    captions += [text for text in (results.about_defects, results.about_means) if text]
     if std:
         captions.append(
             f"mean ± sample standard deviation over {len(results.seeds)} seeds "

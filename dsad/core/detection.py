@@ -10,7 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core.recipe import Recipe
-from dsad.core.types import FeatureMaps, Progress, Trainable, Tree
+from dsad.core.types import Backbone, FeatureMaps, Progress, Trainable, Tree
+
+#: As layer of a detector: the network's input itself, (b, H, W, 3) normalised.
+PIXELS = "pixels"
 
 #: Which part of each input counts, (b, 2, 2): rows and columns, from and to, as shares of it. The
 #: rest is no part of the image, or counts in another of its inputs. None: all of it.
@@ -91,7 +94,8 @@ class DetectorTraits:
     empty for any features. ``sigma``: of the Gaussian that its maps still need, in pixels of the
     network's input. ``image_score``: its "method"'s own, or of the smoothed map the "max" or, with
     "top", the mean of the ``image_share`` highest pixels.
-    ``trains_on``: what a detector that ``TrainsOnData`` learns from before it is fitted.
+    ``trains_on``: what a detector that ``TrainsOnData`` learns from before it is fitted; "labelled"
+    are images with labels and masks, anomalous ones as well, and the network itself.
     ``fits_on``: the normal training images, or the test images, without their labels, which score
     each other: such a state is of no use elsewhere. ``tokens``: vectors of whole images that it
     reads beside its layers, see ``HasTokens``.
@@ -102,7 +106,7 @@ class DetectorTraits:
     sigma: float = 0.0
     image_score: Literal["method", "max", "top"] = "method"
     image_share: float = 0.01
-    trains_on: Literal["features", "images"] | None = None
+    trains_on: Literal["features", "images", "labelled"] | None = None
     fits_on: Literal["normals", "test"] = "normals"
     tokens: tuple[str, ...] = ()
     least_images: int = 1
@@ -181,7 +185,7 @@ class TrainsOnData(Protocol):
     @property
     def recipe(self) -> Recipe: ...
 
-    def objective(self, specs: Tree, backbone: ImageMaps | None) -> Trainable:
+    def objective(self, specs: Tree, backbone: ImageMaps | Backbone | None) -> Trainable:
         """What its steps do, for batches with the shapes and types ``specs``.
 
         Beside ``index`` and ``epoch`` (b,) a batch holds ``features`` {layer: (b, h, w, d)}, behind
@@ -190,7 +194,20 @@ class TrainsOnData(Protocol):
         ``extra["backbone"]``, and call it with the batch's ``index`` also for changed images;
         ``init`` leaves it out, and the ``backbone`` here has shapes instead of arrays:
         ``jax.eval_shape`` tells what it gives. Trees are nested dicts.
+
+        A batch of "labelled" images also holds ``label`` (b,), 1 for anomalous ones, ``mask`` (b,
+        H, W) uint8, 1 on defects, and ``masked`` (b,), 0 where the mask says nothing. Then the
+        ``backbone`` is the network itself, which an objective that ``Adopts`` starts from.
         """
+        ...
+
+
+@runtime_checkable
+class Adopts(Protocol):
+    """What the steps do of a detector that goes on training the network that it is given."""
+
+    def adopt(self, params: Tree, extra: Tree, backbone: Backbone) -> tuple[Tree, Tree]:
+        """Parameters and extra, of ``init``, with the weights of the backbone; jittable."""
         ...
 
 

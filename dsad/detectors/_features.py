@@ -126,7 +126,7 @@ class FeatureDetector(Generic[C]):
 class TrainedDetector(FeatureDetector[C]):
     """A detector that trains before it is fitted, as the ``recipe`` of its config says."""
 
-    _learns_from: ClassVar[Literal["features", "images"]] = "features"
+    _learns_from: ClassVar[Literal["features", "images", "labelled"]] = "features"
 
     @property
     def traits(self) -> DetectorTraits:

@@ -7,6 +7,20 @@ from dsad.core.paths import is_remote
 from dsad.evaluation import metrics
 from dsad.evaluation.preprocessing import Method, Preprocessing
 
+#: Further numbers by kind, with what the stamp says of them.
+FURTHER = {
+    "anomalous": {
+        "pixel_auroc_anomalous": "pixels of anomalous images alone",
+        "pixel_ap_anomalous": "pixels of anomalous images alone",
+    },
+    "visa": {
+        "image_aupr_visa": "trapezoids between all points of precision and recall",
+        "pixel_auroc_visa": "202 thresholds, strictly above, 4 digits",
+        "pixel_aupr_visa": "202 thresholds, strictly above, trapezoids, 4 digits",
+    },
+}  # fmt: skip
+ABOUT_FURTHER = {name: text for kind in FURTHER.values() for name, text in kind.items()}
+
 
 class EvalConfig(Settings, place="evaluation"):
     """How numbers are measured; everything here that changes their meaning is in the stamp.
@@ -24,6 +38,9 @@ class EvalConfig(Settings, place="evaluation"):
       fpr_limit: AUPRO integrates up to this false-positive rate; 0.05 is always measured as well.
       method: pixel numbers by sorting ("exact") or by counting ("streaming"), within 1e-5 of each
         other.
+      further: numbers beside the usual ones: "anomalous", pixel AUROC and AP without the normal
+        images, which flatters; "visa", numbers as VisA's code counts them (``metrics.visa``), and
+        the trapezoidal area under precision and recall of images.
       gallery: anomalous images per category kept for the report: a third each best, median and
         worst.
       workers: threads that read, decode and resize.
@@ -54,6 +71,7 @@ class EvalConfig(Settings, place="evaluation"):
     align_corners: bool = False
     fpr_limit: float = field(0.3, above=0, at_most=1)
     method: metrics.Method = "exact"
+    further: tuple[Literal["anomalous", "visa"], ...] = field((), distinct=True)
     gallery: int = field(9, at_least=0)
     workers: int = field(4, at_least=1)
     false_alarm_rate: float = field(0.0, at_least=0, below=1)
@@ -69,6 +87,9 @@ class EvalConfig(Settings, place="evaluation"):
             raise Refused("feature_cache", "a folder of this machine", self.feature_cache)
         if self.image_size:
             self.preprocessing.check()
+        if "visa" in self.further and self.method != "exact":
+            expected = '"exact" with config.evaluation.further="visa"'
+            raise Refused("method", expected, self.method, "Its thresholds are percentiles.")
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -83,7 +104,16 @@ class EvalConfig(Settings, place="evaluation"):
         """The keys of one row of numbers; the last follow the limits."""
         kinds = ("auroc", "ap", "f1_max")
         names = [f"{unit}_{kind}" for unit in ("image", "pixel") for kind in kinds]
-        return (*names, *(metrics.aupro_key(limit) for limit in self.fpr_limits))
+        names += [metrics.aupro_key(limit) for limit in self.fpr_limits]
+        return (
+            *names,
+            *(name for kind in FURTHER if kind in self.further for name in FURTHER[kind]),
+        )
+
+    @property
+    def about_further(self) -> dict[str, str]:
+        """What the further numbers are, for the stamp."""
+        return {name: text for kind in self.further for name, text in FURTHER[kind].items()}
 
     @property
     def fpr_limits(self) -> tuple[float, ...]:

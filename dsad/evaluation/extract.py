@@ -14,11 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 
 import dsad
 from dsad.core.config import listed
+from dsad.core.detection import PIXELS
 from dsad.core.errors import ConfigError
 from dsad.core.hosts import put, spans
 from dsad.core.mesh import batch_sharding, replicated
 from dsad.core.types import Backbone, FeatureMaps, HasTokens
 from dsad.evaluation.hosts import Hosts
+from dsad.models.wrappers import WithPixels
 
 
 def fetched(mesh: Mesh) -> NamedSharding:
@@ -59,6 +61,7 @@ class Extractor:
 
         Raises ConfigError, with all the maps that it has, for a layer that it does not have.
         """
+        backbone = with_pixels(backbone, self.layers)
         like = jax.tree.structure(untitled(backbone)) if _is_arrays(backbone) else None
         if like is None or self._like is None or like != self._like:
             check_maps(backbone, self.size, self.layers, self.tokens)
@@ -124,6 +127,7 @@ def check_maps(
     Raises ConfigError, with all the maps that it has, for one of ``layers`` or ``tokens`` that it
     does not have.
     """
+    backbone = with_pixels(backbone, layers)
     maps = jax.eval_shape(backbone, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
     have = backbone.tokens if isinstance(backbone, HasTokens) else ()
     if missing := [n for n in tokens if n not in have]:
@@ -138,6 +142,13 @@ def check_maps(
             f"it has: {listed(maps)}."
         )
     return maps
+
+
+def with_pixels(backbone: Backbone, layers: Sequence[str]) -> Backbone:
+    """A backbone that has its input among its maps, where that is one of the ``layers``."""
+    if PIXELS not in layers or isinstance(backbone, WithPixels):
+        return backbone
+    return WithPixels(encoder=backbone)
 
 
 def normalised(network: Backbone, images: jax.Array) -> jax.Array:

@@ -1,10 +1,13 @@
 """Which images a detector is fitted on, and what one that trains is given before."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -17,15 +20,30 @@ from dsad.core.detection import Detector, FeatureSource, ImageMaps
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, Dataset, Progress, Source, Tree
+from dsad.data.canvases import nearest_pixels
 from dsad.evaluation import maps, stamp, support, thresholds
 from dsad.evaluation.batches import batches
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
+from dsad.evaluation.extract import placed, untitled
 from dsad.evaluation.results import Results
 
 _SAID = {"train": "training", "test": "test"}
 #: Below the folder of an evaluation: what was trained, until all of it is done.
 TRAINED = "trained"
+
+
+class Labelled(NamedTuple):
+    """One image (H, W, 3) uint8 as the network's input, and what is known of it.
+
+    ``label`` is 1 for an anomalous one; ``mask`` (H, W) uint8 is 1 on defects, and says nothing of
+    an image that is not ``masked``.
+    """
+
+    image: np.ndarray
+    label: int
+    mask: np.ndarray
+    masked: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +60,8 @@ class TrainingData:
       key: of all random draws.
       folder: of this training alone, for its result; None if that must not be kept.
       count: number of images; 0 if it is not known.
+      labelled: gives a new pass over the same images with labels and masks.
+      network: the backbone itself, on the mesh, for a detector that trains it.
 
     """
 
@@ -55,6 +75,8 @@ class TrainingData:
     folder: epath.Path | None
     progress: Progress
     count: int = 0
+    labelled: Callable[[], Iterator[Labelled]] | None = None
+    network: Backbone | None = None
 
 
 #: Runs a detector's objective; returns what its ``fit`` takes as ``trained``.
@@ -128,6 +150,12 @@ def supports(
             f"{dataset.name}: no {_SAID[split]} image in {listed(empty)}. Add some, or leave these "
             "categories out of config.data.categories."
         )
+    labelled = detector.traits.trains_on == "labelled"
+    if labelled and config.recalibrate:
+        raise ConfigError(
+            "config.evaluation.recalibrate: this detector trains the network itself; expected "
+            "False, found True."
+        )
     if split == "test":
         return _test_images(dataset, categories, config, sampling)
     seeds = sampling.seeds
@@ -137,9 +165,13 @@ def supports(
         return thresholds.needed(rate), -(-images // config.holdout)
 
     sets = support.choose(
-        dataset, categories, shots=sampling.shots, seeds=seeds, holdout=holdout if rate else None
-    )
-    fewest = {c: min(len(x.bank) - len(x.held_out) for x in sets[c].values()) for c in categories}
+        dataset, categories, shots=sampling.shots, seeds=seeds, holdout=holdout if rate else None,
+        labelled=labelled,
+    )  # fmt: skip
+    fewest = {
+        c: min(len(x.bank) - len(x.held_out) - len(x.anomalous) for x in sets[c].values())
+        for c in categories
+    }
     images = {c: n * sampling.support.rotations for c, n in fewest.items()}
     if sampling.pooled:
         images = {"all categories": sum(images.values())}
@@ -196,14 +228,17 @@ def training_data(
 
     ``about`` is the stamp, ``folder`` the evaluation's, ``version`` that of the images' files.
     """
-    own = None
+    own = network = None
+    if detector.traits.trains_on == "labelled":
+        network = placed(untitled(device.backbone), device.mesh)
     if folder is not None and split_of(detector) == "train":
         name = _identity(device, about, sources, version, title, key)
         own = paths.directory(folder) / TRAINED / name
     return TrainingData(
         features=features, images=lambda: _images(sources, config), backbone=backbone,
         title=title, seed=seed, key=key, mesh=device.mesh, folder=own, progress=progress,
-        count=sum(map(len, sources)),
+        count=sum(map(len, sources)), labelled=lambda: _labelled(sources, config, title),
+        network=network,
     )  # fmt: skip
 
 
@@ -223,6 +258,39 @@ def _identity(
     network = device.identity(about["backbone"])
     content = json.dumps([same, network, images, version, title, stamp.key_data(key)])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _labelled(sources: Sequence[Source], config: EvalConfig, title: str) -> Iterator[Labelled]:
+    """Images with labels and masks, all of them on every process.
+
+    A defect that no pixel of the input shows must not be learnt as normal: its image is not
+    ``masked``, and a warning says how many there are.
+    """
+    into, lost = config.preprocessing, 0
+
+    def read(source: Source, index: int) -> tuple[Labelled, bool]:
+        sample = source[index]
+        label = sample.record.label
+        mask, shown = np.zeros(into.size, np.uint8), not label
+        if label and sample.mask is not None:
+            mask[...] = nearest_pixels(sample.mask, into.size)
+            shown = bool(mask.any()) or not sample.mask.any()
+        gone = bool(label) and not shown and sample.mask is not None
+        return Labelled(into.to_input(sample.image), label, mask, shown), gone
+
+    with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
+        for source in sources:
+            for found, gone in pool.map(functools.partial(read, source), range(len(source))):
+                lost += gone
+                yield found
+    if lost:
+        warnings.warn(
+            f"{title}: the defects of {lost} training images are smaller than a pixel of the "
+            f"{into.height} x {into.width} input; only their labels are learnt from. Raise "
+            "config.evaluation.image_size.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _images(sources: Sequence[Source], config: EvalConfig) -> Iterator[np.ndarray]:

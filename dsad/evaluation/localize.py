@@ -119,6 +119,8 @@ def localize(
             'config.evaluation.resize: "windows" do not go with a detector that trains on images '
             "behind a map wrapper. Take the wrapper from config.backbone, or another resize."
         )
+    if detector.traits.trains_on == "labelled":
+        _check_labelled(map_wrappers or {}, given, dataset, config)
     protocol = {**settings(detector, config, sets, tuple(map_wrappers or ())), "detector_state": {}}
     if given:
         protocol["support"] = given.stamp["support"]
@@ -176,6 +178,31 @@ def localize(
     return results
 
 
+def _check_labelled(
+    map_wrappers: Mapping[str, MapWrapper], given: fitting.Given | None, dataset: Dataset,
+    config: EvalConfig,
+) -> None:  # fmt: skip
+    """Refuse what does not go with a detector that trains the network on labelled images."""
+    into = config.preprocessing
+    if not (into.whole and into.everything):
+        raise ConfigError(
+            "config.evaluation.resize: this detector learns from whole images and masks; expected "
+            f'"stretched" with config.evaluation.crop = 1, found "{into.method}" with {into.crop}.'
+        )
+    if map_wrappers:
+        raise ConfigError(
+            "config.backbone: this detector trains the network itself, found around it: "
+            f"{listed(map_wrappers)}. Name the network alone."
+        )
+    if given and given.stamp["dataset"]["name"] == dataset.name:
+        untested = given.stamp["support"].get("untested", {})
+        if any(count for by_seed in untested.values() for count in by_seed.values()):
+            raise ConfigError(
+                f"config.data.name: the model was fitted on test images of {dataset.name}; measure "
+                "it on other data, or fit and measure at once without --model."
+            )
+
+
 def settings(
     detector: Detector, config: EvalConfig, sets: Sets, map_wrappers: Sequence[str]
 ) -> dict[str, Any]:
@@ -189,6 +216,7 @@ def settings(
         "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout),
         "map_wrappers": list(map_wrappers),
         **({"batch_norm": recalibration.RULE} if config.recalibrate else {}),
+        **({"further_numbers": config.about_further} if config.further else {}),
     }
 
 
@@ -284,7 +312,7 @@ class _Run:
         if self.given:
             return reader.device.place(self.given.fitted(title)), {"features": 0.0, "fit": 0.0}
         which = fitting.split_of(self.detector)
-        sources = {c: self.dataset.source(which, c) for c in group}
+        sources = {c: self.sets.pool(self.dataset, c, which) for c in group}
         sets, config = self.sets.by_category, self.sets.sampling.support
         out = {p for c in group for p in sets[c][seed].held_out} if split else set()
         chosen = {c: support.subset(x, sets[c][seed].bank) for c, x in sources.items()}
@@ -348,7 +376,7 @@ class _Run:
         writer: maps.MapWriter | None,
     ) -> None:
         """Score and measure one category with one detector."""
-        config, test = self.config, self.dataset.source("test", category)
+        config, test = self.config, self.sets.tested(self.dataset, category, seed)
         keep = len(self.seeds) > 1
         start = time.perf_counter()
         scored = score(

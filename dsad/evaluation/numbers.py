@@ -8,7 +8,8 @@ from dsad.core.errors import DsadError, MetricError
 from dsad.core.types import Source
 from dsad.evaluation import metrics, undefined
 from dsad.evaluation.config import EvalConfig
-from dsad.evaluation.hosts import ALONE
+from dsad.evaluation.hosts import ALONE, Hosts
+from dsad.evaluation.metrics import visa
 from dsad.evaluation.scored import Scored
 
 
@@ -30,6 +31,8 @@ def measure(
         row: dict[str, Any] = dict.fromkeys(config.metric_names)
         if "image" not in why:
             row |= _image_numbers(scored.scores, scored.labels)
+            if "visa" in config.further:
+                row["image_aupr_visa"] = metrics.trapezoid(scored.scores, scored.labels)
         if "pixel" not in why:
             row |= metrics.pixel_metrics(
                 [scored.maps[i] for i in kept],
@@ -39,6 +42,7 @@ def measure(
                 method=config.method,
                 hosts=ALONE if sorting else hosts,
             )
+            row |= _further(scored, kept, config, ALONE if sorting else hosts)
         return row
 
     try:
@@ -53,6 +57,23 @@ def measure(
         row = hosts.from_main(row)
     flat = {f"{c}/{axis}": v for c, axes in curves.items() for axis, v in axes.items()}
     return row, flat, undefined.notes(why)
+
+
+def _further(scored: Scored, kept: list[int], config: EvalConfig, hosts: Hosts) -> dict[str, float]:
+    """Pixel numbers of ``config.further`` over the images ``kept``."""
+    found: dict[str, float] = {}
+    anomalous = [i for i in kept if scored.own_labels[i] == 1]
+    for kind, rows in (("anomalous", anomalous), ("visa", kept)):
+        if kind not in config.further:
+            continue
+        maps = [scored.maps[i] for i in rows]
+        masks = [mask for i in rows if (mask := scored.masks[i]) is not None]
+        if kind == "visa":
+            found |= {f"pixel_{n}_visa": x for n, x in visa.areas(maps, masks).items()}
+        else:
+            row = metrics.pixel_metrics(maps, masks, (), method=config.method, hosts=hosts)
+            found |= {f"{n}_anomalous": row[n] for n in ("pixel_auroc", "pixel_ap")}
+    return found
 
 
 def _image_numbers(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:

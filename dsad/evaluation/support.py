@@ -11,11 +11,17 @@ from scipy import ndimage
 from dsad.core.config import Settings, as_dict, field
 from dsad.core.errors import ConfigError
 from dsad.core.types import Dataset, HasFiles, Record, Sample, Source
-from dsad.data.base import selected
-from dsad.data.heldout import rank
+from dsad.data.base import joined, selected
+from dsad.data.heldout import group, rank
 
 #: Said in the stamp.
 RULE = "lowest SHA-256 of (seed, category, path), in path order"
+#: Likewise, of anomalous images, by the split that they are drawn from.
+ANOMALOUS = {
+    "train": "as many anomalous ones, drawn alike from the training images",
+    "test": "as many anomalous ones, drawn alike from the test images for want of any in training",
+}
+UNTESTED = "a seed's draw is not tested by it, nor what is in one group with it"
 #: Likewise, by the split that a detector is fitted on.
 WHOLE = {
     "train": "all training images",
@@ -28,17 +34,21 @@ class Support:
     """Training images of one category and seed, as paths in path order.
 
     ``bank`` are for the detector; without those ``held_out`` of them it is fitted once more, to set
-    thresholds. Paths are the identity of the images, so neither the order of files nor of records
+    thresholds. For a detector that learns from labels ``anomalous`` of the bank are such; images
+    that are ``untested`` belong to the test split, and are in the bank or in one group with images
+    there. Paths are the identity of the images, so neither the order of files nor of records
     matters.
     """
 
     bank: tuple[str, ...]
     held_out: tuple[str, ...] = ()
+    anomalous: tuple[str, ...] = ()
+    untested: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
-        """Of the lines "bank" or "held_out", tab, path."""
-        lines = [f"bank\t{p}\n" for p in self.bank] + [f"held_out\t{p}\n" for p in self.held_out]
+        """Of the lines of a field's name, tab, path."""
+        lines = [f"{n}\t{p}\n" for n, found in dataclasses.asdict(self).items() for p in found]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -86,6 +96,22 @@ class Sets:
 
     sampling: Sampling
     by_category: Mapping[str, Mapping[int, Support]]
+
+    def pool(self, dataset: Dataset, category: str, split: str) -> Source:
+        """Where the images of the category's banks are."""
+        source = dataset.source(split, category)
+        if any(own.untested for own in self.by_category[category].values()):
+            return joined([source, dataset.source("test", category)])
+        return source
+
+    def tested(self, dataset: Dataset, category: str, seed: int) -> Source:
+        """The test images for what was fitted on the category's support set."""
+        source = dataset.source("test", category)
+        own = self.by_category.get(category, {}).get(seed)
+        if own is None or not own.untested:
+            return source
+        out = set(own.untested)
+        return selected(source, [i for i, r in enumerate(source.records) if r.path not in out])
 
 
 class _Rotated:
@@ -135,11 +161,13 @@ def choose(
     shots: int,
     seeds: Sequence[int],
     holdout: Callable[[int], tuple[int, int]] | None = None,
+    labelled: bool = False,
 ) -> dict[str, dict[int, Support]]:
     """The support set of every category and seed, of normal training images alone.
 
-    ``holdout`` says how many groups and how many images of so many to hold out, at least. Raises
-    ConfigError with all faults at once.
+    ``holdout`` says how many groups and how many images of so many to hold out, at least. With
+    ``labelled`` there are as many anomalous images beside the normal ones, of the training split,
+    or of the test split where that has none. Raises ConfigError with all faults at once.
     """
     if shots < 0:
         raise ConfigError(f"shots: expected 0 (all training images) or more, found {shots}.")
@@ -162,6 +190,8 @@ def choose(
             if holdout:
                 held = hold_out([records[p] for p in drawn], seed, *holdout(len(drawn)))
             made[category][seed] = Support(bank=drawn, held_out=held)
+        if labelled:
+            faults += _add_anomalous(dataset, category, shots, made[category])
         if holdout and not all(x.held_out for x in made[category].values()):
             what = "image" if len(paths) == 1 or shots == 1 else "group"
             faults.append(
@@ -175,6 +205,35 @@ def choose(
             "with --config.evaluation.false_alarm_rate=0."
         )
     return made
+
+
+def anomalous_split(dataset: Dataset, category: str) -> str:
+    """The split that anomalous images are drawn from: "train" where there are any, else "test"."""
+    labels = [record.label for record in dataset.source("train", category).records]
+    return "train" if 1 in labels else "test"
+
+
+def _add_anomalous(
+    dataset: Dataset, category: str, shots: int, sets: dict[int, Support]
+) -> list[str]:
+    """Adds anomalous images to the sets of every seed; gives the faults that leave none."""
+    split = anomalous_split(dataset, category)
+    test = dataset.source("test", category).records
+    known = {r.path: r for r in (*dataset.source("train", category).records, *test)}
+    paths = [r.path for r in dataset.source(split, category).records if r.label == 1]
+    if split == "test" and not shots:
+        return [f"{category}: no anomalous training image; config.shots draws test images"]
+    if not paths or len(paths) < shots:
+        return [f"{category}: {len(paths)} anomalous images, shots = {shots}"]
+    for seed, own in sets.items():
+        drawn = draw(paths, shots, seed, category)
+        bank = tuple(sorted((*own.bank, *drawn)))
+        groups = {group(known[path]) for path in bank}
+        out = tuple(sorted(r.path for r in test if group(r) in groups))
+        if sum(r.label == 1 and r.path not in out for r in test) == 0:
+            return [f"{category}: shots = {shots} leaves no anomalous image to test, seed {seed}"]
+        sets[seed] = dataclasses.replace(own, bank=bank, anomalous=drawn, untested=out)
+    return []
 
 
 def hold_out(records: Sequence[Record], seed: int, groups: int, images: int) -> tuple[str, ...]:
@@ -216,13 +275,24 @@ def describe(sets: Sets, split: str = "train") -> dict[str, Any]:
     for category in sorted(chosen):
         for seed in sorted(chosen[category]):
             digest.update(f"{category}\t{seed}\t{chosen[category][seed].sha256}\n".encode())
+    labelled = {c: s for c, s in chosen.items() if any(x.anomalous for x in s.values())}
+    untested = {c: {str(n): len(x.untested) for n, x in s.items()} for c, s in labelled.items()}
     return {
         "shots": sampling.shots or "all",
         "rule": RULE if sampling.shots else WHOLE[split],
+        **({"anomalous": _anomalous_rule(labelled), "untested": untested} if labelled else {}),
         "seeds": list(sampling.seeds),
         **as_dict(sampling.support),
         "sha256": digest.hexdigest(),
     }
+
+
+def _anomalous_rule(labelled: Mapping[str, Mapping[int, Support]]) -> str:
+    """Where anomalous images were drawn from, and what of the test that leaves out."""
+    every = [own for by_seed in labelled.values() for own in by_seed.values()]
+    drawn = any(set(own.anomalous) & set(own.untested) for own in every)
+    rule = ANOMALOUS["test" if drawn else "train"]
+    return f"{rule}; {UNTESTED}" if any(own.untested for own in every) else rule
 
 
 def listing(sets: Sets) -> dict[str, Any]:
@@ -234,7 +304,8 @@ def listing(sets: Sets) -> dict[str, Any]:
             row: dict[str, Any] = {"sha256": support.sha256, "images": len(support.bank)}
             if sets.sampling.shots:
                 row["paths"] = list(support.bank)
-            if support.held_out:
-                row["held_out"] = list(support.held_out)
+            for name in ("held_out", "anomalous", "untested"):
+                if paths := getattr(support, name):
+                    row[name] = list(paths)
             made[category][str(seed)] = row
     return made

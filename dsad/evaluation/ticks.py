@@ -61,7 +61,8 @@ def images(
             passes = 2 * len(own.bank) - held if held else len(own.bank)
             total += passes * rotations + held
         if measured:
-            total += len(sets.sampling.seeds) * len(dataset.source("test", category))
+            seeds = sets.sampling.seeds
+            total += sum(len(sets.tested(dataset, category, seed)) for seed in seeds)
     return total
 
 

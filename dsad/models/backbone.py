@@ -90,9 +90,13 @@ class Backbone:
         return dataclasses.replace(self, extra=statistics)
 
     def measured(self, images: jax.Array) -> Tree:
+        return statistics.measured(self.weights, images, applied=True)
+
+    @property
+    def weights(self) -> Encoder:
+        """See ``models.family.HasWeights``."""
         known = registry.family_of(self.arch).preprocessing(self.arch)
-        encoder = Encoder(self.arch, dict(self.options), self.params, self.extra, known)
-        return statistics.measured(encoder, images, applied=True)
+        return Encoder(self.arch, dict(self.options), self.params, self.extra, known)
 
     def __call__(self, images: jax.Array) -> FeatureMaps:
         family = registry.family_of(self.arch)

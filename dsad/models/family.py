@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,16 @@ class Encoder(NamedTuple):
     params: Any
     extra: Any
     preprocessing: Preprocessing
+
+
+@runtime_checkable
+class HasWeights(Protocol):
+    """A backbone that is one encoder, or nothing but that, which can be trained further."""
+
+    @property
+    def weights(self) -> Encoder | None:
+        """Its encoder; None if it has none that could be told apart."""
+        ...
 
 
 class Loaded(NamedTuple):

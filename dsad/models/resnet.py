@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsad.core.config import named
+from dsad.core.config import listed, named
+from dsad.core.errors import ConfigError
 from dsad.models.conv import Conv
 from dsad.models.draws import Draws
 from dsad.models.functional import Functional, drawn
@@ -38,6 +39,7 @@ ARCHS = {
     "resnet50": Arch(blocks=(3, 4, 6, 3), bottleneck=True),
     "wide_resnet50_2": Arch(blocks=(3, 4, 6, 3), bottleneck=True, width=2),
 }
+STEM = "stem"
 STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 
 
@@ -107,9 +109,14 @@ class ResNet(nnx.Module):
                 cin = cout
 
     def __call__(self, images: jax.Array, *, train: bool, views: int = 1) -> dict[str, jax.Array]:
-        x = self.norm1(self.conv1(images), train=train, views=views)
-        x = _max_pool(nnx.relu(x))
-        maps = {}
+        maps = self.pyramid(images, train=train, views=views)
+        return {name: x for name, x in maps.items() if name != STEM}
+
+    def pyramid(self, images: jax.Array, *, train: bool, views: int = 1) -> dict[str, jax.Array]:
+        """The maps, and before them that of the first convolution, ``STEM`` (stride 2)."""
+        x = nnx.relu(self.norm1(self.conv1(images), train=train, views=views))
+        maps = {STEM: x}
+        x = _max_pool(x)
         for s in range(1, self.stages + 1):
             for b in range(self.spec.blocks[s - 1]):
                 x = getattr(self, f"layer{s}_block{b}")(x, train=train, views=views)
@@ -134,3 +141,16 @@ def resnet(
         return ResNet(spec, stages=stages, zero=zero_init_last, draws=draws, dtype=dtype, rngs=rngs)
 
     return drawn(make)
+
+
+def of_params(params: Any) -> Functional:
+    """The network that has these parameters."""
+    stages = [[b for b in params if b.startswith(f"layer{s}_")] for s in range(1, 5)]
+    blocks = [len(found) for found in stages if found]
+    first = params["layer1_block0"]
+    mid = first["conv2"]["kernel"].shape[-1] if "conv3" in first else 0
+    for name, spec in ARCHS.items():
+        wide = 64 * spec.width if spec.bottleneck else 0
+        if (list(spec.blocks[: len(blocks)]), wide) == (blocks, mid):
+            return resnet(name, stages=len(blocks))
+    raise ConfigError(f"no residual network has {blocks} blocks; known: {listed(ARCHS)}.")

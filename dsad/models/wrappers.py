@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsad.core.detection import MapWrapper
+from dsad.core.detection import PIXELS, MapWrapper
 from dsad.core.errors import ConfigError
 from dsad.core.types import Backbone, FeatureMaps, Tree
 from dsad.models.residual_maps import REFERENCES, ResidualMaps
@@ -128,6 +128,30 @@ class Patches(Wrapped):
                 f"{side}. Set --config.evaluation.image_size."
             )
         return (side - self.size) // self.stride + 1
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["encoder"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithPixels(Wrapped):
+    """An encoder that gives its input as well, as the feature map ``PIXELS``."""
+
+    @property
+    def arch(self) -> str:
+        """The encoder's."""
+        return self.encoder.arch
+
+    @property
+    def image_size(self) -> int | None:
+        """The encoder's."""
+        return self.encoder.image_size
+
+    def only(self, layers: Sequence[str]) -> Self:
+        """The same with just these of the encoder's maps."""
+        return super().only([name for name in layers if name != PIXELS])
+
+    def __call__(self, images: jax.Array) -> FeatureMaps:
+        """The encoder's maps of normalised images (b, H, W, 3), and those."""
+        return {**self.encoder(images), PIXELS: images}
 
 
 class Kind(NamedTuple):

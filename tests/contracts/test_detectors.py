@@ -8,7 +8,8 @@ the state instead of the normal maps for one that trains; with ``SYMBOLIC = True
 exported for any batch size instead of a fixed one. A detector of other maps than those of
 ``common.maps_of`` brings its own, ``maps_of(seed, count)``, and ``corrupted(maps)``;
 ``READS_SOURCE = False`` says that its fit looks at no image. One that trains on images brings
-``network()``, an ``ImageMaps``, and ``images_of(source)``, a pass over the images of a source.
+``network()``, an ``ImageMaps``, and ``images_of(source)``, a pass over the images of a source; one
+that trains on labelled images ``network()``, a backbone, and ``labelled_of(source)``.
 """
 
 import dataclasses

@@ -93,3 +93,17 @@ def test_a_run_asks_its_objective():
     assert len(maps) == 1
     np.testing.assert_array_equal(maps["block1"], images + 1)
     assert set(backbone(images)) == {"block0", "block1"}
+
+
+def test_the_input_itself_is_a_map_where_it_is_asked_for():
+    images = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), np.uint8)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    extractor = Extractor(("pixels", "colour"), (48, 48), mesh)
+    network = Pooled()
+    extractor.use(network)
+    maps = extractor(images)
+    expected = (images / np.float64(255) - network.mean) / network.std
+    np.testing.assert_allclose(maps["pixels"], expected, rtol=1e-5, atol=1e-6)
+    alone = Extractor(("colour",), (48, 48), mesh)
+    alone.use(network)
+    np.testing.assert_array_equal(maps["colour"], alone(images)["colour"])

@@ -8,6 +8,7 @@ from sklearn import metrics as sk
 
 from dsad.core.errors import MetricError
 from dsad.evaluation import metrics
+from dsad.evaluation.metrics import visa
 from dsad.evaluation.metrics.spro import Saturation, units
 from dsad.evaluation.report.page import metric_label
 
@@ -353,3 +354,38 @@ def test_every_limit_has_a_key_of_its_own():
     both = metrics.pixel_metrics(maps, masks, (0.051, 0.05))
     for limit in (0.051, 0.05):
         assert both[metrics.aupro_key(limit)] == metrics.aupro(maps, masks, limit)
+
+
+def test_trapezoids_between_all_points_of_precision_and_recall():
+    """The published example, and scikit-learn on scores with many ties."""
+    labels = np.array([0, 0, 1, 1])
+    assert metrics.trapezoid(np.array([0.1, 0.4, 0.35, 0.8]), labels) == pytest.approx(0.7916667)
+    assert metrics.trapezoid(np.ones(4), labels) == pytest.approx((1 + 0.5) / 2)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        labels = np.concatenate([[0, 1], rng.integers(0, 2, 30)])
+        scores = rng.integers(0, 6, 32).astype(np.float32)
+        precision, recall, _ = sk.precision_recall_curve(labels, scores)
+        assert metrics.trapezoid(scores, labels) == pytest.approx(sk.auc(recall, precision))
+
+
+def test_areas_of_visas_code():
+    """The published example, a perfect map of two values, and the thresholds one by one."""
+    maps = np.array([[[0.9, 0.8], [0.7, 0.1]], [[0.6, 0.5], [0.4, 0.2]]])
+    masks = np.zeros((2, 2, 2), bool)
+    masks[0, :, 0] = True
+    assert visa.areas(maps, masks) == {"auroc": 0.7083, "aupr": 0.6875}
+    assert visa.areas(masks.astype(np.float32), masks) == {"auroc": 0.5, "aupr": 0.625}
+    rng = np.random.default_rng(0)
+    maps = np.float64(rng.normal(size=(3, 20, 15)).round(1).astype(np.float32))
+    masks = rng.random(maps.shape) < 0.1
+    defect, low, high = maps[masks], maps.min() - 1e-8, maps.max() + 1e-8
+    cuts = [*np.percentile(defect, np.linspace(0, 100, 100)), low, high]
+    cuts = sorted([*cuts, *np.linspace(defect.min(), defect.max(), 100)], reverse=True)
+    assert len(cuts) == 202
+    marked = [maps > cut for cut in cuts]
+    recall = [(m & masks).sum() / masks.sum() for m in marked]
+    alarms = [(m & ~masks).sum() / (~masks).sum() for m in marked]
+    precision = [(m & masks).sum() / m.sum() if m.any() else 1.0 for m in marked]
+    expected = {"auroc": sk.auc(alarms, recall), "aupr": sk.auc(recall, precision)}
+    assert visa.areas(maps.astype(np.float32), masks) == pytest.approx(expected, abs=6e-5)

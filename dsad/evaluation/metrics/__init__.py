@@ -46,6 +46,11 @@ def average_precision(scores: Any, labels_or_masks: Any, *, method: Method = "ex
     return _value("ap", f"{unit[:-1]} AP", unit, method, scores, labels_or_masks)
 
 
+def trapezoid(scores: Any, labels: Any) -> float:
+    """Trapezoidal area under precision over recall of image scores (n,) and labels (n,)."""
+    return _value("trapezoid", "image AU-PR", "images", "exact", scores, labels)
+
+
 def f1_max(scores: Any, labels_or_masks: Any, *, method: Method = "exact") -> float:
     """Largest F1 over all thresholds, of images with labels (n,) or of the pixels of maps."""
     unit = "images" if inputs.is_flat(scores) else "pixels"

@@ -12,7 +12,7 @@ import numpy as np
 
 from dsad.evaluation.metrics import ranking
 
-#: "auroc", "ap", "f1_max", or the FPR limit of an overlap area.
+#: "auroc", "ap", "f1_max", of exact steps "trapezoid", or the FPR limit of an overlap area.
 What = str | float
 #: What sums in float64 may be off, added to every bound.
 ROUNDING = 1e-10
@@ -33,6 +33,7 @@ def exact(what: What) -> Callable[[ranking.Steps], float]:
             "auroc": ranking.auroc,
             "ap": ranking.average_precision,
             "f1_max": ranking.f1_max,
+            "trapezoid": ranking.trapezoid,
         }[what]
     return lambda steps: ranking.overlap_area(steps, what)
 

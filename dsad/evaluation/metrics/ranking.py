@@ -101,6 +101,18 @@ def average_precision(steps: Steps) -> float:
     return float(np.sum(gain * (steps.hits / (steps.hits + steps.reached))))
 
 
+def trapezoid(steps: Steps) -> float:
+    """Area under straight lines between the points of precision over recall, from (0, 1) on.
+
+    Optimistic: a constant score has (1 + prevalence) / 2.
+    """
+    before = np.concatenate([[0], steps.hits[:-1]])
+    scored = before + steps.above
+    start = np.divide(before, scored, out=np.ones(len(scored)), where=scored > 0)
+    end = steps.hits / (steps.hits + steps.reached)
+    return float(np.sum((steps.hits - before) * (start + end)) / (2 * steps.positives))
+
+
 def f1_max(steps: Steps) -> float:
     """Largest F1 = 2 · hits / (positives + items at least the threshold) over all thresholds."""
     # Between two positive scores a lower threshold only adds false positives.

@@ -30,6 +30,11 @@ _LABELS = {
     "pixel_auroc": "Pixel AUROC",
     "pixel_ap": "Pixel AP",
     "pixel_f1_max": "Pixel F1-max",
+    "image_aupr_visa": "Image AU-PR (VisA)",
+    "pixel_auroc_anomalous": "Pixel AUROC, anomalous images",
+    "pixel_ap_anomalous": "Pixel AP, anomalous images",
+    "pixel_auroc_visa": "Pixel AUROC (VisA)",
+    "pixel_aupr_visa": "Pixel AU-PR (VisA)",
 }
 
 

@@ -114,13 +114,16 @@ def fitted(detector, source, mesh=None):
     """The state of a detector, trained before if it trains."""
     trained = {}
     if detector.traits.trains_on:
-        images = backbone = None
+        images = backbone = labelled = network = None
         case = cases()[type(detector).__module__.rpartition(".")[2]].case
         if hasattr(case, "images_of"):
             images, backbone = functools.partial(case.images_of, source), case.network()
+        if detector.traits.trains_on == "labelled":
+            labelled, network = functools.partial(case.labelled_of, source), case.network()
         data = TrainingData(
             features=source, images=images, backbone=backbone, title="tiles", seed=0, key=KEY,
             mesh=mesh or make_mesh(MeshConfig(), jax.devices()[:1]), folder=None, progress=silent,
+            labelled=labelled, network=network,
         )  # fmt: skip
         trained = {"trained": TRAINER(detector, data)}
     return detector.fit(source, **ALONE | {"mesh": mesh}, **trained)
