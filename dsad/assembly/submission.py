@@ -124,7 +124,7 @@ def halved(scores: np.ndarray, scale: float, name: str) -> np.ndarray:
 
 def quartered(scores: np.ndarray) -> np.ndarray:
     """Means of 4 × 4 pixels: (h // 4, w // 4) f32; the rest at the right and below is left out."""
-    h, w = scores.shape[0] // 4, scores.shape[1] // 4
+    h, w = _quarter((scores.shape[0], scores.shape[1]))
     return scores[: 4 * h, : 4 * w].reshape(h, 4, w, 4).mean((1, 3), dtype=np.float32)
 
 
@@ -368,23 +368,24 @@ def _faults_of(
     for tree in trees:
         place = f"{tree}/{name}{SUFFIXES[tree]}"
         try:
-            values = (_map if tree == MAPS else _mask)(folder / place)
-        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            seen[place] = (_map if tree == MAPS else _mask)(folder / place).shape
+        except ValueError as error:
             faults.append(f"{place}: {error}")
-            continue
-        seen[place] = values.shape
-    if not seen:
-        return faults
-    full = shape or max(seen.values())
-    allowed = (full, (full[0] // 4, full[1] // 4))
-    texts = [f"{h} × {w}" for h, w in allowed]
-    for place, (h, w) in seen.items():
-        if (h, w) not in allowed:
-            of = "as the image has" if shape else "as its other file has"
-            faults.append(
-                f"{place}: expected {texts[0]} pixels {of}, or {texts[1]}; found {h} × {w}."
-            )
+    sizes = list(seen.values())
+    # Without the image its mask is taken for whole, unless that is a quarter of the map.
+    full = shape or (sizes[-1] if sizes else (0, 0))
+    if not shape and sizes and sizes[-1] == _quarter(sizes[0]):
+        full = sizes[0]
+    of = "its image" if shape else "its other file"
+    for place, size in seen.items():
+        if size not in (full, _quarter(full)):
+            whole, quarter, found = (f"{h} × {w}" for h, w in (full, _quarter(full), size))
+            faults.append(f"{place}: expected {whole} pixels as {of}, or {quarter}; found {found}.")
     return faults
+
+
+def _quarter(shape: Shape) -> Shape:
+    return shape[0] // 4, shape[1] // 4
 
 
 def _map(path: pathlib.Path) -> np.ndarray:
@@ -392,8 +393,8 @@ def _map(path: pathlib.Path) -> np.ndarray:
     try:
         with tifffile.TiffFile(path) as file:
             pages, values = len(file.pages), file.asarray()
-    except (tifffile.TiffFileError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"not readable as TIFF: {error}") from error
+    except Exception as error:  # of a damaged file the library raises nearly every type there is
+        raise ValueError(f"not readable as TIFF ({error}). Write it again.") from error
     if pages != 1 or values.ndim != 2 or values.dtype != np.float16:
         shape = " × ".join(map(str, values.shape))
         raise ValueError(
@@ -407,10 +408,13 @@ def _map(path: pathlib.Path) -> np.ndarray:
 
 def _mask(path: pathlib.Path) -> np.ndarray:
     """A mask as it has to be; raises ValueError."""
-    with PIL.Image.open(path) as image:
-        if image.format != "PNG" or image.mode != "L":
-            raise ValueError(f"expected a PNG of mode L, found {image.format} of {image.mode}.")
-        values = np.asarray(image)
+    try:
+        with PIL.Image.open(path) as image:
+            about, values = (image.format, image.mode), np.asarray(image)
+    except Exception as error:  # likewise
+        raise ValueError(f"not readable as PNG ({error}). Write it again.") from error
+    if about != ("PNG", "L"):
+        raise ValueError(f"expected a PNG of mode L, found {' of '.join(map(str, about))}.")
     if other := sorted(set(np.unique(values).tolist()) - {0, 255}):
         raise ValueError(f"expected the values 0 and 255, found also {listed(other[:5])}.")
     return values
