@@ -15,6 +15,7 @@ from dsad.assembly.model import FittedModel
 from dsad.cli import main
 from dsad.core.errors import DataError
 from dsad.core.mesh import make_mesh
+from dsad.evaluation.results import read_results
 from tests.data import published_trees, trees
 
 COUNTS = {"can": 2, "vial": 2}
@@ -26,19 +27,26 @@ NAMES = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """Programs for one of the eight devices take less time to compile, and less memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        yield
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, one_device):
     """A model of the data set in miniature, and what was submitted with it."""
     base = tmp_path_factory.mktemp("ad2")
     published_trees.write("mvtec_ad2", base / "data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
-        assert main.main([
-            "fit", "--config=configs/patchcore.py:mvtec_ad2", f"--config.data.root={base / 'data'}",
-            "--config.weights=random", "--config.detector.layers=('layer1',)",
-            "--config.evaluation.image_size=32", "--config.evaluation.batch_size=4",
-            "--config.evaluation.false_alarm_rate=0.4", f"--out={base / 'model'}",
-        ]) == 0  # fmt: skip
+    code = main.main([
+        "fit", "--config=configs/patchcore.py:mvtec_ad2", f"--config.data.root={base / 'data'}",
+        "--config.weights=random", "--config.detector.layers=('layer1',)",
+        "--config.evaluation.image_size=32", "--config.evaluation.batch_size=4",
+        "--config.evaluation.false_alarm_rate=0.4", f"--out={base / 'model'}",
+    ])  # fmt: skip
+    assert code == 0
     assert submit(base / "model", f"--out={base / 'sent'}", "--partial", "--rule=sigma") == 0
     return base
 
@@ -95,6 +103,20 @@ def test_maps_of_a_quarter_are_means_and_masks_stay_whole(folder, tmp_path):
     assert PIL.Image.open(mask).size == (trees.WIDTH, trees.HEIGHT)
     check = (f"--check={tmp_path / 'small'}", f"--root={folder / 'data'}", "--partial")
     assert submit(*check) == 0
+
+
+def test_a_saved_model_is_measured_at_its_own_thresholds(folder, tmp_path, capsys):
+    morphology = "--config.evaluation.morphology.smallest=2"  # no part of what is fitted
+    argv = (f"--model={folder / 'model'}", f"--workdir={tmp_path / 'out'}", morphology)
+    assert main.main(["evaluate", *argv]) == 0
+    results, model = read_results(tmp_path / "out"), FittedModel.load(folder / "model", "can")
+    for category, rows in results.thresholds.items():
+        assert rows["0"]["decisions"] == model.thresholds.get(category, rows)["0"]["decisions"]
+    assert results.stamp["thresholds"]["held_out"] == "all normal validation images"
+    assert results.stamp["morphology"]["smallest"] == 2
+    text = capsys.readouterr().out
+    assert "SegF1" in text
+    assert f"{results.mean['pixel_f1_sigma']:.3f}" in text
 
 
 def test_maps_alone_are_a_submission(folder, tmp_path):
