@@ -19,8 +19,8 @@ def main(argv: list[str]) -> int:
     """The command; 1 for a submission with faults."""
     command = flags.Command(
         "submit", "MODEL: score the private images of MVTec AD 2 and pack what its server takes.\n"
-        "  dsad submit MODEL --out=DIR          DIR, DIR.tar.gz, and DIR.json that tells of them\n"
-        "  dsad submit --check=DIR              every fault of a submission at once",
+        "  dsad submit MODEL --out=DIR   DIR, DIR.tar.gz, DIR.json that tells of them\n"
+        "  dsad submit --check=DIR       every fault of a submission at once",
         positional=True,
     )  # fmt: skip
     command.string("out", "", "Folder of this machine that takes maps and masks.")
