@@ -9,10 +9,12 @@
 Variants, after a colon and joined by commas:
     published  what the public code does differently from the paper: pooling to 1,024, zeros beyond
                borders, projection to 128, ten starts, squared distances
+    mvtec_ad2  MVTec AD 2 and its protocol: SegF1 and ClassF1 at one threshold of each of three
+               rules, set by its validation images (needs --config.data.root)
     smoke      a random network on a few small synthetic images, in seconds
 """
 
-from dsad.assembly.configs import apply_variants, smoke_evaluation
+from dsad.assembly.configs import apply_variants, mvtec_ad2_evaluation, smoke_evaluation
 from dsad.assembly.evaluate import default_config
 
 
@@ -27,4 +29,6 @@ def _published(config):
     )  # fmt: skip
 
 
-VARIANTS = {"published": _published, "smoke": smoke_evaluation}
+VARIANTS = {
+    "published": _published, "mvtec_ad2": mvtec_ad2_evaluation, "smoke": smoke_evaluation,
+}  # fmt: skip

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.data import trees
+from tests.data import published_trees, trees
 from tests.helpers import ROOT, alone, command
 from tests.models.test_models import fold, torch_names
 
@@ -121,6 +121,7 @@ def folder(tmp_path_factory):
     for name in ("mvtec/bottle256", "mvtec/toothbrush_reheld256", "lookout/cookie_288x384"):
         shutil.copytree(base / "data" / "mvtec" / "disc", base / "data" / name)
     trees.mtd_grouped(base / "data" / "mtd")
+    published_trees.write("mvtec_ad2", base / "data" / "mvtec_ad2")
     trees.imagenet(base / "data" / "tiny", "folder")
     trees.good_and_bad(base / "pics")
     shutil.copytree(base / "pics" / "bad", base / "pics" / "new")
@@ -145,7 +146,7 @@ def case(block: str):
         "runs/ds2-mtd", "runs/corrupt-bottle", "runs/simsiam-0", "bottle-patchcore",
         "runs/mae-bottle", "runs/adpretrain-0",
         "config.shots", "dsad bench",
-        "dsad plan", "runs/pixpro", "runs/pics", "runs/good-bad",
+        "dsad plan", "models/ad2", "runs/pixpro", "runs/pics", "runs/good-bad",
         "check-data --config.data.name=mvtec", "dsad export",
     )  # fmt: skip
     marks = [pytest.mark.slow] if any(part in block for part in long) else []

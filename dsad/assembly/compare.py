@@ -14,7 +14,7 @@ from dsad.core import distributed, paths
 from dsad.core.errors import ConfigError, DsadError
 from dsad.core.types import Backbone, Dataset
 from dsad.data import base as data_base
-from dsad.evaluation import compared, extract, stamp
+from dsad.evaluation import compared, extract, stamp, support
 from dsad.evaluation.compared import Measured
 from dsad.evaluation.localize import Results, settings
 from dsad.evaluation.report.page import metric_label
@@ -196,6 +196,8 @@ def _size(parts: evaluate.Evaluation, cell: Cell, loaded: _Loaded) -> int:
         bank = {path for own in by_seed.values() for path in own.bank}
         images += len(bank) * parts.config.support.rotations
         images += len(parts.dataset.source("test", category))
+        if parts.sets.validated:
+            images += len(support.validation(parts.dataset, category))
     return images * sum(4 * math.prod(x.shape) for x in kept)
 
 

@@ -174,8 +174,8 @@ FREE = (
     "config.data", "config.mesh", "config.evaluation.batch_size", "config.evaluation.workers",
     "config.evaluation.cache_mb", "config.evaluation.feature_cache",
     "config.evaluation.cache_layers", "config.evaluation.gallery", "config.evaluation.save_maps",
-    "config.evaluation.method", "config.evaluation.fpr_limit",
-    "config.evaluation.further",
+    "config.evaluation.method", "config.evaluation.fpr_limit", "config.evaluation.further",
+    "config.evaluation.morphology",
 )  # fmt: skip
 
 

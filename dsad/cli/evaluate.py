@@ -32,11 +32,7 @@ def table(results: Results, title: str = "") -> Table:
     there are the means, below it.
     """
     further = [name for name in results.metric_names if name in ABOUT_FURTHER]
-    names = [
-        name
-        for name in results.metric_names
-        if not name.endswith("_f1_max") and name not in further
-    ]
+    names = [name for name in results.metric_names if "_f1_" not in name and name not in further]
     columns = ("images", *(name.replace("_", "\n", 1) for name in names))
     made = console.table("category / kind", *columns, title=title or None, title_justify="left")
     std = results.std
@@ -73,7 +69,7 @@ def _cells(row: Any, names: list[str], spread: Mapping[str, Any] | None = None) 
 
 
 def threshold_table(results: Results) -> Table:
-    """Thresholds from held-out normals, and what they achieve on the test images.
+    """Thresholds from normals outside the fit, and what they achieve on the test images.
 
     Images and pixels have a row each: the table fits 80 columns.
     """
@@ -81,7 +77,7 @@ def threshold_table(results: Results) -> Table:
     captions = [results.about_defects, "means over seeds" if results.std else ""]
     made = console.table(
         "category / pixels", "held\nout", "threshold", "bound", "false\nalarms", "defects\nfound",
-        title=f"Thresholds from normal training images, false-alarm rate {rate:g}",
+        title=f"Thresholds from normal images, false-alarm rate {rate:g}",
         title_justify="left", caption="; ".join(filter(None, captions)) or None,
     )  # fmt: skip
     for category, by_seed in results.thresholds.items():
@@ -91,6 +87,28 @@ def threshold_table(results: Results) -> Table:
         made.add_row(category, f"{row['held_out']:g}", *cells)
         cells = [about["pixel"], "", about["pixel_false_alarms"], about["pixel_recall"]]
         made.add_row(" pixels", "", *cells, style="dim")
+    return made
+
+
+def rule_table(results: Results) -> Table:
+    """F1 of pixels (SegF1) and of images (ClassF1) at the threshold of every rule."""
+    rules, std = results.stamp["decisions"], results.std
+    made = console.table(
+        "category", "rule", "threshold", "SegF1", "ClassF1", title_justify="left",
+        title="F1 at one threshold, which never sees a test image",
+        caption="\n".join(f"{rule}: {text}" for rule, text in rules.items()),
+    )  # fmt: skip
+    rows = {**results.categories, "mean": results.mean}
+    for title, row in rows.items():
+        if title == "mean":
+            made.add_section()
+        spread = (std["mean"] if title == "mean" else std["categories"][title]) if std else {}
+        by_seed = results.thresholds.get(title, {}).values()
+        for i, rule in enumerate(rules):
+            limits = [x["decisions"][rule] for x in by_seed]
+            limit = None if None in limits or not limits else sum(limits) / len(limits)
+            cells = _cells(row, [f"pixel_f1_{rule}", f"image_f1_{rule}"], spread)
+            made.add_row("" if i else title, rule, shown(limit, ".4g"), *cells)
     return made
 
 
@@ -202,6 +220,8 @@ def main(argv: list[str]) -> int:
         out.print(f"pixel numbers by counting, each within {max(counted):.1e} of the exact one")
     if results.thresholds:
         out.print(threshold_table(results))
+        if "decisions" in results.stamp:
+            out.print(rule_table(results))
         for line in decisions(results):
             out.print(line)
     if writer:

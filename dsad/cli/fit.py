@@ -9,6 +9,7 @@ from dsad.core.config import require
 from dsad.core.errors import ConfigError
 from dsad.data.base import read_as
 from dsad.evaluation import thresholds
+from dsad.evaluation.support import validation
 from dsad.terminal import console, flags
 
 _RATE = "--config.evaluation.false_alarm_rate"
@@ -40,9 +41,12 @@ def main(argv: list[str]) -> int:
         tested = sum(not r.label for r in parts.dataset.source("test", category).records)
         left = f", {tested} left for tests" if tested and config.data.name == "folder" else ""
         held = f"; a second fit without {len(support.held_out)} set the threshold"
+        if parts.sets.validated:
+            count = len(validation(parts.dataset, category))
+            held = f"; {count} validation images set the threshold"
         out.print(
             f"{category}: fitted on {len(support.bank)} good pictures"
-            f"{left}{held if support.held_out else ''}"
+            f"{left}{held if support.held_out or parts.sets.validated else ''}"
         )
         for row in results.thresholds.get(category, {}).values():
             at = thresholds.at_rate(row)

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "measure how well a backbone localizes defects",
     "compare": "measure backbones, detectors, data sets and seeds in one table",
     "export": "write an encoder under published names, for timm and torchvision",
+    "submit": "pack what the server for MVTec AD 2's private images takes",
     "report": "write report.html from one or more evaluations",
     "bench": "measure speed and memory, side by side with installed peers",
 }

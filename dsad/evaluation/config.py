@@ -5,6 +5,7 @@ from typing import Literal
 from dsad.core.config import Refused, Settings, field
 from dsad.core.paths import is_remote
 from dsad.evaluation import metrics
+from dsad.evaluation.morphology import Morphology
 from dsad.evaluation.preprocessing import Method, Preprocessing
 
 #: Further numbers by kind, with what the stamp says of them.
@@ -20,6 +21,9 @@ FURTHER = {
     },
 }  # fmt: skip
 ABOUT_FURTHER = {name: text for kind in FURTHER.values() for name, text in kind.items()}
+
+#: Rules of one threshold, see ``evaluation.rules``.
+Rule = Literal["bound", "sigma", "superadd"]
 
 
 class EvalConfig(Settings, place="evaluation"):
@@ -46,8 +50,14 @@ class EvalConfig(Settings, place="evaluation"):
       workers: threads that read, decode and resize.
       false_alarm_rate: share of normal images (and of their pixels) that the thresholds may flag;
         0: no thresholds.
-      holdout: with a false-alarm rate: 1/holdout of the training images, or as many as the rate
-        needs, at most half, are scored by a second fit without them and set the thresholds.
+      holdout: with a false-alarm rate, where the data set has no validation images to set the
+        thresholds: 1/holdout of the training images, or as many as the rate needs, at most half,
+        are scored by a second fit without them and set the thresholds.
+      decisions: rules that set one threshold of maps each from the same normal images; F1 of
+        pixels and of images at it is measured, see ``evaluation.rules``. "bound" keeps to the
+        false-alarm rate, "sigma" is mean + ``sigmas`` standard deviations, "superadd" SuperADD's.
+      sigmas: of the rule "sigma".
+      morphology: what becomes of the pixels above such a threshold before they are counted.
       save_maps: save every anomaly map on original pixels: float32 TIFF, or 16-bit PNG with its
         scale.
       cache_mb: features of one category that stay on the devices for further passes and seeds, in
@@ -76,6 +86,9 @@ class EvalConfig(Settings, place="evaluation"):
     workers: int = field(4, at_least=1)
     false_alarm_rate: float = field(0.0, at_least=0, below=1)
     holdout: int = field(5, at_least=2)
+    decisions: tuple[Rule, ...] = field((), distinct=True)
+    sigmas: float = field(3.0, above=0)
+    morphology: Morphology = Morphology()
     save_maps: Literal["none", "tiff", "png"] = "none"
     cache_mb: int = field(1024, at_least=0)
     recalibrate: bool = False
@@ -90,6 +103,12 @@ class EvalConfig(Settings, place="evaluation"):
         if "visa" in self.further and self.method != "exact":
             expected = '"exact" with config.evaluation.further="visa"'
             raise Refused("method", expected, self.method, "Its thresholds are percentiles.")
+        if self.decisions and not self.false_alarm_rate:
+            raise Refused(
+                "false_alarm_rate", "a share above 0 with evaluation.decisions",
+                self.false_alarm_rate,
+                "Normal images are then scored, from which every rule takes its threshold.",
+            )  # fmt: skip
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -101,12 +120,13 @@ class EvalConfig(Settings, place="evaluation"):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """The keys of one row of numbers; the last follow the limits."""
+        """The keys of one row of numbers; the last follow the limits and the decisions."""
         kinds = ("auroc", "ap", "f1_max")
         names = [f"{unit}_{kind}" for unit in ("image", "pixel") for kind in kinds]
         names += [metrics.aupro_key(limit) for limit in self.fpr_limits]
         return (
             *names,
+            *(f"{u}_f1_{r}" for r in self.decisions for u in ("pixel", "image")),
             *(name for kind in FURTHER if kind in self.further for name in FURTHER[kind]),
         )
 

@@ -20,6 +20,7 @@ from dsad.core.detection import Detector, FeatureSource, ImageMaps
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, Dataset, Progress, Source, Tree
+from dsad.data.base import IndexedDataset
 from dsad.data.canvases import nearest_pixels
 from dsad.evaluation import maps, stamp, support, thresholds
 from dsad.evaluation.batches import batches
@@ -164,9 +165,10 @@ def supports(
     def holdout(images: int) -> tuple[int, int]:
         return thresholds.needed(rate), -(-images // config.holdout)
 
+    validated = rate > 0 and _validated(dataset, categories)
     sets = support.choose(
-        dataset, categories, shots=sampling.shots, seeds=seeds, holdout=holdout if rate else None,
-        labelled=labelled,
+        dataset, categories, shots=sampling.shots, seeds=seeds,
+        holdout=holdout if rate and not validated else None, labelled=labelled,
     )  # fmt: skip
     fewest = {
         c: min(len(x.bank) - len(x.held_out) - len(x.anomalous) for x in sets[c].values())
@@ -179,10 +181,23 @@ def supports(
     if few := [f"{n} of {c}" for c, n in images.items() if n < least]:
         raise DataError(
             f"{dataset.name}: this detector needs at least {least} normal images, found "
-            f"{listed(few)}{' that are not held out' if rate else ''}. Add images, raise shots, or "
-            "choose another detector or other components of it."
+            f"{listed(few)}{' that are not held out' if rate and not validated else ''}. Add "
+            "images, raise shots, or choose another detector or other components of it."
         )
-    return support.Sets(sampling, sets)
+    return support.Sets(sampling, sets, validated)
+
+
+def _validated(dataset: Dataset, categories: Sequence[str]) -> bool:
+    """Whether the data set brings images to set thresholds with; DataError where some lack them."""
+    if not isinstance(dataset, IndexedDataset) or not dataset.splits.get("validation"):
+        return False
+    if lack := [c for c in categories if not len(support.validation(dataset, c))]:
+        raise DataError(
+            f"{dataset.name}: no normal validation image in {listed(lack)}, which others have to "
+            "set their thresholds (evaluation.false_alarm_rate > 0). Add some, or leave these "
+            "categories out of config.data.categories."
+        )
+    return True
 
 
 def _test_images(

@@ -19,7 +19,17 @@ from dsad.core.errors import ConfigError
 from dsad.core.hosts import spans
 from dsad.core.rng import named
 from dsad.core.types import Backbone, Dataset, Progress, Source, Tree, silent
-from dsad.evaluation import fitting, maps, numbers, recalibration, stamp, support, thresholds, ticks
+from dsad.evaluation import (
+    fitting,
+    maps,
+    numbers,
+    recalibration,
+    rules,
+    stamp,
+    support,
+    thresholds,
+    ticks,
+)
 from dsad.evaluation import seeds as over_seeds
 from dsad.evaluation.compiled import Device, Fitted
 from dsad.evaluation.config import EvalConfig
@@ -60,7 +70,7 @@ def localize(
     Args:
       backbone: of images (b, s, s, 3), None with ``backbone_of``.
       detector: fitted once per category, on what its traits say.
-      dataset: its "train" and "test" splits are used.
+      dataset: its "train" and "test" splits are used, and for thresholds "validation" if there.
       config: see ``EvalConfig``.
       mesh: batches are split over all its devices; numbers do not depend on their count.
       key: of the run; each category's detector gets a key by the category's name and the seed.
@@ -123,7 +133,8 @@ def localize(
         _check_labelled(map_wrappers or {}, given, dataset, config)
     protocol = {**settings(detector, config, sets, tuple(map_wrappers or ())), "detector_state": {}}
     if given:
-        protocol["support"] = given.stamp["support"]
+        known = ("support", "thresholds", "decisions")
+        protocol |= {name: given.stamp[name] for name in known if name in protocol}
     run = _Run(
         dataset, detector, config, key, train, sets, dict(map_wrappers or {}), given, folder,
         Ticks(progress, 0), measured,
@@ -152,6 +163,8 @@ def localize(
         title = "all categories" if pooled else group[0]
         if parts or (folder is not None and detector.traits.trains_on):
             sources = [dataset.source(split, c) for c in group for split in ("train", "test")]
+            if sets.validated:
+                sources += [support.validation(dataset, c) for c in group]
             hosts = run.device.hosts
             run.version = hosts.from_main(support.version(sources if hosts.main else []))
         origin = f"{run.version} {identity}"
@@ -213,10 +226,21 @@ def settings(
     return {
         "model": "one for all categories" if sets.sampling.pooled else "one per category",
         "support": support.describe(sets, fitting.split_of(detector)),
-        "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout),
+        "thresholds": thresholds.describe(config.false_alarm_rate, config.holdout, sets.validated),
         "map_wrappers": list(map_wrappers),
+        **_decisions(config, sets),
         **({"batch_norm": recalibration.RULE} if config.recalibrate else {}),
         **({"further_numbers": config.about_further} if config.further else {}),
+    }
+
+
+def _decisions(config: EvalConfig, sets: Sets) -> dict[str, Any]:
+    if not config.decisions:
+        return {}
+    normals = thresholds.NORMALS[sets.validated]
+    return {
+        "decisions": rules.describe(config.decisions, config.sigmas, normals),
+        "morphology": stamp.plain(config.morphology),
     }
 
 
@@ -276,7 +300,7 @@ class _Run:
             size = self.made.stamp["detector_state"].setdefault(title, {})
             size[str(seed)] = stamp.describe_state(fitted.state)
             if self.config.false_alarm_rate > 0:
-                self._thresholds(reader, group, title, seed)
+                self._thresholds(reader, fitted, group, title, seed)
             if len(self.seeds) == 1 and fitting.split_of(self.detector) == "train":
                 reader = Reader(self.device, self.config)  # lets go of the training features
             writer = self.writer(seed) if self.measured else None
@@ -286,20 +310,33 @@ class _Run:
         assert fitted is not None
         return fitted
 
-    def _thresholds(self, reader: Reader, group: Sequence[str], title: str, seed: int) -> None:
-        """Those of a fit without the held-out images; a model that is given brings its own."""
+    def _thresholds(
+        self, reader: Reader, fitted: Fitted, group: Sequence[str], title: str, seed: int
+    ) -> None:
+        """Those of validation images, or of a fit without the held-out ones.
+
+        A model that is given brings its own.
+        """
         if self.given:
             for category in group:
                 self.made.thresholds[category] = {str(seed): self.given.threshold(category)}
             return
-        split, _ = self._fit(reader, group, title, seed, split=True)
+        config, validated = self.config, self.sets.validated
+        if not validated:
+            fitted, _ = self._fit(reader, group, title, seed, split=True)
         for category in group:
-            held = self.sets.by_category[category][seed].held_out
-            source = support.subset(self.dataset.source("train", category), held)
-            tick = self.tick(category, "held-out training images", ticks.shapes(split))
-            normal = held_out(reader, split, source, f"{category}/held out", tick)
+            if validated:
+                source = support.validation(self.dataset, category)
+            else:
+                held = self.sets.by_category[category][seed].held_out
+                source = support.subset(self.dataset.source("train", category), held)
+            tick = self.tick(category, thresholds.NORMALS[validated], ticks.shapes(fitted))
+            name = f"{category}/{'validation' if validated else 'held out'}"
+            normal = held_out(reader, fitted, source, name, tick)
             groups = [record.group for record in source.records]
-            row = thresholds.measure(None, normal, self.config.false_alarm_rate, groups)
+            row = thresholds.measure(None, normal, config.false_alarm_rate, groups)
+            if config.decisions:
+                row["decisions"] = rules.limits(config.decisions, normal, row, config.sigmas)
             self.made.thresholds.setdefault(category, {})[str(seed)] = row
             if not self.measured:
                 scale = gallery.normal_scale(normal.own, normal.maps, normal.hosts)
@@ -391,8 +428,12 @@ class _Run:
         seconds = {**seconds, "score": time.perf_counter() - start}
         self.tick(category, "metrics")(0)
         start = time.perf_counter()
-        row, curves, notes = numbers.measure(scored, config, category)
-        kinds = numbers.by_kind(scored, config)
+        decided = None
+        if at and config.decisions:
+            above = rules.counts(scored, at["decisions"], config.morphology)
+            decided = numbers.Decided(at["decisions"], above)
+        row, curves, notes = numbers.measure(scored, config, category, decided=decided)
+        kinds = numbers.by_kind(scored, config, decided)
         if seed == self.seeds[0]:
             ranked, limit = row["pixel_auroc"] is not None, at["image"] if at else None
             self._show(category, test, scored, curves, ranked, limit)
@@ -405,7 +446,7 @@ class _Run:
             seen = reader.device.from_store
             about["features_from_cache"] = {
                 part: int(scored.hosts.total(np.int64(sum(seen[name].values()))))
-                for part in ("train", "held out", "test")
+                for part in ("train", "validation", "held out", "test")
                 if (name := f"{category}/{part}") in seen
             }
         if keep:

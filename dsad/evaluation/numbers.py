@@ -1,28 +1,40 @@
 """From scored images to numbers: of a category, of each kind of defect, of each image."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsad.core.errors import DsadError, MetricError
 from dsad.core.types import Source
-from dsad.evaluation import metrics, undefined
+from dsad.evaluation import metrics, rules, undefined
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.metrics import visa
 from dsad.evaluation.scored import Scored
 
 
+class Decided(NamedTuple):
+    """Thresholds by rule, and what ``rules.counts`` found above them."""
+
+    limits: rules.Limits
+    counts: np.ndarray
+
+
 def measure(
-    scored: Scored, config: EvalConfig, category: str, *, curve_points: int = 300
+    scored: Scored,
+    config: EvalConfig,
+    category: str,
+    *,
+    curve_points: int = 300,
+    decided: Decided | None = None,
 ) -> tuple[dict[str, float | None], dict[str, np.ndarray], list[str]]:
     """The numbers of a category, its curves ("roc/fpr", "roc/tpr", "pr/...", "pro/..."), and notes.
 
     Images without annotation (mask None) count in the image metrics only. Numbers that are not
     defined are None, and a note says why. Counted pixel numbers come with ``error_bound``, the
-    largest error any of them can have. With several processes the exact pixel numbers are those of
-    process 0, which alone has all maps, and so are the curves. Raises MetricError, naming the
-    category, for scores that are not finite.
+    largest error any of them can have. F1 is taken at the thresholds that ``decided`` has. With
+    several processes the exact pixel numbers are those of process 0, which alone has all maps, and
+    so are the curves. Raises MetricError, naming the category, for scores that are not finite.
     """
     kept, hosts = [i for i, m in enumerate(scored.masks) if m is not None], scored.hosts
     sorting = hosts.several and config.method == "exact"
@@ -55,6 +67,8 @@ def measure(
     curves = row.pop("curves", {})
     if sorting:
         row = hosts.from_main(row)
+    if decided is not None:
+        row |= rules.f1(decided.limits, decided.counts, scored.labels)
     flat = {f"{c}/{axis}": v for c, axes in curves.items() for axis, v in axes.items()}
     return row, flat, undefined.notes(why)
 
@@ -84,7 +98,9 @@ def _image_numbers(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def by_kind(scored: Scored, config: EvalConfig) -> dict[str, dict[str, Any]]:
+def by_kind(
+    scored: Scored, config: EvalConfig, decided: Decided | None = None
+) -> dict[str, dict[str, Any]]:
     """The same numbers for the normal images and one kind of defect at a time."""
     made: dict[str, dict[str, Any]] = {}
     labels = scored.labels
@@ -92,7 +108,8 @@ def by_kind(scored: Scored, config: EvalConfig) -> dict[str, dict[str, Any]]:
     for kind in sorted({k for k, label in pairs if label == 1}):
         rows = [i for i, k in enumerate(scored.kinds) if labels[i] == 0 or k == kind]
         part = scored.part(rows)
-        numbers, _, _ = measure(part, config, kind, curve_points=0)
+        own = None if decided is None else decided._replace(counts=decided.counts[:, rows])
+        numbers, _, _ = measure(part, config, kind, curve_points=0, decided=own)
         made[kind] = {**numbers, "images": part.kinds.count(kind)}
     return made
 

@@ -92,10 +92,14 @@ ALL = Sampling()
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-    """The support sets of every category and seed, and the sampling that they come from."""
+    """The support sets of every category and seed, and the sampling that they come from.
+
+    ``validated``: the data set's validation images set the thresholds, and none is held out.
+    """
 
     sampling: Sampling
     by_category: Mapping[str, Mapping[int, Support]]
+    validated: bool = False
 
     def pool(self, dataset: Dataset, category: str, split: str) -> Source:
         """Where the images of the category's banks are."""
@@ -142,6 +146,12 @@ def subset(source: Source, paths: Sequence[str]) -> Source:
     """The samples of a source with the given paths, in their order."""
     place = {r.path: i for i, r in enumerate(source.records)}
     return selected(source, [place[p] for p in paths])
+
+
+def validation(dataset: Dataset, category: str) -> Source:
+    """The normal validation images of a category."""
+    source = dataset.source("validation", category)
+    return selected(source, [i for i, r in enumerate(source.records) if r.label == 0])
 
 
 def draw(paths: Sequence[str], shots: int, seed: int, category: str) -> tuple[str, ...]:

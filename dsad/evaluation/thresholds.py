@@ -1,14 +1,14 @@
-"""Thresholds from normal training images at a stated false-alarm rate, and what they achieve.
+"""Thresholds from normal images at a stated false-alarm rate, and what they achieve.
 
-What is measured, and what a saved model is, was fitted on all normal images. It cannot set
-thresholds: its scores of its own training images are too low. A second, split fit without the
-held-out images scores these. The image threshold is their split-conformal quantile: with n scores
-the ceil((n + 1)(1 - rate))-th smallest, so that a new normal image exchangeable with them exceeds
-it, in the split fit, with probability at most ``rate`` (Vovk et al., "Algorithmic Learning in a
-Random World", 2005). Images of one group are alike: then groups, K of them, are exchangeable, and
-every image of a group of size m has the weight 1 / m of K + 1 (Lee, Barber and Willett,
-"Distribution-free inference with hierarchical data", 2023). No test image has a part in any
-threshold.
+What is measured, and what a saved model is, was fitted on all normal training images. It cannot set
+thresholds with these: its scores of them are too low. Validation images do, where the data set has
+some; else a second, split fit without some held-out training images scores those. The image
+threshold is their split-conformal quantile: with n scores the ceil((n + 1)(1 - rate))-th smallest,
+so that a new normal image exchangeable with them exceeds it, in the fit that scored them, with
+probability at most ``rate`` (Vovk et al., "Algorithmic Learning in a Random World", 2005). Images
+of one group are alike: then groups, K of them, are exchangeable, and every image of a group of size
+m has the weight 1 / m of K + 1 (Lee, Barber and Willett, "Distribution-free inference with
+hierarchical data", 2023). No test image has a part in any threshold.
 """
 
 import math
@@ -22,10 +22,14 @@ from dsad.evaluation.metrics import bins
 from dsad.evaluation.metrics.streaming import LEADING
 from dsad.evaluation.scored import Scored
 
-#: Said in the stamp.
-IMAGE_RULE = "conformal quantile of held-out training images, weighted by group"
-PIXEL_RULE = "quantile of the pooled pixels of held-out training images, original pixels"
+#: Said in the stamp: what sets the thresholds, by whether the data set has validation images.
+NORMALS = {False: "held-out training images", True: "validation images"}
+_RULES = {
+    "image": "conformal quantile of {}, weighted by group",
+    "pixel": "quantile of the pooled pixels of {}, original pixels",
+}
 FIT_RULE = "bounds belong to a second fit without the held-out images, numbers to that on all"
+VALIDATED_FIT = "bounds and numbers belong to one fit"
 #: Fields of a table of thresholds, with their headings.
 COLUMNS = (
     ("image", "Image threshold"),
@@ -142,7 +146,7 @@ def measure(
     Args:
       scored: the ``scored.Scored`` of the test images, by the fit on all normal images; None where
         nothing is measured.
-      held_out: that of the held-out normal images, by the split fit.
+      held_out: that of the validation images, or of held-out training images by the split fit.
       rate: the stated false-alarm rate.
       groups: of each held-out image, "" for one that is like no other.
 
@@ -243,14 +247,17 @@ def mean(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return {n: None if None in v else float(np.mean(v)) for n, v in columns.items()}
 
 
-def describe(rate: float, holdout: int) -> Any:
-    """For the stamp."""
+def describe(rate: float, holdout: int, validated: bool = False) -> Any:
+    """For the stamp; ``validated``: the thresholds come from validation images."""
     if rate <= 0:
         return "none"
+    rules = {n: text.format(NORMALS[validated]) for n, text in _RULES.items()}
+    if validated:
+        whole = "all normal validation images"
+        return {"false_alarm_rate": rate, **rules, "fit": VALIDATED_FIT, "held_out": whole}
     return {
         "false_alarm_rate": rate,
-        "image": IMAGE_RULE,
-        "pixel": PIXEL_RULE,
+        **rules,
         "fit": FIT_RULE,
         "held_out": f"{needed(rate)} training images or groups, 1/{holdout} of the images if that "
         "is more, half of them at most, whole groups drawn from (seed, category, group)",

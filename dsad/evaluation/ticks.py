@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from dsad.core.types import Dataset, Progress, Tree
-from dsad.evaluation.support import Sets
+from dsad.evaluation.support import Sets, validation
 
 
 @dataclasses.dataclass
@@ -53,13 +53,15 @@ class Ticks:
 def images(
     dataset: Dataset, sets: Sets, categories: Sequence[str], *, fits: bool, measured: bool
 ) -> int:
-    """Those to read: every seed's support set, twice for thresholds, and test images."""
+    """Those to read: every seed's support set, what sets thresholds, and test images."""
     total = 0
     for category in categories:
         for own in sets.by_category[category].values() if fits else ():
             rotations, held = sets.sampling.support.rotations, len(own.held_out)
             passes = 2 * len(own.bank) - held if held else len(own.bank)
             total += passes * rotations + held
+            if sets.validated:
+                total += len(validation(dataset, category))
         if measured:
             seeds = sets.sampling.seeds
             total += sum(len(sets.tested(dataset, category, seed)) for seed in seeds)

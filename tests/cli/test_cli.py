@@ -277,7 +277,7 @@ def test_evaluate_with_seeds_thresholds_and_maps(capsys, tmp_path):
     assert main.main([*argv, "--config.seeds=(0,5)", f"--workdir={tmp_path / 'a'}"]) == 0
     text = capsys.readouterr().out
     assert "mean ± sample standard deviation over 2 seeds (0, 5)" in text
-    assert "Thresholds from normal training images, false-alarm rate 0.2" in text
+    assert "Thresholds from normal images, false-alarm rate 0.2" in text
     assert re.search(
         r"wood, seed 5: \d+ of \d+ defects found, \d+ of \d+ false alarms at 50 % \(", text
     )

@@ -134,6 +134,7 @@ PLACED = {
     "evaluate, saved": ("evaluate", "--config=knn:smoke", "--workdir=w", "--save-model={}"),
     "pretrain": ("pretrain", "--config=mae:smoke", "--workdir={}"),
     "export": ("export", "--backbone=run:nowhere", "--out={}"),
+    "submit": ("submit", "nowhere", "--out={}"),
     "report": ("report", "nowhere", "--out={}/x.html"),
     "plan": ("plan", "--config=mae:smoke", "--json={}/x.json"),
     "demo": ("demo", "--config=demo:smoke", "--workdir={}"),

@@ -194,7 +194,7 @@ def test_seeds_and_thresholds_are_on_the_page(tmp_path):
     assert "over\n  2 seeds (0, 4)" in text
     assert "support sets of\n  5 images per category; mean ±" in text
     assert "7 training images,\n  5 of them for the detector,\n  2 held out of a second fit" in text
-    assert "Thresholds from normal training images" in text
+    assert "Thresholds from normal images" in text
     rows = list(found.thresholds["disc"].values())
     rate = np.mean([r["image_false_alarms"] for r in rows])
     assert f'<td class="number">{100 * rate:.2f} %</td>' in text

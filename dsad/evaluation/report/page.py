@@ -3,7 +3,7 @@
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jinja2
 import PIL.Image
@@ -12,6 +12,7 @@ from etils import epath
 from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.evaluation import stamp, thresholds
+from dsad.evaluation.config import Rule
 from dsad.evaluation.report import cases, comparison, decisions, figures, gallery, panels
 from dsad.evaluation.report.comparison import Run
 from dsad.evaluation.report.training import pretraining
@@ -35,6 +36,8 @@ _LABELS = {
     "pixel_ap_anomalous": "Pixel AP, anomalous images",
     "pixel_auroc_visa": "Pixel AUROC (VisA)",
     "pixel_aupr_visa": "Pixel AU-PR (VisA)",
+    **{f"pixel_f1_{rule}": f"SegF1, {rule}" for rule in get_args(Rule)},
+    **{f"image_f1_{rule}": f"ClassF1, {rule}" for rule in get_args(Rule)},
 }
 
 
