@@ -130,13 +130,17 @@ class _Members:
             opened: Any = tarfile.TarFile(fileobj=file)
             while (member := opened.next()) is not None:
                 opened.members = []  # an index of its own, not needed twice
+                if member.size < 0 or opened.offset <= member.offset:  # it would go round for ever
+                    raise tarfile.ReadError("a file of negative size")
                 if not member.isfile():
                     continue
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError("unexpected end of data")
                 inside = member.name.removeprefix("./")
                 yield inside, _Place(place.archive, member.offset_data, member.size)
-        except (tarfile.TarError, OSError) as problem:
+        except (
+            Exception
+        ) as problem:  # of any kind: what a header trips it over depends on the bytes
             text = f"not a whole tar file: {problem}; copy {place.archive} again."
             self.faults.append(error("K8", name, text))
 
