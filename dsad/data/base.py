@@ -358,7 +358,7 @@ def indexed(config: DataConfig) -> IndexedDataset:
         where = os.fsencode(problem.filename or config.place).decode(errors="backslashreplace")
         text = f"cannot be read: {problem.strerror}. Make it readable, or copy the data set again."
         raise DataError(f"{where}: {text}") from problem
-    faults = _unwritable(dataset)
+    faults = _unwritable(dataset) + _untrained(dataset)
     return dataclasses.replace(dataset, faults=(*dataset.faults, *faults)) if faults else dataset
 
 
@@ -368,6 +368,15 @@ def _unwritable(dataset: IndexedDataset) -> list[Fault]:
     names += dataset.categories
     text = "the name is not UTF-8, so no report can hold it; rename the file or folder."
     return [error("K9", name, text) for name in dict.fromkeys(names) if not _is_utf8(name)]
+
+
+def _untrained(dataset: IndexedDataset) -> list[Fault]:
+    """K0 of a list that names no training image, where nothing else tells of it."""
+    told = any(f.check == "K0" or f.severity == "error" for f in dataset.faults)
+    if dataset.splits.get("train") or told or dataset.config.labelled:
+        return []
+    text = "no training image: nothing can be fitted. Copy the lists of the data set again."
+    return [warning("K0", dataset.config.place, text)]
 
 
 def _is_utf8(name: str) -> bool:

@@ -7,14 +7,15 @@ mode name "RGB;16": Pillow itself would drop the low bytes silently. Images and 
 and mirrored as their EXIF orientation says: everything that is said of a size is said after that.
 """
 
+import contextlib
 import dataclasses
 import errno
 import io
 import os
 import pathlib
 import stat
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
@@ -67,13 +68,22 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
 
 
-def regular_bytes(file: pathlib.Path) -> bytes:
-    """The content of a file; OSError of what is none, such as a pipe, which nobody may ever fill."""
-    with open(
-        file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)
-    ) as stream:
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+@contextlib.contextmanager
+def opened(file: pathlib.Path) -> Iterator[BinaryIO]:
+    """A file to read; OSError of what is none, such as a pipe that nobody ever fills."""
+    with open(file, "rb", opener=_without_waiting) as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is a device or a pipe", str(file))
+        yield stream
+
+
+def regular_bytes(file: pathlib.Path) -> bytes:
+    """The content of a file; OSError as of ``opened``."""
+    with opened(file) as stream:
         return stream.read()
 
 

@@ -375,15 +375,17 @@ PLACES = (missing, exchanged, suffix, named, copied, linked, loops, queue, unrea
 def damaged(rng: Rng, root: Path) -> tuple[str, Path]:
     """Damage a file or folder below a root once; the name of the kind, and the path."""
     every = sorted(p for p in root.rglob("*") if p.is_dir() or p.is_file())
-    lists = [p for p in every if p.suffix in LISTS]
+    if not every:
+        return "nothing left", root
+    lists = [p for p in every if p.suffix in LISTS and p.is_file()]
     pictures = [p for p in every if p.suffix.lower() in IMAGES and p.is_file()]
     choice = rng.random()
     if lists and choice < 0.3:
         file, kinds = rng.choice(lists), TEXTS
     elif pictures and choice < 0.7:
         file, kinds = rng.choice(pictures), PICTURES
-    elif choice < 0.75:
-        file, kinds = rng.choice([p for p in every if p.is_file()]), BYTES
+    elif choice < 0.75 and (plain := [p for p in every if p.is_file()]):
+        file, kinds = rng.choice(plain), BYTES
     else:
         file, kinds = rng.choice(every), PLACES
     kind = rng.choice(kinds)

@@ -42,6 +42,16 @@ def test_a_list_may_be_a_pipe(tmp_path):
     )[0]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["tar", "tars"])
+def test_a_tar_may_be_a_pipe(tmp_path, kind):
+    config = trees.imagenet(tmp_path, kind)
+    file = min(tmp_path.iterdir())
+    file.unlink()
+    os.mkfifo(file)
+    expected = {"tar": "no image", "tars": "it is a device or a pipe"}
+    assert expected[kind] in errors(config)[0]
+
+
 def test_links_that_lead_in_circles(tmp_path):
     trees.save(tmp_path / "a/1.png", trees.pixels(0))
     trees.save(tmp_path / "b/2.png", trees.pixels(1))
@@ -168,3 +178,18 @@ def test_objects_of_visa_lie_below_its_root(tmp_path, name):
     rows[0]["object"] = name.format(root=outside)
     trees.visa_csv(tmp_path, "1cls", rows)
     assert any("is no normal image of" in text for text in errors(config))
+
+
+@pytest.mark.parametrize("name", ["dtd:1", "deeppcb", "visa"])
+def test_lists_without_training_images(tmp_path, name):
+    if name == "dtd:1":
+        config = trees.dtd(tmp_path, name)
+        (tmp_path / "labels/train1.txt").write_text("")
+    elif name == "visa":
+        config = trees.visa(tmp_path)
+        trees.visa_csv(tmp_path, "1cls", [r for r in trees.visa_rows() if r["split"] == "test"])
+    else:
+        config = trees.deeppcb(tmp_path)
+        (tmp_path / "PCBData/trainval.txt").write_text("")
+    faults = [str(f) for f in indexed(config).faults]
+    assert any("[K0] no training image" in text for text in faults)
