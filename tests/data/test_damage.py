@@ -49,7 +49,7 @@ def test_a_tar_may_be_a_pipe(tmp_path, kind):
     file.unlink()
     os.mkfifo(file)
     expected = {"tar": "no image", "tars": "it is a device or a pipe"}
-    assert expected[kind] in errors(config)[0]
+    assert any(expected[kind] in text for text in errors(config))
 
 
 def test_links_that_lead_in_circles(tmp_path):
