@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 from dsad.core.config import listed, suggestion
 from dsad.core.types import Record
-from dsad.data import files
+from dsad.data import decode, files
 from dsad.data.base import Fault, error, warning
 
 COLUMNS = ("path", "label", "split", "mask", "group", "category", "kind")
@@ -50,7 +49,7 @@ class _Files:
 def read(file: pathlib.Path, faults: list[Fault]) -> list[Line]:
     """The lines of a list without those that cannot be understood; appends all faults by line."""
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = decode.regular_bytes(file).decode("utf-8-sig")
     except OSError as problem:
         faults.append(error("K0", str(file), f"cannot be read: {problem.strerror}."))
         return []
@@ -95,7 +94,7 @@ def _json_rows(name: str, text: str, faults: list[Fault]) -> Iterator[tuple[str,
             continue
         where = f"{name}:{number}"
         try:
-            row = json.loads(line)
+            row = files.parsed(line)
         except ValueError as problem:
             faults.append(error("K0", where, f"is no JSON: {problem}."))
             continue

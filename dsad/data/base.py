@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import dataclasses
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -113,7 +114,10 @@ class DataConfig(Settings, place="config.data"):
 
 
 def _check_own(config: DataConfig) -> None:
-    """Refuse keys of own folders that do not go together."""
+    """Refuse keys of own folders that do not go together, and what names no file."""
+    for key in PLACES:
+        if "\0" in vars(config)[key]:
+            raise Refused(key, "the name of a file or folder, without NUL", vars(config)[key])
     keys = PLACES[1:]
     given = {key: value for key, value in vars(config).items() if key in keys and value}
     if given and config.name.partition(":")[0] != "folder":
@@ -196,14 +200,20 @@ def check_command(config: DataConfig) -> str:
     return shlex.join(["dsad", "check-data", *(f"--config.data.{k}={keys[k]}" for k in given)])
 
 
+def _fault(check: str, severity: Literal["error", "warning"], path: str, message: str) -> Fault:
+    """Names that are not UTF-8 are written so that they can be printed."""
+    path, message = (t.encode(errors="backslashreplace").decode() for t in (path, message))
+    return Fault(check=check, severity=severity, path=path, message=message)
+
+
 def error(check: str, path: str, message: str) -> Fault:
     """A fault that makes the data set unusable."""
-    return Fault(check=check, severity="error", path=path, message=message)
+    return _fault(check, "error", path, message)
 
 
 def warning(check: str, path: str, message: str) -> Fault:
     """A fault that is reported and tolerated."""
-    return Fault(check=check, severity="warning", path=path, message=message)
+    return _fault(check, "warning", path, message)
 
 
 def variant(config: DataConfig, known: tuple[str, ...] = ("",)) -> str:
@@ -338,5 +348,40 @@ def read_as(config: DataConfig) -> Iterator[None]:
 
 
 def indexed(config: DataConfig) -> IndexedDataset:
-    """Likewise with the faults of its index, none of them raised."""
-    return core_config.resolve("data", config.name.partition(":")[0]).scan(config)
+    """Likewise with the faults of its index, none of them raised.
+
+    Raises DataError for a file or folder that the system refuses to look at.
+    """
+    try:
+        dataset = core_config.resolve("data", config.name.partition(":")[0]).scan(config)
+    except OSError as problem:
+        where = os.fsencode(problem.filename or config.place).decode(errors="backslashreplace")
+        text = f"cannot be read: {problem.strerror}. Make it readable, or copy the data set again."
+        raise DataError(f"{where}: {text}") from problem
+    faults = _unwritable(dataset) + _untrained(dataset)
+    return dataclasses.replace(dataset, faults=(*dataset.faults, *faults)) if faults else dataset
+
+
+def _unwritable(dataset: IndexedDataset) -> list[Fault]:
+    """K9 of names that are not UTF-8: no report and no table could hold them."""
+    names = [name for rs in dataset.splits.values() for r in rs for name in (r.path, *r.masks)]
+    names += dataset.categories
+    text = "the name is not UTF-8, so no report can hold it; rename the file or folder."
+    return [error("K9", name, text) for name in dict.fromkeys(names) if not _is_utf8(name)]
+
+
+def _untrained(dataset: IndexedDataset) -> list[Fault]:
+    """K0 of a list that names no training image, where nothing else tells of it."""
+    told = any(f.check == "K0" or f.severity == "error" for f in dataset.faults)
+    if dataset.splits.get("train") or told or dataset.config.labelled:
+        return []
+    text = "no training image: nothing can be fitted. Copy the lists of the data set again."
+    return [warning("K0", dataset.config.place, text)]
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -7,11 +7,15 @@ mode name "RGB;16": Pillow itself would drop the low bytes silently. Images and 
 and mirrored as their EXIF orientation says: everything that is said of a size is said after that.
 """
 
+import contextlib
 import dataclasses
+import errno
 import io
+import os
 import pathlib
-from collections.abc import Callable
-from typing import TypeVar
+import stat
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
@@ -58,16 +62,35 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         values = np.asarray(image, np.float64)
         if image.mode != "F":  # 16 bit: 65535 becomes 255
             values = values / 257.0
-        grey = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        grey = np.clip(np.rint(np.nan_to_num(values)), 0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=-1)
     # An RGB image is not converted: that would copy it once more.
     return np.array(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+@contextlib.contextmanager
+def opened(file: pathlib.Path) -> Iterator[BinaryIO]:
+    """A file to read; OSError of what is none, such as a pipe that nobody ever fills."""
+    with open(file, "rb", opener=_without_waiting) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is a device or a pipe", str(file))
+        yield stream
+
+
+def regular_bytes(file: pathlib.Path) -> bytes:
+    """The content of a file; OSError as of ``opened``."""
+    with opened(file) as stream:
+        return stream.read()
+
+
 def read_bytes(root: pathlib.Path, path: str) -> bytes:
     """The content of a file; FaultError (K8) names it when it cannot be read."""
     try:
-        return (root / path).read_bytes()
+        return regular_bytes(root / path)
     except OSError as problem:
         text = f"cannot be read: {problem.strerror}. Expected an image file; copy it again."
         raise FaultError(error("K8", path, text)) from problem
@@ -94,6 +117,11 @@ def _opened(data: bytes, path: str, use: Callable[[Image.Image], T]) -> T:
         what = f"cannot be decoded: {reason}" if data else "the file has zero bytes"
         text = f"{what}. Expected a complete image file; copy it again."
         raise FaultError(error("K8", path, text)) from problem
+
+
+def stored_size(data: bytes, path: str) -> tuple[int, int]:
+    """Width and height by an image's header, before it is turned; FaultError (K8) names it."""
+    return _opened(data, path, lambda image: image.size)
 
 
 def _refuse(fault: Fault, faults: list[Fault] | None) -> None:

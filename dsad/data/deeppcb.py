@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
 from dsad.core.types import Record
 from dsad.data import decode, files, heldout
@@ -50,6 +50,10 @@ ABOUT = About(
 )  # fmt: skip
 _IMAGE = re.compile(r"(?P<folder>group\d+/\d+)/(?P<name>\d+)\.jpg")
 _FILE = re.compile(r"group\d+/(?:\d+/\d+_(?:test|temp)\.jpg|\d+_not/\d+\.txt)")
+
+
+#: No number of pixels has so many.
+_DIGITS = 10
 
 
 class Box(NamedTuple):
@@ -94,7 +98,7 @@ def boxes(text: str, path: str) -> list[Box]:
         )  # the owner's text says commas, the files have none
         if words == [""]:
             continue
-        numbers = [int(word) for word in words if word.isdecimal()]
+        numbers = [int(word) for word in words if word.isdecimal() and len(word) < _DIGITS]
         if len(words) != 5 or len(numbers) != 5:
             text = f"line {number}: {line!r}; expected x1 y1 x2 y2 type, whole numbers."
             faults.append(error("K4", path, text))
@@ -120,11 +124,7 @@ def mask_of_boxes(root: pathlib.Path, image: str, path: str) -> bytes:
     FaultError (K2, K4, K8) names the file.
     """
     found = _read_boxes(root, path)
-    try:
-        with Image.open(io.BytesIO(decode.read_bytes(root, image)), formats=decode.FORMATS) as file:
-            size = file.size
-    except (UnidentifiedImageError, OSError, ValueError) as problem:
-        raise FaultError(error("K8", image, "cannot be decoded; copy it again.")) from problem
+    size = decode.stored_size(decode.read_bytes(root, image), image)
     mask = Image.new("L", size)
     pen = ImageDraw.Draw(mask)
     for box in found:

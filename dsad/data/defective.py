@@ -71,6 +71,11 @@ def _drawn(image: np.ndarray, kind: str, rng: Rng) -> tuple[np.ndarray, np.ndarr
     return made, mask
 
 
+def _bytes(name: str) -> bytes:
+    """Of any name that a file system may give, whether that is UTF-8 or not."""
+    return name.encode(errors="surrogatepass")
+
+
 def doubled(records: Iterable[Record]) -> list[Record]:
     """Every record of a normal image, and behind it that of the image with a procedural defect.
 
@@ -79,7 +84,7 @@ def doubled(records: Iterable[Record]) -> list[Record]:
     pairs: list[Record] = []
     turns: dict[str, int] = {}
     for record in records:
-        turn = turns.setdefault(record.category, zlib.crc32(record.category.encode()))
+        turn = turns.setdefault(record.category, zlib.crc32(_bytes(record.category)))
         turns[record.category] += 1
         kind = KINDS[turn % len(KINDS)]
         stem, suffix = os.path.splitext(record.path)
@@ -109,6 +114,6 @@ class WithDefects:
             return sample
         kind = record.kind.removeprefix(PROCEDURAL)
         name = f"{sample.record.path} with {kind}"
-        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        rng = np.random.default_rng([self.seed, zlib.crc32(_bytes(name))])
         image, mask = with_defect(sample.image, kind, rng)
         return Sample(record=record, image=image, mask=mask)

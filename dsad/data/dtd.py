@@ -10,7 +10,7 @@ source of synthetic defects; there is no test.
 import dataclasses
 import pathlib
 
-from dsad.data import files, folder
+from dsad.data import decode, files, folder
 from dsad.data.about import About
 from dsad.data.base import DataConfig, Fault, error, variant
 
@@ -32,7 +32,7 @@ def _listed(root: pathlib.Path, split: str, faults: list[Fault]) -> set[str]:
     """The images that the training list of a split names."""
     file = root / "labels" / f"train{split}.txt"
     try:
-        return set(file.read_text("utf-8").split())
+        return set(decode.regular_bytes(file).decode().split())
     except (OSError, ValueError) as problem:
         text = f"cannot be read: {problem}. Copy the published labels there."
         faults.append(error("K0", f"labels/{file.name}", text))

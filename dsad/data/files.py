@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -43,15 +44,21 @@ def stray(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
 
 def barred(folder: str) -> str:
     """Why a folder is not entered, or ""."""
-    above, name = os.path.split(folder)
-    if name.startswith("."):
+    if os.path.basename(folder).startswith("."):
         return "hidden"
-    if os.path.islink(folder):
-        # Links to other places are followed; one to a folder above would never end.
-        target = os.path.realpath(folder)
-        if os.path.commonpath((target, os.path.realpath(above))) == target:
-            return "a link to a folder that it lies in"
-    return ""
+    return "a link to a folder that it lies in" if _circular(folder) else ""
+
+
+def _circular(folder: str) -> bool:
+    """Whether a folder is a link to one above it, by the way of other links too.
+
+    Links to other places are followed; these would never end.
+    """
+    if not os.path.islink(folder):
+        return False
+    target = os.path.realpath(folder)
+    above = map(os.path.realpath, map(str, pathlib.PurePath(folder).parents))
+    return any(os.path.commonpath((target, place)) == target for place in above)
 
 
 def subfolders(folder: pathlib.Path) -> list[str]:
@@ -63,11 +70,12 @@ def subfolders(folder: pathlib.Path) -> list[str]:
 
 def below(root: pathlib.Path, folder: str) -> set[str]:
     """Paths relative to ``root`` of all files in a folder and below, each folder listed once."""
-    return {
-        (pathlib.Path(place) / file).relative_to(root).as_posix()
-        for place, _, names in os.walk(root / folder, followlinks=True)
-        for file in names
-    }
+    found: set[str] = set()
+    for place, folders, names in os.walk(root / folder, followlinks=True):
+        prefix = pathlib.Path(place).relative_to(root)
+        found.update((prefix / name).as_posix() for name in names)
+        folders[:] = [name for name in folders if not _circular(os.path.join(place, name))]
+    return found
 
 
 def images(
@@ -108,7 +116,20 @@ def root_folder(config: DataConfig) -> pathlib.Path:
             f"config.data.root: empty; expected the folder that holds {config.name}. "
             "Set it with --config.data.root=DIR."
         )
-    return pathlib.Path(config.root).expanduser()
+    return pathlib.Path(os.path.expanduser(config.root))
+
+
+def folder_name(folder: pathlib.Path) -> str:
+    """What a folder is called, whatever way leads there; "images" for that of a file system."""
+    return os.path.basename(os.path.realpath(folder)) or "images"
+
+
+def parsed(text: str | bytes) -> Any:
+    """What a text of JSON says, in UTF-8 with or without a mark; ValueError of any other text."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except RecursionError as problem:
+        raise ValueError("it is nested too deeply") from problem
 
 
 def protocol(
@@ -208,7 +229,7 @@ def split_groups(splits: Mapping[str, Iterable[Record]]) -> list[Fault]:
 def split_hash(splits: Mapping[str, Iterable[Record]]) -> str:
     """First 16 hexadecimal digits of the SHA-256 of the sorted lines (split, path, label)."""
     lines = sorted(f"{s}\t{r.path}\t{r.label}" for s, records in splits.items() for r in records)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def select(

@@ -45,10 +45,6 @@ def scan(config: DataConfig) -> files.FileDataset:
     return _labelled.of_places(config) if config.normal else _unlabelled(config)
 
 
-def _root_name(root: pathlib.Path) -> str:
-    return root.resolve().name or "images"  # the root of a file system has no name
-
-
 def _index(root: pathlib.Path, config: DataConfig, faults: list[Fault]) -> dict[str, list[str]]:
     """Image paths by category, of those that the config asks for."""
     loose, folders = next(walk(root, faults), ([], []))
@@ -62,7 +58,7 @@ def _index(root: pathlib.Path, config: DataConfig, faults: list[Fault]) -> dict[
         found = {name: images_below(root, faults, name) for name in chosen(config, tuple(folders))}
         faults += [empty_class(name) for name, paths in found.items() if not paths]
         return found
-    name = _root_name(root)
+    name = files.folder_name(root)
     chosen(config, (name,))
     faults += mixed(root, loose, folders, "Move the loose ones into a folder of their own.")
     return {name: loose}
@@ -85,7 +81,7 @@ def _unlabelled(config: DataConfig) -> files.FileDataset:
         rule=MaskRule(), faults=tuple(faults),
         protocol=files.protocol(
             config, splits, licence=files.licence(root),
-            dataset=f"{_root_name(root)} (folder of images)",
+            dataset=f"{files.folder_name(root)} (folder of images)",
             split="all images train, none is held out",
         ),
         skipped={

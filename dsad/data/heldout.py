@@ -17,7 +17,7 @@ RULE = "lowest SHA-256 of (seed, category, group or path), groups as a whole"
 
 def rank(name: str, seed: int, category: str) -> str:
     """Where an image or a group of a category stands in the order of random draws."""
-    return hashlib.sha256(f"{seed}\t{category}\t{name}".encode()).hexdigest()
+    return hashlib.sha256(f"{seed}\t{category}\t{name}".encode(errors="surrogatepass")).hexdigest()
 
 
 def order(record: Record, seed: int) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dsad.core.types import Record
-from dsad.data import files, folder
+from dsad.data import decode, files, folder
 from dsad.data.about import About
 from dsad.data.base import DataConfig, Fault, FaultError, IndexedDataset, chosen, error, variant
 from dsad.data.decode import MaskRule
@@ -59,7 +59,7 @@ class TarSource(files.EncodedSource):
         path = self.records[index].path
         archive, offset, size = self._places[path]
         try:
-            with (self._root / archive).open("rb", buffering=0) as file:
+            with decode.opened(self._root / archive) as file:
                 data = os.pread(file.fileno(), size, offset)
         except OSError as problem:
             text = f"{archive} cannot be read: {problem.strerror}. Copy it again."
@@ -98,47 +98,54 @@ class _Members:
     def classes(self, archive: str) -> dict[str, _Place]:
         """The tars of the classes inside the published tar."""
         found = {}
-        with (self.root / archive).open("rb") as file:
-            whole = _Place(archive, 0, os.fstat(file.fileno()).st_size)
-            for name, place in self._listed(file, archive, whole):
-                if _CLASS_TAR.fullmatch(name):
-                    found[name[:-4]] = place
-                else:
-                    self.faults.append(files.ignored(f"{archive}/{name}", "not the tar of a class"))
+        whole = _Place(archive, 0, (self.root / archive).stat().st_size)
+        for name, place in self._listed(archive, whole):
+            if _CLASS_TAR.fullmatch(name):
+                found[name[:-4]] = place
+            else:
+                self.faults.append(files.ignored(f"{archive}/{name}", "not the tar of a class"))
         return found
 
     def images(self, category: str, place: _Place) -> int:
         """Add the images of the tar of a class; returns how many there are."""
         before = len(self.places)
-        with (self.root / place.archive).open("rb") as file:
-            for name, found in self._listed(file, f"{category}.tar", place):
-                path = f"{category}/{name}"
-                if reason := files.stray(os.path.basename(name)):
-                    self.faults.append(files.ignored(path, reason))
-                elif path in self.places:
-                    self.faults.append(error("K7", path, "occurs twice in its tar; make it anew."))
-                else:
-                    self.places[path] = found
+        for name, found in self._listed(f"{category}.tar", place):
+            path = f"{category}/{name}"
+            if reason := files.stray(os.path.basename(name)):
+                self.faults.append(files.ignored(path, reason))
+            elif path in self.places:
+                self.faults.append(error("K7", path, "occurs twice in its tar; make it anew."))
+            else:
+                self.places[path] = found
         return len(self.places) - before
 
-    def _listed(self, file: Any, name: str, place: _Place) -> Iterator[tuple[str, _Place]]:
+    def _listed(self, name: str, place: _Place) -> Iterator[tuple[str, _Place]]:
         """Names and places of the regular files in the tar that lies at a place."""
-        file.seek(place.offset)
-        end = place.offset + place.size
         try:
-            # From here on, offsets are those in the file: an inner tar ends by its own marks.
-            opened: Any = tarfile.TarFile(fileobj=file)
-            while (member := opened.next()) is not None:
-                opened.members = []  # an index of its own, not needed twice
-                if not member.isfile():
-                    continue
-                if member.offset_data + member.size > end:
-                    raise tarfile.ReadError("unexpected end of data")
-                inside = member.name.removeprefix("./")
-                yield inside, _Place(place.archive, member.offset_data, member.size)
-        except (tarfile.TarError, OSError) as problem:
+            with decode.opened(self.root / place.archive) as file:
+                for member in _headers(file, place):
+                    inside = member.name.removeprefix("./")
+                    yield inside, _Place(place.archive, member.offset_data, member.size)
+        # Of any kind: what a header trips it over depends on the bytes.
+        except Exception as problem:
             text = f"not a whole tar file: {problem}; copy {place.archive} again."
             self.faults.append(error("K8", name, text))
+
+
+def _headers(file: Any, place: _Place) -> Iterator[tarfile.TarInfo]:
+    """Those of the regular files in the tar that lies at a place."""
+    file.seek(place.offset)
+    # From here on, offsets are those in the file: an inner tar ends by its own marks.
+    opened: Any = tarfile.TarFile(fileobj=file)
+    while (member := opened.next()) is not None:
+        opened.members = []  # an index of its own, not needed twice
+        if member.size < 0 or opened.offset <= member.offset:  # it would go round for ever
+            raise tarfile.ReadError("a file of negative size")
+        if not member.isfile():
+            continue
+        if member.offset_data + member.size > place.offset + place.size:
+            raise tarfile.ReadError("unexpected end of data")
+        yield member
 
 
 def _archives(root: pathlib.Path) -> tuple[pathlib.Path, str, dict[str, _Place]]:

@@ -105,6 +105,11 @@ class _Scan:
         seen: set[str] = set()
         for row in rows:
             path = f"{folder}/{row['capture_id']}.jpg"
+            if row["defect"] not in (0, 1):
+                text = f"defect {row['defect']!r} in query-{split}.parquet: expected true or false."
+                self.faults.append(error("K11", path, f"{text} Copy the published table again."))
+                seen.add(path)
+                continue
             record = _record(row, path)
             if path in seen:
                 text = f"twice in query-{split}.parquet; remove one."

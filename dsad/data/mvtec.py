@@ -141,7 +141,7 @@ class _Scan:
 
 def _folders(root: pathlib.Path, scan: _Scan) -> dict[str, pathlib.Path]:
     if (root / "train").is_dir() or (root / "test").is_dir():
-        return {root.resolve().name: root}
+        return {files.folder_name(root): root}
     found = {}
     for name in files.subfolders(root):
         if any((root / name / part).is_dir() for part in ("train", "test")):
@@ -176,7 +176,7 @@ def scan(config: DataConfig) -> files.FileDataset:
         protocol=files.protocol(
             config, splits,
             licence="CC BY-NC-SA 4.0 (MVTec AD)" if official else files.licence(root),
-            dataset="MVTec AD" if official else f"{root.resolve().name} (MVTec AD layout)",
+            dataset="MVTec AD" if official else f"{files.folder_name(root)} (MVTec AD layout)",
             split="official" if official else "as the folders give it",
         ),
     )  # fmt: skip

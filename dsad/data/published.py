@@ -132,7 +132,7 @@ class _Tree:
         folders = sorted(folder for _, found in listed for folder in found)
         self.prefix = ""
         if not any(layout.matched(layout.images, path) for path in paths):
-            self.prefix = f"{root.resolve().name}/"  # the root may be one category
+            self.prefix = f"{files.folder_name(root)}/"  # the root may be one category
         for path in paths:
             self._file(path)
         used = {image.path.rpartition("/")[0] for image in self.images.values()}
@@ -349,7 +349,7 @@ def index(config: DataConfig, layout: Layout, about: About) -> files.FileDataset
         protocol=files.protocol(
             config, {name: rs for name, rs in splits.items() if all(r.label >= 0 for r in rs)},
             licence=f"{about.licence} ({about.title})" if itself else files.licence(root),
-            dataset=about.title if itself else f"{root.resolve().name} ({about.title} layout)",
+            dataset=about.title if itself else f"{files.folder_name(root)} ({about.title} layout)",
             split=split if itself else f"as the folders give it ({split})",
             masks=about.masks, citation=about.citation,
         ),

@@ -21,7 +21,6 @@ camera does not see the defect). ``Record.group`` is the folder of the object, s
 
 import collections
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +29,7 @@ from typing import Any
 from dsad.core.config import listed
 from dsad.core.types import Record
 from dsad.data import _realiad_folders as places
-from dsad.data import files
+from dsad.data import decode, files
 from dsad.data.about import About
 from dsad.data.base import DataConfig, Fault, error, variant, warning
 from dsad.data.decode import MaskRule
@@ -186,7 +185,7 @@ class _Category:
         """The list with its prefix and normal class checked, or None with a fault."""
         copy = "Copy the published list again."
         try:
-            content = json.loads(self.file.read_bytes().decode("utf-8-sig"))
+            content = files.parsed(decode.regular_bytes(self.file))
         except (OSError, ValueError) as problem:
             self.faults.append(error("K0", self.where, f"cannot be read: {problem}. {copy}"))
             return None
@@ -404,7 +403,7 @@ def index(config: DataConfig, family: Family) -> files.FileDataset:
         normal_masks={p: m for part in parts for p, m in part.normal_masks.items()},
         protocol=files.protocol(
             config, splits, licence=f"{about.licence} ({about.title})", dataset=about.title,
-            split=published.split, images=images.resolve().name,
+            split=published.split, images=files.folder_name(images),
             labels="the published list, not the folder", groups="the photographed object",
             masks=about.masks, citation=about.citation,
         ),

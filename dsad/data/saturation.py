@@ -5,11 +5,10 @@ the value that their pixels have in a mask (Bergmann et al., IJCV 2022, section 
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 
-from dsad.data import files
+from dsad.data import decode, files
 from dsad.data.base import Fault, FaultError, error
 from dsad.data.decode import MaskRule
 
@@ -49,7 +48,7 @@ def saturations(root: pathlib.Path, category: str) -> dict[int, Saturation]:
     """
     path = _file(root, category)
     try:
-        items = json.loads((root / path).read_bytes().decode("utf-8-sig"))
+        items = files.parsed(decode.regular_bytes(root / path))
     except (OSError, ValueError) as problem:
         text = f"cannot be read: {problem}. Expected the published list of defects; copy it again."
         raise FaultError(error("K4", path, text)) from problem
@@ -67,7 +66,7 @@ def saturations(root: pathlib.Path, category: str) -> dict[int, Saturation]:
         if not 1 <= value <= 255 or value in found:
             text = f"pixel_value {value}: expected 1 to 255, each once."
             faults.append(error("K4", where, text))
-        if threshold <= 0 or (item["relative_saturation"] and threshold > 1):
+        if not 0 < threshold < math.inf or (item["relative_saturation"] and threshold > 1):
             text = f"saturation_threshold {threshold}: expected pixels above 0, or a share to 1."
             faults.append(error("K4", where, text))
         found[value] = Saturation(

@@ -95,7 +95,7 @@ class _Setup:
         if not rows:
             return
         self.categories = chosen(self.config, tuple({row["object"] for row in rows}))
-        for name in self.categories:
+        for name in sorted({*self.categories} & {*files.subfolders(self.root)}):
             self.files |= files.below(self.root, f"{name}/Data")
         for number, row in enumerate(rows, start=2):
             if row["object"] in self.categories:
