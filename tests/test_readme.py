@@ -64,7 +64,6 @@ SHORT = {
     "--config=configs/compare.py:adpretrain,trained": [
         "--config.settings.glass.detector.recipe.steps=1",
         "--config.settings.simplenet.detector.recipe.steps=1",
-        "--config.settings.glass.evaluation.image_size=32",
     ],
     "plan --config=configs/mae_imagenet.py": [
         "--config.batch_size=4", "--config.data.canvas=32",
