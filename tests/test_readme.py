@@ -47,10 +47,8 @@ SHORT = {
         "--config.objective.encoder.width=24", "--config.objective.encoder.patch=8",
         "--config.objective.decoder.width=24", "--config.objective.side=32",
     ],
-    "evaluate": [
-        "--config.evaluation.image_size=32", "--config.evaluation.batch_size=4",
-        "--config.evaluation.overlap=4",
-    ],
+    "evaluate": ["--config.evaluation.image_size=32", "--config.evaluation.batch_size=4"],
+    "--config.evaluation.resize=windows": ["--config.evaluation.overlap=4"],
     "compare": ["--config.evaluation.image_size=32", "--config.evaluation.batch_size=4"],
     "fit": ["--config.evaluation.image_size=32", "--config.evaluation.batch_size=4"],
     # Compiling for a slice needs libtpu and minutes: tests of its own do that.

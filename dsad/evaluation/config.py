@@ -32,9 +32,13 @@ class EvalConfig(Settings, place="evaluation"):
     Attributes:
       image_size: height in pixels of the network's input; `dsad evaluate` takes 0 for the side of
         the backbone's own.
-      image_width: its width; 0: as its height.
-      resize: how images become such inputs, crop: which middle of them, overlap, scale: of
-        windows; see ``evaluation.preprocessing.Preprocessing``.
+      image_width: width of the input; 0: as its height.
+      resize: how images become inputs: "stretched", "longer" fits them in with their aspect,
+        "shorter" fills the input with their middle, "windows" cuts them into as many as it takes.
+      crop: share of the sides of the resized image that the input shows, with "stretched" and
+        "shorter".
+      overlap: pixels that a window shows beyond those that it decides of, at least.
+      scale: of images in windows: pixels of the resized image for one of the image.
       batch_size: images per device step over the whole mesh; rounded up to a multiple of its
         devices.
       align_corners: cell centres (False) or corner cells (True) are placed at the border when

@@ -345,10 +345,11 @@ def test_a_map_that_is_not_finite_is_a_fault_of_its_image(folder, tmp_path, monk
     whole = FittedModel.stream
 
     def broken(self, source, **how):
-        for host, maps, scores in whole(self, source, **how):
-            maps = np.array(maps)
-            maps[1, 0, 0] = np.nan
-            yield host, maps, scores
+        for images, count in whole(self, source, **how):
+            values = np.array(images[1].map)
+            values[0, 0] = np.nan
+            images[1] = images[1]._replace(map=values)
+            yield images, count
 
     monkeypatch.setattr(FittedModel, "stream", broken)
     assert run(folder / "model", folder / "wood" / "test" / "good", f"--out={tmp_path}/p") == 1
