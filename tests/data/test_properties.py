@@ -163,5 +163,5 @@ def _property(examples, *, full):
 
 
 test_index_of_the_same_files = _property(4, full=False)
-test_index_of_the_same_files_often = pytest.mark.slow(_property(60, full=False))
-test_check_of_the_same_files = pytest.mark.slow(_property(8, full=True))
+test_index_of_the_same_files_often = pytest.mark.slow(_property(20, full=False))
+test_check_of_the_same_files = pytest.mark.slow(_property(4, full=True))
