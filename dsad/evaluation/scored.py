@@ -146,7 +146,7 @@ class ScoredImage(NamedTuple):
     shape: tuple[int, int]  # (h, w) of the original
     mask: np.ndarray | None  # (h, w) bool
     picture: np.ndarray | None  # a small one, where it was asked for and decoded
-    input: np.ndarray | None  # (height, width, 3) uint8, the network's, of a single view
+    input: np.ndarray | None  # (height, width, 3) uint8, the network's, for panels
 
     def original(self, into: Preprocessing) -> np.ndarray:
         """The map (h, w) f32 on the pixels of the image."""
@@ -172,7 +172,8 @@ def stream(
     canvas, views, parts = np.zeros((0, 0)), [], []  # its map, and its views with their scores
     for host, features in reader.read(source, name, keep=keep, picture=picture):
         maps, scores = reader.device.score(fitted, features, host)
-        rows = host.images[host.own] if len(host.images) else [None] * len(maps)
+        drawn = reader.device.draws_panels and len(host.images)
+        rows = host.images[host.own] if drawn else [None] * len(maps)
         pictures = host.pictures or [None] * len(maps)
         made = []
         for i, number in enumerate(host.index[host.own].tolist()):
@@ -199,7 +200,8 @@ def held_out(
     kept: dict[int, ScoredImage] = {}
     scores: dict[int, float] = {}
     for images, count in stream(reader, fitted, source, name):
-        kept.update({x.number: x for x in images})
+        # The maps alone: masks and inputs of all held-out images would fill the memory.
+        kept.update({x.number: x._replace(mask=None, picture=None, input=None) for x in images})
         scores.update({x.number: x.score for x in images})
         tick(count)
     own, hosts = sorted(kept), reader.device.hosts

@@ -109,7 +109,7 @@ def stepped(name, devices, fsdp=1):
     return one_step(name, mesh_of(devices, fsdp))
 
 
-def assert_equal(one, other, loss=5e-6, gradient=1e-4):
+def assert_equal(one, other, loss=1e-6, gradient=1e-4):
     """Equal choices; then loss, gradients (against the largest of all) and batch statistics."""
     assert one.choices.keys() == other.choices.keys()
     for name, values in one.choices.items():

@@ -60,7 +60,8 @@ def test_two_processes_of_two_devices_are_one_of_four(name, tmp_path):
             for f in ("grads", "extra", "choices")
         }
         there = Found(loss=arrays["loss"], **fields)
-        assert_equal(here, there)
+        # Some x86 processors round CutPaste's mean otherwise in another process: 1.6e-6 was seen.
+        assert_equal(here, there, loss=2e-6 if name == "cutpaste" else 1e-6)
 
 
 # --- rules
