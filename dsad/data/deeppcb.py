@@ -9,6 +9,9 @@ Training images are the templates of trainval.txt; the test has both images of t
 test.txt, the tested one anomalous. The tested images of trainval.txt are not used. A copy without
 lists is cut by ``config.data.seed`` instead: a third of the pairs is tested.
 
+``deeppcb:pairs`` compares each tested image with its own template, as one does who has a golden
+board: a pair is a category, its template the one training image, and no normal image is tested.
+
 Defects are annotated by boxes alone: "x1 y1 x2 y2 type", x2 and y2 just outside. Their masks are
 the filled boxes, so pixel numbers are coarse, as the protocol says. ``Record.group`` is the pair,
 such as "group00041/00041000": by it the template of a tested image is found, ``template`` of it.
@@ -42,7 +45,10 @@ ABOUT = About(
     citation="Tang et al., Online PCB Defect Detector on a New PCB Defect Dataset, 2019",
     address="https://github.com/tangsanli5201/DeepPCB", masks="filled boxes, coarse",
     columns=("train", "good", "bad"), counts={CATEGORY: (1000, 500, 500)},
-    protocols={"": "published lists, one-class: templates train"},
+    protocols={
+        "": "one-class: templates train",
+        "pairs": "each tested image against its own template; no normal image is tested",
+    },
     remarks=(
         "Boxes instead of masks: numbers of pixels are coarse.",
         "Modes are mixed: 62 files are RGB, the others grey.",
@@ -77,6 +83,11 @@ class Pair(NamedTuple):
     def group(self) -> str:
         """Which pair it is."""
         return _group(self.tested)
+
+    @property
+    def name(self) -> str:
+        """Its number, as a category."""
+        return pathlib.PurePosixPath(self.group).name
 
 
 def _group(path: str) -> str:
@@ -140,8 +151,8 @@ def mask_of_boxes(root: pathlib.Path, image: str, path: str) -> bytes:
 class _Scan:
     """Records and faults of one root."""
 
-    def __init__(self, root: pathlib.Path, config: DataConfig):
-        self.root, self.config = root, config
+    def __init__(self, root: pathlib.Path, config: DataConfig, *, paired: bool):
+        self.root, self.config, self.paired = root, config, paired
         self.faults: list[Fault] = []
         self.files = files.below(root, "")
         self.pairs: dict[str, list[Pair]] = {name: [] for name in PUBLISHED}
@@ -156,12 +167,13 @@ class _Scan:
         self._rest()
         train, test = [], []
         for pair in self.pairs["trainval"]:
-            if self._there(pair.template, pair):
+            if not self.paired and self._there(pair.template, pair):
                 train.append(self._record(pair.template, pair))
             self._count("trainval", pair)
         for pair in self.pairs["test"]:
             if self._there(pair.template, pair):
-                test.append(self._record(pair.template, pair))
+                templates = train if self.paired else test
+                templates.append(self._record(pair.template, pair))
             if self._there(pair.tested, pair):
                 test.append(self._record(pair.tested, pair, self._count("test", pair)))
         if not any(self.pairs.values()) and not self.faults:
@@ -200,9 +212,9 @@ class _Scan:
         ranked = sorted(
             pairs, key=lambda p: heldout.rank(f"group {p.group}", self.config.seed, CATEGORY)
         )
-        count = -(-len(ranked) // 3)
+        count = len(ranked) if self.paired else -(-len(ranked) // 3)
         self.pairs = {"trainval": ranked[count:], "test": ranked[:count]}
-        if pairs:
+        if pairs and not self.paired:
             text = "no trainval.txt and test.txt: a third of the pairs is tested, by config.data."
             self.faults.append(warning("K0", str(self.root), f"{text}seed. Copy the lists there."))
 
@@ -234,8 +246,8 @@ class _Scan:
             self.faults.append(files.missing_mask(path, pair.boxes, allowed))
         masks = (pair.boxes,) if label and kind else ()
         return Record(
-            path=path, category=CATEGORY, label=label, kind=kind or "mixed", masks=masks,
-            group=pair.group,
+            path=path, category=pair.name if self.paired else CATEGORY, label=label,
+            kind=kind or "mixed", masks=masks, group="" if self.paired else pair.group,
         )  # fmt: skip
 
     def _rest(self) -> None:
@@ -248,6 +260,11 @@ class _Scan:
                 known = bool(_FILE.fullmatch(path))
                 reason = "in no list" if known else files.stray(path) or "no name of the layout"
             self.faults.append(files.ignored(path, reason))
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """All boards as one, or each pair."""
+        return tuple(sorted({p.name for p in self.pairs["test"]})) if self.paired else (CATEGORY,)
 
     def counts(self) -> None:
         """K12: pairs and boxes of the lists."""
@@ -265,30 +282,33 @@ def _joined(numbers: Iterable[int]) -> str:
 
 def scan(config: DataConfig) -> files.FileDataset:
     """The index with its faults, none of them raised."""
-    variant(config)
+    paired = bool(part := variant(config, tuple(ABOUT.protocols)))
     root = files.root_folder(config)
-    chosen(config, (CATEGORY,))
     if (root / "PCBData").is_dir():
         root = root / "PCBData"
-    found = _Scan(root, config)
+    found = _Scan(root, config, paired=paired)
     splits: dict[str, tuple[Record, ...]] = {"train": (), "test": ()}
     if root.is_dir():
         splits = found.read()
         found.counts()
     else:
         found.faults.append(files.missing_root(root))
+    categories = chosen(config, found.categories)
+    splits = {k: tuple(r for r in v if r.category in categories) for k, v in splits.items()}
     found.faults += files.split_groups(splits)
-    split = ABOUT.protocols[""]
+    split = f"published lists; {ABOUT.protocols[part]}"
     if not found.listed:
-        split = f"no lists: a third of the pairs is tested, seed {config.seed}; templates train"
+        tested = "all pairs are" if paired else f"a third, by seed {config.seed}, is"
+        split = f"no lists: {tested} tested; {ABOUT.protocols[part]}"
     return files.FileDataset(
-        name="deeppcb", categories=(CATEGORY,), config=config, root=root, splits=splits,
+        name=config.name, categories=categories, config=config, root=root, splits=splits,
         rule=MaskRule(), faults=tuple(found.faults), mask_content=mask_of_boxes,
         skipped={"K11": "labels come from the names alone"},
         protocol=files.protocol(
             config, splits, licence=ABOUT.licence, dataset="DeepPCB", split=split,
             masks="filled boxes: coarse", groups="a tested image and its template",
-            unused=f"{len(found.pairs['trainval'])} tested images of training pairs",
+            unused=f"{len(found.pairs['trainval'])} "
+            + ("pairs of trainval.txt" if paired else "tested images of training pairs"),
             citation=ABOUT.citation,
         ),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsad.core.errors import DataError
+from dsad.core.errors import ConfigError, DataError
 from dsad.data import deeppcb, records_builder
 from dsad.data.base import DataConfig, FaultError, load
 from dsad.data.checks import check
@@ -19,8 +19,8 @@ def tree(tmp_path):
     return tmp_path
 
 
-def config(tree, **kwargs):
-    return DataConfig(name="deeppcb", root=str(tree), **kwargs)
+def config(tree, name="deeppcb", **kwargs):
+    return DataConfig(name=name, root=str(tree), **kwargs)
 
 
 def faults(tree, severity="error", **kwargs):
@@ -113,7 +113,7 @@ def test_without_lists_pairs_are_cut_by_the_seed(tree):
         (tree / f"PCBData/{name}.txt").unlink()
     data = load(config(tree))
     assert [len(data.splits[s]) for s in ("train", "test")] == [2, 4]
-    assert data.protocol["split"].startswith("no lists: a third of the pairs is tested, seed 0")
+    assert data.protocol["split"].startswith("no lists: a third, by seed 0, is tested; one-class")
     assert any("no trainval.txt and test.txt" in f.message for f in data.faults)
     others = {load(config(tree, seed=seed)).splits["train"] for seed in range(9)}
     assert len(others) > 1
@@ -138,6 +138,25 @@ def test_records_hold_the_drawn_masks(tree):
     assert again.splits == data.splits
     for i in range(4):
         np.testing.assert_array_equal(again.source("test")[i].mask, data.source("test")[i].mask)
+
+
+def test_each_pair_alone(tree):
+    data = load(config(tree, name="deeppcb:pairs"))
+    assert data.categories == ("00041002", "00041003")
+    for name in data.categories:
+        (template,), (tested,) = (data.source(s, name).records for s in ("train", "test"))
+        assert deeppcb.template(tested.path) == template.path == f"{GROUP}/{name}_temp.jpg"
+        assert (template.label, tested.label) == (0, 1)
+    assert data.protocol["unused"] == "2 pairs of trainval.txt"
+    assert "own template" in data.protocol["split"]
+    assert check(config(tree, name="deeppcb:pairs")).ok
+    one = load(config(tree, name="deeppcb:pairs", categories=("00041003",)))
+    assert [len(one.splits[s]) for s in ("train", "test")] == [1, 1]
+    with pytest.raises(ConfigError, match="00041009 not found"):
+        load(config(tree, name="deeppcb:pairs", categories=("00041009",)))
+    for name in ("trainval", "test"):
+        (tree / f"PCBData/{name}.txt").unlink()
+    assert len(load(config(tree, name="deeppcb:pairs")).categories) == 4
 
 
 def test_real_pairs():
