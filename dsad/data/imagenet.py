@@ -17,6 +17,8 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dsad.core.types import Record
 from dsad.data import decode, files, folder
 from dsad.data.about import About
@@ -68,6 +70,16 @@ class TarSource(files.EncodedSource):
             text = f"{archive} ends within this image; copy it again."
             raise FaultError(error("K8", path, text))
         return data
+
+    def decoded(self, index: int) -> tuple[np.ndarray, str]:
+        """Pixels (h, w, 3) uint8 and mode; FaultError (K3, K8) names the file and its tar."""
+        path, data = self.records[index].path, self.encoded(index)
+        try:
+            return decode.decoded_image(data, path, self._lossy)
+        except FaultError as problem:
+            place = f"It lies in {self._places[path].archive}."
+            told = [dataclasses.replace(f, message=f"{f.message} {place}") for f in problem.faults]
+            raise FaultError(*told) from problem
 
     def size_of(self, index: int) -> int:
         """Bytes of an image's file."""
