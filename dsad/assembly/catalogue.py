@@ -32,7 +32,7 @@ def print_all(out: Console) -> None:
 
 
 def _names(name: str, item: about.About) -> list[str]:
-    names = [f"{name}:{variant}" if variant else name for variant in item.protocols]
+    names = item.names(name)
     return names if len(names) <= _VARIANTS else [*names[:2], "...", names[-1]]
 
 
@@ -53,8 +53,8 @@ def print_one(name: str, out: Console) -> None:
         if text:
             out.print(f"{title + ':':10}{text}")
     out.print("names:")
-    for variant, split in item.protocols.items():
-        out.print(f"  {f'{module}:{variant}' if variant else module}: {split}")
+    for full, split in zip(item.names(module), item.protocols.values(), strict=True):
+        out.print(f"  {full}: {split}")
     for remark in item.remarks:
         out.print(f"note: {remark}")
     if item.counts:

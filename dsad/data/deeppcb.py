@@ -47,6 +47,7 @@ ABOUT = About(
         "Boxes instead of masks: numbers of pixels are coarse.",
         "Modes are mixed: 62 files are RGB, the others grey.",
     ),
+    marks=("PCBData", "group[0-9]*/[0-9]*_not"),
 )  # fmt: skip
 _IMAGE = re.compile(r"(?P<folder>group\d+/\d+)/(?P<name>\d+)\.jpg")
 _FILE = re.compile(r"group\d+/(?:\d+/\d+_(?:test|temp)\.jpg|\d+_not/\d+\.txt)")

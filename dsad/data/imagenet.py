@@ -33,6 +33,7 @@ ABOUT = About(
     address="https://image-net.org", masks="none", columns=("classes", "train"),
     counts={"all": (CLASSES, IMAGES)}, categories=CLASSES, protocols={"": "official training set"},
     remarks=("For pretraining alone: there is no test.", "22 images are CMYK, one is a PNG."),
+    marks=("ILSVRC2012_img_train.tar", "n[0-9]*.tar"),
 )  # fmt: skip
 ARCHIVE = "ILSVRC2012_img_train.tar"
 _CLASS_TAR = re.compile(r"n\d{8}\.tar")

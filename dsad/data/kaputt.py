@@ -42,6 +42,7 @@ ABOUT = About(
         "Layout and columns are those of public programs and were not verified on the files.",
         "Numbers of images only: set config.data.missing_masks to image_only.",
     ),
+    marks=("query-*.parquet",),
 )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ ABOUT = About(
         "Every tile was shot under about six exposures: a random cut puts twins into training.",
         "The masks of four images of MT_Uneven are empty.",
     ),
+    marks=("MT_*/Imgs",),
 )  # fmt: skip
 #: Normals for training and test of the published random split.
 RANDOM_SIZES = (761, 190)

@@ -119,6 +119,7 @@ ABOUT = About(
     },
     protocols={name: lists.split for name, lists in PUBLISHED.items()},
     remarks=("26,881 views of defective objects are labelled OK: their camera sees no defect.",),
+    marks=("*/OK/S[0-9]*/*_C[1-5]_*", "realiad_*"),
 )  # fmt: skip
 FAMILY = Family(
     about=ABOUT, lists=PUBLISHED, prefix="realiad_", categories=len(CATEGORIES), kinds=KINDS

@@ -72,6 +72,7 @@ ABOUT = About(
         "Training images of the 2-class setups are test images of the 1-class one.",
         "Half of the defects of macaroni2 vanish at 256 pixels.",
     ),
+    marks=("*/Data/Images/Anomaly", "split_csv/[12]cls*.csv"),
 )  # fmt: skip
 _LABELS = {"normal": ("Normal", 0), "anomaly": ("Anomaly", 1)}
 _COPY = "Copy the published CSV again."

@@ -9,6 +9,7 @@ its training has labelled defects; ``MASKED = False`` that its defects have no m
 
 import dataclasses
 import importlib
+import pathlib
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from dsad.core.config import members
 from dsad.core.errors import ConfigError
 from dsad.core.types import Dataset
 from dsad.data import about
-from dsad.data.base import load
+from dsad.data.base import DataConfig, load
 from dsad.data.checks import check
 
 CASES = {m: importlib.import_module(f"tests.contracts.datasets.{m}") for m in members("data")}
@@ -143,6 +144,22 @@ def test_what_is_known_of_published_sets():
         rows = [*item.counts.values(), *item.also.values()]
         assert all(len(row) == len(item.columns) for row in rows)
         assert item.also.keys() <= item.counts.keys()
+
+
+def test_the_root_of_a_published_set_is_recognised(config):
+    module, known = config.name.partition(":")[0], about.every()
+    found = about.recognised(pathlib.Path(config.root))
+    if module not in known or module == "mvtec":
+        assert not found
+        return
+    others = {name for name in found if known[name].marks != known[module].marks}
+    assert found.keys() - others == {n for n in known if known[n].marks == known[module].marks}
+    assert others <= {"realiad", "realiad_variety"}  # both have their images in OK/S0001
+    for wrong in {"mvtec", "folder", "btad", "visa"} - {module}:
+        if wrong == "folder" and known[module].masks == "none":
+            continue  # all of its images are normal
+        with pytest.raises(ConfigError, match=f"name: expected .*{module}.* holds .* shows"):
+            load(DataConfig(name=wrong, root=config.root))
 
 
 def test_unknown_names(data):

@@ -17,7 +17,7 @@ from dsad.data import layout
 from dsad.data.base import DataConfig, SyntheticConfig, indexed, load
 from dsad.data.checks import REMEDIES, TITLES, CheckReport, Row, check
 from dsad.terminal import flags
-from tests.data import trees
+from tests.data import published_trees, trees
 
 
 def printed(config, width=40):
@@ -178,6 +178,36 @@ def test_other_layouts_are_known_and_what_is_none_is_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=text):
             layout.of(str(tmp_path / path))
+
+
+@pytest.mark.parametrize("name", ["mvtec_ad2", "mvtec_loco", "mpdd", "btad", "ksdd2", "dagm"])
+def test_published_sets_are_taken_by_their_names(tmp_path, name):
+    published_trees.write(name, tmp_path)
+    assert layout.of(str(tmp_path)).keys == {"name": name, "root": str(tmp_path)}
+
+
+def test_a_set_with_variants_or_twins(tmp_path):
+    trees.mtd(tmp_path / "tiles", ["MT_Free/Imgs/a.jpg", "MT_Fray/Imgs/b.jpg"])
+    assert layout.of(f"{tmp_path}/tiles").keys["name"] == "mtd:grouped"
+    published_trees.write("mvtec_3d", tmp_path / "cloud")
+    with pytest.raises(ConfigError, match="say which: .*name=adam3d or .*name=mvtec_3d"):
+        layout.of(f"{tmp_path}/cloud")
+
+
+def test_a_wrong_name_is_refused_with_the_right_one(tmp_path, capsys):
+    for name in ("mvtec_ad2", "mpdd"):
+        root = published_trees.write(name, tmp_path / name).root
+        data = ["check-data", "--config.data.name=mvtec", f"--config.data.root={root}"]
+        assert main.main(data) == 2
+        told = capsys.readouterr().err
+        assert f"config.data.name: expected {name}, found 'mvtec'. {root} holds MPDD" in told or (
+            f"config.data.name: expected {name}, found 'mvtec'. {root} holds MVTec AD 2" in told
+        )
+    root = trees.visa(tmp_path / "visa").root
+    with pytest.raises(ConfigError, match="expected visa or visa:highshot or .*holds VisA, as"):
+        indexed(DataConfig(name="folder", root=root))
+    own = DataConfig(name="folder", normal=f"{root}/candle/Data/Images/Normal")
+    assert indexed(own).source("train")  # named by hand
 
 
 def test_images_beside_the_folders_of_categories_are_told_of(tmp_path):
