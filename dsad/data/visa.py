@@ -172,11 +172,12 @@ class _Setup:
         masks = {mask for records in self.splits.values() for r in records for mask in r.masks}
         images = {pathlib.PurePosixPath(path).stem for path in self.listed}
         for path in sorted(self.files - self.listed.keys() - masks):
-            if "/Data/Masks/" in path and pathlib.PurePosixPath(path).stem not in images:
+            if reason := files.stray(path.rpartition("/")[2]):
+                self.faults.append(files.ignored(path, reason))
+            elif "/Data/Masks/" in path and pathlib.PurePosixPath(path).stem not in images:
                 self.faults.append(files.orphan_mask(path))
             else:
-                reason = files.stray(path.rpartition("/")[2]) or f"not in {self.file.name}"
-                self.faults.append(files.ignored(path, reason))
+                self.faults.append(files.ignored(path, f"not in {self.file.name}"))
 
     def counts(self, setup: str) -> None:
         """K12 by object."""

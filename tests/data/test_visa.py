@@ -33,6 +33,13 @@ def faults(tree, severity="error", name="visa", **kwargs):
     return [(f.check, f"{f.path}: {f.message}") for f in found if f.severity == severity]
 
 
+def test_files_of_the_system_and_copies_beside_masks_are_no_masks(tree):
+    for name in (".DS_Store", "._000.png", "Thumbs.db", "000 (copy).png"):
+        (tree / "candle/Data/Masks/Anomaly" / name).write_bytes(b"x")
+    assert faults(tree) == []
+    assert [kind for kind, _ in faults(tree, "warning")].count("K9") == 4
+
+
 def test_one_class(tree):
     data = load(config(tree))
     assert data.categories == ("candle", "pcb1")
