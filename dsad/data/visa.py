@@ -158,9 +158,12 @@ class _Setup:
                 text = f"a mask, {mask}, is listed for a normal image. {_COPY}"
                 self.faults.append(error("K1", path, text))
             return False
-        if mask in self.files:
-            return True
         image = pathlib.PurePosixPath(path)
+        if mask in self.files:
+            if pathlib.PurePosixPath(mask).stem != image.stem:
+                text = f"its mask has another stem in {self.file.name}, which is followed: {mask}. "
+                self.faults.append(warning("K11", path, f"{text}{_COPY}"))
+            return True
         usual = f"{image.parts[0]}/Data/Masks/Anomaly/{image.stem}.png"
         expected = mask or f"{usual} (the CSV has none)"
         allowed = self.config.missing_masks == "image_only"

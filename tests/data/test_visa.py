@@ -40,6 +40,16 @@ def test_files_of_the_system_and_copies_beside_masks_are_no_masks(tree):
     assert [kind for kind, _ in faults(tree, "warning")].count("K9") == 4
 
 
+def test_masks_of_other_images_are_told_of(tree):
+    rows = [row for row in trees.visa_rows() if row["mask"]]
+    number = trees.visa_rows().index(rows[0])
+    edit(tree, number, mask=rows[1]["mask"])
+    assert faults(tree) == []
+    (told,) = (text for kind, text in faults(tree, "warning") if kind == "K11")
+    assert told.startswith(f"{rows[0]['image']}: its mask has another stem in 1cls.csv")
+    assert rows[1]["mask"] in told
+
+
 def test_one_class(tree):
     data = load(config(tree))
     assert data.categories == ("candle", "pcb1")
