@@ -29,6 +29,7 @@ from dsad.data.defective import WithDefects
 
 #: Suffixes, in lower case, of files that count as images.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+_TEXT = re.compile("read_?me|licen[cs]e", re.IGNORECASE)
 _COPY = re.compile(r"\(copy( \d+)?\)|[ -]copy( ?\(?\d+\)?)?$|~$", re.IGNORECASE)
 
 
@@ -40,6 +41,11 @@ def stray(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
     if suffix.lower() not in suffixes:
         return f"suffix {suffix!r} is not one of {', '.join(suffixes)}"
     return "looks like a copy" if _COPY.search(stem) else ""
+
+
+def is_text(name: str) -> bool:
+    """Whether a file accompanies a data set: its licence, or what to read first."""
+    return bool(_TEXT.match(name))
 
 
 def barred(folder: str) -> str:

@@ -42,8 +42,6 @@ _LOST = {
     "validation": "no threshold can be set with normal images of",
     "test": "nothing can be measured on",
 }
-#: Texts that accompany data sets.
-_TEXTS = r"([^/]+/)?(?i:read_?me|licen[cs]e)[^/]*"
 _THREADS = 8
 
 
@@ -162,7 +160,10 @@ class _Tree:
             other = parts.setdefault(groups.get("part", ""), path)
             if other != path:
                 self.twice[path] = groups["category"], other
-        elif not any(re.fullmatch(pattern, full) for pattern in (*layout.aside, _TEXTS)):
+        elif not (
+            (full.count("/") < 2 and files.is_text(name))
+            or any(re.fullmatch(pattern, full) for pattern in layout.aside)
+        ):
             self.others.append(path)
 
     def report(self, categories: tuple[str, ...]) -> None:

@@ -244,6 +244,16 @@ def test_mode_that_would_lose_information(tmp_path, write, mode):
     assert check(allowed).ok
 
 
+def test_images_outside_the_folders_of_the_layout_are_told(tmp_path):
+    config = trees.mvtec(tmp_path)
+    for name in ("extra.png", "disc/extra.png", "license.txt", "disc/readme.txt"):
+        (tmp_path / name).write_text("x")
+    paths = [f.path for f in check(config).faults]
+    assert paths == ["disc/extra.png", "extra.png"]
+    alone = check(DataConfig(name="mvtec", root=str(tmp_path / "disc"))).faults
+    assert [f.path for f in alone] == ["extra.png"]
+
+
 def test_stray_files_are_ignored_with_a_warning(tmp_path):
     config = trees.mvtec(tmp_path)
     good = tmp_path / "disc/train/good"
