@@ -63,6 +63,13 @@ def test_no_size_is_cut_at_80_columns(tmp_path):
         assert span in rows.split()
 
 
+def test_nothing_is_said_to_be_sound_where_there_is_no_image(tmp_path):
+    code, text = printed(DataConfig(name="imagenet", root=str(tmp_path)), 120)
+    assert code == 1
+    assert ": ok" not in text
+    assert "published ones: does not apply: no image was found" in text
+
+
 def test_warnings_do_not_fail(tmp_path):
     config = trees.mvtec(tmp_path)
     trees.save(tmp_path / "disc/ground_truth/dent/000_mask.png", 0 * trees.mask())
