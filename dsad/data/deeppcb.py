@@ -257,7 +257,8 @@ class _Scan:
             if (len(self.pairs[name]), found) != (pairs, kinds):
                 text = f"{len(self.pairs[name]):,} pairs with {_joined(found)} boxes; DeepPCB has "
                 text += f"{pairs:,} with {_joined(kinds)} ({', '.join(KINDS)})."
-                self.faults.append(files.miscounted(self.config, f"{name}.txt", text))
+                where = f"{name}.txt" if self.listed else name
+                self.faults.append(files.miscounted(self.config, where, text))
 
 
 def _joined(numbers: Iterable[int]) -> str:

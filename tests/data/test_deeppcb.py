@@ -115,6 +115,7 @@ def test_without_lists_pairs_are_cut_by_the_seed(tree):
     assert [len(data.splits[s]) for s in ("train", "test")] == [2, 4]
     assert data.protocol["split"].startswith("no lists: a third of the pairs is tested, seed 0")
     assert any("no trainval.txt and test.txt" in f.message for f in data.faults)
+    assert [f.path for f in data.faults if f.check == "K12"] == ["trainval", "test"]
     others = {load(config(tree, seed=seed)).splits["train"] for seed in range(9)}
     assert len(others) > 1
 
