@@ -333,7 +333,8 @@ def index(config: DataConfig, layout: Layout, about: About) -> files.FileDataset
     records = [r for records in splits.values() for r in records]
     skipped: dict[str, str] = {"K11": "labels come from the folders alone"}
     if layout.label != "kind":
-        skipped |= {check: "labels come from the masks" for check in ("K5", "K6", "K11")}
+        told = ("K5", "K6", "K11") if layout.label == "pixels" else ("K6", "K11")
+        skipped |= dict.fromkeys(told, "labels come from the masks")
     if not any(r.group for r in records):
         skipped["K13"] = "the layout names no groups"
     if not set(found.categories) & set(about.counts):
