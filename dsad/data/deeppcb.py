@@ -146,7 +146,11 @@ class _Scan:
         self.faults: list[Fault] = []
         self.files = files.below(root, "")
         self.pairs: dict[str, list[Pair]] = {name: [] for name in PUBLISHED}
-        self.listed = all((root / f"{name}.txt").is_file() for name in PUBLISHED)
+        missing = [f"{name}.txt" for name in PUBLISHED if not (root / f"{name}.txt").is_file()]
+        self.listed = len(missing) < len(PUBLISHED)
+        for name in missing if self.listed else ():
+            text = "no such file, though the other list is there. Copy the published list there."
+            self.faults.append(error("K0", name, text))
         self.kinds: dict[str, Counter[int]] = {name: Counter() for name in PUBLISHED}
 
     def read(self) -> dict[str, tuple[Record, ...]]:
@@ -173,7 +177,9 @@ class _Scan:
     def _lists(self) -> None:
         seen: dict[str, str] = {}
         for name, pairs in self.pairs.items():
-            lines = (self.root / f"{name}.txt").read_text("utf-8", errors="replace").splitlines()
+            file = self.root / f"{name}.txt"
+            text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
+            lines = text.splitlines()
             for number, line in enumerate(lines, start=1):
                 where = f"{name}.txt:{number}"
                 image, *rest = line.split() or [""]

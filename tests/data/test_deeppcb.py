@@ -120,6 +120,15 @@ def test_without_lists_pairs_are_cut_by_the_seed(tree):
     assert len(others) > 1
 
 
+def test_one_list_alone_is_no_reason_to_cut_anew(tree):
+    (tree / "PCBData/test.txt").unlink()
+    with pytest.raises(
+        FaultError, match=r"test\.txt: \[K0\] no such file, though the other"
+    ) as stop:
+        load(config(tree))
+    assert len(stop.value.faults) == 1
+
+
 def test_counts_of_pairs_and_boxes(tree):
     found = [text for k, text in faults(tree, strict=True) if k == "K12"]
     assert found[0].startswith("test.txt: 2 pairs with 0/0/2/0/0/1 boxes; DeepPCB has 500 with 659")
