@@ -13,7 +13,7 @@ from rich.console import Console
 from dsad.cli import main
 from dsad.cli.check_data import _table, data_config, run
 from dsad.core.errors import ConfigError
-from dsad.data import layout
+from dsad.data import about, layout
 from dsad.data.base import DataConfig, SyntheticConfig, indexed, load
 from dsad.data.checks import REMEDIES, TITLES, CheckReport, Row, check
 from dsad.terminal import flags
@@ -309,6 +309,20 @@ def test_strict_is_short_for_the_key(tmp_path, capsys):
     assert main.main(data) == 0
     assert main.main([*data, "--strict"]) == 1
     assert "error   bottle: [K12]" in capsys.readouterr().out
+
+
+def test_the_list_tells_what_is_not_known_for_sure(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main.main(["check-data", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    whole = " ".join(text.split())
+    for name, item in about.every().items():
+        assert main.main(["check-data", "--list", f"--config.data.name={name}"]) == 0
+        one = capsys.readouterr().out
+        for fact in (item.licence, item.citation, *item.remarks):
+            assert fact in whole
+            assert fact in " ".join(one.split())
 
 
 def test_every_check_says_what_to_do():
