@@ -182,18 +182,21 @@ class _Setup:
             else:
                 self.faults.append(files.ignored(path, f"not in {self.file.name}"))
 
-    def counts(self, setup: str) -> None:
-        """K12 by object."""
+    def official(self, setup: str) -> bool:
+        """K12 by object: whether all counts are the published ones."""
         found = Counter(
             (r.category, split, r.label) for split, rs in self.splits.items() for r in rs
         )
         every = published(setup)
+        same = [name in every for name in self.categories]
         for name in (name for name in self.categories if name in every):
             counts = tuple(found[name, split, label] for split in self.splits for label in (0, 1))
-            if counts != every[name]:
+            same.append(counts == every[name])
+            if not same[-1]:
                 text = f"{counts[0]}+{counts[1]} training and {counts[2]}+{counts[3]} test images "
                 text += "(normal + anomalous); VisA has {}+{} and {}+{}.".format(*every[name])
                 self.faults.append(files.miscounted(self.config, name, text))
+        return bool(same) and all(same)
 
 
 def scan(config: DataConfig) -> files.FileDataset:
@@ -210,7 +213,7 @@ def scan(config: DataConfig) -> files.FileDataset:
         found.faults.append(error("K0", f"split_csv/{SETUPS[setup]}", text))
     else:
         found.read()
-        found.counts(setup)
+    official = found.official(setup)
     known = set(found.categories) & set(_NORMALS)
     if found.categories and not known:
         text = f"no object of VisA: {listed(found.categories)}."
@@ -221,7 +224,10 @@ def scan(config: DataConfig) -> files.FileDataset:
         rule=MaskRule(threshold=0, values=None), faults=tuple(found.faults),
         skipped={"K4": ABOUT.masks, "K13": "the layout names no groups"},
         protocol=files.protocol(
-            config, splits, licence=f"{ABOUT.licence} (VisA)", dataset="VisA",
-            split=ABOUT.protocols[setup], masks=ABOUT.masks, citation=ABOUT.citation,
+            config, splits,
+            licence=f"{ABOUT.licence} (VisA)" if official else files.licence(root),
+            dataset="VisA" if official else f"{files.folder_name(root)} (VisA layout)",
+            split=ABOUT.protocols[setup] if official else f"as {SETUPS[setup]} gives it",
+            masks=ABOUT.masks, citation=ABOUT.citation,
         ),
     )  # fmt: skip

@@ -59,7 +59,17 @@ def test_one_class(tree):
     np.testing.assert_array_equal(test[1].mask, trees.mask() > 0)  # of class 7
     # The same stem in Normal and Anomaly is no fault.
     assert faults(tree) == []
-    assert data.protocol["licence"] == "CC BY 4.0 (VisA)"
+
+
+def test_only_published_counts_are_stamped_as_the_set_itself(tree, monkeypatch):
+    told = load(config(tree)).protocol
+    assert told["dataset"].endswith("(VisA layout)")
+    assert told["licence"] == "not stated in the data folder"
+    counts = {"candle": (3, 0, 2, 3), "pcb1": (3, 0, 2, 3)}
+    monkeypatch.setattr(visa, "published", lambda setup: counts)
+    told = load(config(tree)).protocol
+    assert (told["dataset"], told["licence"]) == ("VisA", "CC BY 4.0 (VisA)")
+    assert told["split"] == "published, 1-class"
 
 
 def test_two_classes_train_on_labelled_defects_and_fit_on_normal_ones(tree):
