@@ -165,13 +165,23 @@ def missing_root(root: pathlib.Path) -> Fault:
 
 
 def licence(root: pathlib.Path) -> str:
-    """What the data folder says of its licence: the name of a file, or that there is none."""
-    found: list[str] = []
-    if root.is_dir():
-        with os.scandir(root) as entries:
-            named = [e for e in entries if e.name.lower().startswith(("license", "licence"))]
-            found = sorted(e.name for e in named if e.is_file())
-    return f"see {found[0]} in the data folder" if found else "not stated in the data folder"
+    """What the data folder says of its licence: the name of a file, or that there is none.
+
+    Without a file of its own those of the folders in it are named.
+    """
+    found = _licences(root)[:1]
+    if not found:
+        inside = ((name, _licences(root / name)) for name in subfolders(root))
+        found = [f"{name}/{file[0]}" for name, file in inside if file]
+    return f"see {listed(found)} in the data folder" if found else "not stated in the data folder"
+
+
+def _licences(folder: pathlib.Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        named = [e for e in entries if e.name.lower().startswith(("license", "licence"))]
+        return sorted(e.name for e in named if e.is_file())
 
 
 def missing_mask(path: str, expected: str, allowed: bool) -> Fault:
