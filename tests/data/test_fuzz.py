@@ -187,7 +187,7 @@ def test_damaged_sets(fuzz, part):
 
 
 #: Cases that found a defect once: a tar that an error did not name.
-KNOWN = (1598, 1771, 2786)
+KNOWN = (1598, 1771, 2786, 4087)
 
 
 def test_cases_that_found_a_defect(fuzz):
