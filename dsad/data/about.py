@@ -1,10 +1,12 @@
 """What is known of published data sets: owner, licence, counts, protocols."""
 
 import dataclasses
+import fnmatch
+import functools
 import importlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from dsad.core.config import members
 
@@ -77,13 +79,35 @@ def recognised(root: pathlib.Path) -> dict[str, str]:
         return {}
     with os.scandir(root) as entries:
         folders = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
-    categories = (root, *(root / name for name in folders[:_FOLDERS]))
+    names = functools.cache(_names)
     found: dict[str, str] = {}
     for name, item in every().items():
         for mark in item.marks:
             inside = mark.removeprefix("*/")
-            for place in (root,) if inside == mark else categories:
-                for path in place.glob(inside):
-                    found.setdefault(name, path.relative_to(root).as_posix())
-                    break
+            for place in ("",) if inside == mark else ("", *folders[:_FOLDERS]):
+                if path := _matching(root / place, inside.split("/"), names):
+                    found.setdefault(name, f"{place}/{path}" if place else path)
     return found
+
+
+def _names(folder: pathlib.Path) -> tuple[str, ...]:
+    """Those in a folder, none of what cannot be listed."""
+    try:
+        return tuple(sorted(os.listdir(folder)))
+    except OSError:
+        return ()
+
+
+def _matching(
+    folder: pathlib.Path, parts: list[str], names: Callable[[pathlib.Path], tuple[str, ...]]
+) -> str:
+    """The first path below a folder whose parts match globs, "" for none.
+
+    Folders are listed once and no file is asked for anything, as there may be a million.
+    """
+    for name in fnmatch.filter(names(folder), parts[0]):
+        if len(parts) == 1:
+            return name
+        if below := _matching(folder / name, parts[1:], names):
+            return f"{name}/{below}"
+    return ""

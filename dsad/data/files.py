@@ -164,14 +164,14 @@ def missing_root(root: pathlib.Path) -> Fault:
     return error("K0", str(root), f"{what}; set config.data.root to the data set's folder.")
 
 
-def licence(root: pathlib.Path) -> str:
+def licence(root: pathlib.Path, categories: Sequence[str] = ()) -> str:
     """What the data folder says of its licence: the name of a file, or that there is none.
 
-    Without a file of its own those of the folders in it are named.
+    Without a file of its own those in the folders of its ``categories`` are named.
     """
     found = _licences(root)[:1]
     if not found:
-        inside = ((name, _licences(root / name)) for name in subfolders(root))
+        inside = ((name, _licences(root / name)) for name in categories)
         found = [f"{name}/{file[0]}" for name, file in inside if file]
     return f"see {listed(found)} in the data folder" if found else "not stated in the data folder"
 

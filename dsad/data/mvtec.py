@@ -177,7 +177,7 @@ def scan(config: DataConfig) -> files.FileDataset:
         normal_masks=found.normal_masks, skipped=skipped,
         protocol=files.protocol(
             config, splits,
-            licence="CC BY-NC-SA 4.0 (MVTec AD)" if official else files.licence(root),
+            licence="CC BY-NC-SA 4.0 (MVTec AD)" if official else files.licence(root, categories),
             dataset="MVTec AD" if official else f"{files.folder_name(root)} (MVTec AD layout)",
             split="official" if official else "as the folders give it",
         ),

@@ -350,7 +350,8 @@ def index(config: DataConfig, layout: Layout, about: About) -> files.FileDataset
         skipped=skipped,
         protocol=files.protocol(
             config, {name: rs for name, rs in splits.items() if all(r.label >= 0 for r in rs)},
-            licence=f"{about.licence} ({about.title})" if itself else files.licence(root),
+            licence=f"{about.licence} ({about.title})" if itself
+            else files.licence(root, found.categories),
             dataset=about.title if itself else f"{files.folder_name(root)} ({about.title} layout)",
             split=split if itself else f"as the folders give it ({split})",
             masks=about.masks, citation=about.citation,
