@@ -174,8 +174,8 @@ def _archives(root: pathlib.Path) -> tuple[pathlib.Path, str, dict[str, _Place]]
 
 def _protocol(config: DataConfig, root: pathlib.Path, splits: Any, official: bool) -> dict:
     return files.protocol(
-        config, splits, licence="ImageNet terms of access: research only",
-        dataset="ImageNet (ILSVRC 2012)" if official else f"{root.name} (ImageNet layout)",
+        config, splits, licence=ABOUT.licence,
+        dataset=ABOUT.title if official else f"{root.name} (ImageNet layout)",
         split="official training set" if official else "all images train, none is held out",
     )  # fmt: skip
 

@@ -187,8 +187,7 @@ def scan(config: DataConfig) -> files.FileDataset:
         name=config.name, categories=(CATEGORY,), config=config, root=root, splits=splits,
         rule=MaskRule(threshold=127, values=None), faults=tuple(faults),
         protocol=files.protocol(
-            config, splits, licence="none stated; citation asked, research use",
-            dataset="MTD", **facts,
+            config, splits, licence=ABOUT.licence, dataset=ABOUT.title, **facts,
         ),
         normal_masks={p: m for p, m in normal_masks.items() if p in train or p in test},
         skipped={

@@ -161,6 +161,19 @@ def test_published_counts_sum_up_to_the_published_totals():
     assert mtd.COUNTS["Free"] == 952 == sum(mtd.RANDOM_SIZES) + 1
 
 
+#: Licences, or what is asked where there is none, that are not CC BY-NC-SA 4.0.
+OTHER_LICENCES = {
+    "visa": "CC BY 4.0", "mtd": "none stated; citation asked", "deeppcb": "research only",
+    "dtd": "research use", "imagenet": "research only", "kaputt": "CC BY-NC-ND 4.0",
+    "dagm": "see the owner's page", "realiad_variety": "not verified",
+}  # fmt: skip
+
+
+def test_licences():
+    for name, item in about.every().items():
+        assert OTHER_LICENCES.get(name, "CC BY-NC-SA 4.0") in item.licence, name
+
+
 def test_what_is_known_of_published_sets():
     known = about.every()
     assert set(known) == set(members("data")) - set(about.UNPUBLISHED)

@@ -40,6 +40,11 @@ def test_what_lies_beside_the_folders_of_images_is_told(tree):
     }  # fmt: skip
 
 
+def test_the_stamp_has_the_licence_that_is_known(tree):
+    told = load(DataConfig(name="mtd:random", root=str(tree))).protocol
+    assert (told["licence"], told["dataset"]) == (mtd.ABOUT.licence, "MTD")
+
+
 def test_group_list_is_the_whole_set_and_disjoint():
     rows = mtd.group_list()
     assert len(rows) == 1344
