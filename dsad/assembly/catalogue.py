@@ -16,13 +16,14 @@ def print_all(out: Console) -> None:
     """A table of the published data sets, 80 columns wide."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True, width=80)
     table.add_column("name", no_wrap=True)
-    table.add_column("data set: licence, citation, masks, published images")
+    table.add_column("data set: licence, citation, masks, published images, what to know of it")
     for name, item in about.every().items():
         counts = [f"{n:,} {column}" for column, n in item.totals.items()]
         categories = item.categories or len(item.counts)
         numbers = [f"{categories} categor{'ies' if categories > 1 else 'y'}"] if categories else []
         text = f"{item.title}: {item.licence}\n{item.citation}\nmasks: {item.masks}\n"
         text += ", ".join([*numbers, *counts]) or "published counts: not known"
+        text += "".join(f"\nnote: {remark}" for remark in item.remarks)
         table.add_row("\n".join(_names(name, item)), text)
     out.print(table)
     out.print(
@@ -32,7 +33,7 @@ def print_all(out: Console) -> None:
 
 
 def _names(name: str, item: about.About) -> list[str]:
-    names = [f"{name}:{variant}" if variant else name for variant in item.protocols]
+    names = item.names(name)
     return names if len(names) <= _VARIANTS else [*names[:2], "...", names[-1]]
 
 
@@ -53,8 +54,8 @@ def print_one(name: str, out: Console) -> None:
         if text:
             out.print(f"{title + ':':10}{text}")
     out.print("names:")
-    for variant, split in item.protocols.items():
-        out.print(f"  {f'{module}:{variant}' if variant else module}: {split}")
+    for full, split in zip(item.names(module), item.protocols.values(), strict=True):
+        out.print(f"  {full}: {split}")
     for remark in item.remarks:
         out.print(f"note: {remark}")
     if item.counts:

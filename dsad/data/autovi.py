@@ -26,6 +26,7 @@ ABOUT = About(
         " and mask values were not checked on the real files.",
         "The paper measures sPRO, as of MVTec LOCO AD.",
     ),
+    marks=("*/ground_truth/*/*/0000.png",),
 )  # fmt: skip
 LAYOUT = Layout(
     images=(

@@ -4,6 +4,7 @@ import abc
 import contextlib
 import dataclasses
 import os
+import pathlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from dsad.core.batch import BatchSpec
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import CanvasSource, Dataset, KnownSource, Record, Sample, Source
+from dsad.data import about
 
 
 class SyntheticConfig(Settings, place="config.data.synthetic"):
@@ -350,9 +352,11 @@ def read_as(config: DataConfig) -> Iterator[None]:
 def indexed(config: DataConfig) -> IndexedDataset:
     """Likewise with the faults of its index, none of them raised.
 
-    Raises DataError for a file or folder that the system refuses to look at.
+    Raises DataError for a file or folder that the system refuses to look at, Refused for a root
+    that holds another published data set.
     """
     try:
+        _refuse_another(config)
         dataset = core_config.resolve("data", config.name.partition(":")[0]).scan(config)
     except OSError as problem:
         where = os.fsencode(problem.filename or config.place).decode(errors="backslashreplace")
@@ -360,6 +364,23 @@ def indexed(config: DataConfig) -> IndexedDataset:
         raise DataError(f"{where}: {text}") from problem
     faults = _unwritable(dataset) + _untrained(dataset)
     return dataclasses.replace(dataset, faults=(*dataset.faults, *faults)) if faults else dataset
+
+
+def _refuse_another(config: DataConfig) -> None:
+    """Refuse a root of one data set under the name of another, whose rules are not its own."""
+    module = config.name.partition(":")[0]
+    known = about.every()
+    if not config.root or config.labelled or module not in (*known, "folder"):
+        return
+    root = pathlib.Path(os.path.expanduser(config.root))
+    found = about.recognised(root)
+    if module == "folder":  # whose images all count as normal, as do those of sets without a test
+        found = {name: path for name, path in found.items() if known[name].masks != "none"}
+    if found and module not in found:
+        names = " or ".join(name for other in found for name in known[other].names(other))
+        titles = " or ".join(known[other].title for other in found)
+        shown = f"{config.root} holds {titles}, as {min(found.values())} shows."
+        raise Refused("config.data.name", names, config.name, shown)
 
 
 def _unwritable(dataset: IndexedDataset) -> list[Fault]:

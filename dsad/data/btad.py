@@ -19,6 +19,7 @@ ABOUT = About(
         "A converted copy has bmp and png of one stem side by side: an error, remove one.",
         "Which values the masks hold was not checked on the real files.",
     ),
+    marks=("0[1-3]/train/ok", "0[1-3]/test/ko"),
 )  # fmt: skip
 _NAME = r"(?P<stem>[^/]+)\.(bmp|png)"
 LAYOUT = Layout(

@@ -34,6 +34,7 @@ ABOUT = About(
         "Masks are ellipses around the defects: numbers of pixels say little.",
         "Counts of defective images and the licence were not checked on the real files.",
     ),
+    marks=("Class[0-9]*/Train", "Class[0-9]*/Test"),
 )  # fmt: skip
 _FOLDER = r"(?P<category>Class\d+)/(?P<split>Train|Test)"
 LAYOUT = Layout(

@@ -53,6 +53,7 @@ ABOUT = About(
         "Boxes instead of masks: numbers of pixels are coarse.",
         "Modes are mixed: 62 files are RGB, the others grey.",
     ),
+    marks=("PCBData", "group[0-9]*/[0-9]*_not"),
 )  # fmt: skip
 _IMAGE = re.compile(r"(?P<folder>group\d+/\d+)/(?P<name>\d+)\.jpg")
 _FILE = re.compile(r"group\d+/(?:\d+/\d+_(?:test|temp)\.jpg|\d+_not/\d+\.txt)")
@@ -156,7 +157,11 @@ class _Scan:
         self.faults: list[Fault] = []
         self.files = files.below(root, "")
         self.pairs: dict[str, list[Pair]] = {name: [] for name in PUBLISHED}
-        self.listed = all((root / f"{name}.txt").is_file() for name in PUBLISHED)
+        missing = [f"{name}.txt" for name in PUBLISHED if not (root / f"{name}.txt").is_file()]
+        self.listed = len(missing) < len(PUBLISHED)
+        for name in missing if self.listed else ():
+            text = "no such file, though the other list is there. Copy the published list there."
+            self.faults.append(error("K0", name, text))
         self.kinds: dict[str, Counter[int]] = {name: Counter() for name in PUBLISHED}
 
     def read(self) -> dict[str, tuple[Record, ...]]:
@@ -184,7 +189,9 @@ class _Scan:
     def _lists(self) -> None:
         seen: dict[str, str] = {}
         for name, pairs in self.pairs.items():
-            lines = (self.root / f"{name}.txt").read_text("utf-8", errors="replace").splitlines()
+            file = self.root / f"{name}.txt"
+            text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
+            lines = text.splitlines()
             for number, line in enumerate(lines, start=1):
                 where = f"{name}.txt:{number}"
                 image, *rest = line.split() or [""]
@@ -273,7 +280,8 @@ class _Scan:
             if (len(self.pairs[name]), found) != (pairs, kinds):
                 text = f"{len(self.pairs[name]):,} pairs with {_joined(found)} boxes; DeepPCB has "
                 text += f"{pairs:,} with {_joined(kinds)} ({', '.join(KINDS)})."
-                self.faults.append(files.miscounted(self.config, f"{name}.txt", text))
+                where = f"{name}.txt" if self.listed else name
+                self.faults.append(files.miscounted(self.config, where, text))
 
 
 def _joined(numbers: Iterable[int]) -> str:

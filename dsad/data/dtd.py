@@ -25,6 +25,7 @@ ABOUT = About(
     protocols={"": "all images train"}
     | {split: f"training images of official split {split}" for split in SPLITS},
     remarks=("For pretraining and synthetic defects alone: there is no test.",),
+    marks=("labels/train1.txt", "images/banded"),
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from dsad.data.defective import WithDefects
 
 #: Suffixes, in lower case, of files that count as images.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+_TEXT = re.compile("read_?me|licen[cs]e", re.IGNORECASE)
 _COPY = re.compile(r"\(copy( \d+)?\)|[ -]copy( ?\(?\d+\)?)?$|~$", re.IGNORECASE)
 
 
@@ -40,6 +41,11 @@ def stray(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> str:
     if suffix.lower() not in suffixes:
         return f"suffix {suffix!r} is not one of {', '.join(suffixes)}"
     return "looks like a copy" if _COPY.search(stem) else ""
+
+
+def is_text(name: str) -> bool:
+    """Whether a file accompanies a data set: its licence, or what to read first."""
+    return bool(_TEXT.match(name))
 
 
 def barred(folder: str) -> str:
@@ -158,14 +164,24 @@ def missing_root(root: pathlib.Path) -> Fault:
     return error("K0", str(root), f"{what}; set config.data.root to the data set's folder.")
 
 
-def licence(root: pathlib.Path) -> str:
-    """What the data folder says of its licence: the name of a file, or that there is none."""
-    found: list[str] = []
-    if root.is_dir():
-        with os.scandir(root) as entries:
-            named = [e for e in entries if e.name.lower().startswith(("license", "licence"))]
-            found = sorted(e.name for e in named if e.is_file())
-    return f"see {found[0]} in the data folder" if found else "not stated in the data folder"
+def licence(root: pathlib.Path, categories: Sequence[str] = ()) -> str:
+    """What the data folder says of its licence: the name of a file, or that there is none.
+
+    Without a file of its own those in the folders of its ``categories`` are named.
+    """
+    found = _licences(root)[:1]
+    if not found:
+        inside = ((name, _licences(root / name)) for name in categories)
+        found = [f"{name}/{file[0]}" for name, file in inside if file]
+    return f"see {listed(found)} in the data folder" if found else "not stated in the data folder"
+
+
+def _licences(folder: pathlib.Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        named = [e for e in entries if e.name.lower().startswith(("license", "licence"))]
+        return sorted(e.name for e in named if e.is_file())
 
 
 def missing_mask(path: str, expected: str, allowed: bool) -> Fault:

@@ -17,6 +17,8 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dsad.core.types import Record
 from dsad.data import decode, files, folder
 from dsad.data.about import About
@@ -31,6 +33,7 @@ ABOUT = About(
     address="https://image-net.org", masks="none", columns=("classes", "train"),
     counts={"all": (CLASSES, IMAGES)}, categories=CLASSES, protocols={"": "official training set"},
     remarks=("For pretraining alone: there is no test.", "22 images are CMYK, one is a PNG."),
+    marks=("ILSVRC2012_img_train.tar", "n[0-9]*.tar"),
 )  # fmt: skip
 ARCHIVE = "ILSVRC2012_img_train.tar"
 _CLASS_TAR = re.compile(r"n\d{8}\.tar")
@@ -68,6 +71,16 @@ class TarSource(files.EncodedSource):
             text = f"{archive} ends within this image; copy it again."
             raise FaultError(error("K8", path, text))
         return data
+
+    def decoded(self, index: int) -> tuple[np.ndarray, str]:
+        """Pixels (h, w, 3) uint8 and mode; FaultError (K3, K8) names the file and its tar."""
+        path, data = self.records[index].path, self.encoded(index)
+        try:
+            return decode.decoded_image(data, path, self._lossy)
+        except FaultError as problem:
+            place = f"It lies in {self._places[path].archive}."
+            told = [dataclasses.replace(f, message=f"{f.message} {place}") for f in problem.faults]
+            raise FaultError(*told) from problem
 
     def size_of(self, index: int) -> int:
         """Bytes of an image's file."""
@@ -161,8 +174,8 @@ def _archives(root: pathlib.Path) -> tuple[pathlib.Path, str, dict[str, _Place]]
 
 def _protocol(config: DataConfig, root: pathlib.Path, splits: Any, official: bool) -> dict:
     return files.protocol(
-        config, splits, licence="ImageNet terms of access: research only",
-        dataset="ImageNet (ILSVRC 2012)" if official else f"{root.name} (ImageNet layout)",
+        config, splits, licence=ABOUT.licence,
+        dataset=ABOUT.title if official else f"{root.name} (ImageNet layout)",
         split="official training set" if official else "all images train, none is held out",
     )  # fmt: skip
 

@@ -32,16 +32,18 @@ SPLITS = ("train", "validation", "test")
 #: Folders of images by the variant of the name.
 _FOLDERS = {"": "crop", "image": "image"}
 ABOUT = About(
-    title="Kaputt", licence="Kaputt defect dataset terms (on request)",
+    title="Kaputt", licence="CC BY-NC-ND 4.0 (on request)",
     citation="Höfer et al., Kaputt, ICCV 2025", address="https://www.kaputt-dataset.com",
     masks="none of defects", protocols={
         "": "published splits, one-class, crops", "image": "published splits, one-class, images",
     },
     remarks=(
         "238,421 images of 48,376 items in all, 29,316 of them defective; by split not known here.",
-        "Layout and columns are those of public programs and were not verified on the files.",
+        "Layout and columns are those of public programs and were not verified on the files; nor "
+        "was the licence.",
         "Numbers of images only: set config.data.missing_masks to image_only.",
     ),
+    marks=("query-*.parquet",),
 )  # fmt: skip
 
 

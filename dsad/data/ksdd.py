@@ -25,6 +25,7 @@ ABOUT = About(
         "Nearly every commutator has a defect: those of the training ones are not used.",
         "The licence was not checked on the real files.",
     ),
+    marks=("kos[0-9]*/Part*_label.bmp",),
 )  # fmt: skip
 LAYOUT = Layout(
     category=CATEGORY,

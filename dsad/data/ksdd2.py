@@ -19,6 +19,7 @@ ABOUT = About(
     counts={"kolektor_sdd2": (2085, 246, 894, 110)},
     protocols={"": "official, one-class"},
     remarks=("Training uses normal images only; methods with labels have 246 defective ones.",),
+    marks=("train/[0-9]*_GT.png", "test/[0-9]*_GT.png"),
 )  # fmt: skip
 LAYOUT = Layout(
     category="kolektor_sdd2",

@@ -3,12 +3,12 @@
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
-from dsad.data import files
+from dsad.data import about, files
 from dsad.data._places import CATEGORY, WORDS, images_below, walk
 
 _KEYS = {word: key for key, words in WORDS.items() for word in words.split()}
@@ -23,9 +23,9 @@ class Layout(NamedTuple):
 
 
 def of(path: str) -> Layout:
-    """The data set at a path: MVTec's layout, folders of good and bad images, good ones, a list.
+    """The data set at a path: a published one, folders of good and bad images, good ones, a list.
 
-    No image is decoded. Raises ConfigError for a path that is none of these.
+    No image is decoded. Raises ConfigError for a path that is none of these, or may be two.
     """
     top = pathlib.Path(path).expanduser()
     if top.is_file() and top.suffix in _LISTS:
@@ -37,6 +37,8 @@ def of(path: str) -> Layout:
             f"{path}: {what}; expected a folder of images, or a list of them "
             f"({', '.join(_LISTS)}).{suggestion(top.name, near)}"
         )
+    if found := about.recognised(top):
+        return Layout({"name": _published(path, found), "root": path})
     names = files.subfolders(top)
     if any((p / "train" / "good").is_dir() for p in (top, *(top / n for n in names))):
         return Layout({"name": "mvtec", "root": path})
@@ -58,6 +60,17 @@ def of(path: str) -> Layout:
         f"good, ok or normal, and perhaps bad and masks; found the folders {listed(names)}. Name "
         "them: --config.data.name=folder --config.data.normal=DIR --config.data.abnormal=DIR"
     )
+
+
+def _published(path: str, found: Mapping[str, str]) -> str:
+    """The first name of the one data set that was found."""
+    known = about.every()
+    if len(found) > 1:
+        names = " or ".join(f"--config.data.name={name}" for name in found)
+        titles = " or ".join(known[name].title for name in found)
+        raise ConfigError(f"{path}: {titles}, as {min(found.values())} shows; say which: {names}")
+    (name,) = found
+    return known[name].names(name)[0]
 
 
 def _roles(path: str, names: Sequence[str]) -> dict[str, str]:

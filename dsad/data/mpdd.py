@@ -16,6 +16,7 @@ ABOUT = About(
         "tubes": (122, 32, 69),
     },
     protocols={"": "official"},
+    marks=("bracket_*/train/good", "metal_plate/train/good"),
 )  # fmt: skip
 _NAME = r"(?P<stem>[^/]+)"
 LAYOUT = Layout(

@@ -19,6 +19,7 @@ import csv
 import functools
 import hashlib
 import importlib.resources
+import os
 import pathlib
 
 from dsad.core.types import Record
@@ -43,6 +44,7 @@ ABOUT = About(
         "Every tile was shot under about six exposures: a random cut puts twins into training.",
         "The masks of four images of MT_Uneven are empty.",
     ),
+    marks=("MT_*/Imgs",),
 )  # fmt: skip
 #: Normals for training and test of the published random split.
 RANDOM_SIZES = (761, 190)
@@ -115,6 +117,15 @@ def _grouped(normals: list[Record], faults: list[Fault]) -> tuple[set[str], set[
     return train, known - train
 
 
+def _rest(root: pathlib.Path, faults: list[Fault]) -> None:
+    """K9 of what lies beside the folders of images."""
+    known = {"": [f"MT_{defect}" for defect in COUNTS]}
+    for place, names in (known | {f"MT_{defect}/": ["Imgs"] for defect in COUNTS}).items():
+        for name in sorted(os.listdir(root / place)) if (root / place).is_dir() else []:
+            if name not in names and not files.is_text(name):
+                faults.append(files.ignored(f"{place}{name}", "no name of the layout"))
+
+
 def _check_counts(records: list[Record], config: DataConfig, faults: list[Fault]) -> None:
     for defect, expected in COUNTS.items():
         found = sum(r.path.startswith(f"MT_{defect}/") for r in records)
@@ -164,6 +175,7 @@ def scan(config: DataConfig) -> files.FileDataset:
             records, masks = _folder(root, defect, config, faults)
             found += records
             normal_masks |= masks
+        _rest(root, faults)
         _check_counts(found, config, faults)
     normals = [r for r in found if not r.label]
     train, test, facts = _cut(rule, normals, config, faults)
@@ -175,8 +187,7 @@ def scan(config: DataConfig) -> files.FileDataset:
         name=config.name, categories=(CATEGORY,), config=config, root=root, splits=splits,
         rule=MaskRule(threshold=127, values=None), faults=tuple(faults),
         protocol=files.protocol(
-            config, splits, licence="none stated; citation asked, research use",
-            dataset="MTD", **facts,
+            config, splits, licence=ABOUT.licence, dataset=ABOUT.title, **facts,
         ),
         normal_masks={p: m for p, m in normal_masks.items() if p in train or p in test},
         skipped={

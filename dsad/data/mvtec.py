@@ -60,6 +60,7 @@ class _Scan:
         self.faults.append(files.ignored(self.relative(path), reason))
 
     def category(self, name: str, folder: pathlib.Path) -> None:
+        self.loose(folder)
         for part in files.subfolders(folder):
             if part not in _PARTS:
                 self.ignored(folder / part, "not a folder of the layout")
@@ -80,9 +81,9 @@ class _Scan:
         return found
 
     def loose(self, folder: pathlib.Path) -> None:
-        """Files directly in a split folder belong to no class."""
+        """Files outside the folders of classes, but texts about the set."""
         for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if not file.is_dir():
+            if not file.is_dir() and not files.is_text(file.name):
                 self.ignored(file, "a file outside a class folder")
 
     def training(self, name: str, folder: pathlib.Path) -> None:
@@ -143,6 +144,7 @@ def _folders(root: pathlib.Path, scan: _Scan) -> dict[str, pathlib.Path]:
     if (root / "train").is_dir() or (root / "test").is_dir():
         return {files.folder_name(root): root}
     found = {}
+    scan.loose(root)
     for name in files.subfolders(root):
         if any((root / name / part).is_dir() for part in ("train", "test")):
             found[name] = root / name
@@ -175,7 +177,7 @@ def scan(config: DataConfig) -> files.FileDataset:
         normal_masks=found.normal_masks, skipped=skipped,
         protocol=files.protocol(
             config, splits,
-            licence="CC BY-NC-SA 4.0 (MVTec AD)" if official else files.licence(root),
+            licence="CC BY-NC-SA 4.0 (MVTec AD)" if official else files.licence(root, categories),
             dataset="MVTec AD" if official else f"{files.folder_name(root)} (MVTec AD layout)",
             split="official" if official else "as the folders give it",
         ),

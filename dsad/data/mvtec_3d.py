@@ -23,6 +23,7 @@ ABOUT = About(
     },
     protocols={"": "official, colour images alone"},
     remarks=("Numbers of methods that see the depths are not comparable.",),
+    marks=("*/train/good/rgb",),
 )  # fmt: skip
 
 

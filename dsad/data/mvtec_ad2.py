@@ -36,6 +36,7 @@ ABOUT = About(
         "A damaged rice/train/good/265_regular.png was reported of one download.",
         "That masks hold 0 and 255 alone was not checked on the real files.",
     ),
+    marks=("*/test_public",),
 )  # fmt: skip
 _SCENE = r"(?P<group>(?P<stem>\d+))_(?P<camera>[a-z]+(_\d+)?)"
 LAYOUT = Layout(

@@ -35,6 +35,7 @@ ABOUT = About(
         "The names of the keys in defects_config.json were not checked on the real files.",
         "Published numbers are means of one run on logical and one on structural anomalies.",
     ),
+    marks=("*/test/logical_anomalies", "*/ground_truth/logical_anomalies"),
 )  # fmt: skip
 LAYOUT = Layout(
     images=(

@@ -42,8 +42,6 @@ _LOST = {
     "validation": "no threshold can be set with normal images of",
     "test": "nothing can be measured on",
 }
-#: Texts that accompany data sets.
-_TEXTS = r"([^/]+/)?(?i:read_?me|licen[cs]e)[^/]*"
 _THREADS = 8
 
 
@@ -162,7 +160,10 @@ class _Tree:
             other = parts.setdefault(groups.get("part", ""), path)
             if other != path:
                 self.twice[path] = groups["category"], other
-        elif not any(re.fullmatch(pattern, full) for pattern in (*layout.aside, _TEXTS)):
+        elif not (
+            (full.count("/") < 2 and files.is_text(name))
+            or any(re.fullmatch(pattern, full) for pattern in layout.aside)
+        ):
             self.others.append(path)
 
     def report(self, categories: tuple[str, ...]) -> None:
@@ -332,7 +333,8 @@ def index(config: DataConfig, layout: Layout, about: About) -> files.FileDataset
     records = [r for records in splits.values() for r in records]
     skipped: dict[str, str] = {"K11": "labels come from the folders alone"}
     if layout.label != "kind":
-        skipped |= {check: "labels come from the masks" for check in ("K5", "K6", "K11")}
+        told = ("K5", "K6", "K11") if layout.label == "pixels" else ("K6", "K11")
+        skipped |= dict.fromkeys(told, "labels come from the masks")
     if not any(r.group for r in records):
         skipped["K13"] = "the layout names no groups"
     if not set(found.categories) & set(about.counts):
@@ -348,7 +350,8 @@ def index(config: DataConfig, layout: Layout, about: About) -> files.FileDataset
         skipped=skipped,
         protocol=files.protocol(
             config, {name: rs for name, rs in splits.items() if all(r.label >= 0 for r in rs)},
-            licence=f"{about.licence} ({about.title})" if itself else files.licence(root),
+            licence=f"{about.licence} ({about.title})" if itself
+            else files.licence(root, found.categories),
             dataset=about.title if itself else f"{files.folder_name(root)} ({about.title} layout)",
             split=split if itself else f"as the folders give it ({split})",
             masks=about.masks, citation=about.citation,

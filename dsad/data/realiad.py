@@ -119,6 +119,7 @@ ABOUT = About(
     },
     protocols={name: lists.split for name, lists in PUBLISHED.items()},
     remarks=("26,881 views of defective objects are labelled OK: their camera sees no defect.",),
+    marks=("*/OK/S[0-9]*/*_C[1-5]_*", "realiad_*"),
 )  # fmt: skip
 FAMILY = Family(
     about=ABOUT, lists=PUBLISHED, prefix="realiad_", categories=len(CATEGORIES), kinds=KINDS
@@ -327,9 +328,11 @@ class _Category:
         for path in sorted(self.files - self.listed.keys() - self.masks):
             file, view = pathlib.PurePosixPath(path), self._view(path)
             image = str(file.with_suffix(suffix))
-            if file.suffix == ".png" and image not in self.files:
+            if reason := files.stray(file.name, (suffix, ".png")):
+                self.faults.append(files.ignored(path, reason))
+            elif file.suffix == ".png" and image not in self.files:
                 self.faults.append(files.orphan_mask(path))
-            elif file.suffix in (suffix, ".png") and view and not files.stray(file.name):
+            elif file.suffix in (suffix, ".png") and view:
                 if view not in self.published.cameras:
                     continue  # of a camera that the list leaves out
                 if file.suffix == suffix:
@@ -338,8 +341,7 @@ class _Category:
                     text = "with a mask beside it that the list does not name: the mask is ignored"
                     self.many.add("K11", text, image)
             else:
-                reason = files.stray(file.name, (suffix, ".png")) or "no name of the layout"
-                self.faults.append(files.ignored(path, reason))
+                self.faults.append(files.ignored(path, "no name of the layout"))
 
 
 def _kind(code: str) -> str:

@@ -38,6 +38,7 @@ ABOUT = About(
         "Layout and counts are those of public programs and were not verified on the files.",
         "Views of defective objects without a mask count as normal.",
     ),
+    marks=("*/OK/S[0-9]*/*_C[1-5]_*", "realiadvariety_*"),
 )  # fmt: skip
 FAMILY = realiad.Family(
     about=ABOUT, lists={"": _LISTS}, prefix="realiadvariety_", categories=160, suffix=".png",

@@ -72,6 +72,7 @@ ABOUT = About(
         "Training images of the 2-class setups are test images of the 1-class one.",
         "Half of the defects of macaroni2 vanish at 256 pixels.",
     ),
+    marks=("*/Data/Images/Anomaly", "split_csv/[12]cls*.csv"),
 )  # fmt: skip
 _LABELS = {"normal": ("Normal", 0), "anomaly": ("Anomaly", 1)}
 _COPY = "Copy the published CSV again."
@@ -157,9 +158,12 @@ class _Setup:
                 text = f"a mask, {mask}, is listed for a normal image. {_COPY}"
                 self.faults.append(error("K1", path, text))
             return False
-        if mask in self.files:
-            return True
         image = pathlib.PurePosixPath(path)
+        if mask in self.files:
+            if pathlib.PurePosixPath(mask).stem != image.stem:
+                text = f"its mask has another stem in {self.file.name}, which is followed: {mask}. "
+                self.faults.append(warning("K11", path, f"{text}{_COPY}"))
+            return True
         usual = f"{image.parts[0]}/Data/Masks/Anomaly/{image.stem}.png"
         expected = mask or f"{usual} (the CSV has none)"
         allowed = self.config.missing_masks == "image_only"
@@ -171,24 +175,28 @@ class _Setup:
         masks = {mask for records in self.splits.values() for r in records for mask in r.masks}
         images = {pathlib.PurePosixPath(path).stem for path in self.listed}
         for path in sorted(self.files - self.listed.keys() - masks):
-            if "/Data/Masks/" in path and pathlib.PurePosixPath(path).stem not in images:
+            if reason := files.stray(path.rpartition("/")[2]):
+                self.faults.append(files.ignored(path, reason))
+            elif "/Data/Masks/" in path and pathlib.PurePosixPath(path).stem not in images:
                 self.faults.append(files.orphan_mask(path))
             else:
-                reason = files.stray(path.rpartition("/")[2]) or f"not in {self.file.name}"
-                self.faults.append(files.ignored(path, reason))
+                self.faults.append(files.ignored(path, f"not in {self.file.name}"))
 
-    def counts(self, setup: str) -> None:
-        """K12 by object."""
+    def official(self, setup: str) -> bool:
+        """K12 by object: whether all counts are the published ones."""
         found = Counter(
             (r.category, split, r.label) for split, rs in self.splits.items() for r in rs
         )
         every = published(setup)
+        same = [name in every for name in self.categories]
         for name in (name for name in self.categories if name in every):
             counts = tuple(found[name, split, label] for split in self.splits for label in (0, 1))
-            if counts != every[name]:
+            same.append(counts == every[name])
+            if not same[-1]:
                 text = f"{counts[0]}+{counts[1]} training and {counts[2]}+{counts[3]} test images "
                 text += "(normal + anomalous); VisA has {}+{} and {}+{}.".format(*every[name])
                 self.faults.append(files.miscounted(self.config, name, text))
+        return bool(same) and all(same)
 
 
 def scan(config: DataConfig) -> files.FileDataset:
@@ -205,7 +213,7 @@ def scan(config: DataConfig) -> files.FileDataset:
         found.faults.append(error("K0", f"split_csv/{SETUPS[setup]}", text))
     else:
         found.read()
-        found.counts(setup)
+    official = found.official(setup)
     known = set(found.categories) & set(_NORMALS)
     if found.categories and not known:
         text = f"no object of VisA: {listed(found.categories)}."
@@ -216,7 +224,10 @@ def scan(config: DataConfig) -> files.FileDataset:
         rule=MaskRule(threshold=0, values=None), faults=tuple(found.faults),
         skipped={"K4": ABOUT.masks, "K13": "the layout names no groups"},
         protocol=files.protocol(
-            config, splits, licence=f"{ABOUT.licence} (VisA)", dataset="VisA",
-            split=ABOUT.protocols[setup], masks=ABOUT.masks, citation=ABOUT.citation,
+            config, splits,
+            licence=f"{ABOUT.licence} (VisA)" if official else files.licence(root),
+            dataset="VisA" if official else f"{files.folder_name(root)} (VisA layout)",
+            split=ABOUT.protocols[setup] if official else f"as {SETUPS[setup]} gives it",
+            masks=ABOUT.masks, citation=ABOUT.citation,
         ),
     )  # fmt: skip

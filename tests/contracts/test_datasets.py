@@ -9,6 +9,7 @@ its training has labelled defects; ``MASKED = False`` that its defects have no m
 
 import dataclasses
 import importlib
+import pathlib
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ import pytest
 from dsad.core.config import members
 from dsad.core.errors import ConfigError
 from dsad.core.types import Dataset
-from dsad.data import about
-from dsad.data.base import load
+from dsad.data import about, deeppcb, mtd, realiad, visa
+from dsad.data.base import DataConfig, load
 from dsad.data.checks import check
 
 CASES = {m: importlib.import_module(f"tests.contracts.datasets.{m}") for m in members("data")}
@@ -131,6 +132,48 @@ def test_every_split_is_sorted_and_apart(config, data):
         assert labels <= ({0, 1} if split in mixed else {0}) or labels == {-1}
 
 
+#: Published images of all categories, as the papers and archives say in all.
+TOTALS = {
+    "mvtec": (3629, 467, 1258, 73), "mvtec_ad2": (2528, 302, 379, 705, 2045, 2045),
+    "mvtec_loco": (1778, 305, 575, 561, 432), "mvtec_3d": (2656, 294, 249, 948),
+    "mpdd": (888, 176, 282), "btad": (1799, 451, 290), "visa": (8659, 962, 1200),
+    "ksdd": (347, 52), "ksdd2": (2085, 246, 894, 110), "dagm": (7004, 1046, 6996, 1054),
+    "mtd": (1344,), "deeppcb": (1000, 500, 500), "dtd": (47, 5640), "imagenet": (1000, 1_281_167),
+    "realiad": (36_465, 114_585, 51_329), "realiad_variety": (19_955, 178_995),
+    "autovi": (1523, 1521, 878, 12), "adam3d": (), "kaputt": (),
+}  # fmt: skip
+
+
+def test_published_counts_sum_up_to_the_published_totals():
+    assert {name: tuple(a.totals.values()) for name, a in about.every().items()} == TOTALS
+    setups = {
+        s: tuple(map(sum, zip(*visa.published(s).values(), strict=True))) for s in visa.SETUPS
+    }
+    assert setups == {
+        "": (8659, 0, 962, 1200), "highshot": (5773, 720, 3848, 480),
+        "fewshot": (1924, 240, 7697, 960),
+    }  # fmt: skip
+    single = realiad.PUBLISHED["single"]
+    assert (single.train, single.test, single.bad) == (10_408, 19_802, 9_415)
+    assert realiad.PUBLISHED[""].unseen == 26_881
+    boxes = {name: sum(kinds) for name, (_, kinds) in deeppcb.PUBLISHED.items()}
+    assert boxes == {"trainval": 6873, "test": 3140}
+    assert mtd.COUNTS["Free"] == 952 == sum(mtd.RANDOM_SIZES) + 1
+
+
+#: Licences, or what is asked where there is none, that are not CC BY-NC-SA 4.0.
+OTHER_LICENCES = {
+    "visa": "CC BY 4.0", "mtd": "none stated; citation asked", "deeppcb": "research only",
+    "dtd": "research use", "imagenet": "research only", "kaputt": "CC BY-NC-ND 4.0",
+    "dagm": "see the owner's page", "realiad_variety": "not verified",
+}  # fmt: skip
+
+
+def test_licences():
+    for name, item in about.every().items():
+        assert OTHER_LICENCES.get(name, "CC BY-NC-SA 4.0") in item.licence, name
+
+
 def test_what_is_known_of_published_sets():
     known = about.every()
     assert set(known) == set(members("data")) - set(about.UNPUBLISHED)
@@ -143,6 +186,22 @@ def test_what_is_known_of_published_sets():
         rows = [*item.counts.values(), *item.also.values()]
         assert all(len(row) == len(item.columns) for row in rows)
         assert item.also.keys() <= item.counts.keys()
+
+
+def test_the_root_of_a_published_set_is_recognised(config):
+    module, known = config.name.partition(":")[0], about.every()
+    found = about.recognised(pathlib.Path(config.root))
+    if module not in known or module == "mvtec":
+        assert not found
+        return
+    others = {name for name in found if known[name].marks != known[module].marks}
+    assert found.keys() - others == {n for n in known if known[n].marks == known[module].marks}
+    assert others <= {"realiad", "realiad_variety"}  # both have their images in OK/S0001
+    for wrong in {"mvtec", "folder", "btad", "visa"} - {module}:
+        if wrong == "folder" and known[module].masks == "none":
+            continue  # all of its images are normal
+        with pytest.raises(ConfigError, match=f"name: expected .*{module}.* holds .* shows"):
+            load(DataConfig(name=wrong, root=config.root))
 
 
 def test_unknown_names(data):

@@ -13,11 +13,11 @@ from rich.console import Console
 from dsad.cli import main
 from dsad.cli.check_data import _table, data_config, run
 from dsad.core.errors import ConfigError
-from dsad.data import layout
+from dsad.data import about, layout
 from dsad.data.base import DataConfig, SyntheticConfig, indexed, load
 from dsad.data.checks import REMEDIES, TITLES, CheckReport, Row, check
 from dsad.terminal import flags
-from tests.data import trees
+from tests.data import published_trees, trees
 
 
 def printed(config, width=40):
@@ -61,6 +61,13 @@ def test_no_size_is_cut_at_80_columns(tmp_path):
     assert max(map(len, rows.splitlines())) <= 80
     for span in ("24–2468", "×16–1357"):
         assert span in rows.split()
+
+
+def test_nothing_is_said_to_be_sound_where_there_is_no_image(tmp_path):
+    code, text = printed(DataConfig(name="imagenet", root=str(tmp_path)), 120)
+    assert code == 1
+    assert ": ok" not in text
+    assert "published ones: does not apply: no image was found" in text
 
 
 def test_warnings_do_not_fail(tmp_path):
@@ -180,6 +187,36 @@ def test_other_layouts_are_known_and_what_is_none_is_refused(tmp_path):
             layout.of(str(tmp_path / path))
 
 
+@pytest.mark.parametrize("name", ["mvtec_ad2", "mvtec_loco", "mpdd", "btad", "ksdd2", "dagm"])
+def test_published_sets_are_taken_by_their_names(tmp_path, name):
+    published_trees.write(name, tmp_path)
+    assert layout.of(str(tmp_path)).keys == {"name": name, "root": str(tmp_path)}
+
+
+def test_a_set_with_variants_or_twins(tmp_path):
+    trees.mtd(tmp_path / "tiles", ["MT_Free/Imgs/a.jpg", "MT_Fray/Imgs/b.jpg"])
+    assert layout.of(f"{tmp_path}/tiles").keys["name"] == "mtd:grouped"
+    published_trees.write("mvtec_3d", tmp_path / "cloud")
+    with pytest.raises(ConfigError, match="say which: .*name=adam3d or .*name=mvtec_3d"):
+        layout.of(f"{tmp_path}/cloud")
+
+
+def test_a_wrong_name_is_refused_with_the_right_one(tmp_path, capsys):
+    for name in ("mvtec_ad2", "mpdd"):
+        root = published_trees.write(name, tmp_path / name).root
+        data = ["check-data", "--config.data.name=mvtec", f"--config.data.root={root}"]
+        assert main.main(data) == 2
+        told = capsys.readouterr().err
+        assert f"config.data.name: expected {name}, found 'mvtec'. {root} holds MPDD" in told or (
+            f"config.data.name: expected {name}, found 'mvtec'. {root} holds MVTec AD 2" in told
+        )
+    root = trees.visa(tmp_path / "visa").root
+    with pytest.raises(ConfigError, match="expected visa or visa:highshot or .*holds VisA, as"):
+        indexed(DataConfig(name="folder", root=root))
+    own = DataConfig(name="folder", normal=f"{root}/candle/Data/Images/Normal")
+    assert indexed(own).source("train")  # named by hand
+
+
 def test_images_beside_the_folders_of_categories_are_told_of(tmp_path):
     for i, name in enumerate(("a/ok/0", "b/ok/0", "b/lose", "c")):
         trees.save(tmp_path / f"{name}.png", trees.pixels(i))
@@ -272,6 +309,20 @@ def test_strict_is_short_for_the_key(tmp_path, capsys):
     assert main.main(data) == 0
     assert main.main([*data, "--strict"]) == 1
     assert "error   bottle: [K12]" in capsys.readouterr().out
+
+
+def test_the_list_tells_what_is_not_known_for_sure(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main.main(["check-data", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    whole = " ".join(text.split())
+    for name, item in about.every().items():
+        assert main.main(["check-data", "--list", f"--config.data.name={name}"]) == 0
+        one = capsys.readouterr().out
+        for fact in (item.licence, item.citation, *item.remarks):
+            assert fact in whole
+            assert fact in " ".join(one.split())
 
 
 def test_every_check_says_what_to_do():

@@ -115,8 +115,18 @@ def test_without_lists_pairs_are_cut_by_the_seed(tree):
     assert [len(data.splits[s]) for s in ("train", "test")] == [2, 4]
     assert data.protocol["split"].startswith("no lists: a third, by seed 0, is tested; one-class")
     assert any("no trainval.txt and test.txt" in f.message for f in data.faults)
+    assert [f.path for f in data.faults if f.check == "K12"] == ["trainval", "test"]
     others = {load(config(tree, seed=seed)).splits["train"] for seed in range(9)}
     assert len(others) > 1
+
+
+def test_one_list_alone_is_no_reason_to_cut_anew(tree):
+    (tree / "PCBData/test.txt").unlink()
+    with pytest.raises(
+        FaultError, match=r"test\.txt: \[K0\] no such file, though the other"
+    ) as stop:
+        load(config(tree))
+    assert len(stop.value.faults) == 1
 
 
 def test_counts_of_pairs_and_boxes(tree):

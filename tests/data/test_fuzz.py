@@ -186,6 +186,14 @@ def test_damaged_sets(fuzz, part):
     assert len(fuzz.counts) > 2
 
 
+#: Cases that found a defect once: a tar that an error did not name.
+KNOWN = (1598, 1771, 2786, 4087)
+
+
+def test_cases_that_found_a_defect(fuzz):
+    _run(fuzz, KNOWN)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_many_damaged_sets(fuzz, part):

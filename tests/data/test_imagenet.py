@@ -8,6 +8,7 @@ import pytest
 from dsad.core.errors import ConfigError, DataError
 from dsad.data import imagenet, records_builder
 from dsad.data.base import DataConfig, load
+from dsad.data.checks import check
 from tests.data import trees
 
 KINDS = ("tar", "tars", "folder")
@@ -99,6 +100,17 @@ def test_an_inner_tar_cut_short(tmp_path):
     (tmp_path / imagenet.ARCHIVE).write_bytes(trees.tar(tars))
     with pytest.raises(DataError, match=r"n00000010.tar: \[K8\] not a whole tar file"):
         load(DataConfig(name="imagenet", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["tar", "tars"])
+def test_damage_inside_an_image_names_its_tar(tmp_path, kind):
+    config = trees.imagenet(tmp_path, kind)
+    name = imagenet.ARCHIVE if kind == "tar" else "n00000002.tar"
+    file, image = tmp_path / name, trees.imagenet_files()["n00000002/n00000002_7.JPEG"]
+    file.write_bytes(file.read_bytes().replace(image, image[:20] + bytes(len(image) - 20)))
+    (found,) = (f for f in check(config).faults if f.severity == "error")
+    assert (found.check, found.path) == ("K8", "n00000002/n00000002_7.JPEG")
+    assert found.message.endswith(f"copy it again. It lies in {name}.")
 
 
 def test_a_tar_that_changed_since(tmp_path):

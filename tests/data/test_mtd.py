@@ -29,6 +29,22 @@ def tree(tmp_path):
     return tmp_path
 
 
+def test_what_lies_beside_the_folders_of_images_is_told(tree):
+    before = {f.path for f in check(DataConfig(name="mtd:random", root=str(tree))).faults}
+    trees.mtd(tree, ["MT_Rust/Imgs/a.jpg", "MT_Free/b.jpg"])
+    for name in ("groups.csv", "README.md", "MT_Fray/license.txt"):
+        (tree / name).write_text("x")
+    faults = check(DataConfig(name="mtd:random", root=str(tree))).faults
+    assert {f.path for f in faults} - before == {
+        "MT_Rust", "MT_Free/b.jpg", "MT_Free/b.png", "groups.csv"
+    }  # fmt: skip
+
+
+def test_the_stamp_has_the_licence_that_is_known(tree):
+    told = load(DataConfig(name="mtd:random", root=str(tree))).protocol
+    assert (told["licence"], told["dataset"]) == (mtd.ABOUT.licence, "MTD")
+
+
 def test_group_list_is_the_whole_set_and_disjoint():
     rows = mtd.group_list()
     assert len(rows) == 1344

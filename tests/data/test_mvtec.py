@@ -244,6 +244,27 @@ def test_mode_that_would_lose_information(tmp_path, write, mode):
     assert check(allowed).ok
 
 
+def test_images_outside_the_folders_of_the_layout_are_told(tmp_path):
+    config = trees.mvtec(tmp_path)
+    for name in ("extra.png", "disc/extra.png", "license.txt", "disc/readme.txt"):
+        (tmp_path / name).write_text("x")
+    paths = [f.path for f in check(config).faults]
+    assert paths == ["disc/extra.png", "extra.png"]
+    alone = check(DataConfig(name="mvtec", root=str(tmp_path / "disc"))).faults
+    assert [f.path for f in alone] == ["extra.png"]
+
+
+def test_licences_of_categories_are_named(tmp_path):
+    config = trees.mvtec(tmp_path)
+    assert load(config).protocol["licence"] == "not stated in the data folder"
+    for name in ("plate/Licence", "disc/license.txt"):
+        (tmp_path / name).write_text("x")
+    told = load(config).protocol["licence"]
+    assert told == "see disc/license.txt, plate/Licence in the data folder"
+    (tmp_path / "LICENSE").write_text("x")
+    assert load(config).protocol["licence"] == "see LICENSE in the data folder"
+
+
 def test_stray_files_are_ignored_with_a_warning(tmp_path):
     config = trees.mvtec(tmp_path)
     good = tmp_path / "disc/train/good"

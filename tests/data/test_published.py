@@ -300,6 +300,14 @@ def test_dagm_drops_defects_from_training(tmp_path):
     assert "2 anomalous training images are not used" in data.protocol["split"]
 
 
+def test_an_empty_mask_of_dagm_is_looked_for(tmp_path):
+    label = "Class1/Test/Label/0003_label.PNG"
+    report = check(write("dagm", tmp_path, more={label: EMPTY}))
+    assert [f.path for f in report.faults if f.check == "K5"] == [label]
+    assert "K5" not in report.skipped
+    assert "K5" in check(write("ksdd2", tmp_path / "x")).skipped
+
+
 def test_ksdd_is_cut_by_commutator(tmp_path):
     config = write("ksdd", tmp_path)
     cuts = set()

@@ -50,6 +50,14 @@ FOLDER = "audiojack/NG/BX/S0001/"
 FILE = FOLDER + "audiojack_0001_NG_BX_C{}_20231021130235.{}"
 
 
+def test_files_of_the_system_and_copies_beside_images_are_no_masks(tree):
+    name = FILE.format(1, "png").rpartition("/")[2]
+    for stray in (f"._{name}", ".DS_Store", name.replace(".png", " (copy).png")):
+        (tree / "realiad_512" / FOLDER / stray).write_bytes(b"x")
+    assert errors(tree) == []
+    assert [kind for kind, *_ in faults(tree)].count("K9") == 3
+
+
 def test_multi_view(tree):
     data = load(config(tree))
     train, test = data.source("train"), data.source("test")

@@ -33,6 +33,23 @@ def faults(tree, severity="error", name="visa", **kwargs):
     return [(f.check, f"{f.path}: {f.message}") for f in found if f.severity == severity]
 
 
+def test_files_of_the_system_and_copies_beside_masks_are_no_masks(tree):
+    for name in (".DS_Store", "._000.png", "Thumbs.db", "000 (copy).png"):
+        (tree / "candle/Data/Masks/Anomaly" / name).write_bytes(b"x")
+    assert faults(tree) == []
+    assert [kind for kind, _ in faults(tree, "warning")].count("K9") == 4
+
+
+def test_masks_of_other_images_are_told_of(tree):
+    rows = [row for row in trees.visa_rows() if row["mask"]]
+    number = trees.visa_rows().index(rows[0])
+    edit(tree, number, mask=rows[1]["mask"])
+    assert faults(tree) == []
+    (told,) = (text for kind, text in faults(tree, "warning") if kind == "K11")
+    assert told.startswith(f"{rows[0]['image']}: its mask has another stem in 1cls.csv")
+    assert rows[1]["mask"] in told
+
+
 def test_one_class(tree):
     data = load(config(tree))
     assert data.categories == ("candle", "pcb1")
@@ -42,7 +59,17 @@ def test_one_class(tree):
     np.testing.assert_array_equal(test[1].mask, trees.mask() > 0)  # of class 7
     # The same stem in Normal and Anomaly is no fault.
     assert faults(tree) == []
-    assert data.protocol["licence"] == "CC BY 4.0 (VisA)"
+
+
+def test_only_published_counts_are_stamped_as_the_set_itself(tree, monkeypatch):
+    told = load(config(tree)).protocol
+    assert told["dataset"].endswith("(VisA layout)")
+    assert told["licence"] == "not stated in the data folder"
+    counts = {"candle": (3, 0, 2, 3), "pcb1": (3, 0, 2, 3)}
+    monkeypatch.setattr(visa, "published", lambda setup: counts)
+    told = load(config(tree)).protocol
+    assert (told["dataset"], told["licence"]) == ("VisA", "CC BY 4.0 (VisA)")
+    assert told["split"] == "published, 1-class"
 
 
 def test_two_classes_train_on_labelled_defects_and_fit_on_normal_ones(tree):
