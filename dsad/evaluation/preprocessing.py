@@ -20,7 +20,7 @@ _OUTSIDE = "; what lies outside of it is not inspected, and no pixel of it is me
 _SAID = {
     "stretched": f"{_PILLOW}aspect ratio not kept, larger and smaller images alike",
     "longer": f"{_PILLOW}aspect ratio kept, the whole image in the middle of the input; the rest "
-    "repeats its border and is left out of fits and scores",
+    "repeats its border and does not count",
     "shorter": f"{_PILLOW}aspect ratio kept, the middle of the image fills the input{_OUTSIDE}",
     "windows": f"{_PILLOW}aspect ratio kept, the image at its scale in overlapping windows; each "
     "place counts in the window in which it lies most central, and an image has the highest score "

@@ -7,6 +7,7 @@ begin at whole cells: then nothing but the way through the inputs differs.
 import dataclasses
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 import dsad
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.detectors import knn, patchcore
+from dsad.detectors import knn, padim, patchcore
+from dsad.evaluation import fitting, stamp
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.evaluation.support import Sampling, SupportConfig
 from tests.evaluation.test_localize import Planted
@@ -155,6 +157,25 @@ def test_memory_of_a_large_picture_is_that_of_a_batch_of_windows(tmp_path):
 
     small, large = peak(448, 760, count=6), peak(4224, 1056, count=1)  # 2 × 4 windows, 6 times
     assert large < 1.2 * small, f"{large / 2**20:.0f} MB, and {small / 2**20:.0f} MB of 8 windows"
+
+
+def test_detectors_of_positions_warn_of_windows_and_stamps_tell_of_borders():
+    detector = padim.build(padim.Config(layers=("colour",), channels=0))
+    for way, warned in (("windows", True), ("longer", False)):
+        config = EvalConfig(gallery=0, **WAYS[way])
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            fitting.supports(detector, Planted(), ("disc",), config, Sampling())
+        assert any("a place of a window" in str(x.message) for x in seen) is warned
+        knn_says, padim_says = (
+            stamp.make_stamp(
+                Planted(), ("disc",), config=config, detector=x, backbone=CELLS,
+                key=jax.random.key(0),
+            )["preprocessing"]["uncounted"]
+            for x in (DETECTORS["knn"], detector)
+        )  # fmt: skip
+        assert knn_says == "left out of fit and image score"
+        assert "does not leave it out" in padim_says
 
 
 def test_refused():
