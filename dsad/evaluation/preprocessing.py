@@ -108,7 +108,11 @@ class Preprocessing(Settings, place="preprocessing"):
 
     def check(self) -> None:
         if self.crop < 1 and self.method not in ("stretched", "shorter"):
-            raise Refused("crop", f'1 with method "{self.method}"', self.crop)
+            raise Refused("crop", f'1 for "{self.method}" images', self.crop)
+        if self.scale != 1 and self.method != "windows":
+            raise Refused(
+                "scale", f'1 for "{self.method}" images, other than "windows"', self.scale
+            )
         if self.method == "windows" and 2 * self.overlap >= min(self.size):
             expected = f"less than half of the smaller side of the input, {min(self.size)}"
             raise Refused("overlap", expected, self.overlap)

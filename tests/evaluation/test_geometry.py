@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 
 import dsad
+from dsad.core.config import build_dataclass
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.detectors import knn, padim, patchcore
@@ -179,5 +180,12 @@ def test_detectors_of_positions_warn_of_windows_and_stamps_tell_of_borders():
 
 
 def test_refused():
-    with pytest.raises(ConfigError, match="overlap"):
-        EvalConfig(image_size=36, resize="windows", overlap=18)
+    """By the keys that there are, also while the size is the backbone's own."""
+    for settings, key in (
+        ({"image_size": 36, "resize": "windows", "overlap": 18}, "overlap"),
+        ({"image_size": 36, "resize": "longer", "crop": 0.9}, "crop"),
+        ({"image_size": 0, "resize": "windows", "crop": 0.9}, "crop"),
+        ({"image_size": 0, "scale": 0.5}, "scale"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^config\.evaluation\.{key}: expected"):
+            build_dataclass(EvalConfig, settings, "config.evaluation")
