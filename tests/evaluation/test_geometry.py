@@ -7,6 +7,7 @@ begin at whole cells: then nothing but the way through the inputs differs.
 import dataclasses
 import subprocess
 import sys
+import types
 import warnings
 
 import jax
@@ -16,10 +17,12 @@ import pytest
 
 import dsad
 from dsad.core.config import build_dataclass
+from dsad.core.detection import DetectorTraits
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.detectors import knn, padim, patchcore
 from dsad.evaluation import fitting, stamp
+from dsad.evaluation.compiled import Device
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.evaluation.support import Sampling, SupportConfig
 from tests.evaluation.test_localize import Planted
@@ -177,6 +180,16 @@ def test_detectors_of_positions_warn_of_windows_and_stamps_tell_of_borders():
         )  # fmt: skip
         assert knn_says == "left out of fit and image score"
         assert "does not leave it out" in padim_says
+
+
+def test_windows_that_are_trained_on_take_no_bank_of_images():
+    detector = types.SimpleNamespace(
+        layers=("colour",), traits=DetectorTraits(trains_on="images"), score=max
+    )
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    Device(CELLS, detector, EvalConfig(**WAYS["longer"]), mesh, [None])
+    with pytest.raises(ConfigError, match="no wrapper"):
+        Device(CELLS, detector, EvalConfig(**WAYS["windows"]), mesh, [None])
 
 
 def test_refused():
