@@ -336,19 +336,25 @@ def check(
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         return [f"{folder}: no such folder; expected one that holds {MAPS}."]
+    if meant := _meant(folder):
+        return [f"{folder}: holds no {MAPS}, but {meant} does. Name that folder."]
     names = expected(PUBLISHED if counts is None else counts)
     trees = [tree for tree in SUFFIXES if tree == MAPS or (folder / tree).exists()]
     wanted = {f"{tree}/{name}{SUFFIXES[tree]}" for tree in trees for name in names}
     folders = {str(above) for path in wanted for above in pathlib.PurePosixPath(path).parents}
-    found, faults = set(), []
+    found, foreign = set(), collections.defaultdict(list)
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder).as_posix()
         if path.is_dir() and place in folders:
             continue
         found.add(place)
         if place not in wanted:
-            faults.append(f"{place}: no part of a submission. Remove it.")
-    faults = absent(found, wanted) + faults
+            foreign[path.parent].append(place)
+    faults = absent(found, wanted)
+    for places in foreign.values():
+        more = f", and {len(places) - 1} more there" if len(places) > 1 else ""
+        advice = "Remove them." if more else "Remove it."
+        faults.append(f"{places[0]}{more}: no part of a submission. {advice}")
 
     def look(name: str) -> list[str]:
         there = [tree for tree in trees if f"{tree}/{name}{SUFFIXES[tree]}" in found]
@@ -358,6 +364,15 @@ def check(
         faults += lines
         progress(i + 1, len(names), f"{len(faults)} faults")
     return faults
+
+
+def _meant(folder: pathlib.Path) -> pathlib.Path | None:
+    """The folder that holds the maps, where that is next to the given one."""
+    if (folder / MAPS).is_dir():
+        return None
+    above = folder.resolve().parent
+    near = [p for p in sorted(folder.iterdir()) if (p / MAPS).is_dir()]
+    return above if folder.resolve() == above / MAPS else next(iter(near), None)
 
 
 def _faults_of(

@@ -95,6 +95,7 @@ def _checked(folder, counts, shapes, out) -> int:
         faults = submission.check(folder, counts, shapes, tell)
     for line in faults:
         out.print(line)
-    verdict = f"{len(faults)} faults: the server will refuse it" if faults else "no fault"
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    verdict = f"{count}: the server will refuse it" if faults else "no fault"
     out.print(f"{folder}: {verdict}.")
     return 1 if faults else 0

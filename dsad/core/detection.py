@@ -100,6 +100,8 @@ class DetectorTraits:
     each other: such a state is of no use elsewhere. ``tokens``: vectors of whole images that it
     reads beside its layers, see ``HasTokens``.
     ``least_images``: normal images without which its fit is sure to fail.
+    ``positions``: what it learns belongs to places of the input. ``leaves_out``: what does not lie
+    inside (``Inside``) has no part in its fit and its image score.
     """
 
     patches: str = ""
@@ -110,6 +112,8 @@ class DetectorTraits:
     fits_on: Literal["normals", "test"] = "normals"
     tokens: tuple[str, ...] = ()
     least_images: int = 1
+    positions: bool = False
+    leaves_out: bool = False
 
 
 @runtime_checkable

@@ -46,6 +46,9 @@ class FeatureDetector(Generic[C]):
     """
 
     config: C
+    #: As of ``DetectorTraits``, where no config decides it.
+    _positions: ClassVar[bool] = False
+    _leaves_out: ClassVar[bool] = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -57,8 +60,9 @@ class FeatureDetector(Generic[C]):
         """How its maps are smoothed and summed up."""
         cfg = self.config
         return DetectorTraits(
-            sigma=cfg.sigma, image_score=cfg.image_score, image_share=cfg.image_share
-        )
+            sigma=cfg.sigma, image_score=cfg.image_score, image_share=cfg.image_share,
+            positions=self._positions, leaves_out=self._leaves_out,
+        )  # fmt: skip
 
     def fit(
         self,

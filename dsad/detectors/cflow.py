@@ -136,6 +136,8 @@ class Flows(Trainable):
 class Cflow(TrainedDetector[Config]):
     """The detector; its state is {"flows", "rotations": {layer: ...}, "tops": (levels,)}."""
 
+    _positions = True
+
     def objective(self, specs: Tree, backbone: Backbone | None) -> Trainable:
         """The flows of all levels."""
         return Flows(self.config, specs)

@@ -38,6 +38,8 @@ class Config(DetectorConfig):
 class FeatureNorm(FeatureDetector[Config]):
     """The detector; its state is empty."""
 
+    _leaves_out = True
+
     def _fit(
         self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress
     ) -> Tree:

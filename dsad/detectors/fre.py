@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from dsad.core.config import field
-from dsad.core.detection import DetectorTraits, FeatureSource, Inside, Scores
+from dsad.core.detection import DetectorTraits, FeatureSource, Inside, Scores, within
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, select
@@ -78,8 +78,11 @@ class Fre(FeatureDetector[Config]):
 
     @property
     def traits(self) -> DetectorTraits:
-        """A single image has no variance."""
-        return dataclasses.replace(super().traits, least_images=2)
+        """A single image has no variance; of maps as vectors every place is a part."""
+        whole = self.config.mode == "image"
+        return dataclasses.replace(
+            super().traits, least_images=2, positions=whole, leaves_out=not whole
+        )
 
     def embed(self, features: FeatureMaps) -> dict[str, jax.Array]:
         """Pooled maps {layer: (b, gh, gw, d)} of a batch."""
@@ -126,7 +129,8 @@ class Fre(FeatureDetector[Config]):
         maps, image = [], []
         for name, values in self.embed(features).items():
             errors = state[name]["weight"] * self._errors(state[name], values)
-            image.append(jnp.sum(errors, axis=(1, 2)))
+            counted = errors if inside is None else errors * within(inside, errors.shape[1:])
+            image.append(jnp.sum(counted, axis=(1, 2)))
             grid = maps[0].shape[1:] if maps else errors.shape[1:]
             if errors.shape[1:] != grid:
                 share = errors.shape[1] * errors.shape[2] / (grid[0] * grid[1])
@@ -167,7 +171,8 @@ class Fre(FeatureDetector[Config]):
         for part in parts:
             images += len(part.index)
             for name in self.layers:
-                rows = part.values[name].reshape(-1, part.values[name].shape[3])
+                values = part.values[name]
+                rows = values.reshape(-1, values.shape[3])[part.counted(values.shape[1:3]).ravel()]
                 moments.setdefault(name, Moments(rows)).add(rows)
         found = {n: ((len(m.shift),), m.subspace(self._count)) for n, m in moments.items()}
         return images, found

@@ -79,7 +79,11 @@ class Gde(FeatureDetector[Config]):
         """The patches that its maps are laid out for, and the images that span its components."""
         least = max(2, self.config.components + 1) if self.config.per_position else 1
         patches = f"{self.config.patch}/{self.config.stride}"
-        return dataclasses.replace(super().traits, patches=patches, least_images=least)
+        positions = self.config.per_position
+        return dataclasses.replace(
+            super().traits, patches=patches, least_images=least, positions=positions,
+            leaves_out=not positions,
+        )  # fmt: skip
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Unit vectors (b, gh, gw, d) of the joined layers."""
@@ -153,11 +157,13 @@ class Gde(FeatureDetector[Config]):
         mean, axes = jnp.asarray(total.mean, jnp.float32), jnp.asarray(basis, jnp.float32)
         fourth = 0.0
         for block in blocks:
-            values = block.values[np.isin(block.index, chosen)]
-            if len(values):
-                fourth += float(_fourth(jnp.asarray(values), mean, axes)) * len(values)
-        images = len(chosen)
-        principal = gaussian.Principal(total.mean, basis, variances, np.asarray(fourth / images))
+            used = np.isin(block.index, chosen)
+            if used.any():
+                values, counted = block.values[used], _counted(block)[used]
+                means = _fourth(jnp.asarray(values), jnp.asarray(counted), mean, axes)
+                fourth += float(np.asarray(means, np.float64) @ counted.sum(axis=1))
+        mean_fourth = np.asarray(fourth / total.count)
+        principal = gaussian.Principal(total.mean, basis, variances, mean_fourth)
         return self._state(principal, total.count, depth)
 
     def _components(self, count: int, depth: int, category: str) -> int:
@@ -252,8 +258,10 @@ def _moments(
     total = None
     for block in blocks:
         seen.append(block.index)
-        values = block.values if chosen is None else block.values[np.isin(block.index, chosen)]
-        rows = values.reshape(-1, values.shape[-1])
+        counted = _counted(block)
+        if chosen is not None:
+            counted = counted & np.isin(block.index, chosen)[:, None]
+        rows = block.values.reshape(-1, block.values.shape[-1])[counted.ravel()]
         for at in range(0, len(rows), ROWS):
             part = gaussian.moments(rows[at : at + ROWS])
             total = part if total is None else gaussian.merge(total, part)
@@ -267,15 +275,23 @@ def _lowest(key: jax.Array, index: np.ndarray, most: int) -> np.ndarray:
     return rng.lowest(np.stack([rng.priorities(key, index), index]), most)
 
 
+def _counted(block: Cells) -> np.ndarray:
+    return block.counted(block.values.shape[1:3])
+
+
 @jax.jit
-def _fourth(values: jax.Array, mean: jax.Array, basis: jax.Array) -> jax.Array:
-    """Mean over all patches of |z|⁴, image by image."""
+def _fourth(
+    values: jax.Array, counted: jax.Array, mean: jax.Array, basis: jax.Array
+) -> jax.Array:  # fmt: skip
+    """Mean (n,) over the patches of each image that count of |z|⁴."""
 
-    def one(rows: jax.Array) -> jax.Array:
+    def one(image: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, used = image
         z = jnp.matmul(rows - mean[None, :], basis, precision=lax.Precision.HIGHEST)
-        return jnp.mean(jnp.square(jnp.sum(jnp.square(z), axis=1)))
+        powers = jnp.square(jnp.sum(jnp.square(z), axis=1))
+        return jnp.sum(jnp.where(used, powers, 0)) / jnp.sum(used, dtype=jnp.float32)
 
-    return jnp.mean(lax.map(one, values.reshape(len(values), -1, values.shape[-1])))
+    return lax.map(one, (values.reshape(len(values), -1, values.shape[-1]), counted))
 
 
 def _distance(rows: jax.Array, state: Tree) -> jax.Array:

@@ -56,6 +56,8 @@ class Knn(FeatureDetector[Config]):
     The bank is padded to a bucket, so that categories share compiled programs; ``rows`` count.
     """
 
+    _leaves_out = True
+
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d): neighbourhood means, on the grid of the first layer."""
         return joined(features, self.layers, self.config.neighbourhood)

@@ -68,6 +68,8 @@ class Padim(FeatureDetector[Config]):
     (gh, gw, n, d), "inner": (gh, gw, n, n)} in low-rank form.
     """
 
+    _positions = True
+
     @property
     def traits(self) -> DetectorTraits:
         """A single image has no variance."""

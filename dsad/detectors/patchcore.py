@@ -66,6 +66,8 @@ class PatchCore(FeatureDetector[Config]):
     The bank is padded to a bucket, so that categories share compiled programs; ``rows`` count.
     """
 
+    _leaves_out = True
+
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d), on the grid of the first layer."""
         return patch_features(features, self.config)

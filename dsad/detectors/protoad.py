@@ -59,6 +59,8 @@ class ProtoAd(FeatureDetector[Config]):
     compiled programs.
     """
 
+    _leaves_out = True
+
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Cell descriptors (b, gh, gw, d) on the grid of the first layer, not yet normalised."""
         return joined(features, self.layers, self.config.neighbourhood, "nearest")

@@ -155,6 +155,8 @@ def tokens_of(cfg: Config, squares: jax.Array, levels: list[jax.Array]) -> jax.A
 class UniAD(TrainedDetector[Config]):
     """The detector; its state is {"network", "squares": (levels,)}."""
 
+    _positions = True
+
     def objective(self, specs: Tree, backbone: Backbone | None) -> Trainable:
         """The reconstruction of tokens on the grid of these features."""
         return Reconstruction(self.config, specs)

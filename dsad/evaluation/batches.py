@@ -65,8 +65,21 @@ class _Row(NamedTuple):
     inside: np.ndarray | None = None
 
 
+class _Opened(NamedTuple):
+    """What is known of an image before a view of it is made."""
+
+    identity: str | None  # by its file, of the store
+    first: stored.Found | None  # what is stored of the first view
+    shape: tuple[int, int]  # (h, w) of the original
+    views: Sequence[View]
+
+
 class _Image:
-    """An image of a source, decoded when a view of it is asked for, once."""
+    """An image of a source, opened and decoded when a view of it is asked for, once.
+
+    Threads wait for each other within an image alone: ``functools.cached_property`` has one lock
+    for all instances before Python 3.12, and would decode one image at a time.
+    """
 
     def __init__(
         self, source: Source, index: int, into: Preprocessing, store: stored.FeatureStore | None,
@@ -74,68 +87,62 @@ class _Image:
     ) -> None:  # fmt: skip
         self._source, self.index, self._into, self._store = source, index, into, store
         self._picture, self._given = picture, inputs.get(source.records[index].path)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._known: _Opened | None = None
+        self._parts: tuple[np.ndarray, np.ndarray | None, np.ndarray | None] | None = None
 
-    @functools.cached_property
-    def _identity(self) -> str | None:
-        return stored.of_file(self._source, self.index) if self._store else None
+    def opened(self) -> _Opened:
+        """Reads what is stored, or else decodes the image."""
+        with self._lock:
+            if self._known is None:
+                identity = stored.of_file(self._source, self.index) if self._store else None
+                first = self._stored(identity, 0) if identity else None
+                if self._given:
+                    shape = self._given[1]
+                else:
+                    shape = first.shape if first else self._decoded()[0].shape[:2]
+                self._known = _Opened(identity, first, shape, self._into.views(shape))
+            return self._known
 
-    @functools.cached_property
-    def _first(self) -> stored.Found | None:
-        """What is stored of the first view."""
-        return self._stored(0) if self._store and self._identity else None
-
-    @functools.cached_property
-    def shape(self) -> tuple[int, int]:
-        """(h, w) of the original."""
-        if self._given:
-            return self._given[1]
-        return self._first.shape if self._first else self._decoded[0].shape[:2]
-
-    @functools.cached_property
-    def views(self) -> Sequence[View]:
-        return self._into.views(self.shape)
-
-    @functools.cached_property
     def _decoded(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Pixels, mask and small picture."""
-        sample = self._source[self.index]
-        small = self._picture(sample.image) if self._picture else None
-        return sample.image, sample.mask, small
+        with self._lock:
+            if self._parts is None:
+                sample = self._source[self.index]
+                small = self._picture(sample.image) if self._picture else None
+                self._parts = sample.image, sample.mask, small
+            return self._parts
 
-    def _stored(self, number: int) -> stored.Found | None:
+    def _stored(self, identity: str, number: int) -> stored.Found | None:
         assert self._store
-        return self._store.find(stored.of_view(self._identity or "", number))
+        return self._store.find(stored.of_view(identity, number))
 
     def row(self, number: int = 0) -> _Row:
         """A view of the image, as far as nothing is known of it."""
-        with self._lock:
-            found = self._first if number == 0 else None
-            if found is None and self._store and self._identity:
-                found = self._stored(number)
-            known = found is not None and found.maps is not None
-            pixels = mask = small = None
-            if self._given:
-                pixels = self._given[0]
-            elif not known:
-                image, mask, small = self._decoded
-                pixels = self._into.to_input(image, self.views[number])
+        identity, found, shape, views = self.opened()
+        if number:
+            found = self._stored(identity, number) if identity else None
+        known = found is not None and found.maps is not None
+        pixels = mask = small = None
+        if self._given:
+            pixels = self._given[0]
+        elif not known:
+            image, mask, small = self._decoded()
+            pixels = self._into.to_input(image, views[number])
         if known and number == 0 and not self._given:
-            mask = cast(KnownSource, self._source).annotation(self.index, self.shape)
+            mask = cast(KnownSource, self._source).annotation(self.index, shape)
         if self._store and not found:
             assert pixels is not None
-            if self._identity:
-                found = stored.Found(stored.of_view(self._identity, number), self.shape, None)
+            if identity:
+                found = stored.Found(stored.of_view(identity, number), shape, None)
             else:
-                identity = stored.of_pixels(pixels)
-                found = self._store.find(identity, self.shape) or stored.Found(
-                    identity, self.shape, None
-                )
+                by_pixels = stored.of_pixels(pixels)
+                found = self._store.find(by_pixels, shape) or stored.Found(by_pixels, shape, None)
         first = number == 0
         return _Row(
-            pixels, self.shape, mask if first else None, found, small if first else None,
-            (number, len(self.views)),
-            None if self._into.whole else self._into.inside([self.views[number]], self.shape)[0],
+            pixels, shape, mask if first else None, found, small if first else None,
+            (number, len(views)),
+            None if self._into.whole else self._into.inside([views[number]], shape)[0],
         )  # fmt: skip
 
 
@@ -173,7 +180,12 @@ def batches(
     else:
         starts, rows = itertools.count(0, batch), None
     with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
-        ahead = _Ahead(pool, rows or _window_rows(images, len(source), pool), batch, config.workers)
+        ahead = _Ahead(
+            pool,
+            rows or _window_rows(images, len(source), pool, config.workers),
+            batch,
+            config.workers,
+        )
         try:
             for start in starts:
                 index = np.arange(start, start + batch)
@@ -220,21 +232,29 @@ class _Ahead:
 
 
 def _window_rows(
-    images: Callable[[int], _Image], count: int, pool: concurrent.futures.Executor
+    images: Callable[[int], _Image], count: int, pool: concurrent.futures.Executor, workers: int
 ) -> Iterator[tuple[int, Callable[[], _Row]]]:
-    """All views of every image; the next image is decoded meanwhile."""
+    """All views of every image, the next images opened meanwhile.
 
-    def opened(number: int) -> _Image:
+    As many as keep the workers busy: of large images, which have many views, a single one.
+    """
+
+    def opened(number: int) -> tuple[_Image, int]:
         image = images(number)
-        _ = image.shape
-        return image
+        return image, len(image.opened().views)
 
-    coming = pool.submit(opened, 0) if count else None
-    for number in range(count):
-        assert coming is not None
-        image = coming.result()
-        coming = pool.submit(opened, number + 1) if number + 1 < count else None
-        for view in range(len(image.views)):
+    numbers = iter(range(count))
+    coming: deque[tuple[int, concurrent.futures.Future[tuple[_Image, int]]]] = deque()
+    most = 1
+    while True:
+        while len(coming) <= most and (number := next(numbers, None)) is not None:
+            coming.append((number, pool.submit(opened, number)))
+        if not coming:
+            return
+        number, future = coming.popleft()
+        image, views = future.result()
+        most = max(1, workers // views)
+        for view in range(views):
             yield number, functools.partial(image.row, view)
 
 

@@ -20,6 +20,7 @@ from dsad.core.detection import (
     Scores,
     within,
 )
+from dsad.core.errors import ConfigError
 from dsad.core.hosts import own_part, own_rows, put
 from dsad.core.mesh import batch_sharding, replicated
 from dsad.core.types import Backbone, FeatureMaps, HasTokens, Tree
@@ -127,6 +128,12 @@ class Device:
         self.batch = -(-config.batch_size // mesh.size) * mesh.size
         self.layers, self._traits = tuple(detector.layers), detector.traits
         self.preprocessing = config.preprocessing
+        if map_wrappers and not config.preprocessing.single and self._traits.trains_on == "images":
+            # Its steps know windows by number, the banks whole images: an image served itself.
+            raise ConfigError(
+                "config.backbone: a detector that trains on windows of images takes no wrapper of "
+                'maps; name the network alone, or set config.evaluation.resize to "longer".'
+            )
         several = mesh if mesh.size > 1 else None
         self._wrapped = functools.partial(transformed, tuple(map_wrappers), several)
         self._transform = jax.jit(self._wrapped, out_shardings=batch_sharding(mesh))

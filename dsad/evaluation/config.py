@@ -102,8 +102,13 @@ class EvalConfig(Settings, place="evaluation"):
     def check(self) -> None:
         if is_remote(self.feature_cache):
             raise Refused("feature_cache", "a folder of this machine", self.feature_cache)
-        if self.image_size:
-            self.preprocessing.check()
+        try:  # its keys have the same names here
+            if self.image_size:
+                _ = self.preprocessing
+            else:
+                Preprocessing(method=self.resize, crop=self.crop, scale=self.scale, overlap=0)
+        except Refused as fault:
+            raise Refused(*fault.args) from None
         if "visa" in self.further and self.method != "exact":
             expected = '"exact" with config.evaluation.further="visa"'
             raise Refused("method", expected, self.method, "Its thresholds are percentiles.")

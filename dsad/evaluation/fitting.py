@@ -141,6 +141,14 @@ def supports(
     is None in the results, with a note.
     """
     split = split_of(detector)
+    if detector.traits.positions and config.resize == "windows":
+        warnings.warn(
+            "config.evaluation.resize: this detector learns what belongs to each place of its "
+            "input, and a place of a window is none of the image; numbers will be worse. Set it to "
+            '"longer", or choose a detector without positions, such as patchcore.',
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if config.save_maps != "none":
         paths_of_maps = [r.path for c in categories for r in dataset.source("test", c).records]
         maps.check_paths(paths_of_maps, config.save_maps)

@@ -20,7 +20,7 @@ _OUTSIDE = "; what lies outside of it is not inspected, and no pixel of it is me
 _SAID = {
     "stretched": f"{_PILLOW}aspect ratio not kept, larger and smaller images alike",
     "longer": f"{_PILLOW}aspect ratio kept, the whole image in the middle of the input; the rest "
-    "repeats its border and is left out of fits and scores",
+    "repeats its border and does not count",
     "shorter": f"{_PILLOW}aspect ratio kept, the middle of the image fills the input{_OUTSIDE}",
     "windows": f"{_PILLOW}aspect ratio kept, the image at its scale in overlapping windows; each "
     "place counts in the window in which it lies most central, and an image has the highest score "
@@ -108,7 +108,11 @@ class Preprocessing(Settings, place="preprocessing"):
 
     def check(self) -> None:
         if self.crop < 1 and self.method not in ("stretched", "shorter"):
-            raise Refused("crop", f'1 with method "{self.method}"', self.crop)
+            raise Refused("crop", f'1 for "{self.method}" images', self.crop)
+        if self.scale != 1 and self.method != "windows":
+            raise Refused(
+                "scale", f'1 for "{self.method}" images, other than "windows"', self.scale
+            )
         if self.method == "windows" and 2 * self.overlap >= min(self.size):
             expected = f"less than half of the smaller side of the input, {min(self.size)}"
             raise Refused("overlap", expected, self.overlap)

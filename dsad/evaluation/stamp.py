@@ -151,7 +151,10 @@ def make_stamp(
         "model": "one per category",
         "support": "all training images",
         "thresholds": "none",
-        "preprocessing": config.preprocessing.describe(),
+        "preprocessing": {
+            **config.preprocessing.describe(),
+            **({} if config.preprocessing.whole else {"uncounted": _uncounted(detector.traits)}),
+        },
         "colour": "8-bit values as stored, taken as sRGB: no profile or gamma applied; grey "
         "repeated to three channels",
         "orientation": "images and masks turned as their EXIF orientation says",
@@ -179,6 +182,13 @@ def make_stamp(
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         stamp[field] = plain({**old, **value}) if both else plain(value)  # type: ignore[dict-item]
     return stamp
+
+
+def _uncounted(traits: DetectorTraits) -> str:
+    """Of a border around the image, and of what counts in another window."""
+    if traits.leaves_out:
+        return "left out of fit and image score"
+    return "no part of the map; this detector's fit or image score does not leave it out"
 
 
 def _image_score(traits: DetectorTraits) -> str:

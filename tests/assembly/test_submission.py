@@ -221,6 +221,22 @@ def test_scores_beyond_half_precision_are_refused_by_name():
         submission.halved(np.full((2, 2), np.nan, np.float32), 1.0, NAMES[0])
 
 
+def test_a_neighbour_of_the_submission_is_recognised(tmp_path):
+    """Not every one of its files is called foreign, with the advice to remove it."""
+    inner = tmp_path / "made" / submission.MAPS / "can" / "test_private"
+    inner.mkdir(parents=True)
+    for i in range(3):
+        (inner / f"copy{i}.tiff").touch()
+    for named in (tmp_path, inner.parents[1]):
+        (fault,) = submission.check(named)
+        assert "made does. Name that folder." in fault
+    foreign = [x for x in submission.check(tmp_path / "made") if "no part" in x]
+    assert foreign == [
+        "anomaly_images/can/test_private/copy0.tiff, and 2 more there: no part of a submission. "
+        "Remove them."
+    ]
+
+
 def test_missing_numbers_are_ranges():
     wanted = [f"can/test_private/{i:03d}_regular" for i in range(12)]
     found = [w for i, w in enumerate(wanted) if i not in (0, 3, 4, 5, 11)]

@@ -232,3 +232,29 @@ def test_empty_and_broken_sources_are_errors(reader):
     normal["layer3"][4, 1, 1, 2] = np.nan
     with pytest.raises(DataError, match=r"NaN or infinite features of tiles samples \[4\]"):
         fitted(detector, Batches(normal))
+
+
+@pytest.mark.parametrize(("name", "config"), PARAMS)
+def test_what_does_not_count_is_left_out_as_the_traits_say(name, config):
+    """Rows 3 to 5 of the grid lie outside, and the last one, which row 4 sees, changes."""
+    detector = made(name, **config)
+    if not detector.traits.leaves_out:
+        pytest.skip("does not claim it")
+
+    class Bordered(Batches):
+        def __iter__(self):
+            inside = np.tile(np.float32([[0, 0.5], [0, 1]]), (self.size, 1, 1))
+            yield from (batch._replace(inside=inside) for batch in super().__iter__())
+
+    def changed(maps):
+        last = np.float32(50 * (np.arange(6) == 5))[:, None, None]
+        return {**maps, "layer2": maps["layer2"] + last}
+
+    inside = jnp.tile(jnp.float32([[0, 0.5], [0, 1]]), (8, 1, 1))
+    found = []
+    for change in (lambda maps: maps, changed):
+        state = detector.fit(Bordered(change(maps_of(name, 0, 6))), **common.ALONE)
+        scores = jitted(detector)(state, change(maps_of(name, 1, 8)), inside=inside)
+        found.append([*jax.tree.leaves(state), scores.image])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

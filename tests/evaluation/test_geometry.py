@@ -7,6 +7,8 @@ begin at whole cells: then nothing but the way through the inputs differs.
 import dataclasses
 import subprocess
 import sys
+import types
+import warnings
 
 import jax
 import numpy as np
@@ -14,9 +16,13 @@ import PIL.Image
 import pytest
 
 import dsad
+from dsad.core.config import build_dataclass
+from dsad.core.detection import DetectorTraits
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.detectors import knn, patchcore
+from dsad.detectors import knn, padim, patchcore
+from dsad.evaluation import fitting, stamp
+from dsad.evaluation.compiled import Device
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.evaluation.support import Sampling, SupportConfig
 from tests.evaluation.test_localize import Planted
@@ -157,6 +163,42 @@ def test_memory_of_a_large_picture_is_that_of_a_batch_of_windows(tmp_path):
     assert large < 1.2 * small, f"{large / 2**20:.0f} MB, and {small / 2**20:.0f} MB of 8 windows"
 
 
+def test_detectors_of_positions_warn_of_windows_and_stamps_tell_of_borders():
+    detector = padim.build(padim.Config(layers=("colour",), channels=0))
+    for way, warned in (("windows", True), ("longer", False)):
+        config = EvalConfig(gallery=0, **WAYS[way])
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            fitting.supports(detector, Planted(), ("disc",), config, Sampling())
+        assert any("a place of a window" in str(x.message) for x in seen) is warned
+        knn_says, padim_says = (
+            stamp.make_stamp(
+                Planted(), ("disc",), config=config, detector=x, backbone=CELLS,
+                key=jax.random.key(0),
+            )["preprocessing"]["uncounted"]
+            for x in (DETECTORS["knn"], detector)
+        )  # fmt: skip
+        assert knn_says == "left out of fit and image score"
+        assert "does not leave it out" in padim_says
+
+
+def test_windows_that_are_trained_on_take_no_bank_of_images():
+    detector = types.SimpleNamespace(
+        layers=("colour",), traits=DetectorTraits(trains_on="images"), score=max
+    )
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    Device(CELLS, detector, EvalConfig(**WAYS["longer"]), mesh, [None])
+    with pytest.raises(ConfigError, match="no wrapper"):
+        Device(CELLS, detector, EvalConfig(**WAYS["windows"]), mesh, [None])
+
+
 def test_refused():
-    with pytest.raises(ConfigError, match="overlap"):
-        EvalConfig(image_size=36, resize="windows", overlap=18)
+    """By the keys that there are, also while the size is the backbone's own."""
+    for settings, key in (
+        ({"image_size": 36, "resize": "windows", "overlap": 18}, "overlap"),
+        ({"image_size": 36, "resize": "longer", "crop": 0.9}, "crop"),
+        ({"image_size": 0, "resize": "windows", "crop": 0.9}, "crop"),
+        ({"image_size": 0, "scale": 0.5}, "scale"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^config\.evaluation\.{key}: expected"):
+            build_dataclass(EvalConfig, settings, "config.evaluation")
