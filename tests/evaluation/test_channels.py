@@ -20,6 +20,7 @@ from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import mvtec_loco, records_builder
 from dsad.data.base import DataConfig, load, selected
 from dsad.data.checks import check
+from dsad.detectors import knn
 from dsad.evaluation import channels, metrics
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.maps import map_path
@@ -60,11 +61,11 @@ def config_of(root, name="mvtec_loco", **keys):
     return DataConfig(name=name, root=str(root), **keys)
 
 
-def run(data, folder=None, devices=1, **config):
+def run(data, folder=None, devices=1, detector=None, **config):
     settings = {"image_size": 16, "batch_size": 4, "workers": 2, "gallery": 1}
     kept = {"save_maps": "tiff"} if folder else {}
     return localize(
-        CELLS, Distance(sigma=0.0), data, EvalConfig(**{**settings, **kept, **config}),
+        CELLS, detector or Distance(sigma=0.0), data, EvalConfig(**{**settings, **kept, **config}),
         mesh=make_mesh(MeshConfig(), jax.devices()[:devices]), key=jax.random.key(3), folder=folder,
     )  # fmt: skip
 
@@ -145,7 +146,9 @@ def test_usual_numbers_stay_those_of_the_union(root):
     ids=lambda way: way["resize"],
 )
 def test_channels_of_what_is_inspected(root, tmp_path, way):
-    found = run(load(config_of(root, categories=("pushpins",))), tmp_path, **way)
+    detector = knn.build(knn.Config(layers=("colour",), bank_rows=200, sigma=1.0))
+    data = load(config_of(root, categories=("pushpins",)))
+    found = run(data, tmp_path, detector=detector, **way)
     config = EvalConfig(**{"image_size": 16, **way})
     into: Preprocessing = config.preprocessing
     assert into.everything == (way["resize"] != "shorter")
