@@ -16,6 +16,7 @@ from dsad.core import distributed
 from dsad.core.errors import ConfigError
 from dsad.data.base import PLACES, read_as
 from dsad.evaluation import thresholds
+from dsad.evaluation.channels import KINDS
 from dsad.evaluation.config import ABOUT_FURTHER
 from dsad.evaluation.label_results import PROBES, LabelResults
 from dsad.evaluation.results import Results, shown
@@ -28,11 +29,12 @@ _NAMED = ("root", "normal", "manifest")
 def table(results: Results, title: str = "") -> Table:
     """Numbers per category, per kind of defect, and the mean; ± the deviation over seeds.
 
-    F1-max is left to results.json and the report: the table fits 80 columns. Of further numbers
-    there are the means, below it.
+    F1-max is left to results.json and the report, sPRO to a table of its own: the table fits 80
+    columns. Of further numbers there are the means, below it.
     """
     further = [name for name in results.metric_names if name in ABOUT_FURTHER]
-    names = [name for name in results.metric_names if "_f1_" not in name and name not in further]
+    apart = (*further, *_saturated(results))
+    names = [name for name in results.metric_names if "_f1_" not in name and name not in apart]
     columns = ("images", *(name.replace("_", "\n", 1) for name in names))
     made = console.table("category / kind", *columns, title=title or None, title_justify="left")
     std = results.std
@@ -60,6 +62,34 @@ def table(results: Results, title: str = "") -> Table:
             f"({', '.join(results.seeds)})"
         )
     made.caption = "\n".join(captions) or None
+    return made
+
+
+def _saturated(results: Results) -> list[str]:
+    """The names of sPRO, and of means over kinds of defect."""
+    names = results.metric_names
+    return [name for name in names if name.startswith("spro_") or name.endswith(KINDS)]
+
+
+def spro_table(results: Results) -> Table:
+    """Image AUROC and sPRO of all images, by kind of defect, and the mean over kinds."""
+    kinds = [name for name in _saturated(results) if name.endswith(KINDS)]
+    names = [name.removesuffix(KINDS) for name in kinds]
+    columns = ("images", *(name.replace("_", "\n", 1) for name in names))
+    made = console.table(
+        "category / kind", *columns, title="Saturated per-region overlap (sPRO)",
+        title_justify="left", caption="mean of kinds: of each against all normal images",
+    )  # fmt: skip
+    std = results.std
+    for category, row in {**results.categories, "mean": results.mean}.items():
+        if category == "mean":
+            made.add_section()
+        spread = (std["mean"] if category == "mean" else std["categories"][category]) if std else {}
+        images = f"{x['normal']}+{x['anomalous']}" if (x := row.get("counts")) else ""
+        made.add_row(category, images, *_cells(row, names, spread), style="bold" * (not images))
+        for kind, numbers in results.kinds.get(category, {}).items():
+            made.add_row(f" {kind}", str(numbers["images"]), *_cells(numbers, names), style="dim")
+        made.add_row(" mean of kinds", "", *_cells(row, kinds, spread))
     return made
 
 
@@ -212,6 +242,8 @@ def main(argv: list[str]) -> int:
     with read_as(parts.config.data):
         results = evaluate.evaluate(parts, path, out, name=values.name, writer=writer)
     out.print(table(results))
+    if _saturated(results):
+        out.print(spro_table(results))
     for category, row in results.categories.items():
         for note in row.get("notes", []):
             out.print(f"{category}: {note}")

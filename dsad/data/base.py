@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dsad.core import config as core_config
 from dsad.core.batch import BatchSpec
+from dsad.core.channels import Channel, HasChannels, Saturation
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import CanvasSource, Dataset, KnownSource, Record, Sample, Source
@@ -36,6 +37,8 @@ class SyntheticConfig(Settings, place="config.data.synthetic"):
     seed: int = field(0, at_least=0)
 
 
+#: Saturations of the defects of each category, by the value of their pixels.
+Saturations = Mapping[str, Mapping[int, Saturation]]
 #: The keys that say where images lie.
 PLACES = ("root", "normal", "abnormal", "masks", "test_normal", "manifest")
 
@@ -154,7 +157,8 @@ class Fault:
 class IndexedDataset(abc.ABC):
     """What the data sets of an index have in common, see ``core.types.Dataset``.
 
-    ``splits`` are "train", "test" and what else the set has, such as "validation".
+    ``splits`` are "train", "test" and what else the set has, such as "validation". ``saturations``
+    are those of defects by category and value of their pixels, where a mask file is one defect.
     """
 
     name: str
@@ -164,6 +168,7 @@ class IndexedDataset(abc.ABC):
     splits: Mapping[str, tuple[Record, ...]]
     faults: tuple[Fault, ...] = ()
     origin: str = ""
+    saturations: Saturations = dataclasses.field(default_factory=dict)
 
     @abc.abstractmethod
     def source(self, split: str, category: str | None = None) -> Any:
@@ -311,6 +316,17 @@ class _SelectedKnown(_Selected):
         return self.source.annotation(self.rows[index], shape)
 
 
+class _SelectedChannels(_SelectedKnown):
+    """Likewise of one that also ``HasChannels``."""
+
+    @property
+    def saturated(self) -> bool:
+        return self.source.saturated
+
+    def channels(self, index: int, shape: tuple[int, int]) -> list[Channel]:
+        return self.source.channels(self.rows[index], shape)
+
+
 class _SelectedCanvases(_Selected):
     """Likewise of a ``CanvasSource``."""
 
@@ -323,7 +339,10 @@ def selected(source: Source, rows: Sequence[int]) -> Source:
     """The samples with these numbers, in their order, as much of a source as they were in."""
     if isinstance(source, CanvasSource):
         return _SelectedCanvases(source, rows)
-    return (_SelectedKnown if isinstance(source, KnownSource) else _Selected)(source, rows)
+    known = isinstance(source, KnownSource)
+    if known and isinstance(source, HasChannels):
+        return _SelectedChannels(source, rows)
+    return (_SelectedKnown if known else _Selected)(source, rows)
 
 
 def load(config: DataConfig) -> IndexedDataset:

@@ -178,6 +178,8 @@ def _read_sample(source: Any, index: int) -> _Read:
             sample = source[index]
             return [], sample.image, "RGB", sample.mask
         image, mode = source.decoded(index)
+        if source.saturated:
+            source.channels(index, image.shape[:2])
         return [], image, mode, source.annotation(index, image.shape[:2])
     except FaultError as problem:
         return list(problem.faults), None, "", None

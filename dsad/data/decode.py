@@ -14,7 +14,7 @@ import io
 import os
 import pathlib
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, TypeVar
 
 import numpy as np
@@ -35,11 +35,18 @@ MAX_PIXELS = 2**27
 class MaskRule:
     """How a mask file becomes bool: True above ``threshold``.
 
-    ``values`` are the only grey values allowed (None: any). Binarisation is at the file's own size.
+    ``values`` are the only grey values allowed (None: any); ``single``: one of them beside the
+    lowest, as each stands for a defect. Binarisation is at the file's own size.
     """
 
     threshold: int = 127
     values: tuple[int, ...] | None = (0, 255)
+    single: bool = False
+
+
+def defect_rule(known: Iterable[int]) -> MaskRule:
+    """How a mask file of a single defect is read, whose value is one of these."""
+    return MaskRule(threshold=0, values=(0, *sorted(known)), single=True)
 
 
 def declared_mode(image: Image.Image, data: bytes) -> str:
@@ -171,6 +178,13 @@ def decoded_mask(
     With a list of ``faults`` those of K3 and K4 are appended there, and the mask is decoded all the
     same.
     """
+    return mask_values(data, path, rule, faults) > rule.threshold
+
+
+def mask_values(
+    data: bytes, path: str, rule: MaskRule, faults: list[Fault] | None = None
+) -> np.ndarray:
+    """Likewise its grey values (h, w) uint8, as they are."""
 
     def use(image: Image.Image) -> np.ndarray:
         mode = declared_mode(image, data)
@@ -188,7 +202,11 @@ def decoded_mask(
             shown = ", ".join(str(v) for v in found[:8]) + (", ..." if len(found) > 8 else "")
             text = f"mask values {shown}: expected only {rule.values}. Binarise the mask at its "
             _refuse(error("K4", path, f"{text}full size and save it again."), faults)
-    return grey > rule.threshold
+        elif rule.single and np.count_nonzero(found) > 1:
+            text = f"mask values {', '.join(str(v) for v in found if v)}: expected one, that of the"
+            text += " file's defect; save a file for each defect."
+            _refuse(error("K4", path, text), faults)
+    return grey
 
 
 def read_mask(

@@ -7,11 +7,12 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from dsad.core.channels import Channel
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import Record, Sample, Source
@@ -21,6 +22,7 @@ from dsad.data.base import (
     Fault,
     FaultError,
     IndexedDataset,
+    Saturations,
     error,
     selected,
     warning,
@@ -271,9 +273,12 @@ class EncodedSource(abc.ABC):
     Safe to use from several threads. Subclasses say where the bytes come from.
     """
 
-    def __init__(self, records: Sequence[Record], *, lossy: tuple[str, ...], rule: decode.MaskRule):
+    def __init__(
+        self, records: Sequence[Record], *, lossy: tuple[str, ...], rule: decode.MaskRule,
+        saturations: Saturations | None = None,
+    ):  # fmt: skip
         self.records = records
-        self._lossy, self.rule = lossy, rule
+        self._lossy, self.rule, self._saturations = lossy, rule, saturations or {}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -312,12 +317,37 @@ class EncodedSource(abc.ABC):
         if not record.masks:
             return None
         joined = np.zeros(shape, bool)
-        for path, content in zip(record.masks, self.encoded_masks(index), strict=True):
-            mask = decode.decoded_mask(content, path, self.rule)
-            if fault := decode.size_fault(path, mask, shape):
-                raise FaultError(fault)
-            joined |= mask
+        for values in self._mask_values(index, shape, self.rule):
+            joined |= values > self.rule.threshold
         return joined
+
+    def _mask_values(
+        self, index: int, shape: tuple[int, int], rule: decode.MaskRule
+    ) -> Iterator[np.ndarray]:
+        paths = self.records[index].masks
+        for path, content in zip(paths, self.encoded_masks(index), strict=True):
+            values = decode.mask_values(content, path, rule)
+            if fault := decode.size_fault(path, values, shape):
+                raise FaultError(fault)
+            yield values
+
+    @property
+    def saturated(self) -> bool:
+        """Whether every mask file here is a defect whose saturation is known."""
+        known = self._saturations
+        return bool(known) and all(record.category in known for record in self.records)
+
+    def channels(self, index: int, shape: tuple[int, int]) -> list[Channel]:
+        """The defects of a sample of a ``saturated`` source, one of each mask file that has any.
+
+        Raises DataError naming the file (K2, K3, K4, K8).
+        """
+        record = self.records[index]
+        if not record.masks:
+            return []
+        known = self._saturations[record.category]
+        every = self._mask_values(index, shape, decode.defect_rule(known))
+        return [Channel(v > 0, known[int(v.max())]) for v in every if v.any()]
 
     def identity(self, index: int) -> str:
         """SHA-256 of what the pixels are made from: the bytes of the file, and what may be lost.
@@ -334,7 +364,9 @@ class FileSource(EncodedSource):
     """Samples read from the files of a data set."""
 
     def __init__(self, dataset: "FileDataset", records: Sequence[Record]):
-        super().__init__(records, lossy=dataset.config.lossy, rule=dataset.rule)
+        super().__init__(
+            records, lossy=dataset.config.lossy, rule=dataset.rule, saturations=dataset.saturations
+        )
         self._root, self._mask_content = dataset.root, dataset.mask_content
 
     def encoded(self, index: int) -> bytes:

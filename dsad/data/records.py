@@ -19,15 +19,17 @@ from typing import Any
 import numpy as np
 
 from dsad.core.batch import BatchSpec
+from dsad.core.channels import Saturation
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError
 from dsad.core.types import Record, Sample
 from dsad.data import facts as image_facts
-from dsad.data import files
+from dsad.data import files, saturation
 from dsad.data.base import (
     DataConfig,
     FaultError,
     IndexedDataset,
+    Saturations,
     check_command,
     chosen,
     error,
@@ -93,9 +95,9 @@ class RecordSource(files.EncodedSource):
 
     def __init__(
         self, stored: _Stored | None, records: Sequence[Record], positions: np.ndarray,
-        *, lossy: tuple[str, ...], rule: MaskRule,
+        *, lossy: tuple[str, ...], rule: MaskRule, saturations: Saturations,
     ):  # fmt: skip
-        super().__init__(records, lossy=lossy, rule=rule)
+        super().__init__(records, lossy=lossy, rule=rule, saturations=saturations)
         self._stored, self._positions = stored, positions
 
     def _example(self, index: int) -> Mapping[str, Any]:
@@ -207,7 +209,7 @@ class RecordDataset(IndexedDataset):
             return RecordCanvases(self.stored[split], records, positions, self.about)
         return RecordSource(
             self.stored.get(split), records, positions,
-            lossy=self.config.lossy, rule=_rule(self.about),
+            lossy=self.config.lossy, rule=_rule(self.about), saturations=self.saturations,
         )  # fmt: skip
 
 
@@ -227,6 +229,15 @@ def _rule(about: Mapping[str, Any]) -> MaskRule:
     return MaskRule(
         threshold=about["rule"]["threshold"], values=None if values is None else tuple(values)
     )
+
+
+def _saturations(about: Mapping[str, Any], categories: Sequence[str]) -> dict[str, Any]:
+    """Those of the categories; records of earlier versions have none, nor has their protocol."""
+    return {
+        category: {int(value): Saturation(**x) for value, x in by_value.items()}
+        for category, by_value in about.get("saturations", {}).items()
+        if category in categories
+    }
 
 
 def read_about(root: pathlib.Path) -> dict[str, Any]:
@@ -316,13 +327,17 @@ def scan(config: DataConfig) -> RecordDataset:
     splits = {s: tuple(whole[s][i] for i in found) for s, found in positions.items()}
     _refuse(config, about, splits)
     protocol = {**about["protocol"], "missing_masks": config.missing_masks}
+    saturations = _saturations(about, categories)
     if len(categories) < len(about["categories"]):
         protocol["split_hash"] = files.split_hash(splits)
+        protocol.pop("saturations", None)
+        protocol |= saturation.described(saturations)
     if not about["canvas"]:
         protocol["lossy"] = sorted(config.lossy)
     return RecordDataset(
         name=about["name"], categories=categories, protocol=protocol, config=config, root=root,
         about=about, splits=splits, positions=positions, stored=stored, origin=described(about),
+        saturations=saturations,
     )  # fmt: skip
 
 

@@ -202,6 +202,10 @@ def _about(planned: Plan) -> dict[str, Any]:
         "canvas": planned.canvas,
         "facts": list(records.known_facts()) if planned.canvas else [],
         "rule": {"threshold": rule.threshold, "values": rule.values},
+        "saturations": {
+            category: {str(value): dataclasses.asdict(x) for value, x in by_value.items()}
+            for category, by_value in dataset.saturations.items()
+        },
         "protocol": dict(dataset.protocol),
     }
 

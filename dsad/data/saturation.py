@@ -5,35 +5,19 @@ the value that their pixels have in a mask (Bergmann et al., IJCV 2022, section 
 """
 
 import dataclasses
-import math
+import hashlib
 import pathlib
 
+from dsad.core.channels import Saturation
+from dsad.core.errors import MetricError
 from dsad.data import decode, files
-from dsad.data.base import Fault, FaultError, error
-from dsad.data.decode import MaskRule
+from dsad.data.base import Fault, FaultError, Saturations, error
 
 FILE = "defects_config.json"
 _KEYS = {
     "defect_name": str, "pixel_value": int, "saturation_threshold": (int, float),
     "relative_saturation": bool,
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Saturation:
-    """When the defect ``name`` is found completely.
-
-    ``threshold`` is a number of pixels or, of a ``relative`` one, a share of the defect's area.
-    """
-
-    name: str
-    threshold: float
-    relative: bool
-
-    def pixels(self, area: int) -> int:
-        """Pixels that have to be found of a defect of ``area`` pixels: at least one."""
-        needed = math.floor(self.threshold * area) if self.relative else self.threshold
-        return max(1, int(min(needed, area)))
 
 
 def _file(root: pathlib.Path, category: str) -> str:
@@ -66,12 +50,12 @@ def saturations(root: pathlib.Path, category: str) -> dict[int, Saturation]:
         if not 1 <= value <= 255 or value in found:
             text = f"pixel_value {value}: expected 1 to 255, each once."
             faults.append(error("K4", where, text))
-        if not 0 < threshold < math.inf or (item["relative_saturation"] and threshold > 1):
-            text = f"saturation_threshold {threshold}: expected pixels above 0, or a share to 1."
-            faults.append(error("K4", where, text))
-        found[value] = Saturation(
-            name=item["defect_name"], threshold=threshold, relative=item["relative_saturation"]
-        )
+        try:
+            found[value] = Saturation(
+                name=item["defect_name"], threshold=threshold, relative=item["relative_saturation"]
+            )
+        except MetricError as problem:
+            faults.append(error("K4", where, f"saturation_threshold {threshold}: {problem}"))
     if faults:
         raise FaultError(*faults)
     return found
@@ -83,15 +67,33 @@ def _is(value: object, kind: type | tuple[type, ...]) -> bool:
 
 
 def listed(data: files.FileDataset, *, needed: bool) -> files.FileDataset:
-    """The data set with K4 of each category by its list; without one a fault where it is needed."""
-    rules, faults = {}, []
+    """The data set with the saturations of each category, and K4 by its list.
+
+    Without a list there is a fault where it is needed.
+    """
+    known, faults = {}, []
     for category in data.categories:
         if not needed and not (data.root / _file(data.root, category)).is_file():
             continue
         try:
-            values = (0, *sorted(saturations(data.root, category)))
-            rules[category] = MaskRule(threshold=0, values=values)
+            known[category] = saturations(data.root, category)
         except FaultError as problem:
             faults += problem.faults
-    skipped = {k: v for k, v in data.skipped.items() if k != "K4" or not rules}
-    return dataclasses.replace(data, rules=rules, faults=(*data.faults, *faults), skipped=skipped)
+    skipped = {k: v for k, v in data.skipped.items() if k != "K4" or not known}
+    return dataclasses.replace(
+        data, rules={c: decode.defect_rule(found) for c, found in known.items()},
+        faults=(*data.faults, *faults), skipped=skipped, saturations=known,
+        protocol={**data.protocol, **described(known)},
+    )  # fmt: skip
+
+
+def described(known: Saturations) -> dict[str, str]:
+    """For the protocol: the first 16 hexadecimal digits of a SHA-256 of all thresholds, if any."""
+    lines = [
+        f"{category}\t{value}\t{x.threshold}\t{x.relative}\n"
+        for category, by_value in sorted(known.items())
+        for value, x in sorted(by_value.items())
+    ]
+    return (
+        {"saturations": hashlib.sha256("".join(lines).encode()).hexdigest()[:16]} if known else {}
+    )

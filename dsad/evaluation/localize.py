@@ -20,6 +20,7 @@ from dsad.core.hosts import spans
 from dsad.core.rng import named
 from dsad.core.types import Backbone, Dataset, Progress, Source, Tree, silent
 from dsad.evaluation import (
+    channels,
     fitting,
     maps,
     numbers,
@@ -138,6 +139,7 @@ def localize(
     run = _Run(
         dataset, detector, config, key, train, sets, dict(map_wrappers or {}), given, folder,
         Ticks(progress, 0), measured,
+        further_names=channels.names(config) if channels.known(dataset, chosen) else (),
     )  # fmt: skip
     run.ticks.total = run.count(chosen)
     progress(0, run.ticks.total, "compiling …")
@@ -187,7 +189,7 @@ def localize(
         merge(results, part)
     results.support.update(support.listing(sets))
     if measured:
-        over_seeds.conclude(results, config.metric_names)
+        over_seeds.conclude(results, (*config.metric_names, *run.further_names))
     return results
 
 
@@ -259,6 +261,7 @@ class _Run:
     folder: str | epath.PathLike | None
     ticks: Ticks
     measured: bool = True
+    further_names: tuple[str, ...] = ()  # of the numbers that this data set adds
     device: Device | None = None
     statistics: dict[tuple[str, ...], Tree] = dataclasses.field(default_factory=dict)
     version: str = ""  # of the files of the categories at hand
@@ -434,6 +437,8 @@ class _Run:
             decided = numbers.Decided(at["decisions"], above)
         row, curves, notes = numbers.measure(scored, config, category, decided=decided)
         kinds = numbers.by_kind(scored, config, decided)
+        if self.further_names:
+            row, kinds = channels.completed(config, row, kinds)
         if seed == self.seeds[0]:
             ranked, limit = row["pixel_auroc"] is not None, at["image"] if at else None
             self._show(category, test, scored, curves, ranked, limit)

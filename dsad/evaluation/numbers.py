@@ -34,7 +34,8 @@ def measure(
     defined are None, and a note says why. Counted pixel numbers come with ``error_bound``, the
     largest error any of them can have. F1 is taken at the thresholds that ``decided`` has. With
     several processes the exact pixel numbers are those of process 0, which alone has all maps, and
-    so are the curves. Raises MetricError, naming the category, for scores that are not finite.
+    so are the curves. Images with channels have sPRO besides. Raises MetricError, naming the
+    category, for scores that are not finite.
     """
     kept, hosts = [i for i, m in enumerate(scored.masks) if m is not None], scored.hosts
     sorting = hosts.several and config.method == "exact"
@@ -55,6 +56,13 @@ def measure(
                 hosts=ALONE if sorting else hosts,
             )
             row |= _further(scored, kept, config, ALONE if sorting else hosts)
+            if scored.channels is not None:
+                found = metrics.channel_metrics(
+                    [scored.maps[i] for i in kept], [scored.channels[i] for i in kept],
+                    config.fpr_limits, method=config.method, hosts=ALONE if sorting else hosts,
+                )  # fmt: skip
+                bounds = [x["error_bound"] for x in (row, found) if "error_bound" in x]
+                row |= {**found, **({"error_bound": max(bounds)} if bounds else {})}
         return row
 
     try:

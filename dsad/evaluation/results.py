@@ -69,11 +69,14 @@ class Results:
     @property
     def about_means(self) -> str:
         """Which means leave categories out, as a sentence; empty if none does."""
-        units = {"image" if m.startswith("image_") else "pixel": n
-                 for m, n in self.mean_over.items()}  # fmt: skip
+        units = {_unit(m): n for m, n in self.mean_over.items()}
         total = len(self.categories)
         parts = [f"of {unit} numbers over {n} of {total}" for unit, n in units.items()]
         return f"mean {', '.join(parts)} categories" if parts else ""
+
+
+def _unit(metric: str) -> str:
+    return {"image": "image", "spro": "sPRO"}.get(metric.partition("_")[0], "pixel")
 
 
 def shown(value: float | None, form: str = ".3f") -> str:

@@ -1,16 +1,20 @@
 """The scored images of one source: anomaly maps on original pixels, image scores, labels."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsad.core.channels import HasChannels
 from dsad.core.types import Source
+from dsad.evaluation import channels
 from dsad.evaluation.batches import Picture
 from dsad.evaluation.compiled import Fitted
 from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.maps import MapWriter
+from dsad.evaluation.metrics.spro import Units
 from dsad.evaluation.preprocessing import Preprocessing
 from dsad.evaluation.reader import Reader
 
@@ -23,6 +27,7 @@ class Scored:
     but a process has the maps and masks of the images with the numbers ``own`` only, ascending.
     ``pictures`` and ``inputs``, by number, are of the images that it decoded for a report: small
     ones, no larger than their maps, and for panels the network's input and (h, w) of the original.
+    ``channels`` are those of the maps, None where the source knows of none.
     """
 
     maps: Sequence[np.ndarray]  # (h, w) f32
@@ -36,6 +41,7 @@ class Scored:
     inputs: Mapping[int, tuple[np.ndarray, tuple[int, int]]] = dataclasses.field(
         default_factory=dict
     )
+    channels: Sequence[Units] | None = None
 
     def __post_init__(self) -> None:
         if not self.hosts.several:
@@ -71,6 +77,7 @@ class Scored:
             [self.kinds[i] for i in rows],
             self.hosts,
             [place[self.own[i]] for i in here],
+            channels=None if self.channels is None else [self.channels[i] for i in here],
         )
 
 
@@ -97,6 +104,8 @@ def score(
     masks: dict[int, np.ndarray | None] = {}
     scores: dict[int, float] = {}
     pictures, inputs = {}, {}
+    defects: dict[int, Units] = {}
+    known = channels.of(source)
     into = reader.config.preprocessing
     small = (lambda image: picture(into.inspected_part(image))) if picture else None
     for images, count in stream(reader, fitted, source, name, keep=keep, picture=small):
@@ -122,6 +131,9 @@ def score(
         maps.update({i: into.inspected_part(x) for i, x in made.items()})
         parts = {i: None if x is None else into.inspected_part(x) for i, x in truth.items()}
         masks.update(parts)
+        if known:
+            annotated = functools.partial(_channels, known, into, made, truth)
+            defects.update(hosts.together(annotated))
         tick(count)
     own = sorted(maps)
     return Scored(
@@ -134,7 +146,19 @@ def score(
         own,
         pictures,
         inputs,
+        [defects[i] for i in own] if known else None,
     )
+
+
+def _channels(
+    source: HasChannels, into: Preprocessing, maps: Mapping[int, np.ndarray],
+    masks: Mapping[int, np.ndarray | None],
+) -> dict[int, Units]:  # fmt: skip
+    """Those of the images with these maps and masks (h, w), where they are inspected."""
+    return {
+        i: channels.read(source, i, masks[i], into.inspected(x.shape), x.shape)
+        for i, x in maps.items()
+    }
 
 
 class ScoredImage(NamedTuple):

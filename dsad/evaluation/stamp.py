@@ -15,6 +15,7 @@ import numpy as np
 import dsad
 from dsad.core.detection import Detector, DetectorTraits
 from dsad.core.types import Backbone, Dataset, Record
+from dsad.evaluation import channels
 
 #: Fields that may differ between comparable numbers: what is compared, and when and by what.
 IGNORED = (
@@ -140,6 +141,7 @@ def make_stamp(
         split: [r for c in categories for r in dataset.source(split, c).records]
         for split in ("train", "test")
     }
+    known = channels.known(dataset, categories)
     stamp = {
         "name": name,
         "dataset": {
@@ -163,6 +165,7 @@ def make_stamp(
         "regions": "connected components of the mask",
         "connectivity": 8,
         "fpr_limit": config.fpr_limit,
+        **({"spro": channels.PROTOCOL} if known else {}),
         "pixel_numbers": "by sorting" if config.method == "exact" else "by counting, error_bound",
         "pooling": "pixels pooled per category, mean over categories",
         "precision": "average precision (step sum, no trapezoid)",

@@ -18,6 +18,7 @@ from dsad.core.errors import DsadError, MetricError
 from dsad.evaluation import hosts as hosts_module
 from dsad.evaluation import metrics, thresholds
 from dsad.evaluation.hosts import ALONE, Hosts
+from dsad.evaluation.metrics.spro import Saturation, units
 from dsad.evaluation.scored import Scored
 from dsad.launch_local import free_port
 from tests.evaluation import hosts_worker
@@ -168,6 +169,25 @@ def test_counts_of_all_processes_give_the_numbers_of_one(three):
         for name, axes in expected["curves"].items():
             for axis, values in axes.items():
                 np.testing.assert_allclose(found["curves"][name][axis], values, atol=1e-12)
+
+
+def test_channels_of_all_processes_give_the_numbers_of_one(three):
+    maps, masks = crowded()
+    rules = (Saturation(threshold=9, relative=False), Saturation(threshold=0.3, relative=True))
+    pairs = [[m, np.roll(m, 2, 1)] if m.any() else [] for m in masks]  # they overlap
+    every = units(maps, pairs, [rules[: len(pair)] for pair in pairs])
+    settings = {"fpr_limit": (0.3, 0.05), "method": "streaming"}
+    exact = metrics.channel_metrics(maps, every, (0.3, 0.05))
+
+    def measured(index, hosts):
+        own = PARTS[index]
+        return metrics.channel_metrics(
+            [maps[i] for i in own], [every[i] for i in own], hosts=hosts, **settings
+        )
+
+    for found in three(measured):
+        assert found.pop("error_bound") <= 1e-5
+        assert found == pytest.approx(exact, abs=1e-5)
 
 
 def test_counting_tells_all_of_scores_that_are_not_finite(three):

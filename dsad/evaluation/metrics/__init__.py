@@ -25,7 +25,7 @@ from dsad.core.errors import MetricError
 from dsad.evaluation.hosts import ALONE, Hosts
 from dsad.evaluation.metrics import bounds, inputs, ranking, streaming
 from dsad.evaluation.metrics.inputs import region_sizes as region_sizes
-from dsad.evaluation.metrics.spro import FULL, Saturation, units
+from dsad.evaluation.metrics.spro import FULL, Saturation, Units, units
 
 Method = Literal["exact", "streaming"]
 
@@ -94,8 +94,17 @@ def aupro_key(fpr_limit: float) -> str:
 
     A fraction of a percent follows a point (``aupro_05.1``): no two limits share a key.
     """
+    return f"aupro_{_percent(fpr_limit)}"
+
+
+def spro_key(fpr_limit: float) -> str:
+    """Likewise of an sPRO: ``spro_05`` for the limit 0.05."""
+    return f"spro_{_percent(fpr_limit)}"
+
+
+def _percent(fpr_limit: float) -> str:
     whole, point, part = f"{100 * fpr_limit:.10g}".partition(".")
-    return f"aupro_{whole:0>2}{point}{part}"
+    return f"{whole:0>2}{point}{part}"
 
 
 def pixel_metrics(
@@ -124,21 +133,44 @@ def pixel_metrics(
         "pixel_f1_max": "f1_max",
     }
     wanted |= {aupro_key(limit): limit for limit in limits}
-    if _streams(method):
-        measured = streaming.measure(
-            "regions", wanted, maps, masks, name="pixel metrics", hosts=hosts
-        )
-        steps = measured.steps
-        made: dict[str, Any] = {name: b.value for name, b in measured.found.items()}
-        made["error_bound"] = max(b.bound for b in measured.found.values())
-    else:
-        if hosts.several:
-            raise MetricError(f"{', '.join(wanted)}: sorting takes all maps in one process.")
-        steps = _sorted("regions", "pixel metrics", maps, masks)
-        made = {name: bounds.exact(what)(steps) for name, what in wanted.items()}
+    made, steps = _several("regions", wanted, "pixel metrics", maps, masks, method, hosts)
     if curve_points > 0:
         made["curves"] = ranking.curves(steps, limits[0], curve_points)
     return made
+
+
+def channel_metrics(
+    maps: Any,
+    channels: Sequence[Units],
+    fpr_limit: Sequence[float] = (0.05,),
+    *,
+    method: Method = "exact",
+    hosts: Hosts = ALONE,
+) -> dict[str, Any]:
+    """An sPRO per limit, 0.05 under the key ``spro_05``, otherwise as ``pixel_metrics``.
+
+    ``channels`` are what ``spro.units`` gives.
+    """
+    for limit in fpr_limit:
+        inputs.check_limit(limit)
+    wanted: dict[str, bounds.What] = {spro_key(limit): limit for limit in fpr_limit}
+    return _several("channels", wanted, "sPRO", maps, channels, method, hosts)[0]
+
+
+def _several(
+    unit: str, wanted: dict[str, bounds.What], name: str, maps: Any, truth: Any, method: Method,
+    hosts: Hosts,
+) -> tuple[dict[str, Any], ranking.Steps]:  # fmt: skip
+    """The numbers ``wanted``, counted ones with their ``error_bound``, and the curves."""
+    if _streams(method):
+        measured = streaming.measure(unit, wanted, maps, truth, name=name, hosts=hosts)
+        made: dict[str, Any] = {key: b.value for key, b in measured.found.items()}
+        made["error_bound"] = max(b.bound for b in measured.found.values())
+        return made, measured.steps
+    if hosts.several:
+        raise MetricError(f"{', '.join(wanted)}: sorting takes all maps in one process.")
+    steps = _sorted(unit, name, maps, truth)
+    return {key: bounds.exact(what)(steps) for key, what in wanted.items()}, steps
 
 
 def _value(what: bounds.What, name: str, unit: str, method: Method, *arguments: Any) -> float:

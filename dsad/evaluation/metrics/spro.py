@@ -7,43 +7,15 @@ fraction: these, each with weight 1 / S, stand for the channel, which makes sPRO
 over other positives. The false-positive rate counts the pixels free of any channel.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsad.core.channels import Saturation
 from dsad.core.errors import MetricError
 from dsad.evaluation.metrics import inputs
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Saturation:
-    """Pixels of a channel that earn full credit.
-
-    Relative: floor(threshold · area) with a threshold in (0, 1]. Absolute: min(threshold, area),
-    a whole number of pixels. At least one pixel either way: a relative threshold on a tiny channel
-    would otherwise give none, and 0 / 0.
-    """
-
-    threshold: float
-    relative: bool
-
-    def __post_init__(self) -> None:
-        valid = 0 < self.threshold <= 1 if self.relative else self.threshold >= 1
-        if not valid or (not self.relative and self.threshold != int(self.threshold)):
-            expected = "a share in (0, 1]" if self.relative else "a whole number of pixels ≥ 1"
-            kind = "relative" if self.relative else "absolute"
-            raise MetricError(
-                f"saturation: expected {expected} for a {kind} threshold, found {self.threshold!r}."
-            )
-
-    def pixels(self, area: int) -> int:
-        """Pixels S that saturate a channel of ``area`` pixels."""
-        wanted = math.floor(self.threshold * area) if self.relative else int(self.threshold)
-        return max(1, min(wanted, area))
-
 
 #: Every pixel of a channel counts: without saturation.
 FULL = Saturation(threshold=1.0, relative=True)
@@ -77,7 +49,8 @@ def units(maps: Sequence[Any], channels: Any, saturation: Any) -> list[Units]:
     Args:
       maps: (h, w) each; only the shapes are read.
       channels: per image a sequence of masks (h, w) or an array (c, h, w), bool or integers;
-        channels may overlap. One without any pixel is padding, not a unit.
+        channels may overlap. One without any pixel is padding, not a unit. Or what this function
+        made of them before.
       saturation: one for all, or per image one per channel.
 
     Raises:
@@ -89,6 +62,8 @@ def units(maps: Sequence[Any], channels: Any, saturation: Any) -> list[Units]:
             f"channels: expected a list of channels per map, found {len(maps)} maps and "
             f"{len(channels)} lists."
         )
+    if all(isinstance(own, Units) for own in channels):
+        return list(channels)
     shared = isinstance(saturation, Saturation)
     if not shared and len(saturation) != len(maps):
         raise MetricError(
@@ -112,6 +87,7 @@ def _image_units(
 ) -> Units:
     pixels, saturated = [], []
     covered = np.zeros(math.prod(shape), bool)
+    small = np.int32 if covered.size < 2**31 else np.int64  # half the memory of a set's defects
     for c, (channel, rule) in enumerate(zip(channels, rules, strict=True)):
         mask = inputs.boolean(channel, f"channels[{image}][{c}]")
         if mask.shape != shape:
@@ -119,9 +95,10 @@ def _image_units(
                 f"channels[{image}][{c}]: expected the shape of the map {shape}, found "
                 f"{mask.shape}; bring the map to the pixels of its channels first."
             )
-        at = np.flatnonzero(mask)
+        at = np.flatnonzero(mask).astype(small)
         if at.size:
             pixels.append(at)
             saturated.append(rule.pixels(at.size))
             covered[at] = True
-    return Units(pixels, saturated, np.flatnonzero(covered))
+    union = pixels[0] if len(pixels) == 1 else np.flatnonzero(covered).astype(small)
+    return Units(pixels, saturated, union)

@@ -12,6 +12,7 @@ from etils import epath
 from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.evaluation import stamp, thresholds
+from dsad.evaluation.channels import KINDS
 from dsad.evaluation.config import Rule
 from dsad.evaluation.report import cases, comparison, decisions, figures, gallery, panels
 from dsad.evaluation.report.comparison import Run
@@ -24,6 +25,7 @@ LIMIT = 16_000_000
 #: categories there are fewer rows.
 _SIZES = ((9, gallery.PICTURE_SIDE), (9, 640), (9, 320), (3, 320), (3, 208), (2, 192), (1, 160),
           (1, 112), (0, 1))  # fmt: skip
+_OVERLAPS = {"aupro": "AUPRO", "spro": "sPRO"}
 _LABELS = {
     "image_auroc": "Image AUROC",
     "image_ap": "Image AP",
@@ -180,9 +182,12 @@ def _large(runs: Sequence[Run], side: int) -> float:
 
 
 def metric_label(name: str) -> str:
-    """Readable name of a metric key: ``aupro_30`` is "AUPRO 0.3"."""
-    if name.startswith("aupro_"):
-        return f"AUPRO {float(name.removeprefix('aupro_')) / 100:g}"
+    """Readable name of a metric key: ``aupro_30`` is "AUPRO 0.3", ``spro_05`` "sPRO 0.05"."""
+    if name.endswith(KINDS):
+        return f"{metric_label(name.removesuffix(KINDS))}, mean of kinds"
+    kind, _, limit = name.partition("_")
+    if kind in _OVERLAPS:
+        return f"{_OVERLAPS[kind]} {float(limit) / 100:g}"
     return _LABELS.get(name, name)
 
 
