@@ -117,7 +117,7 @@ def localize(
     if config.save_maps != "none" and folder is None:
         raise ConfigError("evaluation.save_maps: a folder is needed to save anomaly maps in.")
     sets = sampling if isinstance(sampling, Sets) else fitting.supports(
-        detector, dataset, chosen, config, sampling, fitted=given is not None
+        detector, dataset, chosen, config, sampling, fitted=given is not None, measured=measured
     )  # fmt: skip
     pooled = sets.sampling.pooled
     if pooled and backbone_of:
@@ -130,7 +130,7 @@ def localize(
             "behind a map wrapper. Take the wrapper from config.backbone, or another resize."
         )
     if detector.traits.trains_on == "labelled":
-        _check_labelled(map_wrappers or {}, given, dataset, config)
+        _check_labelled(map_wrappers or {}, config)
     protocol = {**settings(detector, config, sets, tuple(map_wrappers or ())), "detector_state": {}}
     if given:
         known = ("support", "thresholds", "decisions")
@@ -191,10 +191,7 @@ def localize(
     return results
 
 
-def _check_labelled(
-    map_wrappers: Mapping[str, MapWrapper], given: fitting.Given | None, dataset: Dataset,
-    config: EvalConfig,
-) -> None:  # fmt: skip
+def _check_labelled(map_wrappers: Mapping[str, MapWrapper], config: EvalConfig) -> None:
     """Refuse what does not go with a detector that trains the network on labelled images."""
     into = config.preprocessing
     if not (into.whole and into.everything):
@@ -207,13 +204,6 @@ def _check_labelled(
             "config.backbone: this detector trains the network itself, found around it: "
             f"{listed(map_wrappers)}. Name the network alone."
         )
-    if given and given.stamp["dataset"]["name"] == dataset.name:
-        untested = given.stamp["support"].get("untested", {})
-        if any(count for by_seed in untested.values() for count in by_seed.values()):
-            raise ConfigError(
-                f"config.data.name: the model was fitted on test images of {dataset.name}; measure "
-                "it on other data, or fit and measure at once without --model."
-            )
 
 
 def settings(

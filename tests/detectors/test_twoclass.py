@@ -127,8 +127,12 @@ def test_other_networks_are_refused():
 
 
 def test_a_missing_stage_lists_what_there_is():
-    with pytest.raises(ConfigError, match=r"no feature map named layer4.*gives: layer1, stem"):
-        made("twoclass", layers=("layer1", "layer4")).objective(None, case.network())
+    with pytest.raises(
+        ConfigError,
+        match=r"^config\.detector\.layers: no .* layer4; the backbone gives: stem, layer1\. .*"
+        r"--config\.detector\.layers=\"\('stem','layer1'\)\"$",
+    ):
+        made("twoclass").objective(None, case.network())
 
 
 def test_a_single_class_is_refused(monkeypatch):

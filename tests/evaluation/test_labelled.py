@@ -52,11 +52,12 @@ class Grouped(Planted):
         return found
 
 
-def chosen(dataset, labelled=True, **sampling):
+def chosen(dataset, labelled=True, measured=True, **sampling):
     sampling = dataclasses.replace(SAMPLING, **sampling)
     made = support.choose(
-        dataset, dataset.categories, shots=sampling.shots, seeds=sampling.seeds, labelled=labelled
-    )
+        dataset, dataset.categories, shots=sampling.shots, seeds=sampling.seeds, labelled=labelled,
+        measured=measured,
+    )  # fmt: skip
     return Sets(sampling, made)
 
 
@@ -109,6 +110,11 @@ def test_all_faults_of_draws_come_at_once():
         chosen(dataset, shots=0)
     with pytest.raises(ConfigError, match="leaves no anomalous image to test"):
         chosen(dataset, shots=6)
+    for shots in (0, 6):  # where nothing is measured none has to be left
+        (own,) = (
+            chosen(Grouped(), shots=shots, seeds=(0,), measured=False).by_category["disc"].values()
+        )
+        assert len(own.anomalous) == 6
     everything = chosen(Grouped(pool=True), shots=0).by_category["disc"][0]
     assert (len(everything.bank), len(everything.anomalous)) == (10, 3)
 
