@@ -234,7 +234,7 @@ def _add_anomalous(
     known = {r.path: r for r in (*dataset.source("train", category).records, *test)}
     paths = [r.path for r in dataset.source(split, category).records if r.label == 1]
     if split == "test" and not shots and measured:
-        return [f"{category}: no anomalous training image; config.shots draws test images"]
+        return [f"{category}: no anomalous training image; config.shots above 0 draws test images"]
     if not paths or len(paths) < shots:
         return [f"{category}: {len(paths)} anomalous images, shots = {shots}"]
     for seed, own in sets.items():
