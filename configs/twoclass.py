@@ -7,12 +7,16 @@
         --workdir=runs/imagenet-highshot
     dsad evaluate --config=configs/twoclass.py:10shot,mtd --config.backbone=resnet18 \
         --config.weights=FILE.npz --config.data.root=MTD --workdir=runs/imagenet-mtd-10shot
+    dsad fit --config=configs/twoclass.py --config.backbone=resnet18 --config.weights=FILE.npz \
+        --config.data.name=folder --config.data.normal=GOOD --config.data.abnormal=BAD \
+        --config.data.masks=MASKS --out=MODEL
 
 Of every category as many normal and anomalous images are drawn, five times, and the numbers are
 mean and deviation over the draws. Where training has no anomalous image they are drawn from the
-test images; these, and what is in one group with them, are not tested then. Beside the usual
-numbers stand those of anomalous images alone and those of VisA's code. Two residual networks are
-trained for each category and draw; neither time nor numbers are measured yet.
+test images; these, and what is in one group with them, are not tested then. dsad fit tests nothing,
+and learns from all of them unless config.shots is set. Beside the usual numbers stand those of
+anomalous images alone and those of VisA's code. Two residual networks are trained for each category
+and draw; neither time nor numbers are measured yet.
 
 Variants, after a colon and joined by commas:
     5shot      5 + 5 images of each category, drawn by the seeds 0 to 4; 300 steps

@@ -16,7 +16,7 @@ from dsad.assembly.model import Saved
 from dsad.assembly.saving import Writer
 from dsad.core import config as core_config
 from dsad.core import distributed
-from dsad.core.detection import Detector, MapWrapper
+from dsad.core.detection import Detector, MapWrapper, TrainsOnData
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, CanvasSource, Dataset, FeatureMaps, Progress
@@ -157,12 +157,11 @@ class Evaluation:
         """Of the normal images that the detectors are fitted on, by category."""
         made = {}
         for category, by_seed in self.sets.by_category.items():
-            source = self.dataset.source("train", category)
+            source, test = (self.dataset.source(split, category) for split in ("train", "test"))
             own = next(iter(by_seed.values()))
             normal = [path for path in own.bank if path not in own.anomalous]
-            made[category] = {
-                **pictures.looks(subset(source, normal)), "contents": heldout.contents(source)
-            }  # fmt: skip
+            contents = heldout.contents(source) + heldout.contents(test, own.untested)
+            made[category] = {**pictures.looks(subset(source, normal)), "contents": contents}
         return made
 
 
@@ -211,7 +210,7 @@ def prepare(
     check_files(dataset, cfg.data.root)
     sets = fitting.supports(
         detector, dataset, dataset.categories, cfg.evaluation, cfg.sampling,
-        fitted=saved is not None,
+        fitted=saved is not None, measured=measured,
     )  # fmt: skip
     if saved:
         _check_saved(saved, config, cfg, dataset)
@@ -233,6 +232,8 @@ def prepare(
         _check_projected(cfg.backbone, backbone, detector.layers)
         if cfg.evaluation.recalibrate:
             recalibration.check(backbone)
+        if isinstance(detector, TrainsOnData) and detector.traits.trains_on == "labelled":
+            detector.objective({}, backbone)  # which refuses other networks and layers
     if not cfg.evaluation.image_size:
         if not side:
             raise ConfigError(
@@ -264,6 +265,14 @@ def _check_saved(saved: Saved, config: Any, cfg: EvaluateConfig, dataset: Datase
         raise ConfigError(
             f"{saved.directory}: no model of {core_config.listed(missing)}; it has: "
             f"{core_config.listed(have)}. Name categories with --config.data.categories."
+        )
+    untested = saved.stamp["support"].get("untested", {})
+    drawn = any(count for by_seed in untested.values() for count in by_seed.values())
+    # Of own images those that it was fitted on are known by their contents, and left out.
+    if drawn and not cfg.data.labelled and saved.stamp["dataset"]["name"] == dataset.name:
+        raise ConfigError(
+            f"config.data.name: the model was fitted on test images of {dataset.name}; measure it "
+            "on other data, or fit and measure at once without --model."
         )
 
 

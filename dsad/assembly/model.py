@@ -245,7 +245,7 @@ class Saved:
 
     @property
     def contents(self) -> frozenset[str]:
-        """Of the normal images that they could be fitted on, see ``heldout.contents``."""
+        """Of the images that they could be fitted on, see ``heldout.contents``."""
         return frozenset(c for row in self.index["normals"].values() for c in row["contents"])
 
     def backbone(self, title: str) -> Backbone:

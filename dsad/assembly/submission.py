@@ -44,8 +44,6 @@ NO_RULE = "none"
 PUBLISHED = {c: dict(zip(ABOUT.columns, row, strict=True))["private"]
              for c, row in ABOUT.counts.items()}  # fmt: skip
 _ADVICE = "Choose another --out, or mend this one."
-#: Numbers of missing files that a message spells out, as ranges.
-_RANGES = 8
 _THREADS = 8
 
 Shape = tuple[int, int]
@@ -79,25 +77,6 @@ def images(dataset: Dataset) -> list[str]:
     return sorted(r.path.removesuffix(".png") for source in sources for r in source.records)
 
 
-def absent(found: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """A line for every folder of which files are missing, with their numbers as ranges."""
-    there, total, missing = set(found), collections.Counter[str](), collections.defaultdict(list)
-    for path in sorted(wanted):
-        folder, _, name = path.rpartition("/")
-        total[folder] += 1
-        if path not in there:
-            missing[folder].append(int(name[:3]))
-    lines = []
-    for folder, numbers in missing.items():
-        ends = [n for n in numbers if n - 1 not in numbers]
-        ranges = [(a, next(b for b in numbers if b >= a and b + 1 not in numbers)) for a in ends]
-        texts = [f"{a:03d}" if a == b else f"{a:03d} to {b:03d}" for a, b in ranges[:_RANGES]]
-        more = ", ..." if len(ranges) > _RANGES else ""
-        count = f"{len(numbers)} of {total[folder]}"
-        lines.append(f"{folder}: {count} files are missing: {', '.join(texts)}{more}")
-    return lines
-
-
 def factor(largest: float) -> float:
     """The power of two that brings the highest score of normal images into [1, 2).
 
@@ -123,13 +102,15 @@ def halved(scores: np.ndarray, scale: float, name: str) -> np.ndarray:
     return half
 
 
+def quarter_of(shape: Shape) -> Shape:
+    """Height and width of a map of a quarter of them, rounded down."""
+    return shape[0] // 4, shape[1] // 4
+
+
 def quartered(scores: np.ndarray) -> np.ndarray:
     """Means of 4 × 4 pixels: (h // 4, w // 4) f32; the rest at the right and below is left out."""
-    h, w = _quarter((scores.shape[0], scores.shape[1]))
+    h, w = quarter_of((scores.shape[0], scores.shape[1]))
     return scores[: 4 * h, : 4 * w].reshape(h, 4, w, 4).mean((1, 3), dtype=np.float32)
-
-
-# --- writing --------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
@@ -238,7 +219,7 @@ def write(made: Plan, folder: pathlib.Path, progress: Progress = silent) -> dict
             _write(made, folder, name, model, model.original(image), limit)
             return name, image.shape
 
-        for name, shape in _threaded(save, _scored(model, source)):
+        for name, shape in threaded(save, _scored(model, source)):
             shapes[name] = shape
             progress(len(shapes), total, category)
     about = {
@@ -257,8 +238,8 @@ def _scored(model: FittedModel, source: Source) -> Iterator[ScoredImage]:
         yield from found
 
 
-def _threaded(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Results in order, of threads that are never far ahead of who takes them."""
+def threaded(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Results of many calls in order, of threads that are never far ahead of who takes them."""
     waiting: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         try:
@@ -285,7 +266,7 @@ def _write(
     tifffile.imwrite(packed, half, photometric="minisblack", metadata=None)
     paths.write_whole(folder / MAPS / f"{name}.tiff", packed.getvalue(), _ADVICE)
     if limit is not None:
-        above = model.evaluation.morphology.applied(scores > limit)
+        above = model.evaluation.morphology.decided(scores, limit)
         packed = io.BytesIO()
         PIL.Image.fromarray(above.astype(np.uint8) * 255).save(packed, "PNG")
         paths.write_whole(folder / MASKS / f"{name}.png", packed.getvalue(), _ADVICE)
@@ -312,124 +293,3 @@ def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
     entry.uid = entry.gid = entry.mtime = 0
     entry.uname = entry.gname = ""
     return entry
-
-
-# --- checking -------------------------------------------------------------------------------
-
-
-def check(
-    folder: str | pathlib.Path,
-    counts: Mapping[str, int] | None = None,
-    shapes: Mapping[str, Shape] | None = None,
-    progress: Progress = silent,
-) -> list[str]:
-    """All faults of a submission, a line each; none for one that the server can take.
-
-    Args:
-      folder: holds the trees.
-      counts: images of each private set by object; the published ones by default.
-      shapes: (h, w) of images, by path without suffix; without them the two files of an image are
-        compared with each other.
-      progress: told of every image.
-
-    """
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        return [f"{folder}: no such folder; expected one that holds {MAPS}."]
-    if meant := _meant(folder):
-        return [f"{folder}: holds no {MAPS}, but {meant} does. Name that folder."]
-    names = expected(PUBLISHED if counts is None else counts)
-    trees = [tree for tree in SUFFIXES if tree == MAPS or (folder / tree).exists()]
-    wanted = {f"{tree}/{name}{SUFFIXES[tree]}" for tree in trees for name in names}
-    folders = {str(above) for path in wanted for above in pathlib.PurePosixPath(path).parents}
-    found, foreign = set(), collections.defaultdict(list)
-    for path in sorted(folder.rglob("*")):
-        place = path.relative_to(folder).as_posix()
-        if path.is_dir() and place in folders:
-            continue
-        found.add(place)
-        if place not in wanted:
-            foreign[path.parent].append(place)
-    faults = absent(found, wanted)
-    for places in foreign.values():
-        more = f", and {len(places) - 1} more there" if len(places) > 1 else ""
-        advice = "Remove them." if more else "Remove it."
-        faults.append(f"{places[0]}{more}: no part of a submission. {advice}")
-
-    def look(name: str) -> list[str]:
-        there = [tree for tree in trees if f"{tree}/{name}{SUFFIXES[tree]}" in found]
-        return _faults_of(folder, name, there, (shapes or {}).get(name))
-
-    for i, lines in enumerate(_threaded(look, names)):
-        faults += lines
-        progress(i + 1, len(names), f"{len(faults)} faults")
-    return faults
-
-
-def _meant(folder: pathlib.Path) -> pathlib.Path | None:
-    """The folder that holds the maps, where that is next to the given one."""
-    if (folder / MAPS).is_dir():
-        return None
-    above = folder.resolve().parent
-    near = [p for p in sorted(folder.iterdir()) if (p / MAPS).is_dir()]
-    return above if folder.resolve() == above / MAPS else next(iter(near), None)
-
-
-def _faults_of(
-    folder: pathlib.Path, name: str, trees: Sequence[str], shape: Shape | None
-) -> list[str]:
-    """Of the files of one image, which may be of its ``shape``, or a quarter of that."""
-    faults, seen = [], {}
-    for tree in trees:
-        place = f"{tree}/{name}{SUFFIXES[tree]}"
-        try:
-            seen[place] = (_map if tree == MAPS else _mask)(folder / place).shape
-        except ValueError as error:
-            faults.append(f"{place}: {error}")
-    sizes = list(seen.values())
-    # Without the image its mask is taken for whole, unless that is a quarter of the map.
-    full = shape or (sizes[-1] if sizes else (0, 0))
-    if not shape and sizes and sizes[-1] == _quarter(sizes[0]):
-        full = sizes[0]
-    of = "its image" if shape else "its other file"
-    for place, size in seen.items():
-        if size not in (full, _quarter(full)):
-            whole, quarter, found = (f"{h} × {w}" for h, w in (full, _quarter(full), size))
-            faults.append(f"{place}: expected {whole} pixels as {of}, or {quarter}; found {found}.")
-    return faults
-
-
-def _quarter(shape: Shape) -> Shape:
-    return shape[0] // 4, shape[1] // 4
-
-
-def _map(path: pathlib.Path) -> np.ndarray:
-    """A map as it has to be; raises ValueError."""
-    try:
-        with tifffile.TiffFile(path) as file:
-            pages, values = len(file.pages), file.asarray()
-    except Exception as error:  # of a damaged file the library raises nearly every type there is
-        raise ValueError(f"not readable as TIFF ({error}). Write it again.") from error
-    if pages != 1 or values.ndim != 2 or values.dtype != np.float16:
-        shape = " × ".join(map(str, values.shape))
-        raise ValueError(
-            f"expected one page of two dimensions, float16; found {pages} of {shape}, "
-            f"{values.dtype}."
-        )
-    if bad := np.count_nonzero(~np.isfinite(values)):
-        raise ValueError(f"expected finite scores, found {bad} NaN or infinite.")
-    return values
-
-
-def _mask(path: pathlib.Path) -> np.ndarray:
-    """A mask as it has to be; raises ValueError."""
-    try:
-        with PIL.Image.open(path) as image:
-            about, values = (image.format, image.mode), np.asarray(image)
-    except Exception as error:  # likewise
-        raise ValueError(f"not readable as PNG ({error}). Write it again.") from error
-    if about != ("PNG", "L"):
-        raise ValueError(f"expected a PNG of mode L, found {' of '.join(map(str, about))}.")
-    if other := sorted(set(np.unique(values).tolist()) - {0, 255}):
-        raise ValueError(f"expected the values 0 and 255, found also {listed(other[:5])}.")
-    return values

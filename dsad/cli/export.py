@@ -1,6 +1,7 @@
 """``dsad export``: an encoder as files that timm, torchvision and anomalib load."""
 
 from dsad.assembly import runs
+from dsad.assembly.saving import INDEX
 from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count
@@ -35,6 +36,12 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             "dsad export: expected --backbone=SPEC and --out=DIR, for example --backbone=run:runs/a"
             f" --out=exported{'; found ' + ' '.join(rest) if rest else ''}."
+        )
+    if (paths.directory(values.backbone) / INDEX).exists():
+        raise ConfigError(
+            f"--backbone={values.backbone}: a fitted model, which dsad predict and dsad evaluate "
+            "--model=DIR take as it is. Exported are encoders: run:DIR, or an architecture with "
+            "--weights."
         )
     export.check_free(paths.directory(values.out), values.overwrite)
     found = runs.encoder(values.backbone, values.weights)

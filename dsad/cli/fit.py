@@ -44,8 +44,9 @@ def main(argv: list[str]) -> int:
         if parts.sets.validated:
             count = len(validation(parts.dataset, category))
             held = f"; {count} validation images set the threshold"
+        good, bad = len(support.bank) - len(support.anomalous), len(support.anomalous)
         out.print(
-            f"{category}: fitted on {len(support.bank)} good pictures"
+            f"{category}: fitted on {good} good pictures{f' and {bad} bad ones' if bad else ''}"
             f"{left}{held if support.held_out or parts.sets.validated else ''}"
         )
         for row in results.thresholds.get(category, {}).values():

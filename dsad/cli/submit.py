@@ -5,7 +5,7 @@ import pathlib
 
 import PIL.Image
 
-from dsad.assembly import datasets, submission
+from dsad.assembly import datasets, submission, submission_check
 from dsad.assembly.model import Saved
 from dsad.core.config import build_dataclass
 from dsad.core.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     plan = submission.plan(saved, dataset, values.rule, quarter=values.quarter)
     images = submission.images(dataset)
     counts = _counts(dataset) if values.partial else submission.PUBLISHED
-    if missing := submission.absent(images, submission.expected(counts)):
+    if missing := submission_check.absent(images, submission.expected(counts)):
         raise DataError(
             f"{config.root}: the server takes all private images:\n  " + "\n  ".join(missing) + "\n"
             "Unpack the whole archive, with models of all objects, or try it with --partial."
@@ -92,7 +92,7 @@ def _shapes(dataset: IndexedDataset, config: DataConfig) -> dict[str, tuple[int,
 
 def _checked(folder, counts, shapes, out) -> int:
     with console.progress("checking", out) as tell:
-        faults = submission.check(folder, counts, shapes, tell)
+        faults = submission_check.check(folder, counts, shapes, tell)
     for line in faults:
         out.print(line)
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"

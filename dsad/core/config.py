@@ -20,8 +20,13 @@ T = TypeVar("T")
 
 
 def listed(names: Any) -> str:
-    """Names as a readable list for an error message, numbers in their order: block2, block10."""
-    return ", ".join(sorted((str(n) for n in names), key=_natural)) or "(none)"
+    """Names as a readable list for an error message, ``by_number``."""
+    return ", ".join(by_number(names)) or "(none)"
+
+
+def by_number(names: Any) -> list[str]:
+    """Names sorted, numbers in their order: block2, block10."""
+    return sorted((str(n) for n in names), key=_natural)
 
 
 def _natural(text: str) -> tuple[list[Any], str]:

@@ -65,8 +65,10 @@ class _Labelled:
         elif config.holdout == 0:
             split = f"all {len(train):,} normal images train, none is tested"
         groups = any(r.group for r in train + test)
-        if self.tested is not None or config.holdout:
-            test = test + self.abnormal if self.real else defective.doubled(files.by_path(test))
+        if self.real:
+            test = test + self.abnormal
+        elif self.tested is not None or config.holdout:
+            test = defective.doubled(files.by_path(test))
         splits = {"train": files.by_path(train), "test": files.by_path(test)}
         faults = self.faults + (files.split_groups(splits) if groups else [])
         return files.FileDataset(

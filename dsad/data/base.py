@@ -59,7 +59,7 @@ class DataConfig(Settings, place="config.data"):
       test_normal: own images: normal ones for the test; empty: ``holdout`` draws them.
       manifest: own images: a list of them instead, CSV or JSON lines.
       holdout: own images: share of the normal ones, at least one, that is drawn by ``seed`` to be
-        tested, unless test images are named; 0: nothing is tested, as in ``dsad fit``; 1: all
+        tested, unless test images are named; 0: none of them is, as in ``dsad fit``; 1: all
         are, as where a fitted model is measured.
       categories: those that are used; empty: all.
       canvas: side in pixels of the square uint8 canvases that training reads.

@@ -18,7 +18,7 @@ names alone are compared. Without ``masks`` there are numbers of images only.
 
 Where no normal test images are named, the share ``holdout`` of the normal ones, at least one a
 category, is held out for the test by ``heldout.RULE``; groups that have an abnormal image come
-first, as no group is on both sides. 0 tests nothing, 1 everything. Without abnormal images the test
+first, as no group is on both sides. 0 tests none of them, 1 all. Without abnormal images the test
 images are these, clean and with a procedural defect each, which their kinds and the protocol say.
 
 With ``root`` alone, ``<category>/**/<name>.<suffix>``, everything is normal and trained on, and

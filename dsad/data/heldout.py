@@ -3,6 +3,7 @@
 Of a model that was fitted before all are that it was not fitted on.
 """
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
@@ -53,15 +54,19 @@ def divided(
     return sides
 
 
-def contents(source: Source) -> list[str]:
-    """Tells every image by its file, wherever that lies; empty for images that are not encoded."""
+def contents(source: Source, paths: Collection[str] | None = None) -> list[str]:
+    """Tells every image by its file, wherever that lies; empty for images that are not encoded.
+
+    With ``paths`` those of the images with one of them.
+    """
     if not isinstance(source, files.EncodedSource):
         return []
-    return [hashlib.sha256(source.encoded(i)).hexdigest()[:16] for i in range(len(source))]
+    rows = [i for i, r in enumerate(source.records) if paths is None or r.path in paths]
+    return [hashlib.sha256(source.encoded(i)).hexdigest()[:16] for i in rows]
 
 
 def left(data: files.FileDataset, fitted: Collection[str], category: str = "") -> files.FileDataset:
-    """Own images to measure a model with: normal ones that it was ``fitted`` on are not tested.
+    """Own images to measure a model with: those that it was ``fitted`` on are not tested.
 
     ``fitted`` are their ``contents``. A single category gets the name ``category``, as the folder
     that it is named by may be another one. Raises DataError where nothing is left to test.
@@ -72,21 +77,27 @@ def left(data: files.FileDataset, fitted: Collection[str], category: str = "") -
             for split, records in data.splits.items()
         }
         data = dataclasses.replace(data, categories=(category,), splits=splits)
-    normal = [r for r in data.splits["test"] if not r.label]
-    known = [content in fitted for content in contents(files.FileSource(data, normal))]
-    seen = [r for r, is_known in zip(normal, known, strict=True) if is_known]
-    new = [r for r, is_known in zip(normal, known, strict=True) if not is_known]
-    bad = [r for r in data.splits["test"] if r.label]
+    # Of drawn defects there is no file.
+    real = [r for r in data.splits["test"] if not (r.label and data.procedural)]
+    known = [content in fitted for content in contents(files.FileSource(data, real))]
+    sides: dict[tuple[bool, bool], list[Record]] = collections.defaultdict(list)
+    for record, is_known in zip(real, known, strict=True):
+        sides[bool(record.label), is_known].append(record)
+    seen, new = sides[False, True], sides[False, False]
+    learnt, bad = sides[True, True], sides[True, False]
     test = defective.doubled(new) if data.procedural else [*new, *bad]
     if not test:
+        rest = f"on all {len(learnt)} abnormal ones" if learnt else "no abnormal one is named"
         raise DataError(
-            f"{data.name}: the model was fitted on all {len(seen)} normal images, and no abnormal "
-            "one is named: nothing is left to test. Name other good images with "
+            f"{data.name}: the model was fitted on all {len(seen)} normal images, and {rest}: "
+            "nothing is left to test. Name other good images with "
             "--config.data.normal=DIR, or bad ones with --config.data.abnormal=DIR."
         )
-    train = files.by_path([*data.splits["train"], *seen])
+    train = files.by_path([*data.splits["train"], *seen, *learnt])
     splits = {**data.splits, "train": train, "test": files.by_path(test)}
     text = f"{len(new):,} normal images tested, {len(seen):,} that the model was fitted on are not"
+    if learnt:
+        text += f"; {len(bad):,} abnormal ones are, {len(learnt):,} that it learnt from are not"
     if leaks := len(files.split_groups(splits)):
         text += f"; {leaks:,} groups are tested of which it was fitted on other images"
     about = {**data.protocol, "split": text, "split_hash": files.split_hash(splits)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -11,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core import hosts, rng
-from dsad.core.config import Settings, field, listed
-from dsad.core.detection import DetectorTraits, FeatureSource, within
+from dsad.core.config import Settings, by_number, field, listed
+from dsad.core.detection import PIXELS, DetectorTraits, FeatureSource, within
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.recipe import Recipe
 from dsad.core.types import FeatureMaps, Progress, Tree
@@ -176,12 +177,17 @@ class Cells(NamedTuple):
 
 
 def select(features: FeatureMaps, layers: Sequence[str]) -> list[jax.Array]:
-    """The maps of ``layers``, each (b, h, w, d); a missing one lists what exists."""
+    """The maps of ``layers``, each (b, h, w, d); a missing one lists all, from fine to coarse."""
     missing = [name for name in layers if name not in features]
     if missing:
+        grids = {name: x.shape[1:-1] for name, x in features.items() if name != PIXELS}
+        have = [name for name in by_number(grids) if grids[name]]  # a token has no grid
+        have.sort(key=lambda name: -math.prod(grids[name]))
+        near = str(tuple(name for name in layers if name in have)).replace(" ", "")
         raise ConfigError(
-            f"detector.layers: no feature map named {listed(missing)}; the backbone gives: "
-            f"{listed(features)}."
+            f"config.detector.layers: no feature map named {listed(missing)}; the backbone gives: "
+            f"{', '.join(have) or '(none)'}. "
+            + (f'Name some of these: --config.detector.layers="{near}"' if near != "()" else "")
         )
     return [features[name] for name in layers]
 

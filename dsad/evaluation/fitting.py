@@ -129,10 +129,12 @@ def supports(
     sampling: support.Sampling,
     *,
     fitted: bool = False,
+    measured: bool = True,
 ) -> support.Sets:
     """The images that the detector is fitted on, by category and seed; nothing is decoded.
 
-    With what was ``fitted`` before there are none, and no training image is needed.
+    With what was ``fitted`` before there are none, and no training image is needed. Where nothing
+    is ``measured``, a detector that learns from labels may take all anomalous test images.
 
     Refuses what is sure to fail: raises DataError for categories without images to fit on, for
     fewer than the detector needs, and for anomaly maps that cannot be saved beside each other;
@@ -176,7 +178,7 @@ def supports(
     validated = rate > 0 and _validated(dataset, categories)
     sets = support.choose(
         dataset, categories, shots=sampling.shots, seeds=seeds,
-        holdout=holdout if rate and not validated else None, labelled=labelled,
+        holdout=holdout if rate and not validated else None, labelled=labelled, measured=measured,
     )  # fmt: skip
     fewest = {
         c: min(len(x.bank) - len(x.held_out) - len(x.anomalous) for x in sets[c].values())

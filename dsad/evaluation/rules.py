@@ -76,10 +76,9 @@ def counts(scored: Scored, limits: Limits, morphology: Morphology) -> np.ndarray
         for row, limit in zip(found, limits.values(), strict=True):
             if limit is None:
                 continue
-            above = scores > limit
-            row[number, 3] = above.any()
+            row[number, 3] = (scores > limit).any()
             if mask is not None:
-                above = morphology.applied(above)
+                above = morphology.decided(scores, limit)
                 hits = np.count_nonzero(above & mask)
                 row[number, :3] = hits, above.sum() - hits, mask.sum() - hits
     return scored.hosts.total(found)

@@ -172,12 +172,14 @@ def choose(
     seeds: Sequence[int],
     holdout: Callable[[int], tuple[int, int]] | None = None,
     labelled: bool = False,
+    measured: bool = True,
 ) -> dict[str, dict[int, Support]]:
     """The support set of every category and seed, of normal training images alone.
 
     ``holdout`` says how many groups and how many images of so many to hold out, at least. With
     ``labelled`` there are as many anomalous images beside the normal ones, of the training split,
-    or of the test split where that has none. Raises ConfigError with all faults at once.
+    or of the test split where that has none; if that is ``measured``, some have to be left. Raises
+    ConfigError with all faults at once.
     """
     if shots < 0:
         raise ConfigError(f"shots: expected 0 (all training images) or more, found {shots}.")
@@ -201,7 +203,7 @@ def choose(
                 held = hold_out([records[p] for p in drawn], seed, *holdout(len(drawn)))
             made[category][seed] = Support(bank=drawn, held_out=held)
         if labelled:
-            faults += _add_anomalous(dataset, category, shots, made[category])
+            faults += _add_anomalous(dataset, category, shots, made[category], measured)
         if holdout and not all(x.held_out for x in made[category].values()):
             what = "image" if len(paths) == 1 or shots == 1 else "group"
             faults.append(
@@ -224,15 +226,15 @@ def anomalous_split(dataset: Dataset, category: str) -> str:
 
 
 def _add_anomalous(
-    dataset: Dataset, category: str, shots: int, sets: dict[int, Support]
+    dataset: Dataset, category: str, shots: int, sets: dict[int, Support], measured: bool
 ) -> list[str]:
     """Adds anomalous images to the sets of every seed; gives the faults that leave none."""
     split = anomalous_split(dataset, category)
     test = dataset.source("test", category).records
     known = {r.path: r for r in (*dataset.source("train", category).records, *test)}
     paths = [r.path for r in dataset.source(split, category).records if r.label == 1]
-    if split == "test" and not shots:
-        return [f"{category}: no anomalous training image; config.shots draws test images"]
+    if split == "test" and not shots and measured:
+        return [f"{category}: no anomalous training image; config.shots above 0 draws test images"]
     if not paths or len(paths) < shots:
         return [f"{category}: {len(paths)} anomalous images, shots = {shots}"]
     for seed, own in sets.items():
@@ -240,7 +242,8 @@ def _add_anomalous(
         bank = tuple(sorted((*own.bank, *drawn)))
         groups = {group(known[path]) for path in bank}
         out = tuple(sorted(r.path for r in test if group(r) in groups))
-        if sum(r.label == 1 and r.path not in out for r in test) == 0:
+        left = sum(r.label == 1 and r.path not in out for r in test)
+        if measured and not left:
             return [f"{category}: shots = {shots} leaves no anomalous image to test, seed {seed}"]
         sets[seed] = dataclasses.replace(own, bank=bank, anomalous=drawn, untested=out)
     return []

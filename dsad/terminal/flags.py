@@ -1,6 +1,7 @@
 """``--config=FILE:VARIANT --config.a.b=v`` and the other flags of a command."""
 
 import contextlib
+import functools
 import importlib.resources
 import io
 import pathlib
@@ -157,6 +158,7 @@ class Command:
         config = self.values["config"].value if self.config else None
         if self.config:
             _check_config(config)
+            _split(config, argv)
         return config, self.values, rest
 
     def help(self) -> str:
@@ -256,6 +258,23 @@ def _check_config(config: Any) -> None:
         raise ConfigError(
             f"--config: expected a file whose get_config() returns a ConfigDict, found {config!r}."
         )
+
+
+def _split(config: Any, argv: Sequence[str]) -> None:
+    """Names of a tuple that were given as ``a,b``, apart; absl takes them for one.
+
+    One name with a comma in it is written in quotes of its own, as "'a,b'".
+    """
+    for argument in argv:
+        path, _, text = argument.removeprefix(_KEY).partition("=")
+        if not argument.startswith(_KEY) or "," not in text:
+            continue
+        *groups, name = path.split(".")
+        holder = functools.reduce(lambda node, group: node[group], groups, config)
+        if isinstance(value := holder[name], tuple) and text in value:
+            at = value.index(text)
+            names = tuple(filter(None, map(str.strip, text.split(","))))
+            holder[name] = (*value[:at], *names, *value[at + 1 :])
 
 
 def _spelled(argv: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import tifffile
 
-from dsad.assembly import evaluate, submission
+from dsad.assembly import evaluate, submission, submission_check
 from dsad.assembly.model import FittedModel
 from dsad.cli import main
 from dsad.core.errors import DataError
@@ -62,7 +62,7 @@ def fails(capsys, *argv):
 
 def test_files_are_maps_and_masks_of_every_private_image(folder):
     sent = folder / "sent"
-    assert submission.check(sent, COUNTS) == []
+    assert submission_check.check(sent, COUNTS) == []
     about = json.loads((folder / "sent.json").read_text())
     for name in NAMES:
         half = tifffile.imread(sent / "anomaly_images" / f"{name}.tiff")
@@ -139,7 +139,7 @@ def test_every_fault_is_told_at_once(folder, tmp_path, capsys):
     trees.save(masks / f"{NAMES[7]}.png", np.zeros((trees.HEIGHT, trees.WIDTH, 3), np.uint8))
     (maps / "can" / "notes.txt").write_text("mine")
     (sent / "empty").mkdir()
-    faults = submission.check(sent, COUNTS)
+    faults = submission_check.check(sent, COUNTS)
     told = {
         f"{MAPS}/can/test_private: 1 of 2 files are missing: 000",
         f"{MAPS}/can/notes.txt: no part", "empty: no part",
@@ -196,7 +196,7 @@ def test_a_stopped_submission_is_begun_anew(folder, tmp_path):
     sent = shutil.copytree(folder / "sent", tmp_path / "sent")
     (sent / "anomaly_images" / "can" / "test_private" / "left.writing").write_text("half")
     assert submit(folder / "model", f"--out={sent}", "--partial", "--rule=sigma") == 0
-    assert submission.check(sent, COUNTS) == []
+    assert submission_check.check(sent, COUNTS) == []
 
 
 def test_half_precision_keeps_ranks_after_one_factor():
@@ -240,7 +240,7 @@ def test_a_neighbour_of_the_submission_is_recognised(tmp_path):
 def test_missing_numbers_are_ranges():
     wanted = [f"can/test_private/{i:03d}_regular" for i in range(12)]
     found = [w for i, w in enumerate(wanted) if i not in (0, 3, 4, 5, 11)]
-    assert submission.absent(found, wanted) == [
+    assert submission_check.absent(found, wanted) == [
         "can/test_private: 5 of 12 files are missing: 000, 003 to 005, 011"
     ]
-    assert submission.absent(wanted, wanted) == []
+    assert submission_check.absent(wanted, wanted) == []

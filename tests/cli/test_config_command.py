@@ -113,6 +113,24 @@ def test_a_key_is_searched_at_every_level(argument, hint, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "layers"),
+    [
+        (["layers=stem,layer1, layer2"], ("stem", "layer1", "layer2")),
+        (["layers=stem,layer1", "layers=layer2"], ("stem", "layer1", "layer2")),
+        (["layers=layer2", "layers=stem,"], ("layer2", "stem")),
+        (["layers=('stem','layer1')"], ("stem", "layer1")),
+        (["layers=('stem,layer1',)"], ("stem,layer1",)),
+        (["layers='stem,layer1'"], ("stem,layer1",)),
+    ],
+)
+def test_commas_part_the_names_of_a_tuple_unless_quoted(arguments, layers):
+    command = flags.Command("evaluate", "", config="configs/twoclass.py")
+    given = [f"--config.detector.{argument}" for argument in arguments]
+    config, _, _ = command.parse([*given, "--config.weights=a,b.npz", "--config.seeds=3,4"])
+    assert (config.detector.layers, config.weights, config.seeds) == (layers, "a,b.npz", (3, 4))
+
+
+@pytest.mark.parametrize(
     ("argv", "hint"),
     [
         (("evalute",), "Did you mean 'evaluate'?"),

@@ -87,6 +87,9 @@ def test_what_cannot_be_exported_says_why(resnet_file, tmp_path, capsys):
     assert "expected --backbone=SPEC" in fails()
     assert "name its weights" in fails("--backbone=resnet18")
     assert "Did you mean 'resnet18'" in fails("--backbone=resnet8", f"--weights={resnet_file}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.json").write_text("{}")
+    assert "a fitted model, which dsad predict" in fails(f"--backbone={tmp_path / 'model'}")
     assert "wrapper" in fails("--backbone=patches:32/4:resnet18")
     text = fails("--backbone=resnet18", f"--weights={resnet_file}", "--format=onnx")
     assert "expected 'timm' or 'torchvision'" in text

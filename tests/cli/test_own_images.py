@@ -103,3 +103,27 @@ def test_a_model_of_good_pictures_is_measured_with_bad_ones(folder):
     assert f"Urteile/predictions.csv; pictures: {folder / 'Urteile' / 'overlays'}\n" in done.stdout
     done = command("report", "Urteile", cwd=folder)
     assert (folder / "Urteile" / "report.html").is_file(), done.stderr
+
+
+@pytest.mark.slow
+def test_a_detector_of_labels_learns_from_all_bad_pictures_and_is_measured_with_others(folder):
+    labels = (
+        "--config=configs/twoclass.py:smoke", "--config.backbone=resnet18", *PLACES, BAD, MASKS,
+        *SMALL, "--config.data.categories=()", "--config.detector.layers=stem", "--config.shots=0",
+    )  # fmt: skip
+    done = command("fit", *labels, "--out=gelernt", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "pics: fitted on 5 good pictures and 2 bad ones; " in done.stdout
+    done = command("predict", "gelernt", "pics/schlecht [ß]", "--out=Urteil", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    done = command("evaluate", "--model=gelernt", "--workdir=selbst", cwd=folder)
+    assert done.returncode == 2
+    assert "fitted on all 5 normal images, and on all 2 abnormal ones" in done.stderr
+    for i in (0, 1):
+        trees.save(folder / "neu" / "gut" / f"{i}.png", trees.pixels(200 + i))
+        trees.save(folder / "neu" / "Kratzer" / f"{i}.png", trees.pixels(300 + i))
+    given = ("--config.data.normal=neu/gut", "--config.data.abnormal=neu/Kratzer")
+    done = command("evaluate", "--model=gelernt", *given, "--workdir=anders", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((folder / "anders" / "results.json").read_text())
+    assert results["categories"]["pics"]["counts"]["anomalous"] == 2

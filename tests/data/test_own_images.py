@@ -64,10 +64,10 @@ def test_the_hold_out_changes_with_the_seed_and_grows_with_the_share(tmp_path):
     assert held[0, 0.2] != held[1, 0.2]
 
 
-def test_without_a_share_nothing_is_tested_and_with_the_whole_share_everything(tmp_path):
+def test_without_a_share_no_normal_image_is_tested_and_with_the_whole_share_everything(tmp_path):
     config = flat(tmp_path)
     none, every = (load(dataclasses.replace(config, holdout=share)) for share in (0, 1))
-    assert (len(none.source("train")), len(none.source("test"))) == (10, 0)
+    assert (len(none.source("train")), len(none.source("test"))) == (10, 2)
     assert none.protocol["split"] == "all 10 normal images train, none is tested"
     assert (len(every.source("train")), len(every.source("test"))) == (0, 12)
     alone = load(dataclasses.replace(config, holdout=0, abnormal=""))
@@ -106,6 +106,20 @@ def test_a_model_is_not_tested_on_what_it_was_fitted_on(tmp_path, bad):
     else:
         with pytest.raises(DataError, match="fitted on all 10 normal images.*data.abnormal=DIR"):
             heldout.left(given, every)
+
+
+def test_a_model_is_not_tested_on_defects_that_it_learnt_from(tmp_path):
+    live = load(flat(tmp_path, bad=3))
+    test = live.source("test")
+    bad = paths(live, "test", 1)
+    fitted = {*heldout.contents(live.source("train")), *heldout.contents(test, bad[:2])}
+    left = heldout.left(load(dataclasses.replace(live.config, holdout=1)), fitted)
+    assert paths(left, "test", 1) == bad[2:]
+    assert paths(left, "test", 0) == paths(live, "test", 0)
+    assert left.protocol["split"].endswith("; 1 abnormal ones are, 2 that it learnt from are not")
+    everything = {*fitted, *heldout.contents(test)}
+    with pytest.raises(DataError, match="all 10 normal images, and on all 3 abnormal ones"):
+        heldout.left(load(dataclasses.replace(live.config, holdout=1)), everything)
 
 
 @pytest.mark.parametrize("holdout", [0, 0.2])

@@ -37,7 +37,8 @@ def test_focal_loss_has_a_slope_at_any_logit():
     assert np.isfinite(slope).all()
 
 
-@pytest.mark.parametrize(("name", "stages"), [(n, 4) for n in resnet.ARCHS] + [("resnet34", 2)])
+#: Of two stages: their blocks differ, and the first of them tell bottlenecks apart.
+@pytest.mark.parametrize(("name", "stages"), [("resnet18", 4), *((n, 2) for n in resnet.ARCHS)])
 def test_parameters_tell_their_network(name, stages):
     network = resnet.resnet(name, stages=stages)
     assert resnet.of_params(network.shapes()[0]) is network
@@ -84,8 +85,10 @@ def changed(state, network):
 
 def test_encoders_train_unless_frozen_and_keep_their_statistics():
     source, network = Batches(case.maps_of(0, 6)), case.network()
+    few = dataclasses.replace(case.RECIPE, steps=3)
     free, frozen = (
-        fitted(made("twoclass", **config), source) for config in (case.CONFIGS[1], case.CONFIGS[0])
+        fitted(made("twoclass", **{**config, "recipe": few}), source)
+        for config in (case.CONFIGS[1], case.CONFIGS[0])
     )
     assert min(changed(free, network).values()) > 1e-5
     assert max(changed(frozen, network).values()) == 0
@@ -127,8 +130,12 @@ def test_other_networks_are_refused():
 
 
 def test_a_missing_stage_lists_what_there_is():
-    with pytest.raises(ConfigError, match=r"no feature map named layer4.*gives: layer1, stem"):
-        made("twoclass", layers=("layer1", "layer4")).objective(None, case.network())
+    with pytest.raises(
+        ConfigError,
+        match=r"^config\.detector\.layers: no .* layer4; the backbone gives: stem, layer1\. .*"
+        r"--config\.detector\.layers=\"\('stem','layer1'\)\"",
+    ):
+        made("twoclass").objective(None, case.network())
 
 
 def test_a_single_class_is_refused(monkeypatch):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from dsad.assembly import evaluate
 from dsad.assembly.detectors import Trainer
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
@@ -15,12 +16,13 @@ from dsad.detectors import twoclass
 from dsad.evaluation import fitting, support
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.evaluation.support import Sampling, Sets
+from dsad.terminal import console, flags
 from tests.contracts.detectors import twoclass as case
 from tests.evaluation.test_localize import Planted
 
-RECIPE = Recipe(steps=60, batch_size=8, optim=OptimConfig(lr=1e-3))
+RECIPE = Recipe(steps=40, batch_size=8, optim=OptimConfig(lr=3e-3))
 DETECTOR = twoclass.TwoClass(
-    twoclass.Config(layers=("stem", "layer1"), width=4, jitter=(0.0,) * 4, recipe=RECIPE)
+    twoclass.Config(layers=("stem",), width=4, jitter=(0.0,) * 4, recipe=RECIPE)
 )
 SAMPLING = Sampling(shots=2, seeds=(0, 1, 2))
 #: Defects of 20 noise levels.
@@ -52,11 +54,12 @@ class Grouped(Planted):
         return found
 
 
-def chosen(dataset, labelled=True, **sampling):
+def chosen(dataset, labelled=True, measured=True, **sampling):
     sampling = dataclasses.replace(SAMPLING, **sampling)
     made = support.choose(
-        dataset, dataset.categories, shots=sampling.shots, seeds=sampling.seeds, labelled=labelled
-    )
+        dataset, dataset.categories, shots=sampling.shots, seeds=sampling.seeds, labelled=labelled,
+        measured=measured,
+    )  # fmt: skip
     return Sets(sampling, made)
 
 
@@ -109,6 +112,11 @@ def test_all_faults_of_draws_come_at_once():
         chosen(dataset, shots=0)
     with pytest.raises(ConfigError, match="leaves no anomalous image to test"):
         chosen(dataset, shots=6)
+    for shots in (0, 6):  # where nothing is measured none has to be left
+        (own,) = (
+            chosen(Grouped(), shots=shots, seeds=(0,), measured=False).by_category["disc"].values()
+        )
+        assert len(own.anomalous) == 6
     everything = chosen(Grouped(pool=True), shots=0).by_category["disc"][0]
     assert (len(everything.bank), len(everything.anomalous)) == (10, 3)
 
@@ -169,6 +177,14 @@ def test_it_learns_from_two_shots_and_says_what_was_tested():
     out = {path for path in results.support["disc"]["0"]["untested"]}
     assert not out & {row["path"] for row in results.images["disc"]}
     assert len(out) + len(results.images["disc"]) == 13
+
+
+def test_missing_layers_are_refused_before_images_are_read():
+    command = flags.Command("evaluate", "", config="configs/twoclass.py:smoke")
+    config, _, _ = command.parse([])
+    match = r"config\.detector\.layers: .* layer2, layer3, layer4; .*gives: stem, layer1\."
+    with pytest.raises(ConfigError, match=match):
+        evaluate.prepare(config, console.console(), Grouped(), network=case.network())
 
 
 def test_what_does_not_go_with_it_is_refused():

@@ -13,6 +13,7 @@ from dsad.core.detection import DetectorTraits
 from dsad.core.errors import WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
+from dsad.evaluation import categories
 from dsad.evaluation import localize as module
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.support import Sampling
@@ -186,7 +187,7 @@ ARGV = (
 def test_the_command_goes_on_by_itself(tmp_path, monkeypatch, capsys):
     argv = ["evaluate", *ARGV, f"--workdir={tmp_path / 'a'}"]
     assert main.main([*argv[:-1], f"--workdir={tmp_path / 'whole'}"]) == 0
-    score = module.score
+    score = categories.score
 
     def stopping(reader, fitted, source, name, tick, **given):
         if name.startswith("wood"):
@@ -194,7 +195,7 @@ def test_the_command_goes_on_by_itself(tmp_path, monkeypatch, capsys):
         return score(reader, fitted, source, name, tick, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "score", stopping)
+        patch.setattr(categories, "score", stopping)
         with pytest.raises(MemoryError):
             main.main(argv)
     assert (tmp_path / "a" / "parts" / "tiles" / "results.json").exists()
@@ -207,7 +208,7 @@ def test_the_command_goes_on_by_itself(tmp_path, monkeypatch, capsys):
         return score(reader, fitted, source, name, tick, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "score", watching)
+        patch.setattr(categories, "score", watching)
         assert main.main(argv) == 0
     assert names == ["wood/test"]
     assert not (tmp_path / "a" / "parts").exists()
@@ -220,7 +221,7 @@ def test_the_command_goes_on_by_itself(tmp_path, monkeypatch, capsys):
 def test_a_failure_before_anything_was_measured_blocks_no_retry(tmp_path, monkeypatch):
     argv = ["evaluate", *ARGV, f"--workdir={tmp_path / 'a'}"]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "score", lambda *given, **more: 1 / 0)
+        patch.setattr(categories, "score", lambda *given, **more: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main.main([*argv, "--config.detector.k=2"])
     assert main.main(argv) == 0

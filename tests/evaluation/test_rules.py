@@ -1,6 +1,7 @@
 """One threshold by several rules and F1 at it: oracles, pooling, morphology, validation images."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from dsad.core.config import Refused
 from dsad.core.errors import DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
-from dsad.evaluation import rules, thresholds
+from dsad.evaluation import morphology, rules, thresholds
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.hosts import ALONE
 from dsad.evaluation.localize import localize
@@ -134,6 +135,55 @@ def test_squares_join_when_the_closing_spans_their_gap():
     mask[8:11, 5:8] = mask[8:11, 12:15] = True
     for radius, regions in ((1, 2), (2, 2), (3, 1)):
         assert ndimage.label(Morphology(closing=radius).applied(mask))[1] == regions
+
+
+DIRECTIONS = [math.pi * i / 16 for i in range(16)]
+
+
+@pytest.mark.parametrize("angle", DIRECTIONS)
+def test_gaps_along_a_line_are_filled(angle):
+    mask = np.random.default_rng(1).random((23, 31)) < 0.04
+    steep = math.pi / 4 < angle < 3 * math.pi / 4
+    grid = (mask.T if steep else mask).copy()
+    slope = 1 / math.tan(angle) if steep else math.tan(angle)
+    reach = 2 * round(4 * max(abs(math.cos(angle)), abs(math.sin(angle)))) + 1
+    expected = grid.copy()
+    for y, x in zip(*np.nonzero(grid), strict=True):
+        row = y - round(x * slope)
+        steps = [(row + round(k * slope), k) for k in range(x + 1, x + reach + 1)]
+        hits = [i for i, (v, u) in enumerate(steps)
+                if 0 <= v < grid.shape[0] and u < grid.shape[1] and grid[v, u]]  # fmt: skip
+        for step in steps[: hits[0]] if hits else ():
+            expected[step] = True
+    assert expected.sum() > grid.sum()
+    found = morphology.closed_along(mask, 4, angle)
+    np.testing.assert_array_equal(found, expected.T if steep else expected)
+
+
+@pytest.mark.parametrize("angle", DIRECTIONS)
+def test_squares_join_along_a_line_where_the_gap_is_above_the_gate(angle):
+    scores = np.zeros((90, 90))
+    ends = [(45 - round(s * 20 * math.sin(angle)), 45 + round(s * 20 * math.cos(angle)))
+            for s in (-1, 1)]  # fmt: skip
+    for mirrored in (False, True):
+        for value, regions in ((0.81, 1), (0.79, 2)):
+            scores[:] = value
+            for y, x in ends:
+                scores[y - 1 : y + 2, x - 1 : x + 2] = 1.1
+            given = scores[:, ::-1] if mirrored else scores
+            rule = Morphology(lines=26, gate=0.8)
+            found = rule.decided(given, 1.0)
+            assert ndimage.label(found, np.ones((3, 3)))[1] == regions
+            assert found[given > 1].all()
+            assert found.sum() < (300 if regions == 1 else 19)
+            assert ndimage.label(Morphology(lines=15).decided(given, 1.0))[1] == 2
+            eroded = Morphology(lines=26, gate=0.8, erosion=1).decided(given, 1.0)
+            np.testing.assert_array_equal(eroded, ndimage.binary_erosion(found))
+
+
+def test_a_gate_removes_nothing_that_is_above_a_threshold_below_zero():
+    scores = np.array([[-3.0, -0.9, -3.0, -0.9, -3.0]])
+    assert Morphology(closing=1, gate=0.8).decided(scores, -1.0)[0, [1, 3]].all()
 
 
 def test_holes_are_filled_and_small_regions_go():
