@@ -5,14 +5,14 @@ import contextlib
 import dataclasses
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from dsad.core import config as core_config
 from dsad.core.batch import BatchSpec
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import CanvasSource, Dataset, KnownSource, Record, Sample, Source
+from dsad.core.types import CanvasSource, Dataset, HasFiles, KnownSource, Record, Sample, Source
 
 
 class SyntheticConfig(Settings, place="config.data.synthetic"):
@@ -166,6 +166,10 @@ class IndexedDataset(abc.ABC):
     @abc.abstractmethod
     def source(self, split: str, category: str | None = None) -> Any:
         """Samples of a split, of one category or of all, sorted by path."""
+
+    def damages(self) -> list[Fault]:
+        """Faults of files that hold many samples, for which each of them is read whole."""
+        return []
 
 
 class FaultError(DataError):
@@ -322,6 +326,17 @@ def selected(source: Source, rows: Sequence[int]) -> Source:
     if isinstance(source, CanvasSource):
         return _SelectedCanvases(source, rows)
     return (_SelectedKnown if isinstance(source, KnownSource) else _Selected)(source, rows)
+
+
+def file_lines(source: Source, rows: Iterable[int]) -> Iterator[str]:
+    """Per file of these samples a line with its size and time, where the source tells of files."""
+    if not isinstance(source, HasFiles):
+        return
+    for i in rows:
+        for file in source.files(i):
+            about = file.stat() if file.exists() else None  # reading it will say so
+            times = (about.st_size, about.st_mtime_ns) if about else ()
+            yield f"{source.records[i].path}\t{file.name}\t{times}\n"
 
 
 def load(config: DataConfig) -> IndexedDataset:

@@ -10,8 +10,8 @@ from scipy import ndimage
 
 from dsad.core.config import Settings, as_dict, field
 from dsad.core.errors import ConfigError
-from dsad.core.types import Dataset, HasFiles, Record, Sample, Source
-from dsad.data.base import joined, selected
+from dsad.core.types import Dataset, Record, Sample, Source
+from dsad.data.base import file_lines, joined, selected
 from dsad.data.heldout import group, rank
 
 #: Said in the stamp.
@@ -269,13 +269,8 @@ def version(sources: Iterable[Source]) -> str:
     """SHA-256 over size and time of the files of all samples, where the sources tell of files."""
     digest = hashlib.sha256()
     for source in sources:
-        if not isinstance(source, HasFiles):
-            continue
-        for i, record in enumerate(source.records):
-            for file in source.files(i):
-                about = file.stat() if file.exists() else None  # reading it will say so
-                times = (about.st_size, about.st_mtime_ns) if about else ()
-                digest.update(f"{record.path}\t{file.name}\t{times}\n".encode())
+        for line in file_lines(source, range(len(source))):
+            digest.update(line.encode())
     return digest.hexdigest()
 
 
