@@ -263,6 +263,18 @@ class _Joined:
         return self.parts[number][place]
 
 
+class _JoinedKnown(_Joined):
+    """Likewise, of ``KnownSource``s."""
+
+    def identity(self, index: int) -> str:
+        number, place = self.at[index]
+        return self.parts[number].identity(place)
+
+    def annotation(self, index: int, shape: tuple[int, int]) -> Any:
+        number, place = self.at[index]
+        return self.parts[number].annotation(place, shape)
+
+
 class _JoinedCanvases(_Joined):
     """Likewise, of sources that hold canvases."""
 
@@ -285,8 +297,10 @@ def training_source(dataset: Dataset, split: str) -> Source:
 
 def joined(parts: Sequence[Source]) -> Source:
     """The samples of several sources, one source after the other."""
-    held = bool(parts) and all(isinstance(part, CanvasSource) for part in parts)
-    return (_JoinedCanvases if held else _Joined)(parts)
+    for kind, made in ((CanvasSource, _JoinedCanvases), (KnownSource, _JoinedKnown)):
+        if parts and all(isinstance(part, kind) for part in parts):
+            return made(parts)
+    return _Joined(parts)
 
 
 class _Selected:

@@ -130,7 +130,9 @@ def localize(
             "behind a map wrapper. Take the wrapper from config.backbone, or another resize."
         )
     if detector.traits.trains_on == "labelled":
-        _check_labelled(map_wrappers or {}, given, dataset, config)
+        _check_labelled(map_wrappers or {}, config)
+    if given:
+        _check_tested(given, dataset)
     protocol = {**settings(detector, config, sets, tuple(map_wrappers or ())), "detector_state": {}}
     if given:
         known = ("support", "thresholds", "decisions")
@@ -191,10 +193,7 @@ def localize(
     return results
 
 
-def _check_labelled(
-    map_wrappers: Mapping[str, MapWrapper], given: fitting.Given | None, dataset: Dataset,
-    config: EvalConfig,
-) -> None:  # fmt: skip
+def _check_labelled(map_wrappers: Mapping[str, MapWrapper], config: EvalConfig) -> None:
     """Refuse what does not go with a detector that trains the network on labelled images."""
     into = config.preprocessing
     if not (into.whole and into.everything):
@@ -207,7 +206,11 @@ def _check_labelled(
             "config.backbone: this detector trains the network itself, found around it: "
             f"{listed(map_wrappers)}. Name the network alone."
         )
-    if given and given.stamp["dataset"]["name"] == dataset.name:
+
+
+def _check_tested(given: fitting.Given, dataset: Dataset) -> None:
+    """Refuse to test a model on images that it was fitted on."""
+    if given.stamp["dataset"]["name"] == dataset.name:
         untested = given.stamp["support"].get("untested", {})
         if any(count for by_seed in untested.values() for count in by_seed.values()):
             raise ConfigError(
