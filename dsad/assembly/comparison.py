@@ -65,6 +65,7 @@ class CompareConfig(core_config.Settings, place="config"):
       skip: evaluations that are left out, as DATASET/BACKBONE/DETECTOR; * stands for anything.
       seed: of the detectors' random choices, as in an evaluation.
       shots: training images of each category that are used; 0: all.
+      contamination: share of anomalous test images among them, as in an evaluation.
       seeds: draw the ``shots`` and the detectors' random choices, and are those of "{seed}".
       one_for_all: fit a single detector on the training images of all categories.
 
@@ -75,6 +76,7 @@ class CompareConfig(core_config.Settings, place="config"):
     skip: tuple[str, ...] = ()
     seed: int = field(0, at_least=0)
     shots: int = field(0, at_least=0)
+    contamination: float = field(0.0, at_least=0, at_most=0.5)
     seeds: tuple[int, ...] = field((0,), at_least=0, distinct=True, filled=True)
     support: SupportConfig = AS_DRAWN
     one_for_all: bool = False
@@ -359,7 +361,8 @@ def _fill(
         for text in (network.spec, network.weights)
     )
     config.update(
-        backbone=spec, weights=weights, seed=cfg.seed, shots=cfg.shots, one_for_all=cfg.one_for_all,
+        backbone=spec, weights=weights, seed=cfg.seed, shots=cfg.shots,
+        contamination=cfg.contamination, one_for_all=cfg.one_for_all,
         seeds=cfg.seeds if seed is None else (seed,), support=core_config.as_dict(cfg.support),
         mesh=core_config.as_dict(cfg.mesh),
         data=core_config.as_dict(evaluate.data_config(plan.datasets[place["dataset"]], spec)),

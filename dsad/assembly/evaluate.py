@@ -47,8 +47,10 @@ class EvaluateConfig(core_config.Settings, place="config"):
         by ``seed`` ("random:5" by another); see ``models.weights.pretrained.read``.
       seed: of random weights and of the detector's random choices.
       shots: training images of each category that are used; 0: all.
-      seeds: draw the ``shots`` and the detector's random choices; several give mean and standard
-        deviation.
+      contamination: share of anomalous test images that is put among the training images of each
+        category, as if they were normal; what is drawn is not tested.
+      seeds: draw ``shots``, ``contamination`` and the detector's random choices; several give
+        mean and standard deviation.
       one_for_all: fit a single detector on the training images of all categories.
 
     """
@@ -57,6 +59,7 @@ class EvaluateConfig(core_config.Settings, place="config"):
     weights: str = ""
     seed: int = core_config.field(0, at_least=0)
     shots: int = core_config.field(0, at_least=0)
+    contamination: float = core_config.field(0.0, at_least=0, at_most=0.5)
     seeds: tuple[int, ...] = core_config.field((0,), at_least=0, distinct=True, filled=True)
     support: SupportConfig = AS_DRAWN
     one_for_all: bool = False
@@ -68,8 +71,9 @@ class EvaluateConfig(core_config.Settings, place="config"):
     def sampling(self) -> Sampling:
         """The training images that are used."""
         return Sampling(
-            shots=self.shots, seeds=self.seeds, support=self.support, pooled=self.one_for_all
-        )
+            shots=self.shots, contamination=self.contamination, seeds=self.seeds,
+            support=self.support, pooled=self.one_for_all,
+        )  # fmt: skip
 
 
 def default_config(detector: str) -> ml_collections.ConfigDict:

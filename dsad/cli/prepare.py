@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     start = time.monotonic()
     with console.progress("writing", out) as tell:
         folder = records_builder.write(
-            planned, values.out, overwrite=values.overwrite, progress=tell
+            planned, values.out, overwrite=values.overwrite, progress=tell, say=out.print
         )
     out.print(records.described(records.read_about(folder)))
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

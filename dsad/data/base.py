@@ -6,7 +6,7 @@ import dataclasses
 import os
 import pathlib
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from dsad.core import config as core_config
@@ -14,7 +14,7 @@ from dsad.core.batch import BatchSpec
 from dsad.core.channels import Channel, HasChannels, Saturation
 from dsad.core.config import Refused, Settings, field
 from dsad.core.errors import ConfigError, DataError
-from dsad.core.types import CanvasSource, Dataset, KnownSource, Record, Sample, Source
+from dsad.core.types import CanvasSource, Dataset, HasFiles, KnownSource, Record, Sample, Source
 from dsad.data import about
 
 
@@ -174,6 +174,10 @@ class IndexedDataset(abc.ABC):
     def source(self, split: str, category: str | None = None) -> Any:
         """Samples of a split, of one category or of all, sorted by path."""
 
+    def damages(self) -> list[Fault]:
+        """Faults of files that hold many samples, for which each of them is read whole."""
+        return []
+
 
 class FaultError(DataError):
     """A DataError made of faults, all of them listed in the message and in ``faults``.
@@ -266,6 +270,18 @@ class _Joined:
         return self.parts[number][place]
 
 
+class _JoinedKnown(_Joined):
+    """Likewise, of ``KnownSource``s."""
+
+    def identity(self, index: int) -> str:
+        number, place = self.at[index]
+        return self.parts[number].identity(place)
+
+    def annotation(self, index: int, shape: tuple[int, int]) -> Any:
+        number, place = self.at[index]
+        return self.parts[number].annotation(place, shape)
+
+
 class _JoinedCanvases(_Joined):
     """Likewise, of sources that hold canvases."""
 
@@ -288,8 +304,10 @@ def training_source(dataset: Dataset, split: str) -> Source:
 
 def joined(parts: Sequence[Source]) -> Source:
     """The samples of several sources, one source after the other."""
-    held = bool(parts) and all(isinstance(part, CanvasSource) for part in parts)
-    return (_JoinedCanvases if held else _Joined)(parts)
+    for kind, made in ((CanvasSource, _JoinedCanvases), (KnownSource, _JoinedKnown)):
+        if parts and all(isinstance(part, kind) for part in parts):
+            return made(parts)
+    return _Joined(parts)
 
 
 class _Selected:
@@ -343,6 +361,17 @@ def selected(source: Source, rows: Sequence[int]) -> Source:
     if known and isinstance(source, HasChannels):
         return _SelectedChannels(source, rows)
     return (_SelectedKnown if known else _Selected)(source, rows)
+
+
+def file_lines(source: Source, rows: Iterable[int]) -> Iterator[str]:
+    """Per file of these samples a line with its size and time, where the source tells of files."""
+    if not isinstance(source, HasFiles):
+        return
+    for i in rows:
+        for file in source.files(i):
+            about = file.stat() if file.exists() else None  # reading it will say so
+            times = (about.st_size, about.st_mtime_ns) if about else ()
+            yield f"{source.records[i].path}\t{file.name}\t{times}\n"
 
 
 def load(config: DataConfig) -> IndexedDataset:

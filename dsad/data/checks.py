@@ -311,7 +311,11 @@ def check_dataset(
     skipped = dataset.skipped if isinstance(dataset, FileDataset) else _SKIPPED
     if not jobs:  # nothing is sound of which nothing was seen
         skipped = {**dict.fromkeys(list(TITLES)[1:], "no image was found"), **skipped}
-    faults = [*dataset.faults, *(fault for item in seen for fault in item.faults)]
+    faults = [
+        *dataset.faults,
+        *dataset.damages(),
+        *(fault for item in seen for fault in item.faults),
+    ]
     faults += [] if "K13" in skipped else split_groups({s: x.records for s, x in sources.items()})
     faults = list(
         dict.fromkeys(faults + _shared_content(seen) + _order_faults(dataset.name, sources))

@@ -10,10 +10,12 @@ canvases hold what ``config.data.split`` says at one ``config.data.canvas`` and 
 """
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from dsad.data import facts as image_facts
 from dsad.data import files, saturation
 from dsad.data.base import (
     DataConfig,
+    Fault,
     FaultError,
     IndexedDataset,
     Saturations,
@@ -40,7 +43,9 @@ from dsad.data.decode import MaskRule
 #: Beside the records: what they are.
 ABOUT = "dsad_records.json"
 #: Raised when what is stored changes.
-FORMAT = 3
+FORMAT = 4
+#: What to do about damaged records.
+AGAIN = "prepare the data set again, or copy that file again."
 #: Where the builder of tensorflow-datasets puts its files.
 FOLDER = "dsad_records/1.0.0"
 
@@ -61,6 +66,12 @@ def index_file(root: pathlib.Path, split: str) -> pathlib.Path:
     return root / f"index-{split}.jsonl"
 
 
+def checksum(file: pathlib.Path) -> str:
+    """SHA-256 of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 class _Stored:
     """The examples of one split by position; a damaged file is named."""
 
@@ -71,6 +82,12 @@ class _Stored:
         decoders = {"image": skip} if "image" in builder.info.features else None
         self.root, self.split = root, split
         self.examples = builder.as_data_source(split=split, decoders=decoders)
+        self._info = builder.info.splits[split]
+
+    def shard(self, position: int) -> str:
+        """The path, below the root, of the file that holds an example."""
+        ends = np.cumsum(self._info.shard_lengths)
+        return f"{FOLDER}/{self._info.filenames[int(np.searchsorted(ends, position, 'right'))]}"
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -80,14 +97,17 @@ class _Stored:
         try:
             found = self.examples[position]
         except Exception as problem:  # whatever the library makes of damaged bytes
-            text = f"record {position} of {self.root} cannot be read: {problem}. Prepare it again."
+            text = f"record {position} cannot be read: {problem}. {self._advice(position)}"
             raise FaultError(error("K8", path, text)) from problem
         there = found.get("path")
         if there is None or there.decode() != path:  # a file cut short gives empty records
             what = "is empty" if there is None else f"is that of {there.decode()}"
-            text = f"record {position} of {self.root} {what}. Prepare it again."
+            text = f"record {position} {what}. {self._advice(position)}"
             raise FaultError(error("K8", path, text))
         return found
+
+    def _advice(self, position: int) -> str:
+        return f"It is in {self.root / self.shard(position)}; {AGAIN}"
 
 
 class RecordSource(files.EncodedSource):
@@ -212,6 +232,17 @@ class RecordDataset(IndexedDataset):
             lossy=self.config.lossy, rule=_rule(self.about), saturations=self.saturations,
         )  # fmt: skip
 
+    def damages(self) -> list[Fault]:
+        """K8 of every file of records whose SHA-256 is not the one that was noted."""
+        names = self.about["shards"]
+        with ThreadPoolExecutor(min(4, max(1, len(names)))) as pool:
+            found = pool.map(lambda name: checksum(self.root / FOLDER / name), names)
+            return [
+                error("K8", f"{FOLDER}/{name}", f"damaged: its SHA-256 is another; {AGAIN}")
+                for name, digest in zip(names, found, strict=True)
+                if digest != names[name]["sha256"]
+            ]
+
 
 def described(about: Mapping[str, Any]) -> str:
     """Contents of dsad_records.json in a line."""
@@ -292,6 +323,18 @@ def _open(root: pathlib.Path, split: str, expected: int) -> _Stored:
     return stored
 
 
+def _cut(root: pathlib.Path, shards: Mapping[str, Any]) -> list[Fault]:
+    """K8 of every file of records that is missing or has another size; none is read."""
+    faults = []
+    for name, noted in shards.items():
+        file = root / FOLDER / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != noted["bytes"]:
+            what = "missing" if size is None else f"{size:,} bytes of {noted['bytes']:,}"
+            faults.append(error("K8", f"{FOLDER}/{name}", f"{what}; {AGAIN}"))
+    return faults
+
+
 def _refuse(config: DataConfig, about: Mapping[str, Any], splits: Mapping[str, Any]) -> None:
     """What the config asks for and the records cannot give any more."""
     lossy = about["protocol"].get("lossy", [])
@@ -316,6 +359,8 @@ def scan(config: DataConfig) -> RecordDataset:
     if not root.is_dir():
         raise FaultError(files.missing_root(root))
     about = read_about(root)
+    if cut := _cut(root, about["shards"]):
+        raise FaultError(*cut, where=f"records in {root}", command=check_command(config))
     counts = {"train": 0, "test": 0, **about["counts"]}
     whole = {split: _read_index(root, split, n) if n else () for split, n in counts.items()}
     stored = {split: _open(root, split, n) for split, n in counts.items() if n}

@@ -2,16 +2,20 @@
 
 The builder goes shard by shard, so that every byte is written once and the records keep the order
 of the data set. (A builder that shuffles needs TensorFlow and room for a second copy from 1 GB on.)
+A stopped preparation leaves its complete shards, and the next one takes over those whose images,
+files and settings are still the same.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
+import hashlib
 import json
 import os
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +28,7 @@ from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.types import Progress, silent
 from dsad.data import canvases, records
 from dsad.data import facts as image_facts
-from dsad.data.base import IndexedDataset
+from dsad.data.base import PLACES, IndexedDataset, file_lines
 from dsad.data.decode import MaskRule
 from dsad.data.files import EncodedSource
 
@@ -101,27 +105,40 @@ def _measured(source: Any, index: int, files: "_Counter") -> int:
 
 
 def write(
-    planned: Plan, out: str, *, overwrite: bool = False, progress: Progress | None = None
+    planned: Plan,
+    out: str,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> pathlib.Path:
     """Write the records of a plan to the folder ``out``; returns it.
 
     Everything is written to a folder beside it, which then takes its name. Raises WorkdirError
     for a folder in use (unless ``overwrite`` and it holds records), one that cannot be written to
-    and a disk too full; and DataError for an image that cannot be read, naming it. Nothing is left
-    behind then.
+    and a disk too full; and DataError for an image that cannot be read, naming it. Then, and after
+    a kill, shards that are complete stay beside it for the next call; ``say`` tells of them.
     """
     library, place = records.tfds(), target(out, overwrite)
-    part = _scratch(place, planned.bytes + _OVERHEAD * sum(map(len, planned.sizes.values())))
-    try:
-        with paths.writing(place, "What was there before is unchanged."):
-            _build(library, planned, part, progress)
+    with _claimed(place) as part, paths.writing(place, "What was there before is unchanged."):
+        kept = _Kept(part)
+        try:
+            shards = _shards(planned, progress)
+            kept.fit([shard for of_split in shards.values() for shard in of_split], say)
+            needed = planned.bytes + _OVERHEAD * sum(map(len, planned.sizes.values()))
+            _check_room(place, needed - sum(f.stat().st_size for f in kept.files()))
+            _build(library, planned, part, shards, kept)
             for split in planned.sizes:
                 _write_index(part, split, planned.dataset)
-            about = json.dumps(_about(planned), indent=2) + "\n"
+            about = json.dumps(_about(planned, kept.checks), indent=2) + "\n"
             (part / records.ABOUT).write_text(about, "utf-8")
+            kept.finish()
             _move(part, place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        finally:
+            if left := kept.files():
+                say(f"{len(left)} complete shards stay in {part} for the same command.")
+            else:
+                shutil.rmtree(part, ignore_errors=True)
     return place
 
 
@@ -149,19 +166,33 @@ def target(out: str, overwrite: bool) -> pathlib.Path:
     return place
 
 
-def _scratch(target: pathlib.Path, needed: int) -> pathlib.Path:
-    with paths.writing(target, "Choose another --out=DIR."):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".incomplete", dir=target.parent)
-    free = shutil.disk_usage(part).free
+@contextlib.contextmanager
+def _claimed(place: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The folder that is written to, for this process alone; WorkdirError if another one has it."""
+    part = place.with_name(f".{place.name}.incomplete")
+    with paths.writing(place, "Choose another --out=DIR."):
+        part.mkdir(parents=True, exist_ok=True)
+        lock = (part / "lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkdirError(
+                f"--out={place}: another dsad prepare is writing it. Wait for its end, or choose "
+                "another folder."
+            ) from None
+        except OSError:
+            pass  # some shared file systems know no locks
+        yield part
+
+
+def _check_room(place: pathlib.Path, needed: int) -> None:
+    free = shutil.disk_usage(place.parent).free
     if needed > free:
-        os.rmdir(part)
         raise WorkdirError(
-            f"--out={target}: {paths.size(needed)} needed, {paths.size(free)} free. Make room, or "
+            f"--out={place}: {paths.size(needed)} needed, {paths.size(free)} free. Make room, or "
             "choose another disk or fewer config.data.categories."
         )
-    os.chmod(part, 0o755)  # mkdtemp keeps others out, which nobody asked for here
-    return pathlib.Path(part)
 
 
 def _move(part: pathlib.Path, target: pathlib.Path) -> None:
@@ -184,7 +215,7 @@ def _write_index(part: pathlib.Path, split: str, dataset: IndexedDataset) -> Non
             file.write(json.dumps(list(dataclasses.astuple(record)), ensure_ascii=False) + "\n")
 
 
-def _about(planned: Plan) -> dict[str, Any]:
+def _about(planned: Plan, shards: Mapping[str, Any]) -> dict[str, Any]:
     dataset = planned.dataset
     source = dataset.source(next(iter(planned.sizes)))
     rule = source.rule if isinstance(source, EncodedSource) else MaskRule()
@@ -199,6 +230,7 @@ def _about(planned: Plan) -> dict[str, Any]:
         },
         "categories": list(dataset.categories),
         "counts": {split: len(sizes) for split, sizes in planned.sizes.items()},
+        "shards": dict(shards),
         "canvas": planned.canvas,
         "facts": list(records.known_facts()) if planned.canvas else [],
         "rule": {"threshold": rule.threshold, "values": rule.values},
@@ -213,20 +245,31 @@ def _about(planned: Plan) -> dict[str, Any]:
 # --- the builder ----------------------------------------------------------------------------
 
 
-def _build(library: Any, planned: Plan, part: pathlib.Path, progress: Progress | None) -> None:
-    """Run a builder over the plan, writing below ``part``."""
+def _shards(planned: Plan, progress: Progress | None) -> dict[str, list["_Shard"]]:
     counter = _Counter(sum(map(len, planned.sizes.values())), progress)
     make: Any = _file_example
     if planned.canvas:
         make = functools.partial(_canvas_example, masks=planned.anomalous)
-    shards = {
+    without = ("workers", "prefetch", "cache", *PLACES)  # of no effect on what a shard holds
+    settings = [(k, v) for k, v in vars(planned.dataset.config).items() if k not in without]
+    same = f"{records.FORMAT} {planned.canvas} {planned.anomalous} {settings}"
+    return {
         split: [
-            _Shard(planned.dataset.source(split), rows, planned.canvas, make, counter)
+            _Shard(planned.dataset.source(split), rows, planned.canvas, make, counter, same)
             for rows in shard_rows(sizes)
         ]
         for split, sizes in planned.sizes.items()
     }
 
+
+def _build(
+    library: Any,
+    planned: Plan,
+    part: pathlib.Path,
+    shards: Mapping[str, Sequence["_Shard"]],
+    kept: "_Kept",
+) -> None:
+    """Run a builder over the plan, writing below ``part``."""
     base = library.core.ShardBasedBuilder
 
     class DsadRecords(base, skip_registration=True):  # type: ignore[call-arg]
@@ -242,7 +285,14 @@ def _build(library: Any, planned: Plan, part: pathlib.Path, progress: Progress |
 
         def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
             del dl_manager  # nothing is downloaded
-            return shards
+            return {
+                split: [functools.partial(kept.examples, shard) for shard in of_split]
+                for split, of_split in shards.items()
+            }
+
+        def _example_writer(self) -> Any:
+            order = [shard for of_split in shards.values() for shard in of_split]
+            return _Writer(super()._example_writer(), iter(order), kept)
 
         # What these would print is said by dsad.
         def _log_download_bytes(self) -> None: ...
@@ -321,13 +371,24 @@ class _Counter:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """The examples of one file, read ahead by threads."""
+    """The examples of one file, read ahead by threads; ``same`` are the settings of all."""
 
     source: Any
     rows: range
     canvas: int
     make: Callable[[Any, int, int], dict[str, Any]]
     counter: _Counter
+    same: str
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Changes with the settings, with the records, and with size and time of their files."""
+        digest = hashlib.sha256(self.same.encode())
+        for line in file_lines(self.source, self.rows):
+            digest.update(line.encode(errors="surrogatepass"))
+        for i in self.rows:
+            digest.update(repr(self.source.records[i]).encode(errors="surrogatepass"))
+        return digest.hexdigest()
 
     def __call__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -339,3 +400,90 @@ class _Shard:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+class _Kept:
+    """The complete shards of stopped calls and of this one, by the key of ``_Shard``.
+
+    ``found`` are the SHA-256 of the former, ``checks`` what will be noted of this call's files.
+    A line of the journal says which file was complete, and with what SHA-256: what was lost since,
+    such as to a machine that went down, is not taken over.
+    """
+
+    def __init__(self, part: pathlib.Path):
+        self.part, self.journal, self.folder = part, part / "complete.txt", part / "complete"
+        self.found: dict[str, str] = {}
+        self._keys: dict[str, str] = {}
+        self.checks: dict[str, dict[str, Any]] = {}
+        self.folder.mkdir(exist_ok=True)
+        written = {f.name: f for f in part.rglob("*") if f.is_file()}
+        known = functools.cache(records.checksum)
+        lines = self.journal.read_text("utf-8").splitlines() if self.journal.exists() else []
+        for key, name, digest in (line.split() for line in lines if len(line.split()) == 3):
+            for file in (written.get(key), written.get(name)):
+                if file and key not in self.found and known(file) == digest:
+                    self.found[key] = digest
+                    written[key] = file.replace(self.folder / key)
+        for other in part.iterdir():
+            if other.is_dir() and other != self.folder:
+                shutil.rmtree(other)
+
+    def files(self) -> list[pathlib.Path]:
+        """What lies there for this call or the next one."""
+        return list(self.folder.iterdir()) if self.folder.is_dir() else []
+
+    def fit(self, shards: Sequence[_Shard], say: Callable[[str], None]) -> None:
+        """Remove what belongs to none of the shards."""
+        if not self.found:
+            return
+        useless = self.found.keys() - {shard.key for shard in shards}
+        for key in useless:
+            (self.folder / key).unlink()
+            del self.found[key]
+        again = f", {len(useless)} not: their images or the settings changed" if useless else ""
+        say(f"{len(self.found)} of {len(shards)} shards taken over from before{again}.")
+
+    def examples(self, shard: _Shard) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Those of a shard to write, or as many of one that is there."""
+        if shard.key not in self.found:
+            return shard()
+        shard.counter.done += len(shard.rows) - 1
+        shard.counter.add(shard.source.records[shard.rows[-1]].path)
+        return ((i, {}) for i in shard.rows)
+
+    def write(self, shard: _Shard, path: pathlib.Path, make: Callable[[], Any]) -> None:
+        """Have a shard at ``path``: that which is there, or what ``make`` writes."""
+        if digest := self.found.get(shard.key):
+            (self.folder / shard.key).replace(path)
+        else:
+            try:
+                make()
+            except BaseException:  # for which the builder removes its folder
+                for name, key in self._keys.items():
+                    (path.parent / name).replace(self.folder / key)
+                raise
+            digest = records.checksum(path)
+        self._keys[path.name] = shard.key
+        self.checks[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(f"{shard.key} {path.name} {digest}\n")
+
+    def finish(self) -> None:
+        """Leave nothing but the records."""
+        shutil.rmtree(self.folder)
+        self.journal.unlink(missing_ok=True)
+        (self.part / "lock").unlink()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+    """What the builder has each shard written by, in the order of the shards."""
+
+    library: Any
+    order: Iterator[_Shard]
+    kept: _Kept
+
+    def write(self, path: os.PathLike[str], examples: Any) -> None:
+        """Called once per shard."""
+        make = functools.partial(self.library.write, path, examples)
+        self.kept.write(next(self.order), pathlib.Path(path), make)

@@ -167,6 +167,8 @@ def supports(
             "config.evaluation.recalibrate: this detector trains the network itself; expected "
             "False, found True."
         )
+    if sampling.contamination:
+        _check_contaminated(dataset, labelled)
     if split == "test":
         return _test_images(dataset, categories, config, sampling)
     seeds = sampling.seeds
@@ -179,6 +181,7 @@ def supports(
     sets = support.choose(
         dataset, categories, shots=sampling.shots, seeds=seeds,
         holdout=holdout if rate and not validated else None, labelled=labelled, measured=measured,
+        contamination=sampling.contamination,
     )  # fmt: skip
     fewest = {
         c: min(len(x.bank) - len(x.held_out) - len(x.anomalous) for x in sets[c].values())
@@ -195,6 +198,20 @@ def supports(
             "images, raise shots, or choose another detector or other components of it."
         )
     return support.Sets(sampling, sets, validated)
+
+
+def _check_contaminated(dataset: Dataset, labelled: bool) -> None:
+    """Refuse anomalous images as normal ones where labels are learnt, or defects are drawn."""
+    if labelled:
+        raise ConfigError(
+            "config.contamination: this detector learns from labelled images, among which no "
+            "anomalous one counts as normal; expected 0. Choose one that learns from normal images."
+        )
+    if (defects := dataset.protocol.get("defects", "real")) != "real":
+        raise ConfigError(
+            f"config.contamination: needs anomalous test images, but of {dataset.name} the defects "
+            f"are {defects}. Name some with config.data.abnormal, or another data set."
+        )
 
 
 def _validated(dataset: Dataset, categories: Sequence[str]) -> bool:
@@ -219,6 +236,7 @@ def _test_images(
     """All test images, for every seed."""
     for key, value, alone in (
         ("shots", sampling.shots, 0),
+        ("contamination", sampling.contamination, 0),
         ("evaluation.false_alarm_rate", config.false_alarm_rate, 0),
         ("support.rotations", sampling.support.rotations, 1),
         ("evaluation.recalibrate", config.recalibrate, False),

@@ -10,8 +10,8 @@ from scipy import ndimage
 
 from dsad.core.config import Settings, as_dict, field
 from dsad.core.errors import ConfigError
-from dsad.core.types import Dataset, HasFiles, Record, Sample, Source
-from dsad.data.base import joined, selected
+from dsad.core.types import Dataset, Record, Sample, Source
+from dsad.data.base import file_lines, joined, selected
 from dsad.data.heldout import group, rank
 
 #: Said in the stamp.
@@ -21,6 +21,11 @@ ANOMALOUS = {
     "train": "as many anomalous ones, drawn alike from the training images",
     "test": "as many anomalous ones, drawn alike from the test images for want of any in training",
 }
+#: Likewise, of those that stand for normal ones.
+CONTAMINATED = (
+    "anomalous test images, drawn alike, are so large a share of the training images and count as "
+    "normal there; thresholds are set by normal images alone"
+)
 UNTESTED = "a seed's draw is not tested by it, nor what is in one group with it"
 #: Likewise, by the split that a detector is fitted on.
 WHOLE = {
@@ -34,10 +39,10 @@ class Support:
     """Training images of one category and seed, as paths in path order.
 
     ``bank`` are for the detector; without those ``held_out`` of them it is fitted once more, to set
-    thresholds. For a detector that learns from labels ``anomalous`` of the bank are such; images
-    that are ``untested`` belong to the test split, and are in the bank or in one group with images
-    there. Paths are the identity of the images, so neither the order of files nor of records
-    matters.
+    thresholds. ``anomalous`` of the bank are such, for a detector that learns from labels or as a
+    contamination; images that are ``untested`` belong to the test split, and are in the bank or in
+    one group with images there. Paths are the identity of the images, so neither the order of files
+    nor of records matters.
     """
 
     bank: tuple[str, ...]
@@ -78,9 +83,11 @@ class Sampling:
 
     ``shots`` of each category (0: all) are drawn by every one of ``seeds``; ``support`` is what
     becomes of them, and ``pooled`` fits one detector on those of all categories together.
+    ``contamination`` is the share of anomalous test images that is added to them.
     """
 
     shots: int = 0
+    contamination: float = 0.0
     seeds: tuple[int, ...] = (0,)
     support: SupportConfig = AS_DRAWN
     pooled: bool = False
@@ -173,13 +180,15 @@ def choose(
     holdout: Callable[[int], tuple[int, int]] | None = None,
     labelled: bool = False,
     measured: bool = True,
+    contamination: float = 0.0,
 ) -> dict[str, dict[int, Support]]:
     """The support set of every category and seed, of normal training images alone.
 
     ``holdout`` says how many groups and how many images of so many to hold out, at least. With
     ``labelled`` there are as many anomalous images beside the normal ones, of the training split,
-    or of the test split where that has none; if that is ``measured``, some have to be left. Raises
-    ConfigError with all faults at once.
+    or of the test split where that has none; with ``contamination`` so many anomalous test images,
+    at least one, that they are this share of all. If the test is ``measured``, some have to be
+    left. Raises ConfigError with all faults at once.
     """
     if shots < 0:
         raise ConfigError(f"shots: expected 0 (all training images) or more, found {shots}.")
@@ -203,7 +212,14 @@ def choose(
                 held = hold_out([records[p] for p in drawn], seed, *holdout(len(drawn)))
             made[category][seed] = Support(bank=drawn, held_out=held)
         if labelled:
-            faults += _add_anomalous(dataset, category, shots, made[category], measured)
+            faults += _add_labelled(dataset, category, shots, made[category], measured)
+        elif contamination:
+            size = shots or len(paths)
+            count = max(1, round(size * contamination / (1 - contamination)))
+            asked = f"contamination = {contamination:g} of {size + count} training images"
+            faults += _add_anomalous(
+                dataset, category, "test", count, made[category], asked, measured
+            )
         if holdout and not all(x.held_out for x in made[category].values()):
             what = "image" if len(paths) == 1 or shots == 1 else "group"
             faults.append(
@@ -213,8 +229,8 @@ def choose(
     if faults:
         raise ConfigError(
             f"{dataset.name}: support sets cannot be drawn:\n  " + "\n  ".join(faults) + "\n"
-            "Add images, lower config.shots, leave these categories out, or do without a threshold "
-            "with --config.evaluation.false_alarm_rate=0."
+            "Add images, lower config.shots or config.contamination, leave these categories out, "
+            "or do without a threshold with --config.evaluation.false_alarm_rate=0."
         )
     return made
 
@@ -225,26 +241,36 @@ def anomalous_split(dataset: Dataset, category: str) -> str:
     return "train" if 1 in labels else "test"
 
 
-def _add_anomalous(
+def _add_labelled(
     dataset: Dataset, category: str, shots: int, sets: dict[int, Support], measured: bool
 ) -> list[str]:
-    """Adds anomalous images to the sets of every seed; gives the faults that leave none."""
     split = anomalous_split(dataset, category)
+    if split == "test" and not shots and measured:
+        return [f"{category}: no anomalous training image; config.shots above 0 draws test images"]
+    return _add_anomalous(dataset, category, split, shots, sets, f"shots = {shots}", measured)
+
+
+def _add_anomalous(
+    dataset: Dataset, category: str, split: str, count: int, sets: dict[int, Support], asked: str,
+    measured: bool,
+) -> list[str]:  # fmt: skip
+    """Adds ``count`` images (0: all) to the sets of every seed; gives the faults that leave none.
+
+    ``asked`` says which key asks for them, for people.
+    """
     test = dataset.source("test", category).records
     known = {r.path: r for r in (*dataset.source("train", category).records, *test)}
     paths = [r.path for r in dataset.source(split, category).records if r.label == 1]
-    if split == "test" and not shots and measured:
-        return [f"{category}: no anomalous training image; config.shots above 0 draws test images"]
-    if not paths or len(paths) < shots:
-        return [f"{category}: {len(paths)} anomalous images, shots = {shots}"]
+    if not paths or len(paths) < count:
+        return [f"{category}: {len(paths)} anomalous images, {asked}"]
     for seed, own in sets.items():
-        drawn = draw(paths, shots, seed, category)
+        drawn = draw(paths, count, seed, category)
         bank = tuple(sorted((*own.bank, *drawn)))
         groups = {group(known[path]) for path in bank}
         out = tuple(sorted(r.path for r in test if group(r) in groups))
         left = sum(r.label == 1 and r.path not in out for r in test)
         if measured and not left:
-            return [f"{category}: shots = {shots} leaves no anomalous image to test, seed {seed}"]
+            return [f"{category}: {asked} leaves no anomalous image to test, seed {seed}"]
         sets[seed] = dataclasses.replace(own, bank=bank, anomalous=drawn, untested=out)
     return []
 
@@ -272,13 +298,8 @@ def version(sources: Iterable[Source]) -> str:
     """SHA-256 over size and time of the files of all samples, where the sources tell of files."""
     digest = hashlib.sha256()
     for source in sources:
-        if not isinstance(source, HasFiles):
-            continue
-        for i, record in enumerate(source.records):
-            for file in source.files(i):
-                about = file.stat() if file.exists() else None  # reading it will say so
-                times = (about.st_size, about.st_mtime_ns) if about else ()
-                digest.update(f"{record.path}\t{file.name}\t{times}\n".encode())
+        for line in file_lines(source, range(len(source))):
+            digest.update(line.encode())
     return digest.hexdigest()
 
 
@@ -288,12 +309,23 @@ def describe(sets: Sets, split: str = "train") -> dict[str, Any]:
     for category in sorted(chosen):
         for seed in sorted(chosen[category]):
             digest.update(f"{category}\t{seed}\t{chosen[category][seed].sha256}\n".encode())
-    labelled = {c: s for c, s in chosen.items() if any(x.anomalous for x in s.values())}
-    untested = {c: {str(n): len(x.untested) for n, x in s.items()} for c, s in labelled.items()}
+    added = {c: s for c, s in chosen.items() if any(x.anomalous for x in s.values())}
+    counts = {
+        name: {c: {str(n): len(getattr(x, name)) for n, x in s.items()} for c, s in added.items()}
+        for name in ("anomalous", "untested")
+    }
+    about: dict[str, Any] = {}
+    if sampling.contamination:
+        rule = f"{CONTAMINATED}; {UNTESTED}"
+        share, images = sampling.contamination, counts["anomalous"]
+        about = {"contamination": {"share": share, "rule": rule, "images": images}}
+    elif added:
+        about = {"anomalous": _anomalous_rule(added)}
     return {
         "shots": sampling.shots or "all",
         "rule": RULE if sampling.shots else WHOLE[split],
-        **({"anomalous": _anomalous_rule(labelled), "untested": untested} if labelled else {}),
+        **about,
+        **({"untested": counts["untested"]} if added else {}),
         "seeds": list(sampling.seeds),
         **as_dict(sampling.support),
         "sha256": digest.hexdigest(),

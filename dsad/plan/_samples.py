@@ -4,7 +4,7 @@ import os
 import pathlib
 
 from dsad.assembly.pretrain import DataFacts, PretrainConfig, held_out
-from dsad.data import about, imagenet, mtd
+from dsad.data import about, dtd, imagenet, mtd, visa
 from dsad.data import base as data_base
 
 #: Shipped configs that are for a data set which their ``data.name`` does not tell.
@@ -39,6 +39,14 @@ def published(data: data_base.DataConfig, config: str = "") -> tuple[int, int] |
         return None
     if name == "imagenet" and not data.categories:
         return imagenet.IMAGES, imagenet.CLASSES
+    module, _, part = name.partition(":")
+    if module == "dtd" and part in ("", *dtd.SPLITS) and not data.categories:
+        return dtd.CLASSES * (dtd.LISTED if part else dtd.EACH), dtd.CLASSES
+    if module == "visa" and part in visa.SETUPS:  # those of the 2-class setups with defects
+        sizes = {name: sum(row[:2]) for name, row in visa.published(part).items()}
+        objects = data.categories or tuple(sizes)
+        known_ones = set(objects) <= sizes.keys()
+        return (sum(sizes[name] for name in objects), len(objects)) if known_ones else None
     known = about.every().get(name)
     chosen = data.categories or tuple(known.counts if known else ())
     rows = known.counts if known and {"train", "good"} <= set(known.columns) else {}

@@ -4,7 +4,8 @@ A member ``dsad/data/NAME.py`` needs ``tests/contracts/datasets/NAME.py`` with
 ``small(name, root)``, which writes a small instance below ``root`` and returns its DataConfig.
 ``NAMES`` are the names under which it is loaded, where these are not its own;
 ``HAS_TEST = False`` says that it is for pretraining alone, ``LABELLED_TRAIN`` under which names
-its training has labelled defects; ``MASKED = False`` that its defects have no masks.
+its training has labelled defects; ``MASKED = False`` that its defects have no masks, ``FILES =
+False`` that its images are no files.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import pytest
 from dsad.core.config import members
 from dsad.core.errors import ConfigError
 from dsad.core.types import Dataset
-from dsad.data import about, deeppcb, mtd, realiad, visa
+from dsad.data import about, deeppcb, mtd, realiad, records_builder, visa
 from dsad.data.base import DataConfig, load
 from dsad.data.checks import check
 
@@ -117,6 +118,31 @@ def test_check_covers_every_category(config, data):
     assert report.ok
     assert [row.category for row in report.rows] == list(data.categories)
     assert sum(row.train for row in report.rows) == len(data.source("train"))
+
+
+def test_prepared_is_the_same(config, data, tmp_path):
+    """To the last bit, in every split."""
+    if not getattr(NAMES[config.name], "FILES", True):
+        with pytest.raises(ConfigError, match="are no files to copy"):
+            records_builder.plan(data)
+        return
+    records_builder.write(records_builder.plan(data), str(tmp_path / "prepared"))
+    root = str(tmp_path / "prepared")
+    kept = dataclasses.replace(config, name="records", root=root, normal="", abnormal="", masks="")
+    made = load(kept)
+    assert (made.name, made.categories) == (data.name, data.categories)
+    assert made.protocol == data.protocol
+    assert made.splits == data.splits
+    for split in data.splits:
+        source = data.source(split)
+        assert list(made.source(split).records) == list(source.records)
+        for i, sample in enumerate(made.source(split)):
+            assert sample.record == source[i].record
+            np.testing.assert_array_equal(sample.image, source[i].image)
+            np.testing.assert_array_equal(sample.mask, source[i].mask)
+            if sample.record.masks:
+                assert made.source(split).encoded_masks(i) == source.encoded_masks(i)
+    assert check(kept).rows == check(config).rows
 
 
 def test_every_split_is_sorted_and_apart(config, data):

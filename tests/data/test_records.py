@@ -4,6 +4,8 @@ import dataclasses
 import io
 import pickle
 import shutil
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +17,7 @@ from dsad.core.errors import ConfigError, DataError, WorkdirError
 from dsad.data import records, records_builder
 from dsad.data.base import DataConfig, SyntheticConfig, load
 from dsad.data.canvases import place
+from dsad.data.checks import check
 from dsad.data.pipeline import make_pipeline
 from tests.data import trees
 
@@ -27,15 +30,17 @@ def prepared(config, out, *, side=0, **kwargs):
     return DataConfig(name="records", root=str(out), canvas=side or config.canvas)
 
 
+def tree(root):
+    """The MVTec layout, with one image larger than any canvas of these tests."""
+    config = trees.mvtec(root, canvas=20)
+    large = np.kron(trees.pixels(9), np.ones((3, 2, 1), np.uint8))
+    trees.save(root / "disc/train/good/009.png", large)
+    return config
+
+
 @pytest.fixture
 def files(tmp_path):
-    """The MVTec layout, with one image larger than any canvas of these tests."""
-    config = trees.mvtec(tmp_path / "files", canvas=20)
-    trees.save(
-        tmp_path / "files/disc/train/good/009.png",
-        np.kron(trees.pixels(9), np.ones((3, 2, 1), np.uint8)),
-    )
-    return config
+    return tree(tmp_path / "files")
 
 
 @pytest.fixture
@@ -301,7 +306,9 @@ def test_damaged_records_are_named(files, out):
     index = records.index_file(out, "train")
     lines = index.read_text().splitlines(keepends=True)
     index.write_text("".join([lines[1], lines[0], *lines[2:]]))
-    with pytest.raises(DataError, match=r"000.png: \[K8\] record 1 of .* is that of disc/.*/001"):
+    with pytest.raises(
+        DataError, match=r"000.png: \[K8\] record 1 is that of disc/.*/001.*in .*-00000-of"
+    ):
         load(config).source("train")[1]
     index.write_text("".join(lines[:-1]))
     with pytest.raises(DataError, match=r"index-train.jsonl: \[K8\] 6 lines for 7 records"):
@@ -310,19 +317,167 @@ def test_damaged_records_are_named(files, out):
     (shard,) = (out / records.FOLDER).glob("*train*")
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"plate/.*/002.png: \[K8\] record 6 of .*(empty|read)"):
-        load(config).source("train")[6]
+    with pytest.raises(DataError, match=rf"{shard.name}: \[K8\] [\d,]+ bytes of {len(content):,}"):
+        load(config)
+    shard.unlink()
+    with pytest.raises(DataError, match=rf"{shard.name}: \[K8\] missing"):
+        load(config)
     shutil.rmtree(out / "dsad_records")
-    with pytest.raises(DataError, match=r"\[K8\] the records of train cannot be opened"):
+    with pytest.raises(DataError, match=r"records: 2 faults\n.*train.*missing[^\0]*test.*missing"):
         load(config)
     (out / records.ABOUT).write_text('{"format": 99}')
-    with pytest.raises(DataError, match="format 99; this dsad reads 3"):
+    with pytest.raises(DataError, match="format 99; this dsad reads 4"):
         load(config)
     (out / records.ABOUT).unlink()
     with pytest.raises(DataError, match=r"dsad_records.json is missing; expected a folder written"):
         load(config)
     with pytest.raises(DataError, match="does not exist"):
         load(dataclasses.replace(config, root=str(out / "gone")))
+
+
+def test_damaged_bytes_are_found(files, out, monkeypatch):
+    """By the full check without an image that shows it, and when they are read; the file named."""
+    monkeypatch.setattr(records_builder.shard_rows, "__defaults__", (1,))
+    config = prepared(files, out)
+    assert check(config).ok
+    names = []
+    for number in (2, 5):
+        (shard,) = (out / records.FOLDER).glob(f"*train*-{number:05d}-of-*")
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+        names.append(f"{records.FOLDER}/{shard.name}")
+    faults = [f for f in check(config).faults if f.severity == "error"]
+    assert [f.path for f in faults if "SHA-256" in f.message] == names
+    source = load(config).source("train")
+    for number, name in zip((2, 5), names, strict=True):
+        with pytest.raises(DataError, match=rf"\[K8\] record {number} .*{name}"):
+            source[number]
+
+
+# --- a preparation that is stopped ----------------------------------------------------------
+
+STOPPED = """
+import os, signal, sys
+from dsad.data import records_builder
+from dsad.data.base import DataConfig, load
+root, out, last = sys.argv[1:]
+made = records_builder._file_example
+def example(source, index, canvas):
+    if source.records[index].path == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made(source, index, canvas)
+records_builder._file_example, records_builder._THREADS = example, 1
+records_builder.shard_rows.__defaults__ = (1,)
+config = DataConfig(name="mvtec", root=root, canvas=20)
+records_builder.write(records_builder.plan(load(config)), out)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Where a preparation of the fixture ``files`` was killed at its sixth image, each a shard."""
+    place = tmp_path_factory.mktemp("killed")
+    last = load(tree(place / "files")).source("train").records[5].path
+    command = [sys.executable, "-c", STOPPED, str(place / "files"), str(place / "records"), last]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    return place
+
+
+@pytest.fixture
+def stopped(killed, tmp_path, monkeypatch):
+    """A copy of it, and the config of its files."""
+    monkeypatch.setattr(records_builder.shard_rows, "__defaults__", (1,))
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".records.incomplete", "files"]
+    return DataConfig(name="mvtec", root=str(tmp_path / "files"), canvas=20)
+
+
+def resumed(files, out, monkeypatch):
+    """What is written once more, what is said, and the data set."""
+    seen, said, made = [], [], records_builder._file_example
+
+    def example(source, index, canvas):
+        seen.append(source.records[index].path)
+        return made(source, index, canvas)
+
+    monkeypatch.setattr(records_builder, "_file_example", example)
+    counted = []
+    config = prepared(
+        files, out, say=said.append, progress=lambda done, total, _: counted.append((done, total))
+    )
+    assert counted[-1] == (15, 15)
+    assert [p.name for p in out.parent.iterdir() if p.name.startswith(".")] == []
+    assert {p.name for p in out.iterdir()} == {
+        "dsad_records", records.ABOUT, "index-train.jsonl", "index-test.jsonl"
+    }  # fmt: skip
+    found, direct = load(config), load(files)
+    assert check(config).ok
+    for split in ("train", "test"):
+        for a, b in zip(found.source(split), direct.source(split), strict=True):
+            assert a.record == b.record
+            np.testing.assert_array_equal(a.image, b.image)
+            np.testing.assert_array_equal(a.mask, b.mask)
+    return seen, said
+
+
+def test_a_killed_preparation_goes_on(stopped, out, monkeypatch):
+    before = [r.path for r in load(stopped).source("train").records][:5]
+    seen, said = resumed(stopped, out, monkeypatch)
+    assert len(seen) == 10
+    assert not set(seen) & set(before)
+    assert said == ["5 of 15 shards taken over from before."]
+
+
+def test_what_changed_since_is_written_again(stopped, out, monkeypatch):
+    """An image of other pixels, and a shard that was damaged."""
+    root, first = out.parent / "files", load(stopped).source("train").records[0].path
+    trees.save(root / first, trees.pixels(77))
+    shard = next(out.parent.rglob("*-00003-of-*"))
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    seen, said = resumed(stopped, out, monkeypatch)
+    assert len(seen) == 12
+    assert first in seen
+    assert said == [
+        "3 of 15 shards taken over from before, 1 not: their images or the settings changed."
+    ]
+
+
+def test_another_preparation_takes_nothing_over(stopped, out, monkeypatch):
+    said = []
+    made = load(prepared(dataclasses.replace(stopped, categories=("plate",)), out, say=said.append))
+    assert said[0].startswith("0 of 7 shards taken over from before, 5 not")
+    assert made.categories == ("plate",)
+    assert sorted(p.name for p in out.parent.iterdir()) == ["files", "records"]
+
+
+def test_a_fault_leaves_what_is_complete(files, out, monkeypatch):
+    monkeypatch.setattr(records_builder.shard_rows, "__defaults__", (1,))
+    made, said = records_builder._file_example, []
+    broken = load(files).source("test").records[2].path
+
+    def example(source, index, canvas):
+        if source.records[index].path == broken:
+            raise OSError(28, "No space left on device")
+        return made(source, index, canvas)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records_builder, "_file_example", example)
+        with pytest.raises(WorkdirError, match="disk or quota is full"):
+            prepared(files, out, say=said.append)
+    part = out.with_name(".records.incomplete")
+    assert said == [f"9 complete shards stay in {part} for the same command."]
+    seen, said = resumed(files, out, monkeypatch)
+    assert len(seen) == 6
+
+
+def test_one_preparation_at_a_time(files, out):
+    with (
+        records_builder._claimed(out),
+        pytest.raises(WorkdirError, match="another dsad prepare is writing it"),
+    ):
+        prepared(files, out)
+    prepared(files, out, overwrite=True)
 
 
 def test_the_missing_extra_names_its_command(files, out, monkeypatch):

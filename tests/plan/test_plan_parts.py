@@ -98,6 +98,12 @@ def test_numbers_of_images():
     assert of("ds2", name="mvtec", categories=("bottle", "cable"))[0] == 209 + 224
     assert of("ds2", name="mtd:random")[0] == 761
     assert of("ds2", name="mtd:grouped")[0] == 599
+    assert of("ds2", name="visa")[:2] == (8659, 12)
+    assert of("ds2", name="visa:highshot")[:2] == (5773 + 12 * 60, 12)  # the owner's table
+    assert of("ds2", name="visa:fewshot", categories=("candle",))[0] == 200 + 20
+    assert of("ds2", name="visa:fewshot", categories=("other",))[0] is None
+    assert of("mae", name="dtd")[:2] == (5640, 47)
+    assert of("mae", name="dtd:1")[:2] == (1880, 47)
     assert of("mae", name="folder") == (None, 1, "")
     assert of("mae", name="mvtec", categories=("other",))[0] is None
     assert of("mae", 77, name="folder") == (77, 1, "--samples")

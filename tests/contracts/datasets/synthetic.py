@@ -1,6 +1,7 @@
 from dsad.data.base import DataConfig, SyntheticConfig
 
 NAMES = ("synthetic", "synthetic:development")
+FILES = False
 
 
 def small(name, root):
