@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from dsad.core.config import Refused, suggestion
 from dsad.data import files
-from dsad.data.base import Fault, error
+from dsad.data.base import Fault, error, link_to_nothing, lost_link
 
 #: Stands for a folder whose name is that of a category.
 CATEGORY = "{category}"
@@ -41,7 +41,12 @@ def walk(
         prefix = "" if below == "." else f"{below}/"
         reasons = {name: files.barred(os.path.join(folder, name)) for name in folders}
         reasons |= {name: stray(name) for name in names}
-        faults += [files.ignored(prefix + n, reason) for n, reason in reasons.items() if reason]
+        # Of images reading them will say so; what else is lost may have been a folder of them.
+        odd = [name for name in names if files.stray(name) and reasons[name] != "hidden"]
+        lost = {name for name in odd if link_to_nothing(os.path.join(folder, name))}
+        faults += [lost_link(prefix + name) for name in sorted(lost)]
+        faults += [files.ignored(prefix + n, r) for n, r in reasons.items() if r and n not in lost]
+        names = [name for name in names if name not in lost]
         folders[:] = [name for name in folders if not reasons[name]]  # what is entered next
         yield [prefix + n for n in names if not reasons[n]], [prefix + n for n in folders]
 

@@ -400,13 +400,16 @@ def read_as(config: DataConfig) -> Iterator[None]:
 def indexed(config: DataConfig) -> IndexedDataset:
     """Likewise with the faults of its index, none of them raised.
 
-    Raises DataError for a file or folder that the system refuses to look at, Refused for a root
-    that holds another published data set.
+    Raises DataError for files and folders that the system refuses to look at, all of them named,
+    and Refused for a root that holds another published data set.
     """
     try:
         _refuse_another(config)
         dataset = core_config.resolve("data", config.name.partition(":")[0]).scan(config)
     except OSError as problem:
+        if config.root and (faults := _unreadable(os.path.expanduser(config.root))):
+            where = f"{config.name} in {config.place}"
+            raise FaultError(*faults, where=where, command=check_command(config)) from problem
         where = os.fsencode(problem.filename or config.place).decode(errors="backslashreplace")
         text = f"cannot be read: {problem.strerror}. Make it readable, or copy the data set again."
         raise DataError(f"{where}: {text}") from problem
@@ -429,6 +432,43 @@ def _refuse_another(config: DataConfig) -> None:
         titles = " or ".join(known[other].title for other in found)
         shown = f"{config.root} holds {titles}, as {min(found.values())} shows."
         raise Refused("config.data.name", names, config.name, shown)
+
+
+def link_to_nothing(path: str) -> bool:
+    """Whether a path is a link whose target is gone."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def lost_link(path: str) -> Fault:
+    """The K8 fault of such a link: nobody can tell what it led to."""
+    return error("K8", path, "a link to nothing; restore what it led to, or remove it.")
+
+
+def _unreadable(root: str) -> list[Fault]:
+    """K8 of every folder from the root down that may not be listed or entered, and of lost links.
+
+    A folder that links lead to more than once is looked at once.
+    """
+    faults: list[Fault] = []
+    seen: set[str] = set()
+
+    def add(folder: str, what: str | None) -> None:
+        text = f"the folder cannot be read: {what}. Make it readable, or copy the data set again."
+        faults.append(error("K8", os.path.relpath(folder, root), text))
+
+    def refused(problem: OSError) -> None:
+        add(problem.filename or root, problem.strerror)
+
+    for folder, folders, names in os.walk(root, onerror=refused, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or not os.access(folder, os.X_OK):
+            if real not in seen:
+                add(folder, "its files may not be opened")
+            folders.clear()
+        seen.add(real)
+        inside = (os.path.join(folder, name) for name in names)
+        faults += [lost_link(os.path.relpath(x, root)) for x in inside if link_to_nothing(x)]
+    return sorted(faults, key=lambda fault: fault.path)
 
 
 def _unwritable(dataset: IndexedDataset) -> list[Fault]:

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from dsad.data.base import (
     IndexedDataset,
     Saturations,
     error,
+    link_to_nothing,
     selected,
     warning,
 )  # fmt: skip
@@ -70,9 +72,15 @@ def _circular(folder: str) -> bool:
 
 
 def subfolders(folder: pathlib.Path) -> list[str]:
-    """Sorted names of the visible folders in ``folder``; none if it does not exist."""
+    """Sorted names of the visible folders in ``folder``; none if it does not exist.
+
+    Raises OSError for a link to nothing, which may have been one.
+    """
     if not folder.is_dir():
         return []
+    for path in folder.iterdir():
+        if link_to_nothing(str(path)) and not path.name.startswith("."):
+            raise OSError(errno.ENOENT, "a link to nothing", str(path))
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 

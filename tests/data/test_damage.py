@@ -92,6 +92,48 @@ def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
         indexed(config)
 
 
+def every_error(config):
+    try:
+        return errors(config)
+    except FaultError as stop:
+        return list(map(str, stop.faults))
+
+
+CLOSED = ("disc/test/dent", "plate/ground_truth", "plate/train/good")
+
+
+@pytest.mark.parametrize("name", ["mvtec", "folder", "mvtec_loco"])
+def test_all_unreadable_folders_are_told_at_once(tmp_path, monkeypatch, name):
+    """And links to nothing beside them."""
+    if name == "mvtec_loco":
+        config = published_trees.write(name, tmp_path)
+        closed = [f"pushpins/{part}" for part in ("ground_truth", "test", "train/good")]
+    else:
+        trees.mvtec(tmp_path)
+        config, closed = DataConfig(name=name, root=str(tmp_path)), list(CLOSED)
+    for link in ("gone", "gone too"):
+        (tmp_path / link).symlink_to(tmp_path / "nowhere")
+    listings = {"listdir": os.listdir, "scandir": os.scandir}
+
+    def refusing(listing):
+        def refused(path="."):
+            if os.path.relpath(path, tmp_path) in closed:
+                raise PermissionError(13, "Permission denied", str(path))
+            return listing(path)
+
+        return refused
+
+    for key, listing in listings.items():
+        monkeypatch.setattr(os, key, refusing(listing))
+    found = every_error(config)
+    told = sorted({path for path in (*closed, "gone", "gone too") for text in found
+                   if text.strip().startswith(f"{path}: [K8]")})  # fmt: skip
+    assert told == sorted([*closed, "gone", "gone too"]), found
+    for key, listing in listings.items():
+        monkeypatch.setattr(os, key, listing)
+    assert sum("a link to nothing" in text for text in every_error(config)) == 2
+
+
 @pytest.mark.parametrize("what", ["image", "folder"])
 def test_names_that_are_not_utf8(tmp_path, what):
     config = trees.mvtec(tmp_path)
