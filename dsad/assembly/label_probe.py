@@ -22,8 +22,8 @@ from dsad.core.hosts import spans
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Backbone, Dataset, Record, Source
 from dsad.data import base as data_base
-from dsad.data import heldout
-from dsad.data.base import selected
+from dsad.data import combined, heldout
+from dsad.data.combined import selected
 from dsad.evaluation import label_probe, label_results, stamp, support
 from dsad.evaluation.label_probe import EncodeConfig, ProbeConfig, Split
 from dsad.evaluation.label_results import LabelResults, Tally
@@ -142,7 +142,7 @@ def _divided(
             f"config.probe.split: {dataset.name} has no normal test images, so it cannot be "
             '"data". Take "drawn", which tests on a part of the training images.'
         )
-    both = data_base.joined([train, selected(test, known)])
+    both = combined.joined([train, selected(test, known)])
     split = Split(np.arange(len(train)), len(train) + np.arange(len(known)))
     return both, classes, {cfg.seeds[0]: split}
 

@@ -28,7 +28,7 @@ from dsad.core import paths
 from dsad.core.config import listed
 from dsad.core.errors import ConfigError, DataError, WorkdirError
 from dsad.core.types import Dataset, Progress, Source, silent
-from dsad.data.base import joined
+from dsad.data.combined import joined
 from dsad.data.mvtec_ad2 import ABOUT
 from dsad.evaluation.scored import ScoredImage
 from dsad.evaluation.stamp import plain

@@ -31,6 +31,7 @@ from dsad.core.types import (
     Source,
 )
 from dsad.data import base as data_base
+from dsad.data import combined
 from dsad.data.pipeline import Pipeline, make_pipeline
 from dsad.evaluation.probe import HeldOut, Probe, default_layers
 from dsad.terminal import console
@@ -87,10 +88,10 @@ def build(
     cfg, _, _ = parse(config)
     use_settings(cfg)
     source = distributed.together(
-        lambda: data_base.training_source(dataset or data_base.load(cfg.data), cfg.data.split)
+        lambda: combined.training_source(dataset or data_base.load(cfg.data), cfg.data.split)
     )
     held = held_out(cfg, source.records)
-    trained = data_base.selected(source, held.training) if held else source
+    trained = combined.selected(source, held.training) if held else source
     run = assemble(config, None, DataFacts.of(trained.records))
     _check_needs(run, trained.records)
     earlier = distributed.together(lambda: runs.checked_weights(run)) if weights else None

@@ -28,7 +28,8 @@ from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.types import Progress, silent
 from dsad.data import canvases, records
 from dsad.data import facts as image_facts
-from dsad.data.base import PLACES, IndexedDataset, file_lines
+from dsad.data.base import PLACES, IndexedDataset
+from dsad.data.combined import file_lines
 from dsad.data.decode import MaskRule
 from dsad.data.files import EncodedSource
 

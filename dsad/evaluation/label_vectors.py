@@ -16,7 +16,7 @@ from dsad.core import paths
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
 from dsad.core.types import Backbone, FeatureMaps, HasTokens, Progress, Source, silent
-from dsad.data.base import selected
+from dsad.data.combined import selected
 from dsad.evaluation.batches import batches
 from dsad.evaluation.extract import Extractor
 from dsad.evaluation.label_probe import EncodeConfig

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from dsad.core.config import Settings, field, listed
 from dsad.core.errors import ConfigError
 from dsad.core.types import Backbone, FeatureMaps, Record, Source, silent
-from dsad.data.base import selected
+from dsad.data.combined import selected
 from dsad.data.defective import WithDefects
 from dsad.data.heldout import group, order
 from dsad.detectors import knn

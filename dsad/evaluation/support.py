@@ -11,7 +11,7 @@ from scipy import ndimage
 from dsad.core.config import Settings, as_dict, field
 from dsad.core.errors import ConfigError
 from dsad.core.types import Dataset, Record, Sample, Source
-from dsad.data.base import file_lines, joined, selected
+from dsad.data.combined import file_lines, joined, selected
 from dsad.data.heldout import group, rank
 
 #: Said in the stamp.

@@ -4,7 +4,7 @@ import os
 import pathlib
 
 from dsad.assembly.pretrain import DataFacts, PretrainConfig, held_out
-from dsad.data import about, dtd, imagenet, mtd, visa
+from dsad.data import about, combined, dtd, imagenet, mtd, visa
 from dsad.data import base as data_base
 
 #: Shipped configs that are for a data set which their ``data.name`` does not tell.
@@ -23,7 +23,7 @@ def count(cfg: PretrainConfig, spec: str, told: int) -> tuple[int | None, int, s
     images, classes = known or (None, max(1, len(data.categories)))
     drawn = data.name.partition(":")[0] == "synthetic"
     if drawn or (data.root and os.path.isdir(os.path.expanduser(data.root))):
-        records = data_base.training_source(data_base.load(data), data.split).records
+        records = combined.training_source(data_base.load(data), data.split).records
         held = held_out(cfg, records)
         facts = DataFacts.of([records[i] for i in held.training] if held else records)
         return told or facts.samples, facts.classes, "--samples" if told else "the data set"

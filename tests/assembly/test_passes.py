@@ -13,7 +13,7 @@ from dsad.core.batch import Companions, Needs
 from dsad.core.mesh import place_batch
 from dsad.core.tree import flatten
 from dsad.core.types import ObjectiveTraits
-from dsad.data import base
+from dsad.data import base, combined
 from dsad.data.canvases import canvases
 from dsad.launch_local import free_port
 from dsad.objectives import ds2
@@ -61,7 +61,7 @@ def small():
 def read(config, devices):
     """As ``training.build`` does on all devices."""
     cfg, _, _ = pretrain.parse(config)
-    source = base.training_source(base.load(cfg.data), cfg.data.split)
+    source = combined.training_source(base.load(cfg.data), cfg.data.split)
     run = pretrain.assemble(config, devices, pretrain.DataFacts.of(source.records))
     return training.read(run, source), canvases(source, run.spec)
 
@@ -151,7 +151,7 @@ config.data.cache = sys.argv[3]
 read = []
 made = training.build(config, progress=lambda done, total, note: read.append(total))
 run = made.run
-stored = canvases(base.training_source(base.load(run.config.data), "all"), run.spec)
+stored = canvases(combined.training_source(base.load(run.config.data), "all"), run.spec)
 if made.store:  # 18 samples as 20 rows on four devices; every process reads its own
     assert set(read) == {[10, 8][distributed.index()]}, read
 batches = [jax.tree.map(hosts.whole, batch) for batch in training.passes(made)]

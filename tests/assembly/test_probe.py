@@ -19,7 +19,7 @@ from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.metric_files import read_metrics
 from dsad.core.types import ObjectiveTraits
-from dsad.data import base
+from dsad.data import base, combined
 from dsad.detectors import knn
 from dsad.evaluation.localize import EvalConfig, localize
 from dsad.evaluation.probe import NAMES
@@ -133,7 +133,7 @@ def splits(config):
     """The images that are trained on, and those of the probe, as data sets."""
     made = training.build(config)
     source, held = base.load(made.run.config.data).source("train"), made.held
-    rest = base.selected(source, held.training)
+    rest = combined.selected(source, held.training)
     probe = training.Probe(
         source, held, made.run.config.probe, layers=("cells",), image_size=32, mesh=made.run.mesh,
         seed=config.seed,

@@ -16,7 +16,7 @@ from dsad.assembly.pretrain import default_config
 from dsad.core.batch import Companions, Needs
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import place_batch
-from dsad.data import base, facts
+from dsad.data import base, combined, facts
 from dsad.objectives import ds2
 from dsad.train.cache import fetch_with
 from dsad.train.checkpoint import CheckpointConfig, Checkpointer
@@ -114,7 +114,7 @@ def test_frozen_features_masks_and_companions_in_every_cache(monkeypatch, config
     config.data.update(cache=cache, split=split)
     made = training.build(config)
     run = made.run
-    source = base.training_source(base.load(run.config.data), split)
+    source = combined.training_source(base.load(run.config.data), split)
     state = initial_state(run.objective, run.tx, run.abstract, seed=0)
     state = training.first_state(made, None, Console(quiet=True))
     made = training.with_features(made, state, Console(quiet=True))

@@ -14,7 +14,8 @@ from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh, place_batch
 from dsad.core.tree import flatten
 from dsad.data import records_builder
-from dsad.data.base import DataConfig, load, training_source
+from dsad.data.base import DataConfig, load
+from dsad.data.combined import training_source
 from dsad.data.pipeline import make_pipeline
 from dsad.train.cache import abstract_store, fetch_with, put_store
 from tests.data import trees

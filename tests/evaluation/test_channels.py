@@ -18,8 +18,9 @@ from dsad.core.channels import HasChannels
 from dsad.core.errors import DataError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import mvtec_loco, records_builder
-from dsad.data.base import DataConfig, load, selected
+from dsad.data.base import DataConfig, load
 from dsad.data.checks import check
+from dsad.data.combined import selected
 from dsad.detectors import knn
 from dsad.evaluation import channels, metrics
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results

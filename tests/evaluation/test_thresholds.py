@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from dsad.core.errors import ConfigError
-from dsad.data.base import selected
+from dsad.data.combined import selected
 from dsad.evaluation import extract, thresholds
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.scored import Scored
