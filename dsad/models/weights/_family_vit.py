@@ -126,12 +126,13 @@ class ViTs(Family):
     def published(self, arch: str, **options: Any) -> tuple[str, dict[str, Any]]:
         # In timm, a masked autoencoder's encoder is an ordinary transformer.
         name = f"{arch.removeprefix('mae_')}_224" if arch.startswith("mae_") else arch
-        gated = "large_plus" in arch  # DINOv3's, which timm has no name for
+        # DINOv3's L+, which timm has no name for; without the second it would join two matrices.
+        gated = {"swiglu_mlp": True, "swiglu_align_to": 8} if "large_plus" in arch else {}
         name = name.replace("large_plus", "large")
         base, own = vit.arch(name), spec_of(arch, options)
         values = {ours: (getattr(base, ours), getattr(own, ours)) for ours in TIMM_ARGUMENTS}
         changed = {TIMM_ARGUMENTS[n]: new for n, (old, new) in values.items() if old != new}
-        return name, {**changed, "swiglu_mlp": True} if gated else changed
+        return name, changed | gated
 
     def suitable(self, name: str, quick_gelu: bool | None = None) -> tuple[str, ...]:
         if "clip" in name:  # timm's name does not tell the activation, which is checked by itself
