@@ -381,20 +381,28 @@ def backbone(spec: str, weights: str, seed: int) -> Any:
     run = opened(place(spec).directory)
     params, extra, step = run.weights(place(spec).step)
     params, extra = jax.tree.map(jnp.asarray, (params, extra))
-    objective, arch, tokens, further = run.frozen, type(run.objective).__name__, (), ()
+    objective, arch, tokens = run.frozen, type(run.objective).__name__, ()
     encoder = None
     if isinstance(objective, HasEncoder):
         encoder = objective.encoder_weights
         network = objective.encoder_weights(params, extra)
         arch = network.arch
         tokens = registry.family_of(arch).tokens(arch, **network.options)
-        further = tuple(registry.family_of(arch).further(arch, **network.options))
     return RunBackbone(
         params=params, extra=extra, function=objective.features, mean=objective.mean,
         std=objective.std, arch=arch, image_size=image_size(objective),
-        description=run.described(step), tokens=tokens, further=further, encoder=encoder,
+        description=run.described(step), tokens=tokens,
+        further=further(objective, params, extra), encoder=encoder,
         stored=json.dumps({"directory": run.directory, **run.stored}),
     )  # fmt: skip
+
+
+def further(objective: Objective, params: Any, extra: Any) -> tuple[str, ...]:
+    """Maps of the encoder beside those that ``features`` gives by itself; trees may be shapes."""
+    if not isinstance(objective, HasEncoder):
+        return ()
+    network = objective.encoder_weights(params, extra)
+    return tuple(registry.family_of(network.arch).further(network.arch, **network.options))
 
 
 def image_size(objective: Objective) -> int | None:
