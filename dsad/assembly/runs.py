@@ -250,6 +250,7 @@ def _read(weights: pretrained.Weights, objective: Objective, spec: str) -> tuple
         "stored",
         "layers",
         "tokens",
+        "further",
         "encoder",
     ],
 )
@@ -259,8 +260,8 @@ class RunBackbone:
 
     ``stored`` is the JSON text of the run's directory, config and info, to build ``function`` again
     where the run is gone. ``layers``, unless None, are the only maps it computes. ``tokens`` are
-    the vectors of whole images that ``only`` can name as well. ``encoder`` is the objective's
-    ``encoder_weights``.
+    the vectors of whole images that ``only`` can name as well, ``further`` the maps. ``encoder`` is
+    the objective's ``encoder_weights``.
     """
 
     # Not shown: jax asks for the text of what it compiles, and hides an interrupt meanwhile.
@@ -275,6 +276,7 @@ class RunBackbone:
     stored: str = ""
     layers: tuple[str, ...] | None = None
     tokens: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
     encoder: Callable[[Any, Any], Encoder] | None = None
 
     @property
@@ -302,7 +304,7 @@ class RunBackbone:
 
     def only(self, layers: Sequence[str]) -> "RunBackbone":
         """One that computes just these maps and tokens."""
-        return dataclasses.replace(self, layers=tuple(layers))
+        return dataclasses.replace(self, layers=tuple(layers), further=())
 
     def __call__(self, images: jax.Array) -> FeatureMaps:
         return self.function(self.params, self.extra, images, self.layers)
@@ -389,9 +391,18 @@ def backbone(spec: str, weights: str, seed: int) -> Any:
     return RunBackbone(
         params=params, extra=extra, function=objective.features, mean=objective.mean,
         std=objective.std, arch=arch, image_size=image_size(objective),
-        description=run.described(step), tokens=tokens, encoder=encoder,
+        description=run.described(step), tokens=tokens,
+        further=further(objective, params, extra), encoder=encoder,
         stored=json.dumps({"directory": run.directory, **run.stored}),
     )  # fmt: skip
+
+
+def further(objective: Objective, params: Any, extra: Any) -> tuple[str, ...]:
+    """Maps of the encoder beside those that ``features`` gives by itself; trees may be shapes."""
+    if not isinstance(objective, HasEncoder):
+        return ()
+    network = objective.encoder_weights(params, extra)
+    return tuple(registry.family_of(network.arch).further(network.arch, **network.options))
 
 
 def image_size(objective: Objective) -> int | None:

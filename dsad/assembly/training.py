@@ -110,10 +110,6 @@ def _probe(run: Run, source: Source, held: HeldOut) -> Callable[[TrainState], di
             "frozen encoder, whatever its projectors learn. Measure them with dsad evaluate and "
             "--config.backbone=projected:RUN:BACKBONE."
         )
-    network = functools.partial(
-        runs.RunBackbone, function=objective.features, mean=objective.mean, std=objective.std,
-        arch=type(objective).__name__, image_size=None, description="",
-    )  # fmt: skip
     side = cfg.probe.image_size or runs.image_size(objective) or cfg.data.canvas
     image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
     params, extra = run.abstract.params, run.abstract.extra
@@ -121,13 +117,19 @@ def _probe(run: Run, source: Source, held: HeldOut) -> Callable[[TrainState], di
         maps = jax.eval_shape(objective.features, params, extra, image)
     except ConfigError as error:
         raise ConfigError(f"config.probe.image_size: {error}") from error
+    further = runs.further(objective, params, extra)
     layers = cfg.probe.layers or default_layers(maps)
-    missing = [name for name in layers if name not in maps]
+    have = [*maps, *further]
+    missing = [name for name in layers if name not in have]
     if missing or not layers:
         raise ConfigError(
-            f"config.probe.layers: expected some of the objective's feature maps, {listed(maps)}; "
+            f"config.probe.layers: expected some of the objective's feature maps, {listed(have)}; "
             f"found {listed(missing)}. Name others, or set config.probe.every=0."
         )
+    network = functools.partial(
+        runs.RunBackbone, function=objective.features, mean=objective.mean, std=objective.std,
+        arch=type(objective).__name__, image_size=None, description="", further=further,
+    )  # fmt: skip
     probe = Probe(
         source, held, cfg.probe, layers=layers, image_size=side, mesh=run.mesh, seed=cfg.seed
     )

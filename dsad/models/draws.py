@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import erfinv
 
+from dsad.core.errors import ConfigError
+
 
 class Draws:
     """Hands out consecutive pieces of one flat array of random numbers.
@@ -39,10 +41,16 @@ def size_of(build: Callable[[Draws], Any]) -> int:
 
 
 def uniform_draws(key: jax.Array, build: Callable[[Draws], Any]) -> Any:
-    """``build`` with as many numbers from U(-1, 1) as it takes."""
+    """``build`` with as many numbers from U(-1, 1) as it takes; ConfigError for too many."""
+    size = size_of(build)
+    if size > np.iinfo(np.int32).max:
+        raise ConfigError(
+            f"a network of {size / 1e9:.1f} billion parameters is not drawn at random, only read. "
+            "Name weights, or a smaller architecture."
+        )
     # Not quite from -1, which would be minus infinity as a normal number.
     low = np.nextafter(np.float32(-1.0), np.float32(0.0))
-    return build(Draws(jax.random.uniform(key, (size_of(build),), jnp.float32, low, 1.0)))
+    return build(Draws(jax.random.uniform(key, (size,), jnp.float32, low, 1.0)))
 
 
 def normal(uniform: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Position tables of vision transformers: fixed sine-cosine ones, and other grids for any."""
+"""Positions of vision transformers: tables, fixed ones too, for any grid, and rotations."""
 
 import functools
 from typing import Literal
@@ -15,6 +15,8 @@ from dsad.ops.resize import cubic
 #: (cells + 0.1) / cells of the table, as DINOv2 without registers was trained and is published.
 Rule = Literal["antialias", "plain", "offset"]
 OFFSET = 0.1
+#: DINOv3's longest period, of coordinates from -1 to 1.
+LONGEST = 100.0
 
 
 def sincos_table(width: int, grid: tuple[int, int], prefix: int = 1) -> np.ndarray:
@@ -63,3 +65,35 @@ def resample_table(
     cells = jnp.einsum("th,hwd->twd", rows, cells, precision=exact)
     cells = jnp.einsum("sw,twd->tsd", columns, cells, precision=exact)
     return jnp.concatenate([table[:prefix], cells.reshape(-1, table.shape[1])])
+
+
+def periods(head: int) -> np.ndarray:
+    """DINOv3's periods (head / 4,) f32: 100^(4t/head), as its weights hold them, in bfloat16."""
+    exact = LONGEST ** (4 * np.arange(head // 4, dtype=np.float64) / head)
+    return exact.astype(jnp.bfloat16).astype(np.float32)
+
+
+def rotation(periods: jax.Array, grid: tuple[int, int], prefix: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines (prefix + cells, 4 · periods) f32 that ``rotated`` takes (DINOv3).
+
+    Each axis goes from -1 to 1 by its own length, whatever the aspect: cell i of n lies at
+    2 (i + 1/2) / n - 1, and its angles are 2π of that over the ``periods``, those of rows first.
+    Tokens of the prefix are not turned.
+    """
+    y, x = (2 * (np.arange(n) + 0.5) / n - 1 for n in grid)
+    places = np.stack(np.broadcast_arrays(y[:, None], x[None, :]), axis=-1).reshape(-1, 2)
+    angles = jnp.asarray(2 * np.pi * places, jnp.float32)[:, :, None] / periods[None, None, :]
+    angles = jnp.tile(angles.reshape(len(places), -1), (1, 2))
+    angles = jnp.pad(angles, ((prefix, 0), (0, 0)))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotated(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Queries or keys x (b, n, heads, d), turned by a ``rotation``; in f32, the result as x.
+
+    Channel c of the first half and channel c + d/2 are the two axes of one plane.
+    """
+    cos, sin = (t[None, :, None, :] for t in turn)
+    wide = x.astype(jnp.float32)
+    first, second = jnp.split(wide, 2, axis=-1)
+    return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)

@@ -6,7 +6,7 @@ modules, because a scan over modules would have to split and merge them in every
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax
@@ -16,10 +16,13 @@ import numpy as np
 from dsad.core.mesh import split_samples
 from dsad.core.platform import platform
 from dsad.core.types import Tree
+from dsad.models import positions
 from dsad.models.draws import Draws
 
 Remat = Literal["none", "dots", "full"]
-Activation = Literal["gelu", "quick_gelu"]
+Activation = Literal["gelu", "quick_gelu", "swiglu"]
+#: Cosines and sines of ``positions.rotation``.
+Rotation = tuple[jax.Array, jax.Array]
 
 #: What a block keeps for the backward pass: everything, the results of its matrix products with
 #: weights, or only its input.
@@ -33,6 +36,8 @@ POLICIES: dict[str, Any] = {
 class BlockSpec:
     """Shape of a stack of blocks.
 
+    An MLP has ``hidden`` channels inside, 0 means ``mlp`` times the width. Its ``activation``
+    "swiglu" is silu(g) · x with g and x one after the other in ``fc1`` (Shazeer 2020).
     ``layer_scale`` multiplies each branch by a vector (DINOv2); ``attention`` "linear" has no
     softmax, see ``linear_attention``.
     """
@@ -41,10 +46,17 @@ class BlockSpec:
     depth: int
     heads: int
     mlp: int = 4
+    hidden: int = 0
     activation: Activation = "gelu"
     layer_scale: bool = False
+    qkv_bias: bool = True
     eps: float = 1e-6
     attention: Literal["softmax", "linear"] = "softmax"
+
+    @property
+    def inside(self) -> int:
+        """Channels inside an MLP."""
+        return self.hidden or self.mlp * self.width
 
 
 def xavier(draws: Draws, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
@@ -73,15 +85,18 @@ def init_blocks(draws: Draws, spec: BlockSpec) -> Tree:
     Queries, keys and values are one matrix (width, 3 · width) and are drawn as one (MAE's rule):
     the bound is √(6 / 4 width), that of three separate matrices would be √(6 / 2 width).
     """
-    d, n, hidden = spec.width, spec.depth, spec.mlp * spec.width
+    d, n, hidden = spec.width, spec.depth, spec.inside
+    first = 2 * hidden if spec.activation == "swiglu" else hidden
     made: dict[str, Any] = {
         "norm1": norm_params(d, n),
         "qkv": linear_params(draws, d, 3 * d, n),
         "proj": linear_params(draws, d, d, n),
         "norm2": norm_params(d, n),
-        "fc1": linear_params(draws, d, hidden, n),
+        "fc1": linear_params(draws, d, first, n),
         "fc2": linear_params(draws, hidden, d, n),
     }
+    if not spec.qkv_bias:
+        del made["qkv"]["bias"]
     if spec.layer_scale:
         # DINOv2 starts its branches at 1e-5.
         made["scale1"] = {"gamma": jnp.full((n, d), 1e-5, jnp.float32)}
@@ -100,10 +115,12 @@ def layer_norm(p: Tree, x: jax.Array, eps: float) -> jax.Array:
 
 
 def linear(p: Tree, x: jax.Array) -> jax.Array:
-    """X (b, n, cin) times ``kernel`` plus ``bias``, computed in x's type."""
+    """X (b, n, cin) times ``kernel`` plus ``bias``, if there is one, computed in x's type."""
     y = jnp.einsum("bnc,cd->bnd", x, p["kernel"].astype(x.dtype))
+    if "bias" in p:
+        y = y + p["bias"].astype(x.dtype)[None, None, :]
     # The weights move to the samples, not the samples to split weights.
-    return split_samples(y + p["bias"].astype(x.dtype)[None, None, :])
+    return split_samples(y)
 
 
 def folded(keys: jax.Array | None, number: Any) -> jax.Array | None:
@@ -150,17 +167,30 @@ def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bnhd,bhde->bnhe", q, sums) / totals[..., None]
 
 
-def block(p: Tree, x: jax.Array, spec: BlockSpec) -> jax.Array:
-    """One block on x (b, n, d): x + Attn(LN(x)), then x + MLP(LN(x))."""
+def block(p: Tree, x: jax.Array, spec: BlockSpec, turn: Rotation | None = None) -> jax.Array:
+    """One block on x (b, n, d): x + Attn(LN(x)), then x + MLP(LN(x)).
+
+    With ``turn``, queries and keys are turned by their tokens' places, and keys have no bias:
+    DINOv3 was trained with that third of it held at 0.
+    """
     b, n, d = x.shape
-    qkv = linear(p["qkv"], layer_norm(p["norm1"], x, spec.eps))
+    joint = p["qkv"]
+    if turn is not None and "bias" in joint:
+        joint = {**joint, "bias": joint["bias"].at[d : 2 * d].set(0)}
+    qkv = linear(joint, layer_norm(p["norm1"], x, spec.eps))
     qkv = qkv.reshape(b, n, 3, spec.heads, d // spec.heads)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    if turn is not None:
+        q, k = positions.rotated(q, turn), positions.rotated(k, turn)
     attend = linear_attention if spec.attention == "linear" else attention
-    mixed = split_samples(attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]))
+    mixed = split_samples(attend(q, k, v))
     x = x + _scaled(p, "scale1", linear(p["proj"], mixed.reshape(b, n, d)))
     hidden = linear(p["fc1"], layer_norm(p["norm2"], x, spec.eps))
     if spec.activation == "gelu":
         hidden = jax.nn.gelu(hidden, approximate=False)
+    elif spec.activation == "swiglu":
+        gate, hidden = jnp.split(hidden, 2, axis=-1)
+        hidden = jax.nn.silu(gate) * hidden
     else:
         hidden = hidden * jax.nn.sigmoid(1.702 * hidden)
     return x + _scaled(p, "scale2", linear(p["fc2"], hidden))
@@ -177,16 +207,17 @@ def scan_blocks(
     *,
     remat: Remat = "none",
     each: Callable[[jax.Array], Any] | None = None,
+    turn: Rotation | None = None,
 ) -> tuple[jax.Array, Any]:
     """Run the stacked blocks ``params`` on x (b, n, d), in x's type.
 
     Returns the last output and, stacked over the blocks, ``each`` of every block's output.
-    ``remat`` names what is kept for the backward pass, see ``POLICIES``. The blocks that
-    ``params`` holds are run: a slice of a stack is a stack.
+    ``remat`` names what is kept for the backward pass, see ``POLICIES``; ``turn`` see ``block``.
+    The blocks that ``params`` holds are run: a slice of a stack is a stack.
     """
 
     def step(x: jax.Array, p: Tree) -> tuple[jax.Array, Any]:
-        x = block(p, x, spec)
+        x = block(p, x, spec, turn)
         return x, each(x) if each else None
 
     if remat != "none":
@@ -196,19 +227,24 @@ def scan_blocks(
 
 
 def tap_blocks(
-    params: Tree, x: jax.Array, spec: BlockSpec, taps: tuple[int, ...] | None, remat: Remat = "none"
+    params: Tree,
+    x: jax.Array,
+    spec: BlockSpec,
+    taps: Collection[int] | None,
+    remat: Remat = "none",
+    turn: Rotation | None = None,
 ) -> dict[int, jax.Array]:
     """Outputs (b, n, d) after the blocks ``taps`` (None: all), by 0-based number.
 
     Blocks behind the last tap are not run, and outputs between taps are not kept.
     """
     if taps is None:
-        _, every = scan_blocks(params, x, spec, remat=remat, each=lambda y: y)
+        _, every = scan_blocks(params, x, spec, remat=remat, each=lambda y: y, turn=turn)
         return {i: every[i] for i in range(every.shape[0])}
     found, start = {}, 0
     for tap in sorted(set(taps)):
         part = jax.tree.map(lambda p, a=start, b=tap + 1: p[a:b], params)
-        x, _ = scan_blocks(part, x, spec, remat=remat)
+        x, _ = scan_blocks(part, x, spec, remat=remat, turn=turn)
         found[tap], start = x, tap + 1
     return found
 
@@ -216,5 +252,6 @@ def tap_blocks(
 def forward_flops(spec: BlockSpec, tokens: int) -> int:
     """Floating-point operations of the matrix products of all blocks for one sequence."""
     d, n = spec.width, tokens
-    per_block = (4 + 2 * spec.mlp) * n * d * d + 2 * n * n * d  # multiply-adds
+    matrices = 3 if spec.activation == "swiglu" else 2
+    per_block = (4 * d + matrices * spec.inside) * n * d + 2 * n * n * d  # multiply-adds
     return 2 * spec.depth * per_block

@@ -1,15 +1,16 @@
 """Vision transformers (Dosovitskiy et al. 2021) and their published variants in one class.
 
-ViT and DeiT (with and without the distillation token), DINOv2 (LayerScale, registers), the image
-towers of CLIP (norm before the blocks, QuickGELU, no bias at the patches) and masked autoencoders
-(fixed positions). Names are timm's where timm has the model; ``mae_vit_*`` are MAE's.
+ViT and DeiT (with and without the distillation token), DINOv2 (LayerScale, registers), DINOv3
+(rotary positions), the image towers of CLIP (norm before the blocks, QuickGELU, no bias at the
+patches) and masked autoencoders (fixed positions). Names are timm's where timm has the model;
+``mae_vit_*`` are MAE's.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from dsad.models.draws import Draws, normal, uniform_draws
 from dsad.models.positions import Rule
 from dsad.models.transformer import Activation, BlockSpec, Remat
 
-_BLOCK = re.compile(r"block(\d+)")
+_MAP = re.compile(r"(block|norm)(\d+)")
 #: Names the class token beside the feature maps.
 CLASS = "cls"
 
@@ -35,13 +36,17 @@ class Arch(Settings, place="vision transformer"):
     Attributes:
       width: channels of a token; ``depth`` blocks, ``heads`` attention heads.
       patch: side of a patch in pixels.
-      image: side in pixels of the image that the position table is made for.
+      image: side in pixels of the image that the position table is made for; without a table it is
+        that of the published weights.
       cls: whether a class token precedes the patches; ``distilled``: and a distillation token.
       registers: further learned tokens, which have no position (Darcet et al. 2024).
-      pos: whether positions are learned or the fixed sine-cosine table.
+      pos: "learned" or the fixed "sincos" table, or "rope": every block turns the queries and keys
+        of patches by their places, see ``positions.rotation``.
       pos_prefix: whether the table begins with rows for the class and distillation tokens.
       pre_norm: a norm before the blocks (CLIP).
       patch_bias: whether the patch embedding has a bias.
+      hidden: channels inside an MLP, 0 for four times the width; ``qkv_bias``: whether queries and
+        values have a bias (and keys, without "rope").
       rule: how positions are resampled to another grid.
 
     """
@@ -54,12 +59,14 @@ class Arch(Settings, place="vision transformer"):
     cls: bool = True
     distilled: bool = False
     registers: int = field(0, at_least=0)
-    pos: str = "learned"
+    pos: Literal["learned", "sincos", "rope"] = "learned"
     pos_prefix: bool = True
     pre_norm: bool = False
     patch_bias: bool = True
     layer_scale: bool = False
     activation: Activation = "gelu"
+    hidden: int = field(0, at_least=0)
+    qkv_bias: bool = True
     eps: float = 1e-6
     rule: Rule = "antialias"
 
@@ -69,6 +76,8 @@ class Arch(Settings, place="vision transformer"):
         if self.image % self.patch or self.image < self.patch:
             sides = f"a multiple of the patch's {self.patch} pixels"
             raise Refused("image", sides, self.image)
+        if self.pos == "rope" and self.width // self.heads % 4:
+            raise Refused("heads", "so many that each has a multiple of 4 channels", self.heads)
 
     @property
     def grid(self) -> int:
@@ -83,14 +92,15 @@ class Arch(Settings, place="vision transformer"):
     @property
     def table_prefix(self) -> int:
         """Rows of the position table before those of the patches."""
-        return int(self.cls) + int(self.distilled) if self.pos_prefix else 0
+        own = self.pos_prefix and self.pos != "rope"
+        return int(self.cls) + int(self.distilled) if own else 0
 
     @property
     def blocks(self) -> BlockSpec:
         """The shape of the stacked blocks."""
         return BlockSpec(
             width=self.width, depth=self.depth, heads=self.heads, activation=self.activation,
-            layer_scale=self.layer_scale, eps=self.eps,
+            hidden=self.hidden, layer_scale=self.layer_scale, qkv_bias=self.qkv_bias, eps=self.eps,
         )  # fmt: skip
 
 
@@ -100,7 +110,16 @@ _SIZES: dict[str, dict[str, Any]] = {
     "base": {"width": 768, "depth": 12, "heads": 12},
     "large": {"width": 1024, "depth": 24, "heads": 16},
     "huge": {"width": 1280, "depth": 32, "heads": 16},
+    "giant": {"width": 1536, "depth": 40, "heads": 24, "hidden": 4096, "activation": "swiglu"},
 }
+_GATED: dict[str, Any] = {"activation": "swiglu"}
+#: What DINOv3's sizes change of these.
+_DINOV3: dict[str, dict[str, Any]] = {
+    "small": _SIZES["small"], "small_plus": {**_SIZES["small"], **_GATED}, "base": _SIZES["base"],
+    "large": _SIZES["large"], "large_plus": {**_SIZES["large"], **_GATED},
+    "huge_plus": {**_SIZES["huge"], **_GATED, "heads": 20},
+    "7b": {"width": 4096, "depth": 40, "heads": 32, "hidden": 8192, **_GATED},
+}  # fmt: skip
 
 
 def _archs() -> dict[str, Arch]:
@@ -116,11 +135,15 @@ def _archs() -> dict[str, Arch]:
         deit = Arch(**_SIZES[size], rule="plain")
         made[f"deit_{size}_patch16_224"] = deit
         made[f"deit_{size}_distilled_patch16_224"] = dataclasses.replace(deit, distilled=True)
-    for size in ("small", "base", "large"):
+    for size in ("small", "base", "large", "giant"):
         dino = Arch(**_SIZES[size], patch=14, image=518, layer_scale=True, rule="offset")
         made[f"vit_{size}_patch14_dinov2"] = dino
         made[f"vit_{size}_patch14_reg4_dinov2"] = dataclasses.replace(
             dino, registers=4, rule="antialias"
+        )
+    for size, fields in _DINOV3.items():
+        made[f"vit_{size}_patch16_dinov3"] = Arch(
+            **fields, image=256, registers=4, pos="rope", layer_scale=True, qkv_bias=False, eps=1e-5
         )
     for size, patch, side in (
         ("base", 32, 224), ("base", 16, 224), ("large", 14, 224), ("large", 14, 336),
@@ -156,6 +179,11 @@ def layer_names(spec: Arch) -> tuple[str, ...]:
     return tuple(f"block{i}" for i in range(spec.depth))
 
 
+def norm_names(spec: Arch) -> tuple[str, ...]:
+    """Maps beside those, for who asks: every block's output behind the network's final norm."""
+    return tuple(f"norm{i}" for i in range(spec.depth))
+
+
 class ViT:
     """A vision transformer as pure functions: ``init``, ``shapes``, ``apply``.
 
@@ -168,12 +196,17 @@ class ViT:
         self.remat: Remat = remat
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Fresh (params, extra) by MAE's rules; extra holds a fixed position table."""
-        params, s = uniform_draws(key, self._fresh), self.spec
-        if s.pos != "sincos":
-            return params, {}
+        """Fresh (params, extra) by MAE's rules; extra holds a fixed table, or rotary periods."""
+        return uniform_draws(key, self._fresh), self._fixed()
+
+    def _fixed(self) -> dict[str, jax.Array]:
+        s = self.spec
+        if s.pos == "learned":
+            return {}
+        if s.pos == "rope":
+            return {"periods": jnp.asarray(positions.periods(s.width // s.heads))}
         table = positions.sincos_table(s.width, (s.grid, s.grid), s.table_prefix)
-        return params, {"pos": jnp.asarray(table)}
+        return {"pos": jnp.asarray(table)}
 
     def _fresh(self, draws: Draws) -> Any:
         s, d = self.spec, self.spec.width
@@ -205,7 +238,7 @@ class ViT:
     @functools.cache  # noqa: B019 - networks are few and live as long as the program
     def shapes(self) -> tuple[Any, Any]:
         """(params, extra) as nested dicts of ``ShapeDtypeStruct``."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(lambda: (self._fresh(Draws(None)), self._fixed()))
 
     def grid(self, images: jax.Array) -> tuple[int, int]:
         """Patches (rows, columns) of images (b, H, W, 3); ConfigError if they do not fit."""
@@ -220,7 +253,7 @@ class ViT:
         return height // patch, width // patch
 
     def embed(self, params: Any, extra: Any, images: jax.Array) -> jax.Array:
-        """Patch tokens (b, rows · columns, d) with their positions, row by row."""
+        """Patch tokens (b, rows · columns, d), row by row, with their positions of a table."""
         grid = self.grid(images)
         # Patches do not overlap, so the convolution is a product of matrices.
         x = patchify(images.astype(self.dtype), self.spec.patch)
@@ -228,6 +261,8 @@ class ViT:
         x = jnp.einsum("bnk,kd->bnd", x, kernel.astype(x.dtype))
         if "bias" in params["patch"]:
             x = x + params["patch"]["bias"].astype(x.dtype)[None, None, :]
+        if self.spec.pos == "rope":
+            return x
         table = self.table(params, extra, grid)
         return x + table[self.spec.table_prefix :].astype(x.dtype)[None]
 
@@ -240,11 +275,12 @@ class ViT:
     def with_prefix(self, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
         """Class, distillation and register tokens in front of patch tokens (b, n, d)."""
         s = self.spec
-        own = params["pos"] if s.pos == "learned" else extra["pos"]
         rows = [params[name][None] for name in ("cls", "dist") if name in params]
         if rows:
             first = jnp.concatenate(rows)
-            first = first + own[: len(rows)] if s.table_prefix else first
+            if s.table_prefix:
+                own = params["pos"] if s.pos == "learned" else extra["pos"]
+                first = first + own[: len(rows)]
             rows = [first]
         if s.registers:
             rows.append(params["registers"])
@@ -255,7 +291,16 @@ class ViT:
         return jnp.concatenate([front, tokens], axis=1)
 
     def encode(self, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
-        """Patch tokens (b, n, d), any subset in any order, to (b, prefix + n, d) after the norm."""
+        """Patch tokens (b, n, d), any subset in any order, to (b, prefix + n, d) after the norm.
+
+        ConfigError for rotary positions, which tokens do not bring along.
+        """
+        if self.spec.pos == "rope":
+            raise ConfigError(
+                "vision transformer: its rotary positions (DINOv3) belong to whole images, and "
+                "some of their patches were given alone. Name one with a table of positions, such "
+                "as mae_vit_base_patch16."
+            )
         x = self._start(params, extra, tokens)
         x, _ = transformer.scan_blocks(params["blocks"], x, self.spec.blocks, remat=self.remat)
         return transformer.layer_norm(params["norm"], x, self.spec.eps)
@@ -270,15 +315,17 @@ class ViT:
         views: int = 1,
         layers: Sequence[str] | None = None,
     ) -> tuple[FeatureMaps, Any]:
-        """Patch tokens after the blocks ``layers`` (None: all) as maps (b, rows, columns, d).
+        """Patch tokens after blocks as maps (b, rows, columns, d), prefix tokens removed.
 
-        ``block0`` is the output of the first block; no final norm, prefix tokens removed. Names
-        that no block has are left out, as a backbone tells its caller what exists. Layer norms see
-        one token each, so that training and ``views`` change nothing.
+        ``block0`` is the output of the first block as it is, ``norm0`` the same behind the final
+        norm; ``layers`` None are all of ``layer_names``. Names that no block has are left out, as a
+        backbone tells its caller what exists. Layer norms see one token each, so that training and
+        ``views`` change nothing.
         """
         del train, views
-        taps = None if layers is None else _numbers(layers, self.spec.depth)
-        return self._maps(self._outputs(params, extra, images, taps), images), extra
+        asked = self._asked(layers)
+        outputs = self._outputs(params, extra, images, None if layers is None else asked.values())
+        return self._maps(params, outputs, images, asked), extra
 
     def pooled(
         self, params: Any, extra: Any, images: jax.Array, layers: Sequence[str] | None = None
@@ -287,32 +334,42 @@ class ViT:
 
         It is the class token where there is one, else the mean of the patch tokens.
         """
-        s, last = self.spec, self.spec.depth - 1
-        taps = None if layers is None else _numbers(layers, s.depth)
-        outputs = self._outputs(params, extra, images, None if taps is None else (*taps, last))
+        s, last, asked = self.spec, self.spec.depth - 1, self._asked(layers)
+        taps = None if layers is None else (*asked.values(), last)
+        outputs = self._outputs(params, extra, images, taps)
         tokens = outputs[last][:, :1] if s.cls else outputs[last][:, s.prefix :]
         tokens = transformer.layer_norm(params["norm"], tokens, s.eps).astype(jnp.float32)
-        asked = {i: y for i, y in outputs.items() if taps is None or i in taps}
-        return self._maps(asked, images), jnp.mean(tokens, axis=1)
+        return self._maps(params, outputs, images, asked), jnp.mean(tokens, axis=1)
+
+    def _asked(self, layers: Sequence[str] | None) -> dict[str, int]:
+        """The block that each of these maps is of."""
+        found = map(_MAP.fullmatch, layer_names(self.spec) if layers is None else layers)
+        return {m[0]: i for m in found if m and (i := int(m[2])) < self.spec.depth}
 
     def _outputs(
-        self, params: Any, extra: Any, images: jax.Array, taps: tuple[int, ...] | None
+        self, params: Any, extra: Any, images: jax.Array, taps: Collection[int] | None
     ) -> dict[int, jax.Array]:
+        s, turn = self.spec, None
         x = self._start(params, extra, self.embed(params, extra, images))
-        return transformer.tap_blocks(params["blocks"], x, self.spec.blocks, taps, self.remat)
+        if s.pos == "rope":
+            turn = positions.rotation(extra["periods"], self.grid(images), s.prefix)
+        return transformer.tap_blocks(params["blocks"], x, s.blocks, taps, self.remat, turn)
 
-    def _maps(self, outputs: dict[int, jax.Array], images: jax.Array) -> FeatureMaps:
-        shape, skip = (images.shape[0], *self.grid(images), self.spec.width), self.spec.prefix
-        return {f"block{i}": y[:, skip:].reshape(shape) for i, y in outputs.items()}
+    def _maps(
+        self, params: Any, outputs: dict[int, jax.Array], images: jax.Array, asked: dict[str, int]
+    ) -> FeatureMaps:
+        s = self.spec
+        shape, made = (images.shape[0], *self.grid(images), s.width), {}
+        for name, i in asked.items():
+            x = outputs[i][:, s.prefix :]
+            if name.startswith("norm"):
+                x = transformer.layer_norm(params["norm"], x, s.eps)
+            made[name] = x.reshape(shape)
+        return made
 
     def _start(self, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
         x, spec = self.with_prefix(params, extra, tokens), self.spec
         return transformer.layer_norm(params["pre_norm"], x, spec.eps) if spec.pre_norm else x
-
-
-def _numbers(layers: Sequence[str], depth: int) -> tuple[int, ...]:
-    found = (_BLOCK.fullmatch(name) for name in layers)
-    return tuple(n for m in found if m and (n := int(m[1])) < depth)
 
 
 @functools.cache

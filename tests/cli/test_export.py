@@ -253,6 +253,8 @@ TIMM = {
     "vit_small_patch14_reg4_dinov2": {"layer_scale": True, "hub": True, "registers": 4},
     "vit_base_patch16_clip_quickgelu_224": {"pre_norm": True, "patch_bias": False},
     "mae_vit_base_patch16": {},
+    "vit_small_patch16_dinov3": {"biases": True},
+    "vit_large_plus_patch16_dinov3": {"gated": True},
     "resnet18": None,
 }
 
@@ -264,7 +266,11 @@ def test_timm_loads_strictly_and_computes_the_same(arch, tmp_path):
     if TIMM[arch] is None:
         found = backbone(arch, published.by_rule(published.resnet()))
     else:
-        shapes = published.timm_vit(2, 24, 8, 4, **TIMM[arch])
+        shapes = (
+            published.dinov3(2, 24, 8, **TIMM[arch])
+            if "dinov3" in arch
+            else published.timm_vit(2, 24, 8, 4, **TIMM[arch])
+        )
         state = published.by_rule(shapes)
         state = published.with_sines(state) if arch.startswith("mae") else state
         found = backbone(arch, Weights(tensors=state, options=SMALL))

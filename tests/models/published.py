@@ -51,7 +51,7 @@ def tensor_by_rule(name, shape):
         return (1 + 0.1 * np.abs(n)).astype(np.float32)
     if last == "running_mean" or name.endswith("bias"):
         return (0.05 * n).astype(np.float32)
-    if (last == "weight" and n.ndim == 1) or last == "gamma":
+    if (last == "weight" and n.ndim == 1) or last.startswith("gamma"):
         return (1 + 0.1 * n).astype(np.float32)
     if name in ("pos_embed", "cls_token", "dist_token", "reg_token", "mask_token",
                 "register_tokens", "decoder_pos_embed"):  # fmt: skip
@@ -101,6 +101,22 @@ def timm_vit(
     for head in ["head", "head_dist"][: (1 + distilled) if classes else 0]:
         shapes |= {f"{head}.weight": (classes, d), f"{head}.bias": (classes,)}
     return shapes
+
+
+def dinov3(depth, width, patch, *, gated=False, biases=False):
+    """DINOv3 in timm's names, where queries and values have a bias or not."""
+    d, shapes = width, {"cls_token": (1, 1, width), "reg_token": (1, 4, width)}
+    shapes |= {"patch_embed.proj.weight": (d, 3, patch, patch), "patch_embed.proj.bias": (d,)}
+    for name, shape in blocks(depth, d).items():
+        if name.endswith("qkv.bias"):
+            both = (name.replace("qkv.", f"{x}_") for x in "qv")
+            shapes |= dict.fromkeys(both, (d,)) if biases else {}
+        elif gated and ".fc1." in name:
+            shapes |= {name.replace("fc1", f"fc1_{x}"): shape for x in "gx"}
+        else:
+            shapes[name] = shape
+    shapes |= {f"blocks.{i}.gamma_{k}": (d,) for i in range(depth) for k in (1, 2)}
+    return {**shapes, "norm.weight": (d,), "norm.bias": (d,)}
 
 
 def clip(depth, width, patch, grid, *, text=True, prefix="visual."):

@@ -25,6 +25,12 @@ VARIANTS = {
         SMALL, pre_norm=True, patch_bias=False, activation="quick_gelu", eps=1e-5
     ),
     "averaged": dataclasses.replace(SMALL, cls=False),
+    "dinov3": dataclasses.replace(
+        SMALL, width=32, pos="rope", registers=2, layer_scale=True, qkv_bias=False, eps=1e-5
+    ),
+    "gated": dataclasses.replace(
+        SMALL, width=32, pos="rope", registers=1, activation="swiglu", hidden=40
+    ),
 }
 
 
@@ -44,15 +50,37 @@ def norm64(p, x, eps, i=None):
     return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + eps) * scale + bias
 
 
-def block64(p, i, x, spec):
-    lin = lambda name, y: (  # noqa: E731
-        y @ np.asarray(p[name]["kernel"][i], np.float64) + np.asarray(p[name]["bias"][i])
-    )
+def turned64(x, angles):
+    """Channels c and c + d/2 as one complex number, turned about 0."""
+    half = x.shape[-1] // 2
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def angles64(spec, periods, rows, columns):
+    """Those of every token: none for the prefix, then rows, then columns."""
+    found = [np.zeros(2 * len(periods))] * spec.prefix
+    for i in range(rows):
+        for j in range(columns):
+            places = [-1 + (2 * i + 1) / rows, -1 + (2 * j + 1) / columns]
+            found.append(np.concatenate([2 * math.pi * at / periods for at in places]))
+    return np.stack(found)
+
+
+def block64(p, i, x, spec, angles=None):
+    def lin(name, y):
+        bias = np.array(p[name]["bias"][i], np.float64) if "bias" in p[name] else 0.0
+        if name == "qkv" and angles is not None and np.ndim(bias):
+            bias[spec.width : 2 * spec.width] = 0  # keys
+        return y @ np.asarray(p[name]["kernel"][i], np.float64) + bias
+
     hd = spec.width // spec.heads
     y = lin("qkv", norm64(p["norm1"], x, spec.eps, i))
     out = np.zeros_like(x)
     for h in range(spec.heads):
         q, k, v = (y[..., j * spec.width + h * hd :][..., :hd] for j in range(3))
+        if angles is not None:
+            q, k = turned64(q, angles), turned64(k, angles)
         scores = q @ np.swapaxes(k, 1, 2) / math.sqrt(hd)
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         out[..., h * hd : (h + 1) * hd] = scores / scores.sum(-1, keepdims=True) @ v
@@ -61,6 +89,8 @@ def block64(p, i, x, spec):
     y = lin("fc1", norm64(p["norm2"], x, spec.eps, i))
     if spec.activation == "gelu":
         y = y * 0.5 * (1 + erf(y / math.sqrt(2)))
+    elif spec.activation == "swiglu":
+        y = y[..., :40] / (1 + np.exp(-y[..., :40])) * y[..., 40:]
     else:
         y = y / (1 + np.exp(-1.702 * y))
     branch = lin("fc2", y)
@@ -69,42 +99,57 @@ def block64(p, i, x, spec):
 
 def forward64(spec, params, extra, images):
     """Outputs of every block with all tokens, from the definition."""
-    g, p = images.shape[1] // spec.patch, spec.patch
+    rows, columns, p = images.shape[1] // spec.patch, images.shape[2] // spec.patch, spec.patch
     kernel = np.asarray(params["patch"]["kernel"], np.float64)
-    tokens = np.zeros((len(images), g * g, spec.width))
-    for y in range(g):
-        for x in range(g):
+    tokens = np.zeros((len(images), rows * columns, spec.width))
+    for y in range(rows):
+        for x in range(columns):
             piece = images[:, y * p : (y + 1) * p, x * p : (x + 1) * p].astype(np.float64)
-            tokens[:, y * g + x] = np.einsum("bijc,ijcd->bd", piece, kernel)
+            tokens[:, y * columns + x] = np.einsum("bijc,ijcd->bd", piece, kernel)
     tokens += np.asarray(params["patch"].get("bias", 0.0))
-    pos = np.asarray(params["pos"] if spec.pos == "learned" else extra["pos"], np.float64)
+    angles, pos = None, np.zeros((spec.prefix + rows * columns, spec.width))
+    if spec.pos == "rope":
+        angles = angles64(spec, np.asarray(extra["periods"], np.float64), rows, columns)
+    else:
+        table = params["pos"] if spec.pos == "learned" else extra["pos"]
+        grids = (spec.grid, spec.grid), (rows, columns)
+        resampled = positions.resample_table(table, *grids, spec.table_prefix, spec.rule)
+        pos = np.asarray(resampled, np.float64)
     front = [np.asarray(params[n], np.float64) for n in ("cls", "dist") if n in params]
-    n = len(front)
-    tokens = tokens + pos[n:]
-    rows = [f + pos[i] for i, f in enumerate(front)]
-    rows += [np.asarray(r, np.float64) for r in params.get("registers", [])]
-    lead = [np.broadcast_to(r, (len(images), 1, spec.width)) for r in rows]
+    tokens = tokens + pos[-rows * columns :]
+    first = [f + pos[i] for i, f in enumerate(front)]
+    first += [np.asarray(r, np.float64) for r in params.get("registers", [])]
+    lead = [np.broadcast_to(r, (len(images), 1, spec.width)) for r in first]
     x = np.concatenate([*lead, tokens], axis=1)
     if spec.pre_norm:
         x = norm64(params["pre_norm"], x, spec.eps)
     found = []
     for i in range(spec.depth):
-        x = block64(params["blocks"], i, x, spec)
+        x = block64(params["blocks"], i, x, spec, angles)
         found.append(x)
     return found
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_equals_its_definition_in_float64(name):
+OBLONG = ("dinov2", "clip", "dinov3")
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [*((name, 16) for name in VARIANTS), *((name, 24) for name in OBLONG)]
+)
+def test_equals_its_definition_in_float64(name, side):
     spec = VARIANTS[name]
     net, params, extra = perturbed(spec)
-    images = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
+    images = np.random.default_rng(0).standard_normal((2, side, 16, 3)).astype(np.float32)
     maps, _ = jax.jit(net.apply)(params, extra, images)
     expected = forward64(spec, params, extra, images)
     assert list(maps) == list(vit.layer_names(spec))
     for i, x in enumerate(expected):
-        want = x[:, spec.prefix :].reshape(2, 4, 4, -1)
+        want = x[:, spec.prefix :].reshape(2, side // 4, 4, -1)
         np.testing.assert_allclose(maps[f"block{i}"], want, atol=2e-4)
+    if spec.pos == "rope":
+        with pytest.raises(ConfigError, match=r"rotary positions .* some of their patches"):
+            net.encode(params, extra, net.embed(params, extra, images))
+        return
     latent = net.encode(params, extra, net.embed(params, extra, images))
     want = norm64(params["norm"], expected[-1], spec.eps)
     np.testing.assert_allclose(latent, want, atol=2e-4)
@@ -132,14 +177,21 @@ def test_asked_blocks_are_those_of_the_whole_run():
         np.testing.assert_allclose(value, every[name], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["plain", "gated"])
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
-    _, params, extra = perturbed(SMALL)
-    tokens = np.random.default_rng(0).standard_normal((2, 5, 24)).astype(np.float32)
+def test_remat_changes_no_gradient(remat, name):
+    spec = VARIANTS[name]
+    _, params, extra = perturbed(spec)
+    images = np.random.default_rng(0).standard_normal((2, 16, 8, 3)).astype(np.float32)
 
     def grads(remat):
-        net = vit.ViT(SMALL, remat=remat)
-        return jax.jit(jax.grad(lambda p: jnp.sum(net.encode(p, extra, tokens) ** 2)))(params)
+        net = vit.ViT(spec, remat=remat)
+
+        def loss(p):
+            maps, _ = net.apply(p, extra, images, layers=("norm2",))
+            return jnp.sum(jnp.sin(maps["norm2"]))
+
+        return jax.jit(jax.grad(loss))(params)
 
     plain, again = tree.flatten(grads("none")), tree.flatten(grads(remat))
     largest = max(np.abs(g).max() for g in plain.values())
@@ -157,11 +209,12 @@ def test_encoder_treats_patch_tokens_alike():
     np.testing.assert_allclose(moved[:, 0], straight[:, 0], atol=1e-5)
 
 
-def test_bfloat16_keeps_parameters_and_stays_close():
-    _, params, extra = perturbed(SMALL)
+@pytest.mark.parametrize("name", ["plain", "gated"])
+def test_bfloat16_keeps_parameters_and_stays_close(name):
+    _, params, extra = perturbed(VARIANTS[name])
     images = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
-    whole, _ = vit.ViT(SMALL).apply(params, extra, images)
-    half, _ = vit.ViT(SMALL, dtype="bfloat16").apply(params, extra, images)
+    whole, _ = vit.ViT(VARIANTS[name]).apply(params, extra, images)
+    half, _ = vit.ViT(VARIANTS[name], dtype="bfloat16").apply(params, extra, images)
     assert half["block2"].dtype == jnp.bfloat16
     gap = np.abs(np.asarray(half["block2"], np.float32) - whole["block2"]).mean()
     assert gap < 0.03 * np.abs(whole["block2"]).mean()

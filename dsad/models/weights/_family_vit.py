@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,14 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 #: Fields of ``vit.Arch`` that a run may change, by the names of timm's arguments.
 TIMM_ARGUMENTS = {
     "width": "embed_dim", "depth": "depth", "heads": "num_heads", "patch": "patch_size",
-    "image": "img_size",
+    "image": "img_size", "qkv_bias": "qkv_bias",
 }  # fmt: skip
+#: What the terms of DINOv3's weights ask of whoever uses them.
+DINOV3_LICENCE = (
+    "note: DINOv3's weights, and whatever is made from them, are under the DINOv3 License: pass "
+    "them on with a copy of it and under no other terms, acknowledge them in publications, no "
+    "military, nuclear or ITAR use. https://ai.meta.com/resources/models-and-libraries/dinov3-license"
+)
 
 
 #: What a checkpoint of a masked autoencoder may hold besides.
@@ -67,7 +74,11 @@ class ViTs(Family):
 
     def strides(self, arch: str, **options: Any) -> dict[str, int]:
         spec = spec_of(arch, options)
-        return {name: spec.patch for name in vit.layer_names(spec)}
+        return dict.fromkeys(vit.layer_names(spec), spec.patch)
+
+    def further(self, arch: str, **options: Any) -> dict[str, int]:
+        spec = spec_of(arch, options)
+        return dict.fromkeys(vit.norm_names(spec), spec.patch)
 
     def tokens(self, arch: str, **options: Any) -> tuple[str, ...]:
         return (vit.CLASS,) if spec_of(arch, options).cls else ()
@@ -80,7 +91,7 @@ class ViTs(Family):
         known = functools.partial(Preprocessing, image_size=side, interpolation="bicubic")
         if "clip" in arch:
             return known(mean=_CLIP_MEAN, std=_CLIP_STD, crop=1.0)
-        if "dinov2" in arch:
+        if "dinov2" in arch or "dinov3" in arch:
             return known(crop=1.0)
         if arch.startswith(("deit", "mae")):
             return known(crop=0.9 if arch.startswith("deit") else 0.875)
@@ -91,27 +102,37 @@ class ViTs(Family):
         _check_activation(arch, state)
         style, prefix = _names_vit.style_of(state)
         options = dict(getattr(state, "options", {}))
+        rope = vit.arch(arch).pos == "rope"
+        if rope:  # the released ones are zero, and timm's names then leave them out
+            options.pop("qkv_bias", None)
+            options |= {"qkv_bias": True} if _names_vit.has_biases(state) else {}
         spec = spec_of(arch, options)
         side = _side(spec, style, prefix, state)
         if side != spec.image:
             options["image"] = side
         shapes = self.network(arch, **options).shapes()
         _check_style(arch, spec, style)
-        ignored = _names_vit.ignored(style, prefix)
+        ignored = _names_vit.ignored(style, prefix, rope=rope, biases=spec.qkv_bias)
         trees = names.to_trees(
             _names_vit.encoder(shapes, style, prefix=prefix), state, shapes, ignored=ignored,
             what=arch,
         )  # fmt: skip
         if spec.pos == "sincos":
             check_table(state, "pos_embed", dataclasses.replace(spec, **options), arch)
+        if rope:
+            _tell(DINOV3_LICENCE)
         return Loaded(*trees, options, names.left_out(state, ignored))
 
     def published(self, arch: str, **options: Any) -> tuple[str, dict[str, Any]]:
         # In timm, a masked autoencoder's encoder is an ordinary transformer.
         name = f"{arch.removeprefix('mae_')}_224" if arch.startswith("mae_") else arch
+        # DINOv3's L+, which timm has no name for; without the second it would join two matrices.
+        gated = {"swiglu_mlp": True, "swiglu_align_to": 8} if "large_plus" in arch else {}
+        name = name.replace("large_plus", "large")
         base, own = vit.arch(name), spec_of(arch, options)
         values = {ours: (getattr(base, ours), getattr(own, ours)) for ours in TIMM_ARGUMENTS}
-        return name, {TIMM_ARGUMENTS[n]: new for n, (old, new) in values.items() if old != new}
+        changed = {TIMM_ARGUMENTS[n]: new for n, (old, new) in values.items() if old != new}
+        return name, changed | gated
 
     def suitable(self, name: str, quick_gelu: bool | None = None) -> tuple[str, ...]:
         if "clip" in name:  # timm's name does not tell the activation, which is checked by itself
@@ -128,11 +149,11 @@ class ViTs(Family):
     def save(
         self, arch: str, params: Any, extra: Any, form: str, **options: Any
     ) -> dict[str, np.ndarray]:
-        """Besides timm's, ``form`` may be "dinov2" or "clip", the original names."""
+        """Besides timm's, ``form`` may be any of ``_names_vit.Style`` that suits the network."""
         spec, shapes = spec_of(arch, options), self.network(arch, **options).shapes()
         style: Any = form
         _check_style(arch, spec, style)
-        if style == "timm" and spec.registers:
+        if style == "timm" and spec.registers and spec.pos == "learned":
             params = _names_vit.without_class_row(params)
         prefix = "visual." if style == "clip" else ""
         return names.to_state(_names_vit.encoder(shapes, style, prefix=prefix), params, extra)
@@ -145,6 +166,12 @@ def spec_of(arch: str, options: Mapping[str, Any]) -> vit.Arch:
             f"{arch}: cannot change {listed(unknown)}; expected some of {listed(TIMM_ARGUMENTS)}."
         )
     return dataclasses.replace(vit.arch(arch), **options)
+
+
+@functools.cache
+def _tell(text: str) -> None:
+    """Say something to the user, once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @functools.cache
@@ -181,8 +208,15 @@ def _check_activation(arch: str, state: Mapping[str, Any]) -> None:
 
 
 def _check_style(arch: str, spec: vit.Arch, style: Style) -> None:
+    rope, whose = spec.pos == "rope", ""
     if style == "clip" and (spec.distilled or spec.registers or not spec.pre_norm):
-        raise ConfigError(f"{arch}: CLIP's names do not fit it; is {arch} the right architecture?")
+        whose = "CLIP"
+    elif style in ("dinov3", "transformers") and not rope:
+        whose = "DINOv3"
+    elif style == "dinov2" and rope:
+        whose = "DINOv2"
+    if whose:
+        raise ConfigError(f"{arch}: {whose}'s names do not fit it; is {arch} the right one?")
 
 
 def _side(spec: vit.Arch, style: Style, prefix: str, state: Mapping[str, Any]) -> int:

@@ -66,6 +66,31 @@ def stacked(path: str, names: Iterable[str], layout: Layout = SAME) -> Entry:
     )  # fmt: skip
 
 
+def split(path: str, parts: Sequence[str], depth: int, layout: Layout = SAME) -> Entry:
+    """A leaf with a leading axis of ``depth`` layers, each of which is several published tensors.
+
+    ``parts`` are their names with %d for the layer, one after the other along the tensors' first
+    axis, all of one size; "" is a part that no file holds: it is zero, and is not written.
+    """
+    held = [k for k, part in enumerate(parts) if part]
+
+    def read(tensors: Sequence[np.ndarray]) -> np.ndarray:
+        layers = []
+        for start in range(0, len(tensors), len(held)):
+            pieces = [np.zeros_like(tensors[start])] * len(parts)
+            for k, tensor in zip(held, tensors[start:], strict=False):
+                pieces[k] = tensor
+            layers.append(layout.read(np.concatenate(pieces)))
+        return np.stack(layers)
+
+    def write(x: np.ndarray) -> list[np.ndarray]:
+        whole = (np.split(layout.write(layer), len(parts)) for layer in x)
+        return [pieces[k] for pieces in whole for k in held]
+
+    found = tuple(parts[k] % i for i in range(depth) for k in held)
+    return Entry(path, found, read, write)
+
+
 def constant(path: str, value: float, shape: Sequence[int]) -> Entry:
     """A leaf that the published file does not hold."""
     return Entry(path, (), lambda _: np.full(shape, value, np.float32), lambda _: ())
