@@ -137,7 +137,7 @@ def check_maps(
         raise ConfigError(
             f"detector: it reads the class token {listed(missing)} beside the maps, and "
             f"{backbone.arch} has none. Name a vision transformer, such as "
-            "--config.backbone=vit_base_patch16_224."
+            "--config.backbone=vit_base_patch16_224, or see whether the detector can do without."
         )
     if missing := [n for n in layers if n not in (*maps, *tokens)]:
         raise ConfigError(

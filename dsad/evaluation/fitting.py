@@ -246,6 +246,12 @@ def _test_images(
                 f"config.{key}: this detector is fitted on the test images and takes no training "
                 f"image; expected {alone}, found {value:g}."
             )
+    if not config.preprocessing.single:
+        raise ConfigError(
+            "config.evaluation.resize: this detector is fitted on the test images, which score "
+            "each other, and the windows of one would count as images of their own; expected "
+            f'"stretched", "longer" or "shorter", found "{config.preprocessing.method}".'
+        )
     images = {c: tuple(r.path for r in dataset.source("test", c).records) for c in categories}
     sets = {c: dict.fromkeys(sampling.seeds, support.Support(bank=images[c])) for c in categories}
     return support.Sets(sampling, sets)

@@ -280,6 +280,7 @@ def test_the_test_images_score_each_other_without_a_training_image(tmp_path, cap
     text = {
         "--config.shots=1": "config.shots: this detector is fitted on the test images",
         "--config.evaluation.false_alarm_rate=0.1": "config.evaluation.false_alarm_rate: this",
+        "--config.evaluation.resize=windows": "the windows of one would count as images",
         "--config.backbone=resnet18": "reads the class token cls beside the maps, and resnet18",
     }
     for flag, message in text.items():
