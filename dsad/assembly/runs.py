@@ -250,6 +250,7 @@ def _read(weights: pretrained.Weights, objective: Objective, spec: str) -> tuple
         "stored",
         "layers",
         "tokens",
+        "further",
         "encoder",
     ],
 )
@@ -259,8 +260,8 @@ class RunBackbone:
 
     ``stored`` is the JSON text of the run's directory, config and info, to build ``function`` again
     where the run is gone. ``layers``, unless None, are the only maps it computes. ``tokens`` are
-    the vectors of whole images that ``only`` can name as well. ``encoder`` is the objective's
-    ``encoder_weights``.
+    the vectors of whole images that ``only`` can name as well, ``further`` the maps. ``encoder`` is
+    the objective's ``encoder_weights``.
     """
 
     # Not shown: jax asks for the text of what it compiles, and hides an interrupt meanwhile.
@@ -275,6 +276,7 @@ class RunBackbone:
     stored: str = ""
     layers: tuple[str, ...] | None = None
     tokens: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
     encoder: Callable[[Any, Any], Encoder] | None = None
 
     @property
@@ -302,7 +304,7 @@ class RunBackbone:
 
     def only(self, layers: Sequence[str]) -> "RunBackbone":
         """One that computes just these maps and tokens."""
-        return dataclasses.replace(self, layers=tuple(layers))
+        return dataclasses.replace(self, layers=tuple(layers), further=())
 
     def __call__(self, images: jax.Array) -> FeatureMaps:
         return self.function(self.params, self.extra, images, self.layers)
@@ -379,17 +381,18 @@ def backbone(spec: str, weights: str, seed: int) -> Any:
     run = opened(place(spec).directory)
     params, extra, step = run.weights(place(spec).step)
     params, extra = jax.tree.map(jnp.asarray, (params, extra))
-    objective, arch, tokens = run.frozen, type(run.objective).__name__, ()
+    objective, arch, tokens, further = run.frozen, type(run.objective).__name__, (), ()
     encoder = None
     if isinstance(objective, HasEncoder):
         encoder = objective.encoder_weights
         network = objective.encoder_weights(params, extra)
         arch = network.arch
         tokens = registry.family_of(arch).tokens(arch, **network.options)
+        further = tuple(registry.family_of(arch).further(arch, **network.options))
     return RunBackbone(
         params=params, extra=extra, function=objective.features, mean=objective.mean,
         std=objective.std, arch=arch, image_size=image_size(objective),
-        description=run.described(step), tokens=tokens, encoder=encoder,
+        description=run.described(step), tokens=tokens, further=further, encoder=encoder,
         stored=json.dumps({"directory": run.directory, **run.stored}),
     )  # fmt: skip
 

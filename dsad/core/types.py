@@ -353,6 +353,17 @@ class HasTokens(Protocol):
 
 
 @runtime_checkable
+class HasFurther(Protocol):
+    """A backbone with maps beside those of a plain call, which it computes where ``only`` asks.
+
+    ``further`` are their names; none of a backbone that ``only`` gave.
+    """
+
+    @property
+    def further(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
 class KnowsFlops(Protocol):
     """An objective that says what the matrix products of a training step cost per image."""
 

@@ -18,7 +18,7 @@ from dsad.core.detection import PIXELS
 from dsad.core.errors import ConfigError
 from dsad.core.hosts import put, spans
 from dsad.core.mesh import batch_sharding, replicated
-from dsad.core.types import Backbone, FeatureMaps, HasTokens
+from dsad.core.types import Backbone, FeatureMaps, HasFurther, HasTokens
 from dsad.evaluation.hosts import Hosts
 from dsad.models.wrappers import WithPixels
 
@@ -128,7 +128,10 @@ def check_maps(
     does not have.
     """
     backbone = with_pixels(backbone, layers)
-    maps = jax.eval_shape(backbone, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    maps = jax.eval_shape(backbone, image)
+    if isinstance(backbone, HasFurther) and backbone.further:
+        maps |= jax.eval_shape(backbone.only(backbone.further), image)
     have = backbone.tokens if isinstance(backbone, HasTokens) else ()
     if missing := [n for n in tokens if n not in have]:
         raise ConfigError(

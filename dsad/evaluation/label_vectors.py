@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dsad.core import paths
 from dsad.core.config import listed, suggestion
 from dsad.core.errors import ConfigError
-from dsad.core.types import Backbone, FeatureMaps, HasTokens, Progress, Source, silent
+from dsad.core.types import Backbone, FeatureMaps, HasFurther, HasTokens, Progress, Source, silent
 from dsad.data.base import selected
 from dsad.evaluation.batches import batches
 from dsad.evaluation.extract import Extractor
@@ -35,7 +35,8 @@ def layer_of(backbone: Backbone, layer: str, size: tuple[int, int]) -> str:
     """
     images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     maps = list(jax.eval_shape(backbone, images))
-    have = [*maps, *_tokens(backbone)]
+    further = backbone.further if isinstance(backbone, HasFurther) else ()
+    have = [*maps, *further, *_tokens(backbone)]
     if layer and layer not in have:
         raise ConfigError(
             f"config.probe.layer: {backbone.arch} has no feature map {layer!r}."

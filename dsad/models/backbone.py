@@ -31,7 +31,8 @@ class Backbone:
 
     Call it with normalised RGB images (b, H, W, 3), that is ``(pixels / 255 - mean) / std``; it
     returns maps (b, h, w, channels): ``layer1`` to ``layer4`` of a residual network, ``block0`` and
-    so on of a vision transformer, whose image sides must be multiples of its patch.
+    so on of a vision transformer, whose image sides must be multiples of its patch. Where ``only``
+    names them, that gives ``norm0`` and so on too: the same behind its final norm.
 
     Attributes:
       options: what the weights decide about the network, such as (("stages", 3),).
@@ -62,8 +63,19 @@ class Backbone:
     @property
     def strides(self) -> dict[str, int]:
         """Input pixels per cell of each feature map."""
-        found = registry.family_of(self.arch).strides(self.arch, **dict(self.options))
-        return {n: s for n, s in found.items() if self.layers is None or n in self.layers}
+        family, options = registry.family_of(self.arch), dict(self.options)
+        found = family.strides(self.arch, **options)
+        if self.layers is None:
+            return found
+        found |= family.further(self.arch, **options)
+        return {n: s for n, s in found.items() if n in self.layers}
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """See ``core.types.HasFurther``."""
+        if self.layers is not None:
+            return ()
+        return tuple(registry.family_of(self.arch).further(self.arch, **dict(self.options)))
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -72,7 +84,7 @@ class Backbone:
 
     def only(self, layers: Sequence[str]) -> "Backbone":
         """The backbone that computes just these maps and tokens, which saves memory."""
-        have = (*self.strides, *self.tokens)
+        have = (*self.strides, *self.further, *self.tokens)
         for name in layers:
             if name not in have:
                 raise ConfigError(

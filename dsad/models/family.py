@@ -128,7 +128,12 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def strides(self, arch: str, **options: Any) -> dict[str, int]:
-        """Input pixels per cell of every feature map that there is."""
+        """Input pixels per cell of every feature map of ``maps`` without ``layers``."""
+
+    def further(self, arch: str, **options: Any) -> dict[str, int]:
+        """The same of the maps that ``maps`` gives only where ``layers`` names them."""
+        del arch, options
+        return {}
 
     def tokens(self, arch: str, **options: Any) -> tuple[str, ...]:
         """Vectors (b, d) that ``maps`` gives beside the maps, where ``layers`` names them."""

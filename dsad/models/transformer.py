@@ -6,7 +6,7 @@ modules, because a scan over modules would have to split and merge them in every
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax
@@ -196,7 +196,7 @@ def scan_blocks(
 
 
 def tap_blocks(
-    params: Tree, x: jax.Array, spec: BlockSpec, taps: tuple[int, ...] | None, remat: Remat = "none"
+    params: Tree, x: jax.Array, spec: BlockSpec, taps: Collection[int] | None, remat: Remat = "none"
 ) -> dict[int, jax.Array]:
     """Outputs (b, n, d) after the blocks ``taps`` (None: all), by 0-based number.
 

@@ -8,7 +8,7 @@ towers of CLIP (norm before the blocks, QuickGELU, no bias at the patches) and m
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from dsad.models.draws import Draws, normal, uniform_draws
 from dsad.models.positions import Rule
 from dsad.models.transformer import Activation, BlockSpec, Remat
 
-_BLOCK = re.compile(r"block(\d+)")
+_MAP = re.compile(r"(block|norm)(\d+)")
 #: Names the class token beside the feature maps.
 CLASS = "cls"
 
@@ -156,6 +156,11 @@ def layer_names(spec: Arch) -> tuple[str, ...]:
     return tuple(f"block{i}" for i in range(spec.depth))
 
 
+def norm_names(spec: Arch) -> tuple[str, ...]:
+    """Maps beside those, for who asks: every block's output behind the network's final norm."""
+    return tuple(f"norm{i}" for i in range(spec.depth))
+
+
 class ViT:
     """A vision transformer as pure functions: ``init``, ``shapes``, ``apply``.
 
@@ -270,15 +275,17 @@ class ViT:
         views: int = 1,
         layers: Sequence[str] | None = None,
     ) -> tuple[FeatureMaps, Any]:
-        """Patch tokens after the blocks ``layers`` (None: all) as maps (b, rows, columns, d).
+        """Patch tokens after blocks as maps (b, rows, columns, d), prefix tokens removed.
 
-        ``block0`` is the output of the first block; no final norm, prefix tokens removed. Names
-        that no block has are left out, as a backbone tells its caller what exists. Layer norms see
-        one token each, so that training and ``views`` change nothing.
+        ``block0`` is the output of the first block as it is, ``norm0`` the same behind the final
+        norm; ``layers`` None are all of ``layer_names``. Names that no block has are left out, as a
+        backbone tells its caller what exists. Layer norms see one token each, so that training and
+        ``views`` change nothing.
         """
         del train, views
-        taps = None if layers is None else _numbers(layers, self.spec.depth)
-        return self._maps(self._outputs(params, extra, images, taps), images), extra
+        asked = self._asked(layers)
+        outputs = self._outputs(params, extra, images, None if layers is None else asked.values())
+        return self._maps(params, outputs, images, asked), extra
 
     def pooled(
         self, params: Any, extra: Any, images: jax.Array, layers: Sequence[str] | None = None
@@ -287,32 +294,39 @@ class ViT:
 
         It is the class token where there is one, else the mean of the patch tokens.
         """
-        s, last = self.spec, self.spec.depth - 1
-        taps = None if layers is None else _numbers(layers, s.depth)
-        outputs = self._outputs(params, extra, images, None if taps is None else (*taps, last))
+        s, last, asked = self.spec, self.spec.depth - 1, self._asked(layers)
+        taps = None if layers is None else (*asked.values(), last)
+        outputs = self._outputs(params, extra, images, taps)
         tokens = outputs[last][:, :1] if s.cls else outputs[last][:, s.prefix :]
         tokens = transformer.layer_norm(params["norm"], tokens, s.eps).astype(jnp.float32)
-        asked = {i: y for i, y in outputs.items() if taps is None or i in taps}
-        return self._maps(asked, images), jnp.mean(tokens, axis=1)
+        return self._maps(params, outputs, images, asked), jnp.mean(tokens, axis=1)
+
+    def _asked(self, layers: Sequence[str] | None) -> dict[str, int]:
+        """The block that each of these maps is of."""
+        found = map(_MAP.fullmatch, layer_names(self.spec) if layers is None else layers)
+        return {m[0]: i for m in found if m and (i := int(m[2])) < self.spec.depth}
 
     def _outputs(
-        self, params: Any, extra: Any, images: jax.Array, taps: tuple[int, ...] | None
+        self, params: Any, extra: Any, images: jax.Array, taps: Collection[int] | None
     ) -> dict[int, jax.Array]:
         x = self._start(params, extra, self.embed(params, extra, images))
         return transformer.tap_blocks(params["blocks"], x, self.spec.blocks, taps, self.remat)
 
-    def _maps(self, outputs: dict[int, jax.Array], images: jax.Array) -> FeatureMaps:
-        shape, skip = (images.shape[0], *self.grid(images), self.spec.width), self.spec.prefix
-        return {f"block{i}": y[:, skip:].reshape(shape) for i, y in outputs.items()}
+    def _maps(
+        self, params: Any, outputs: dict[int, jax.Array], images: jax.Array, asked: dict[str, int]
+    ) -> FeatureMaps:
+        s = self.spec
+        shape, made = (images.shape[0], *self.grid(images), s.width), {}
+        for name, i in asked.items():
+            x = outputs[i][:, s.prefix :]
+            if name.startswith("norm"):
+                x = transformer.layer_norm(params["norm"], x, s.eps)
+            made[name] = x.reshape(shape)
+        return made
 
     def _start(self, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
         x, spec = self.with_prefix(params, extra, tokens), self.spec
         return transformer.layer_norm(params["pre_norm"], x, spec.eps) if spec.pre_norm else x
-
-
-def _numbers(layers: Sequence[str], depth: int) -> tuple[int, ...]:
-    found = (_BLOCK.fullmatch(name) for name in layers)
-    return tuple(n for m in found if m and (n := int(m[1])) < depth)
 
 
 @functools.cache

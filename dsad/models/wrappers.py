@@ -15,7 +15,7 @@ from jax import lax
 
 from dsad.core.detection import PIXELS, MapWrapper
 from dsad.core.errors import ConfigError
-from dsad.core.types import Backbone, FeatureMaps, Tree
+from dsad.core.types import Backbone, FeatureMaps, HasFurther, Tree
 from dsad.models.residual_maps import REFERENCES, ResidualMaps
 from dsad.models.statistics import HasStatistics
 from dsad.ops.similarity import unit
@@ -46,6 +46,11 @@ class Wrapped:
     def layers(self) -> tuple[str, ...] | None:
         """The maps it computes, None for all of the encoder's."""
         return self.encoder.layers
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """The encoder's; see ``core.types.HasFurther``."""
+        return self.encoder.further if isinstance(self.encoder, HasFurther) else ()
 
     @property
     def statistics(self) -> Tree:

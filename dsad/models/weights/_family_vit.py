@@ -67,7 +67,11 @@ class ViTs(Family):
 
     def strides(self, arch: str, **options: Any) -> dict[str, int]:
         spec = spec_of(arch, options)
-        return {name: spec.patch for name in vit.layer_names(spec)}
+        return dict.fromkeys(vit.layer_names(spec), spec.patch)
+
+    def further(self, arch: str, **options: Any) -> dict[str, int]:
+        spec = spec_of(arch, options)
+        return dict.fromkeys(vit.norm_names(spec), spec.patch)
 
     def tokens(self, arch: str, **options: Any) -> tuple[str, ...]:
         return (vit.CLASS,) if spec_of(arch, options).cls else ()
