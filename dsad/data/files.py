@@ -26,9 +26,9 @@ from dsad.data.base import (
     Saturations,
     error,
     link_to_nothing,
-    selected,
     warning,
 )  # fmt: skip
+from dsad.data.combined import selected
 from dsad.data.defective import WithDefects
 
 #: Suffixes, in lower case, of files that count as images.

@@ -3,21 +3,22 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 
 from dsad.core import hosts, rng
 from dsad.core.config import Settings, by_number, field, listed
-from dsad.core.detection import PIXELS, DetectorTraits, FeatureSource, within
+from dsad.core.detection import PIXELS, DetectorTraits, FeatureSource, Inside, within
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.recipe import Recipe
 from dsad.core.types import FeatureMaps, Progress, Tree
-from dsad.ops.neighbors import Precision, pad_bank, prepare
+from dsad.ops.neighbors import Precision, nearest, pad_bank, prepare
 from dsad.ops.resize import match_grid, neighbourhood_mean
 
 C = TypeVar("C", bound=Any)
@@ -205,6 +206,71 @@ def on_one_grid(maps: Sequence[jax.Array], method: Any = "bilinear") -> jax.Arra
     """Maps (b, h, w, d) on the grid of the first, concatenated; ``method`` as of ``match_grid``."""
     grid = (maps[0].shape[1], maps[0].shape[2])
     return jnp.concatenate([match_grid(m, grid, method) for m in maps], axis=-1)
+
+
+def tail_mean(maps: jax.Array, share: float, inside: Inside = None) -> jax.Array:
+    """Mean (b,) of the ⌊share · n⌋ highest of the n cells inside, of at least one.
+
+    ``maps`` are (b, gh, gw). A product that is whole but for rounding counts as whole.
+    """
+    grid = (maps.shape[1], maps.shape[2])
+    values, most = maps.reshape(-1, grid[0] * grid[1]), _tail(share, grid[0] * grid[1])
+    if inside is None:
+        return jnp.mean(lax.top_k(values, most)[0], axis=1)
+    counted = within(inside, grid).reshape(values.shape)
+    highest, _ = lax.top_k(jnp.where(counted, values, -jnp.inf), most)
+    counts = np.array([_tail(share, n) for n in range(grid[0] * grid[1] + 1)], np.int32)
+    count = jnp.asarray(counts)[jnp.sum(counted, axis=1, dtype=jnp.int32)]
+    chosen = jnp.arange(most)[None] < count[:, None]
+    return jnp.sum(jnp.where(chosen, highest, 0.0), axis=1) / count.astype(jnp.float32)
+
+
+def _tail(share: float, cells: int) -> int:
+    return max(1, math.floor(round(share * cells, 6)))
+
+
+def normal_rows(cells: Iterable["Cells"], key: jax.Array, most: int = 0) -> np.ndarray:
+    """The cells (n, d) that count, in the order they come; with ``most`` at most that many.
+
+    These draw a random priority each from (key, sample index, cell) and the lowest stay, in the
+    order of images and cells: one pass, memory of twice the subset, and the same subset for any
+    order or batching of the source.
+    """
+    rows, subset = [], Subset(most)
+    for part in cells:
+        values, index = part.values, part.index
+        counted = part.counted(values.shape[1:3]).ravel()
+        flat = values.reshape(-1, values.shape[-1])[counted]
+        if not most:
+            rows.append(flat)
+            continue
+        count = len(counted) // len(index)
+        bits = rng.priorities(key, index, (count,)).ravel()
+        cell = np.tile(np.arange(count), len(index))
+        places = np.stack([bits, np.repeat(index, count), cell])
+        subset.add(flat, places[:, counted])
+    if len(subset):
+        kept, (_, image, cell) = subset.found()
+        rows = [kept[np.lexsort((cell, image))]]
+    return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
+
+
+def check_rows(detector: str, bank: np.ndarray, k: int) -> None:
+    """Refuse a bank without k rows."""
+    if len(bank) < k:
+        raise DataError(
+            f"detector {detector}: expected at least k = {k} feature rows of normal images, found "
+            f"{len(bank)}. Check the train split."
+        )
+
+
+def searched(
+    state: Tree, cells: jax.Array, k: int, mesh: Mesh | None, precision: Precision
+) -> jax.Array:
+    """Distances (b, gh, gw, k) of cells (b, gh, gw, d) to the nearest rows of ``bank_state``."""
+    queries, bank = cells.reshape(-1, cells.shape[-1]), state.get("prepared", state["bank"])
+    found, _ = nearest(queries, bank, k, mesh=mesh, valid=state["rows"], precision=precision)
+    return found.reshape(*cells.shape[:3], k)
 
 
 def bank_state(bank: Any, mesh: Mesh | None) -> Tree:

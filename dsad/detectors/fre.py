@@ -6,8 +6,8 @@ squared error e = u - û summed over channels, the image score the sum of the ma
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,15 @@ from dsad.core.detection import DetectorTraits, FeatureSource, Inside, Scores, w
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, select
-from dsad.ops.neighbors import bucket
+from dsad.detectors._subspace import (
+    Moments,
+    Subspace,
+    bucketed,
+    leading,
+    patch_errors,
+    subspace,
+)
 from dsad.ops.resize import resize_maps
-
-#: From all variances, in descending order, to the number of axes kept.
-Count = Callable[[np.ndarray], int]
-#: Columns of the features that are held in float64 at a time.
-COLUMNS = 8192
-#: Variance below this share of the largest is rounding: such axes are never kept.
-FLOOR = 1e-10
 
 
 class Config(DetectorConfig):
@@ -54,14 +54,6 @@ class Config(DetectorConfig):
     variance: float = field(0.97, above=0, at_most=1)
     components: int = field(0, at_least=0)
     balance: bool = True
-
-
-class Subspace(NamedTuple):
-    """Mean (D,) and orthonormal principal axes (r, D), float32, and the total variance."""
-
-    mean: np.ndarray
-    axes: np.ndarray
-    total: float
 
 
 #: By layer: the shape of what is one vector there, and its subspace.
@@ -109,7 +101,7 @@ class Fre(FeatureDetector[Config]):
         state = {}
         for name, (grid, space) in found.items():
             weight = 1.0 / space.total if several and space.total > 0 else 1.0
-            axes = _bucketed(space.axes)
+            axes = bucketed(space.axes)
             state[name] = {
                 "mean": jnp.asarray(space.mean.reshape(grid)),
                 "axes": jnp.asarray(axes.reshape(len(axes), *grid)),
@@ -140,15 +132,12 @@ class Fre(FeatureDetector[Config]):
 
     def _errors(self, state: Tree, values: jax.Array) -> jax.Array:
         """Σ_c e² of pooled maps (b, gh, gw, d): (b, gh, gw)."""
+        if self.config.mode == "patch":
+            return patch_errors(state["mean"], state["axes"], values)
         high = lax.Precision.HIGHEST
-        missing = 4 - state["mean"].ndim
-        centred = values - state["mean"].reshape((1,) * missing + state["mean"].shape)
-        if self.config.mode == "image":
-            weights = jnp.einsum("bhwd,rhwd->br", centred, state["axes"], precision=high)
-            inside = jnp.einsum("br,rhwd->bhwd", weights, state["axes"], precision=high)
-        else:
-            weights = jnp.einsum("bhwd,rd->bhwr", centred, state["axes"], precision=high)
-            inside = jnp.einsum("bhwr,rd->bhwd", weights, state["axes"], precision=high)
+        centred = values - state["mean"][None]
+        weights = jnp.einsum("bhwd,rhwd->br", centred, state["axes"], precision=high)
+        inside = jnp.einsum("br,rhwd->bhwd", weights, state["axes"], precision=high)
         return jnp.sum(jnp.square(centred - inside), axis=3)
 
     def _images(self, parts: Iterable[Cells]) -> tuple[int, Subspaces]:
@@ -191,87 +180,6 @@ def pooled(maps: jax.Array, side: int) -> jax.Array:
     whole = maps[:, : rows * side, : columns * side]
     blocks = whole.reshape(maps.shape[0], rows, side, columns, side, depth)
     return jnp.mean(blocks, axis=(2, 4))
-
-
-def leading(variances: np.ndarray, variance: float, components: int = 0) -> int:
-    """The number of axes: ``components``, or the fewest that explain more than ``variance``.
-
-    ``variances`` are in descending order. Axes without variance beyond rounding never count.
-    """
-    usable = int(np.sum(variances > FLOOR * variances[:1].sum()))
-    if components:
-        return min(components, usable)
-    share = np.cumsum(variances) / max(variances.sum(), np.finfo(np.float64).tiny)
-    return min(int(np.searchsorted(share, variance, side="right")) + 1, usable)
-
-
-def subspace(rows: np.ndarray, count: Count) -> Subspace:
-    """Principal axes of rows (n, D) through the smaller of the n × n and the D × D matrix.
-
-    ``count`` maps the variances, descending, to the number of axes kept. Memory beyond the rows
-    and the axes: two matrices of min(n, D)² and one of n × 8,192 float64.
-    """
-    n, depth = rows.shape
-    mean = rows.mean(axis=0, dtype=np.float64)
-
-    def blocks() -> Iterable[tuple[slice, np.ndarray]]:
-        for start in range(0, depth, COLUMNS):
-            at = slice(start, start + COLUMNS)
-            yield at, rows[:, at].astype(np.float64) - mean[at]
-
-    if depth <= n:
-        centred = rows.astype(np.float64) - mean
-        return _from_scatter(mean, centred.T @ centred, n, count)
-    gram = np.zeros((n, n))
-    for _, block in blocks():
-        gram += block @ block.T
-    values, vectors = _descending(gram)
-    kept = count(values / n)
-    basis = vectors[:, :kept] / np.sqrt(values[:kept])
-    axes = np.zeros((kept, depth), np.float32)
-    for at, block in blocks():
-        axes[:, at] = basis.T @ block
-    return Subspace(mean.astype(np.float32), axes, float(values.sum() / n))
-
-
-class Moments:
-    """Sums of rows (·, d) and of their products, about a shift, in float64."""
-
-    def __init__(self, rows: np.ndarray) -> None:
-        # Any shift gives the same covariance; one near the mean keeps its digits.
-        self.shift = rows.mean(axis=0, dtype=np.float64)
-        self.count = 0
-        self.total = np.zeros_like(self.shift)
-        self.products = np.zeros((len(self.shift), len(self.shift)))
-
-    def add(self, rows: np.ndarray) -> None:
-        """Count further rows (m, d)."""
-        centred = rows.astype(np.float64) - self.shift
-        self.count += len(rows)
-        self.total += centred.sum(axis=0)
-        self.products += centred.T @ centred
-
-    def subspace(self, count: Count) -> Subspace:
-        """Mean, axes and total variance of all rows."""
-        offset = self.total / self.count
-        scatter = self.products - self.count * np.outer(offset, offset)
-        return _from_scatter(self.shift + offset, scatter, self.count, count)
-
-
-def _from_scatter(mean: np.ndarray, scatter: np.ndarray, n: int, count: Count) -> Subspace:
-    values, vectors = _descending(scatter)
-    axes = vectors[:, : count(values / n)].T.astype(np.float32)
-    return Subspace(mean.astype(np.float32), axes, float(values.sum() / n))
-
-
-def _descending(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    values, vectors = np.linalg.eigh(matrix)
-    return np.maximum(values[::-1], 0.0), vectors[:, ::-1]
-
-
-def _bucketed(axes: np.ndarray) -> np.ndarray:
-    """The axes with zero rows up to their bucket; at least one row of them."""
-    return np.pad(axes, ((0, bucket(max(len(axes), 1), 32) - len(axes)), (0, 0)))
 
 
 build = Fre

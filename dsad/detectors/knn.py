@@ -7,23 +7,23 @@ with plain instead of squared distances.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import Refused, field
 from dsad.core.detection import FeatureSource, Inside, Scores, highest
-from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import (
     DetectorConfig,
     FeatureDetector,
-    Subset,
     bank_state,
+    check_rows,
     joined,
+    normal_rows,
     prepared_state,
+    searched,
 )
-from dsad.ops.neighbors import Precision, nearest
+from dsad.ops.neighbors import Precision
 
 
 class Config(DetectorConfig):
@@ -67,13 +67,14 @@ class Knn(FeatureDetector[Config]):
     ) -> Tree:
         """The bank of the normal images' rows, in the order of the source.
 
-        With ``bank_rows``, each row draws a random priority from (key, sample index, cell) and the
-        lowest ones stay: one pass, memory of twice the subset, and the same subset for any order or
-        batching of the source. A ``mesh`` of several processes splits the bank over its devices;
-        on the host each holds it whole while fitting. Raises DataError without rows or with NaN or
-        infinite features.
+        ``bank_rows`` as of ``normal_rows``. A ``mesh`` of several processes splits the bank over
+        its devices; on the host each holds it whole while fitting. Raises DataError without rows or
+        with NaN or infinite features.
         """
-        return bank_state(self._bank(source, key), mesh)
+        cfg, key = self.config, rng.named(key, "knn bank")
+        bank = normal_rows(self._cells(source), key, cfg.bank_rows)
+        check_rows("knn", bank, cfg.k)
+        return bank_state(bank, mesh)
 
     def score(
         self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
@@ -83,44 +84,14 @@ class Knn(FeatureDetector[Config]):
 
         ``mesh`` splits the search over the devices.
         """
-        embedded, bank = self.embed(features), state.get("prepared", state["bank"])
-        queries = embedded.reshape(-1, embedded.shape[-1])
-        distances, _ = nearest(
-            queries, bank, self.config.k, mesh=mesh, valid=state["rows"],
-            precision=self.config.precision,
-        )  # fmt: skip
-        maps = jnp.mean(distances, axis=1).reshape(embedded.shape[:3])
+        cfg = self.config
+        found = searched(state, self.embed(features), cfg.k, mesh, cfg.precision)
+        maps = jnp.mean(found, axis=3)
         return Scores(map=maps, image=highest(maps, inside))
 
     def prepared(self, state: Tree) -> Tree:
         """The state with a bank that is searched at once."""
         return prepared_state(state, self.config.k, self.config.precision)
-
-    def _bank(self, source: FeatureSource, key: jax.Array) -> np.ndarray:
-        most, key = self.config.bank_rows, rng.named(key, "knn bank")
-        rows, subset = [], Subset(most)
-        for cells in self._cells(source):
-            values, index = cells.values, cells.index
-            counted = cells.counted(values.shape[1:3]).ravel()
-            flat = values.reshape(-1, values.shape[-1])[counted]
-            if not most:
-                rows.append(flat)
-                continue
-            count = len(counted) // len(index)
-            bits = rng.priorities(key, index, (count,)).ravel()
-            cell = np.tile(np.arange(count), len(index))
-            places = np.stack([bits, np.repeat(index, count), cell])
-            subset.add(flat, places[:, counted])
-        if len(subset):
-            kept, (_, image, cell) = subset.found()
-            rows = [kept[np.lexsort((cell, image))]]
-        bank = np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
-        if len(bank) < self.config.k:
-            raise DataError(
-                f"detector knn: expected at least k = {self.config.k} feature rows of normal "
-                f"images, found {len(bank)}. Check the train split."
-            )
-        return bank
 
 
 build = Knn

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 
 from dsad.core import rng
@@ -19,13 +18,11 @@ from dsad.core.config import field
 from dsad.core.detection import FeatureSource, Inside, Scores
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
-from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, Subset, select
+from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, select
+from dsad.detectors._gallery import closest, gathered, padded
 from dsad.ops.images import per_image
 from dsad.ops.neighbors import nearest
 from dsad.ops.resize import resize_maps
-
-#: Images are padded to a multiple of this, so that categories of similar size share one program.
-BUCKET = 64
 
 
 class Config(DetectorConfig):
@@ -53,7 +50,8 @@ class Config(DetectorConfig):
 class Spade(FeatureDetector[Config]):
     """The detector; its state is {"pooled": (n, d), "gallery": {layer: (n, cells, d)}}, float32.
 
-    Where n is padded (to BUCKET) the rows of "pooled" are infinite and never among the nearest.
+    Where n is padded (to ``_gallery.BUCKET``) the rows of "pooled" are infinite and never among the
+    nearest.
     The state takes 4 · n · Σ cells · d bytes: 1.4 MB per image for ResNet-18 and 5.6 MB for a wide
     ResNet-50 at 224 pixels, layers 1 to 3; fitting holds it twice on the host. Scoring adds,
     whatever the batch, up to three copies of K images' cells of one layer (3 · 4 · K · cells · d
@@ -87,19 +85,12 @@ class Spade(FeatureDetector[Config]):
         batching of the source. Raises DataError without images, with fewer cells than kappa, or
         with NaN or infinite features.
         """
-        key, subset = rng.named(key, "spade gallery"), Subset(self.config.gallery_images)
-        for cells in self._cells(source):
-            gallery = {n: _gallery(cells, maps) for n, maps in cells.values["gallery"].items()}
-            places = np.stack([rng.priorities(key, cells.index), cells.index])
-            subset.add({**cells.values, "gallery": gallery}, places)
-        if not len(subset):
-            raise DataError(
-                "detector spade: expected at least 1 normal image, found 0. Check the train split."
-            )
-        state, _ = subset.found()
-        del subset  # every step below holds two copies, not all that came before
+        cfg = self.config
+        state = gathered(
+            self._cells(source), rng.named(key, "spade gallery"), cfg.gallery_images, _gallery
+        )
         self._check_cells(state)
-        state = self._padded(state)
+        state = padded(state, cfg.neighbours, cfg.gallery_images)
         return jax.tree.map(jnp.asarray, state)
 
     def score(
@@ -121,33 +112,14 @@ class Spade(FeatureDetector[Config]):
 
     def _one(self, state: Tree, image: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Image score () and the distances (cells,) of every layer, of one image."""
-        gaps = state["pooled"] - image["pooled"][None]
-        squares = jnp.sum(gaps * gaps, axis=1)
-        count = min(self.config.neighbours, squares.shape[0])
-        closest, chosen = lax.top_k(-squares, count)
+        squares, chosen = closest(state["pooled"], image["pooled"], self.config.neighbours)
         found = {}
         for name, maps in image["gallery"].items():
             queries = maps.reshape(-1, maps.shape[-1])
             bank = state["gallery"][name][chosen].reshape(-1, queries.shape[1])
             distances, _ = nearest(queries, bank, self.config.kappa)
             found[name] = jnp.mean(distances, axis=1)
-        return jnp.mean(jnp.sqrt(-closest)), found
-
-    def _padded(self, state: Any) -> Any:
-        """Images up to a multiple of BUCKET, at most ``gallery_images``; none with n < K."""
-        count = len(state["pooled"])
-        if count < self.config.neighbours:
-            return state  # all images are used: a padded one would be, too
-        wanted = count + -count % BUCKET
-        missing = max(min(wanted, self.config.gallery_images or wanted), count) - count
-
-        def pad(values: np.ndarray, fill: float) -> np.ndarray:
-            return np.concatenate(
-                [values, np.full((missing, *values.shape[1:]), fill, values.dtype)]
-            )
-
-        gallery = {n: pad(v, 0.0) for n, v in state["gallery"].items()}
-        return {"pooled": pad(state["pooled"], np.inf), "gallery": gallery}
+        return jnp.mean(jnp.sqrt(squares)), found
 
     def _check_cells(self, state: Any) -> None:
         used = min(self.config.neighbours, len(state["pooled"]))

@@ -6,7 +6,7 @@ import pytest
 from sklearn.decomposition import PCA
 
 from dsad.core.errors import ConfigError, DataError
-from dsad.detectors import fre
+from dsad.detectors import _subspace, fre
 from tests.contracts.detectors.common import ALONE, Batches, made, maps_of
 
 ONE = {"layers": ("layer2",), "pool": 1}
@@ -90,7 +90,7 @@ def test_gram_and_covariance_agree_with_singular_vectors(n, depth):
     rng = np.random.default_rng(0)
     scale = np.geomspace(10, 0.1, n)[:, None] * rng.standard_normal((n, depth))
     rows = np.float32(30 + rng.standard_normal((n, n)) @ scale)
-    found = fre.subspace(rows, lambda v: fre.leading(v, 0.97))
+    found = _subspace.subspace(rows, lambda v: _subspace.leading(v, 0.97))
     oracle = PCA(0.97, svd_solver="full").fit(np.float64(rows))
     assert len(found.axes) == oracle.n_components_
     signs = np.sign(np.sum(found.axes * oracle.components_, axis=1, keepdims=True))
@@ -102,7 +102,7 @@ def test_gram_and_covariance_agree_with_singular_vectors(n, depth):
 
 def test_streamed_covariance_keeps_its_digits():
     rows = np.float32(3000 + np.random.default_rng(0).standard_normal((500, 6)) * np.arange(1, 7))
-    moments = fre.Moments(rows[:10])
+    moments = _subspace.Moments(rows[:10])
     for at in range(0, 500, 70):
         moments.add(rows[at : at + 70])
     found = moments.subspace(len)
@@ -113,14 +113,14 @@ def test_streamed_covariance_keeps_its_digits():
 
 def test_axes_grow_with_the_variance():
     values = np.geomspace(1, 1e-4, 30)
-    counts = [fre.leading(values, v) for v in np.linspace(0.05, 1.0, 40)]
+    counts = [_subspace.leading(values, v) for v in np.linspace(0.05, 1.0, 40)]
     assert counts == sorted(counts)
     assert counts[0] == 1
     assert counts[-1] == 30
-    assert fre.leading(values, 0.97, 5) == 5
-    assert fre.leading(values, 0.97, 99) == 30
-    assert fre.leading(np.array([1.0, 1e-14, 0.0]), 1.0) == 1
-    assert fre.leading(np.zeros(4), 0.97) == 0
+    assert _subspace.leading(values, 0.97, 5) == 5
+    assert _subspace.leading(values, 0.97, 99) == 30
+    assert _subspace.leading(np.array([1.0, 1e-14, 0.0]), 1.0) == 1
+    assert _subspace.leading(np.zeros(4), 0.97) == 0
 
 
 def test_padding_changes_nothing_and_shapes_are_shared():
