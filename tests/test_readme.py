@@ -118,6 +118,7 @@ def folder(tmp_path_factory):
     for name in ("mvtec/bottle256", "mvtec/toothbrush_reheld256", "lookout/cookie_288x384"):
         shutil.copytree(base / "data" / "mvtec" / "disc", base / "data" / name)
     trees.mtd_grouped(base / "data" / "mtd")
+    trees.deeppcb(base / "data" / "deeppcb")
     published_trees.write("mvtec_ad2", base / "data" / "mvtec_ad2")
     trees.imagenet(base / "data" / "tiny", "folder")
     trees.good_and_bad(base / "pics")
@@ -141,7 +142,7 @@ def case(block: str):
     """The long blocks, all results and the benchmarks, are left to the slow run."""
     long = (
         "runs/ds2-mtd", "runs/corrupt-bottle", "runs/simsiam-0", "bottle-patchcore",
-        "runs/mae-bottle", "runs/adpretrain-0",
+        "runs/mae-bottle", "runs/adpretrain-0", "runs/pcb-windows",
         "config.shots", "dsad bench",
         "dsad plan", "models/ad2", "runs/pixpro", "runs/pics", "runs/good-bad",
         "check-data --config.data.name=mvtec", "dsad export",
