@@ -149,7 +149,7 @@ def test_a_transformer_gives_its_class_token(name, tmp_path):
     )
     network, exported = runs.backbone(f"run:{path}@0", "", 0), runs.encoder(f"run:{path}@0", "")
     pixels = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    names = ("block1", "cls")
+    names = ("block1", "norm1", "cls")
     given, expected = network.only(names)(pixels), exported.only(names)(pixels)
     assert (network.tokens, given.keys()) == (("cls",), set(names))
     for layer in names:

@@ -106,10 +106,9 @@ def test_another_image_needs_a_batch_of_two():
         jax.eval_shape(objective.views, one, jax.random.key(0))
 
 
-def test_a_transformer_ends_behind_its_deepest_layer_and_learns():
-    cfg = corrupt.Config(
-        arch="mae_vit_tiny_patch16", **{**SETTINGS, "layers": ("block0", "block1")}
-    )
+@pytest.mark.parametrize("arch", ["mae_vit_tiny_patch16", "vit_small_patch16_dinov3"])
+def test_a_transformer_ends_behind_its_deepest_layer_and_learns(arch):
+    cfg = corrupt.Config(arch=arch, **{**SETTINGS, "layers": ("block0", "block1")})
     objective = corrupt.build(cfg, common.RUN)
     params, extra = jax.jit(objective.init)(jax.random.key(0))
     assert {x.shape[0] for x in jax.tree.leaves(params["encoder"]["blocks"])} == {2}
