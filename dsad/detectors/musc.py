@@ -116,7 +116,7 @@ class MuSc(FeatureDetector[Config]):
                 for rows in sets:
 
                     def told(part: int, parts: int, what: str, done: int = done) -> None:
-                        progress(done * parts + part, total * parts, what)
+                        progress(int(100 * (done + part / parts)), 100 * total, what)
 
                     kept = max(1, math.floor(round(cfg.share * (len(rows) - 1), 6)))
                     tokens = _tokens(cells, counted, rows, side)

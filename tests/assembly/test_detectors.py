@@ -284,5 +284,6 @@ def test_the_test_images_score_each_other_without_a_training_image(tmp_path, cap
         "--config.backbone=resnet18": "reads the class token cls beside the maps, and resnet18",
     }
     for flag, message in text.items():
-        assert evaluated(tmp_path, flag[-9:], "mutual", *argv, flag)[0] == 2
+        small = (*argv, "--config.evaluation.overlap=8", flag)
+        assert evaluated(tmp_path, flag[-9:], "mutual", *small)[0] == 2
         assert message in capsys.readouterr().err

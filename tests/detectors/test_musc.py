@@ -33,7 +33,7 @@ def test_traits_say_what_it_is_fitted_on_and_reads():
 
 
 def test_a_defect_of_one_image_stands_out():
-    maps = {n: np.float32(m[:1] + 0.1 * (m - 8)) for n, m in maps_of(9).items()}
+    maps = {n: (m[:1] + 0.1 * (m - 8)).astype(np.float32) for n, m in maps_of(9).items()}
     maps["layer2"][4] = common.corrupted({"layer2": maps["layer2"][4:5]})["layer2"][0]
     detector, state = fitted(maps, neighbourhoods=(1,), layers=("layer2",), similar="none")
     scores = jax.jit(detector.score)(state, maps)
@@ -77,7 +77,7 @@ def test_an_image_that_was_not_there_has_no_score():
     assert np.isnan(scores.image).all()
     assert np.isnan(scores.map).all()
     # Rounding of features, as of another batch size, does not make another image.
-    near = {n: np.float32(m * (1 + 1e-5)) for n, m in maps.items()}
+    near = {n: (m * (1 + 1e-5)).astype(np.float32) for n, m in maps.items()}
     close(detector.score(state, near), detector.score(state, maps))
 
 
@@ -142,7 +142,9 @@ class Inside:
 
     def __iter__(self):
         for batch in self.source:
-            inside = np.tile(np.float32([[0, self.share], [0, 1]]), (len(batch.valid), 1, 1))
+            inside = np.tile(
+                np.asarray([[0, self.share], [0, 1]], np.float32), (len(batch.valid), 1, 1)
+            )
             yield FeatureBatch(*batch[:4], inside)
 
 
