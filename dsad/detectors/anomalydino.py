@@ -94,9 +94,10 @@ class AnomalyDino(FeatureDetector[Config]):
     """The detector; "masked" () bool of its state says whether its images are.
 
     Fitted on normal images the state is that of ``knn`` beside it: {"bank": (M, d), "rows": ()},
-    rows of unit length. Fitted on test images: "tokens" (n, T, d), "counted" (n, T) bool and
-    "image" (n,) int32, inputs of one image having one number: 4 · n · T · d bytes, as much again
-    while an image is scored.
+    rows of unit length. Fitted on test images: "tokens" (n, T, d), "counted" (n, T) bool, "image"
+    (n,) int32, inputs of one image having one number, and "smallest" (images + 1,) int32, how many
+    distances are averaged for each image and for others: 4 · n · T · d bytes, as much again while
+    an image is scored.
     """
 
     @property
@@ -127,7 +128,7 @@ class AnomalyDino(FeatureDetector[Config]):
                 yield part
 
         if cfg.fits_on == "test":
-            state = _tokens(list(noted()))
+            state = _tokens(list(noted()), cfg.nearest_share)
         else:
             bank = normal_rows(noted(), rng.named(key, "anomalydino bank"), cfg.bank_rows)
             check_rows("anomalydino", bank, cfg.k)
@@ -179,11 +180,9 @@ class AnomalyDino(FeatureDetector[Config]):
         others = (state["counted"] & (state["image"] != itself)[:, None]).ravel()
         # What does not count comes last, where the search does not look.
         rows = bank.reshape(-1, bank.shape[2])[jnp.argsort(~others, stable=True)]
-        valid, share = jnp.sum(others, dtype=jnp.int32), self.config.nearest_share
-        most = _smallest(share, len(rows))
+        valid, count = jnp.sum(others, dtype=jnp.int32), state["smallest"][itself]
+        most = _smallest(self.config.nearest_share, len(rows))
         found, _ = nearest(queries, rows, most, valid=valid, precision=self.config.precision)
-        counts = np.array([_smallest(share, n) for n in range(len(rows) + 1)], np.int32)
-        count = jnp.asarray(counts)[valid]
         chosen = jnp.arange(most)[None] < count
         total = jnp.sum(jnp.where(chosen, jnp.square(found) / 2, 0.0), axis=1)
         return (total / count.astype(jnp.float32)).reshape(tokens.shape[:2])
@@ -193,7 +192,7 @@ def _smallest(share: float, rows: int) -> int:
     return max(1, int(np.ceil(round(share * rows, 6))))
 
 
-def _tokens(parts: list[Cells]) -> dict[str, Any]:
+def _tokens(parts: list[Cells], share: float) -> dict[str, Any]:
     """The state of test images, each with a number by category and sample."""
     names = [(part.category, int(i)) for part in parts for i in part.index]
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
@@ -204,10 +203,14 @@ def _tokens(parts: list[Cells]) -> dict[str, Any]:
         )
     tokens = np.concatenate([part.values for part in parts])
     counted = np.concatenate([part.counted(part.values.shape[1:3]) for part in parts])
+    image = np.array([number[name] for name in names], np.int32)
+    own = np.bincount(image, weights=counted.sum(axis=1)).astype(int)
+    smallest = [_smallest(share, own.sum() - n) for n in (*own, 0)]
     return {
         "tokens": jnp.asarray(tokens.reshape(len(tokens), -1, tokens.shape[3])),
         "counted": jnp.asarray(counted),
-        "image": jnp.asarray([number[name] for name in names], jnp.int32),
+        "image": jnp.asarray(image),
+        "smallest": jnp.asarray(smallest, jnp.int32),
     }
 
 

@@ -6,7 +6,7 @@ from tests.contracts.detectors import common
 from tests.contracts.detectors.fre import residual
 
 CONFIGS = [
-    {"layers": ("layer2", "layer3"), "variance": 0.7, "tail": 0.1},
+    {"layers": ("layer2", "layer3"), "variance": 0.4, "tail": 0.1},
     {"layers": ("layer3",), "components": 2},
 ]
 SYMBOLIC = True
