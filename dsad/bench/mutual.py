@@ -1,4 +1,4 @@
-"""``dsad bench mutual``: MuSc's mutual scores beside the published computation, time and memory."""
+"""``dsad bench mutual``: MuSc's mutual scores beside the published pass, time and memory."""
 
 import functools
 import os
