@@ -41,7 +41,7 @@ PUBLISHED = {
     "test": (500, (659, 478, 586, 483, 464, 470)),
 }
 ABOUT = About(
-    title="DeepPCB", licence="MIT file; README: research only, which is the stricter one",
+    title="DeepPCB", licence="research only (README; its file: MIT)",
     citation="Tang et al., Online PCB Defect Detector on a New PCB Defect Dataset, 2019",
     address="https://github.com/tangsanli5201/DeepPCB", masks="filled boxes, coarse",
     columns=("train", "good", "bad"), counts={CATEGORY: (1000, 500, 500)},

@@ -228,9 +228,9 @@ def test_a_neighbour_of_the_submission_is_recognised(tmp_path):
     for i in range(3):
         (inner / f"copy{i}.tiff").touch()
     for named in (tmp_path, inner.parents[1]):
-        (fault,) = submission.check(named)
+        (fault,) = submission_check.check(named)
         assert "made does. Name that folder." in fault
-    foreign = [x for x in submission.check(tmp_path / "made") if "no part" in x]
+    foreign = [x for x in submission_check.check(tmp_path / "made") if "no part" in x]
     assert foreign == [
         "anomaly_images/can/test_private/copy0.tiff, and 2 more there: no part of a submission. "
         "Remove them."
