@@ -7,8 +7,9 @@ DINOv3 ViT-B/16 in windows of 640 pixels of images at 0.625 of their size; train
 brightness of 0.8 to 1.2. Masks at a threshold of the 95th percentile are closed along lines, with
 lengths of MVTec AD 2's pictures, whose maps the published code has at a quarter of their sides.
 Larger networks: --config.detector.depth=BLOCKS; a ResNet:
---config.detector.layers="('layer2','layer3')". Where a data set has validation images, these set
-the threshold, not every eighth training image.
+--config.detector.layers="('layer2','layer3')". Unlike the published code: images are resized
+bilinearly, not bicubically; and where a data set has validation images these set the threshold, else
+an eighth of the training images drawn by hash, not every eighth.
 
 Variants, after a colon and joined by commas:
     published  DINOv3 ViT-H+/16, distances divided by the channels, and the partial AUROC of the
@@ -42,7 +43,7 @@ def _published(config):
 def _smoke(config):
     smoke_evaluation(config)
     config.backbone = "vit_tiny_patch16_224"
-    config.detector.update(depth=12, bank_rows=20)
+    config.detector.update(depth=12, bank_rows=10)
     config.evaluation.update(image_size=32, overlap=8)
 
 
