@@ -8,8 +8,8 @@ brightness of 0.8 to 1.2. Masks at a threshold of the 95th percentile are closed
 lengths of MVTec AD 2's pictures, whose maps the published code has at a quarter of their sides.
 Larger networks: --config.detector.depth=BLOCKS; a ResNet:
 --config.detector.layers="('layer2','layer3')". Unlike the published code: images are resized
-bilinearly, not bicubically; and where a data set has validation images these set the threshold, else
-an eighth of the training images drawn by hash, not every eighth.
+bilinearly, not bicubically; where a data set has validation images these set the threshold, else an
+eighth of the training images drawn by hash, not every eighth.
 
 Variants, after a colon and joined by commas:
     published  DINOv3 ViT-H+/16, distances divided by the channels, and the partial AUROC of the
