@@ -255,6 +255,35 @@ def normal_rows(cells: Iterable["Cells"], key: jax.Array, most: int = 0) -> np.n
     return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
 
 
+class OrderedRows:
+    """Every cell (N, d) that counts, ascending by sample and cell, grown in place in one array.
+
+    So neither the order nor the batches of the source matter, and there is no second copy if the
+    samples come in ascending order.
+    """
+
+    def __init__(self) -> None:
+        self._rows, self._images = np.zeros((0, 0), np.float32), [np.zeros(0, np.int64)]
+
+    def add(self, values: np.ndarray, part: Cells) -> None:
+        """Take maps (b, h, w, d) of the images of ``part``."""
+        counted = part.counted(values.shape[1:3])
+        values = values.reshape(-1, values.shape[-1])[counted.ravel()]
+        at = len(self._rows)
+        # In place: the allocator moves pages, so rows never exist twice.
+        self._rows.resize((at + len(values), values.shape[1]), refcheck=False)
+        self._rows[at:] = values
+        self._images.append(np.repeat(part.index, counted.sum(axis=1)))
+
+    def found(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows, (0, 0) if there are none, and the sample index (N,) of each."""
+        images = np.concatenate(self._images)
+        if (np.diff(images) >= 0).all():
+            return self._rows, images
+        order = np.argsort(images, kind="stable")
+        return self._rows[order], images[order]
+
+
 def check_rows(detector: str, bank: np.ndarray, k: int) -> None:
     """Refuse a bank without k rows."""
     if len(bank) < k:

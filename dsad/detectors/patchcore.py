@@ -18,7 +18,7 @@ from dsad.core.config import Refused, field
 from dsad.core.detection import FeatureSource, Inside, Scores, highest, within
 from dsad.core.errors import DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
-from dsad.detectors._features import FeatureDetector, bank_state, prepared_state
+from dsad.detectors._features import FeatureDetector, OrderedRows, bank_state, prepared_state
 from dsad.detectors._patches import PatchConfig, patch_features
 from dsad.ops.coreset import budget_rows, greedy_coreset, kmeans_rows, random_rows
 from dsad.ops.neighbors import Precision, nearest
@@ -83,7 +83,10 @@ class PatchCore(FeatureDetector[Config]):
         as well; every process holds all rows on its host meanwhile. Raises DataError without rows,
         with fewer than the image score needs, or with NaN or infinite features.
         """
-        return bank_state(self._bank(self._gathered(source), mesh, key, progress), mesh)
+        rows = OrderedRows()
+        for part in self._cells(source):
+            rows.add(part.values, part)
+        return bank_state(self._bank(rows.found()[0], mesh, key, progress), mesh)
 
     def score(
         self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
@@ -118,22 +121,6 @@ class PatchCore(FeatureDetector[Config]):
     def prepared(self, state: Tree) -> Tree:
         """The state with a bank that is searched at once."""
         return prepared_state(state, 1, self.config.precision)
-
-    def _gathered(self, source: FeatureSource) -> np.ndarray:
-        """Every row (N, d), ascending by sample and cell, grown in place."""
-        rows, order = np.zeros((0, 0), np.float32), []
-        for cells in self._cells(source):
-            counted = cells.counted(cells.values.shape[1:3])
-            values = cells.values.reshape(-1, cells.values.shape[-1])[counted.ravel()]
-            at = len(rows)
-            # In place: the allocator moves pages, so rows never exist twice.
-            rows.resize((at + len(values), values.shape[1]), refcheck=False)
-            rows[at:] = values
-            order.append(np.repeat(cells.index, counted.sum(axis=1)))
-        if not order:
-            return rows
-        order = np.concatenate(order)
-        return rows if (np.diff(order) >= 0).all() else rows[np.argsort(order, kind="stable")]
 
     def _bank(
         self, rows: np.ndarray, mesh: Mesh | None, key: jax.Array, progress: Progress

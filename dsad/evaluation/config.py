@@ -14,6 +14,9 @@ FURTHER = {
         "pixel_auroc_anomalous": "pixels of anomalous images alone",
         "pixel_ap_anomalous": "pixels of anomalous images alone",
     },
+    "partial": {
+        "pixel_auroc_partial_05": "up to an FPR of 0.05, standardised by McClish: chance has 0.5",
+    },
     "visa": {
         "image_aupr_visa": "trapezoids between all points of precision and recall",
         "pixel_auroc_visa": "202 thresholds, strictly above, 4 digits",
@@ -47,8 +50,9 @@ class EvalConfig(Settings, place="evaluation"):
       method: pixel numbers by sorting ("exact") or by counting ("streaming"), within 1e-5 of each
         other.
       further: numbers beside the usual ones: "anomalous", pixel AUROC and AP without the normal
-        images, which flatters; "visa", numbers as VisA's code counts them (``metrics.visa``), and
-        the trapezoidal area under precision and recall of images.
+        images, which flatters; "partial", pixel AUROC up to an FPR of 0.05
+        (``metrics.partial_auroc``); "visa", numbers as VisA's code counts them (``metrics.visa``),
+        and the trapezoidal area under precision and recall of images.
       gallery: anomalous images per category kept for the report: a third each best, median and
         worst.
       workers: threads that read, decode and resize.
@@ -85,7 +89,7 @@ class EvalConfig(Settings, place="evaluation"):
     align_corners: bool = False
     fpr_limit: float = field(0.3, above=0, at_most=1)
     method: metrics.Method = "exact"
-    further: tuple[Literal["anomalous", "visa"], ...] = field((), distinct=True)
+    further: tuple[Literal["anomalous", "partial", "visa"], ...] = field((), distinct=True)
     gallery: int = field(9, at_least=0)
     workers: int = field(4, at_least=1)
     false_alarm_rate: float = field(0.0, at_least=0, below=1)
@@ -109,9 +113,10 @@ class EvalConfig(Settings, place="evaluation"):
                 Preprocessing(method=self.resize, crop=self.crop, scale=self.scale, overlap=0)
         except Refused as fault:
             raise Refused(*fault.args) from None
-        if "visa" in self.further and self.method != "exact":
-            expected = '"exact" with config.evaluation.further="visa"'
-            raise Refused("method", expected, self.method, "Its thresholds are percentiles.")
+        for kind, why in (("visa", "Its thresholds are percentiles."), ("partial", "It sorts.")):
+            if kind in self.further and self.method != "exact":
+                expected = f'"exact" with config.evaluation.further="{kind}"'
+                raise Refused("method", expected, self.method, why)
         if self.decisions and not self.false_alarm_rate:
             raise Refused(
                 "false_alarm_rate", "a share above 0 with evaluation.decisions",

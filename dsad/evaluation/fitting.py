@@ -239,6 +239,7 @@ def _test_images(
         ("contamination", sampling.contamination, 0),
         ("evaluation.false_alarm_rate", config.false_alarm_rate, 0),
         ("support.rotations", sampling.support.rotations, 1),
+        ("support.brightness", sampling.support.brightness, 0),
         ("evaluation.recalibrate", config.recalibrate, False),
     ):
         if value != alone:

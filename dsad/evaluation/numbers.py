@@ -85,12 +85,14 @@ def _further(scored: Scored, kept: list[int], config: EvalConfig, hosts: Hosts) 
     """Pixel numbers of ``config.further`` over the images ``kept``."""
     found: dict[str, float] = {}
     anomalous = [i for i in kept if scored.own_labels[i] == 1]
-    for kind, rows in (("anomalous", anomalous), ("visa", kept)):
+    for kind, rows in (("anomalous", anomalous), ("partial", kept), ("visa", kept)):
         if kind not in config.further:
             continue
         maps = [scored.maps[i] for i in rows]
         masks = [mask for i in rows if (mask := scored.masks[i]) is not None]
-        if kind == "visa":
+        if kind == "partial":
+            found["pixel_auroc_partial_05"] = metrics.partial_auroc(maps, masks, 0.05)
+        elif kind == "visa":
             found |= {f"pixel_{n}_visa": x for n, x in visa.areas(maps, masks).items()}
         else:
             row = metrics.pixel_metrics(maps, masks, (), method=config.method, hosts=hosts)

@@ -63,14 +63,22 @@ class SupportConfig(Settings, place="support"):
     Attributes:
       rotations: n: every image n times, rotated by 360°/n each about its centre, on a canvas of its
         size, bilinearly, mirrored beyond its borders (AnomalyDINO: 8). 1: as it is.
+      brightness: b: every image, before it is rotated, times a factor from 1 - b to 1 + b, drawn
+        from its category and path (SuperADD: 0.2). 0: as it is.
 
     """
 
     rotations: int = field(1, at_least=1)
+    brightness: float = field(0.0, at_least=0, at_most=1)
 
     def applied(self, source: Source) -> Source:
         """The source with all its rotations, those of an image after each other."""
+        source = _Brightened(source, self.brightness) if self.brightness else source
         return _Rotated(source, self.rotations) if self.rotations > 1 else source
+
+    def describe(self) -> dict[str, Any]:
+        """For the stamp: rotations, and a brightness that is changed."""
+        return {k: v for k, v in as_dict(self).items() if v or k != "brightness"}
 
 
 #: Nothing is changed.
@@ -123,6 +131,22 @@ class Sets:
             return source
         out = set(own.untested)
         return selected(source, [i for i, r in enumerate(source.records) if r.path not in out])
+
+
+class _Brightened:
+    """Every sample with its image brighter or darker."""
+
+    def __init__(self, source: Source, reach: float) -> None:
+        self._source, self._reach, self.records = source, reach, source.records
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        sample, digits = self._source[index], 13
+        drawn = int(rank(sample.record.path, 0, sample.record.category)[:digits], 16) / 16**digits
+        image = sample.image * (1 + self._reach * (2 * drawn - 1))
+        return dataclasses.replace(sample, image=image.round().clip(0, 255).astype(np.uint8))
 
 
 class _Rotated:
@@ -327,7 +351,7 @@ def describe(sets: Sets, split: str = "train") -> dict[str, Any]:
         **about,
         **({"untested": counts["untested"]} if added else {}),
         "seeds": list(sampling.seeds),
-        **as_dict(sampling.support),
+        **sampling.support.describe(),
         "sha256": digest.hexdigest(),
     }
 

@@ -113,6 +113,7 @@ DETECTORS = {
     "anomalydino": {"layers": ("layer2", "layer3")},
     "fre": {"pool": 1},
     "subspace": {"layers": ("layer3",)},
+    "superadd": {"layers": ("layer2", "layer3"), "bank_rows": 100},
     "rad": {"layers": ("layer2", "layer3"), "retrieval": "layer3", "neighbours": 3},
     "spade": {"neighbours": 3},
     "protoad": {"image_levels": 1},

@@ -369,6 +369,20 @@ def test_trapezoids_between_all_points_of_precision_and_recall():
         assert metrics.trapezoid(scores, labels) == pytest.approx(sk.auc(recall, precision))
 
 
+def test_partial_auroc_is_standardised():
+    """Scikit-learn's with many ties; a perfect map has 1 and one by chance 0.5."""
+    rng = np.random.default_rng(0)
+    masks = rng.random((4, 20, 30)) < 0.2
+    assert metrics.partial_auroc(masks.astype(np.float32), masks) == 1
+    assert metrics.partial_auroc(np.ones(masks.shape), masks) == pytest.approx(0.5, abs=1e-12)
+    for limit in (0.05, 0.3, 1.0):
+        for levels in (6, 40, 10_000):
+            maps = (rng.integers(0, levels, masks.shape) + levels // 4 * masks).astype(np.float32)
+            expected = sk.roc_auc_score(masks.ravel(), maps.ravel(), max_fpr=limit)
+            assert metrics.partial_auroc(maps, masks, limit) == pytest.approx(expected, abs=1e-9)
+    assert expected == pytest.approx(metrics.pixel_auroc(maps, masks), abs=1e-12)
+
+
 def test_areas_of_visas_code():
     """The published example, a perfect map of two values, and the thresholds one by one."""
     maps = np.array([[[0.9, 0.8], [0.7, 0.1]], [[0.6, 0.5], [0.4, 0.2]]])

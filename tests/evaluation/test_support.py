@@ -362,3 +362,22 @@ def test_rotations_enlarge_the_bank_alone():
     results = run(detector=Counting(), shots=3, support=config, false_alarm_rate=0.5)
     assert seen == [12, 8]  # three images, four times each; then without the one held out
     assert results.stamp["support"]["rotations"] == 4
+
+
+def test_brightness_is_drawn_for_every_image():
+    source = Planted().source("train")
+    lit = support.SupportConfig(brightness=0.2).applied(source)
+    factors = []
+    for i in range(len(source)):
+        image = np.float64(source[i].image)
+        factor = (lit[i].image * image).sum() / (image**2).sum()
+        expected = np.clip(factor * image, 0, 255)
+        np.testing.assert_allclose(lit[i].image, expected, atol=1.5)
+        factors.append(factor)
+        assert lit[i].image.dtype == np.uint8
+    assert 0.8 <= min(factors) < 0.95 < 1.05 < max(factors) <= 1.2
+    again = support.SupportConfig(brightness=0.2, rotations=2).applied(source)
+    np.testing.assert_array_equal(again[2].image, lit[1].image)
+    np.testing.assert_array_equal(again[3].image, lit[1].image[::-1, ::-1])
+    assert support.AS_DRAWN.describe() == {"rotations": 1}
+    assert support.SupportConfig(brightness=0.2).describe()["brightness"] == 0.2

@@ -40,6 +40,15 @@ def pixel_auroc(maps: Any, masks: Any, *, method: Method = "exact") -> float:
     return _value("auroc", "pixel AUROC", "pixels", method, maps, masks)
 
 
+def partial_auroc(maps: Any, masks: Any, fpr_limit: float = 0.05) -> float:
+    """AUROC over the pixels of all maps up to an FPR, standardised by McClish; chance has 0.5.
+
+    SuperADD's "AUROC 0.05". Not an AUPRO: every defect pixel weighs the same.
+    """
+    inputs.check_limit(fpr_limit)
+    return ranking.partial_auroc(_sorted("pixels", "partial AUROC", maps, masks), fpr_limit)
+
+
 def average_precision(scores: Any, labels_or_masks: Any, *, method: Method = "exact") -> float:
     """AP of image scores and labels (n,), or of the pixels of maps and masks."""
     unit = "images" if inputs.is_flat(scores) else "pixels"

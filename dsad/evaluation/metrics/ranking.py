@@ -95,6 +95,17 @@ def auroc(steps: Steps) -> float:
     return float(np.sum(gain * beaten) / (float(steps.positives) * steps.negatives))
 
 
+def partial_auroc(steps: Steps, limit: float) -> float:
+    """Area under TPR over FPR up to ``limit``, standardised: 0.5 by chance, 1 if perfect.
+
+    (1 + (A - limit² / 2) / (limit - limit² / 2)) / 2, McClish, "Analyzing a Portion of the ROC
+    Curve" (1989).
+    """
+    x, y = cut(*vertices(steps, steps.hits / steps.positives), limit)
+    chance = limit**2 / 2
+    return 0.5 * (1 + (float(np.trapezoid(y, x)) - chance) / (limit - chance))
+
+
 def average_precision(steps: Steps) -> float:
     """Sum over the steps of (recall gained) · (precision there)."""
     gain = np.diff(steps.hits, prepend=0) / steps.positives

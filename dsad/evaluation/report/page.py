@@ -37,6 +37,7 @@ _LABELS = {
     "pixel_auroc_anomalous": "Pixel AUROC, anomalous images",
     "pixel_ap_anomalous": "Pixel AP, anomalous images",
     "pixel_auroc_visa": "Pixel AUROC (VisA)",
+    "pixel_auroc_partial_05": "Pixel AUROC to FPR 0.05, standardised",
     "pixel_aupr_visa": "Pixel AU-PR (VisA)",
     **{f"pixel_f1_{rule}": f"SegF1, {rule}" for rule in get_args(Rule)},
     **{f"image_f1_{rule}": f"ClassF1, {rule}" for rule in get_args(Rule)},
