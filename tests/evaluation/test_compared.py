@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dsad.cli.compare import table
+from dsad.cli.compare import tables
 from dsad.core.errors import WorkdirError
 from dsad.evaluation import compared
 from dsad.evaluation.compared import Baseline, Measured
@@ -41,9 +41,9 @@ def numbers(*place):
     return {"mean": mean, "categories": rows}
 
 
-def cell(backbone, detector, seeds, level, **changes):
+def cell(backbone, detector, seeds, level, shots="all", **changes):
     return Measured(
-        dataset="discs", backbone=backbone, detector=detector,
+        dataset="discs", backbone=backbone, detector=detector, shots=shots,
         folder=f"discs/{backbone}/{detector}" + (f"/seed{seeds[0]}" if len(seeds) == 1 else ""),
         stamp=stamp(**changes), seeds={str(s): numbers(level, s) for s in seeds},
         seconds={"features": 1.0, "fit": 2.0, "score": 3.0, "metrics": 4.0},
@@ -78,7 +78,7 @@ def test_rows_hold_spreads_and_paired_differences(content):
     own = [numbers(2, s)["categories"]["disc"]["pixel_ap"] for s in (0, 1, 2)]
     assert ours["categories"]["disc"]["pixel_ap"]["mean"] == pytest.approx(np.mean(own))
     assert ours["seconds"]["fit"] == 6.0  # of three evaluations
-    assert found["leads"] == dict.fromkeys(METRICS, 2)
+    assert found["leads"] == dict.fromkeys(METRICS, [2])
     assert found["notices"] == []
     assert found["common"]["dataset.name"] == "discs"
     assert not {"support.seeds", "support.sha256"} & found["common"].keys()
@@ -107,7 +107,7 @@ def test_files_hold_every_number(content, tmp_path):
 
 
 def test_the_table_fits_80_columns(content, capsys):
-    console.console().print(table(content, "discs"))
+    console.console().print(*tables(content, "discs"))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
