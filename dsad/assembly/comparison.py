@@ -59,7 +59,7 @@ class CompareConfig(core_config.Settings, place="config"):
 
     The groups ``backbones`` and ``datasets`` hold one of each by the name that it has in tables,
     ``settings`` keys of a detector's config (``detector``, ``evaluation``, ``support`` and
-    ``one_for_all``) by the detector's.
+    ``one_for_all``) by the detector's, or by BACKBONE/DETECTOR.
 
     Attributes:
       detectors: their config files, with variants after a colon ("patchcore:published"); of these
@@ -188,7 +188,12 @@ def parse(config: Any) -> Plan:
     }
     detectors = _names(cfg.detectors)
     known = (*detectors, *flags.shipped_configs())
-    if unknown := [n for n in own if n not in known and n.partition(":")[0] not in known]:
+
+    def meant(name: str) -> bool:
+        return name in known or name.partition(":")[0] in known
+
+    pairs = {f"{b}/{d}" for b in networks for d in detectors}
+    if unknown := [n for n in own if not (meant(n) or n in pairs)]:
         raise ConfigError(
             f"config.settings: no detector {listed(unknown)}."
             f"{core_config.suggestion(unknown[0], known)} Known: {listed(detectors)}."
@@ -393,10 +398,10 @@ def once(plan: Plan, cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def _settings(plan: Plan, detector: str) -> dict[str, Any]:
-    """Those of a detector, with those of its config file where it is a variant."""
-    whole = plan.settings.get(detector.partition(":")[0], {})
-    return {**whole, **plan.settings.get(detector, {})}
+def _settings(plan: Plan, detector: str, backbone: str = "") -> dict[str, Any]:
+    """Those of a detector, with those of its config file where it is a variant, on a backbone."""
+    names = (detector.partition(":")[0], detector, f"{backbone}/{detector}")
+    return {key: value for n in names for key, value in plan.settings.get(n, {}).items()}
 
 
 def _fill(
@@ -418,7 +423,7 @@ def _fill(
     )  # fmt: skip
     if network.layers:
         flags.update(config, {"detector.layers": network.layers})
-    own = _settings(plan, detector)
+    own = _settings(plan, detector, place["backbone"])
     if wrong := [key for key in own if key.partition(".")[0] not in _OWN]:
         raise ConfigError(
             f"config.settings.{detector}: expected keys of {listed(_OWN)}, found {listed(wrong)}; "

@@ -33,7 +33,7 @@ def of_run(directory: str, load: Load) -> Licence:
     try:
         text = str(load(config.data).protocol.get("licence", "not stated"))
     except DsadError:
-        text = "unknown, as the data are not there any more"
+        text = "unknown, as the data cannot be read"
     found = Licence(f"follows the training data: {text}", licences.named(text).commercial)
     if config.init_from in ("", runs.RANDOM):
         return found

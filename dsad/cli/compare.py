@@ -137,8 +137,7 @@ def _captions(content: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]
         lines.append(f"below: {'paired ' if several else ''}difference to {against}")
     if any(found["leads"].values()):
         alike = " of as many shots" if len(found["shots"]) > 1 else ""
-        lines.append(f"* higher than every other row{alike} by more than the deviation of that")
-        lines.append("difference")
+        lines.append(f"* higher than all others{alike}, beyond the deviation of the difference")
     if NONE in found["shots"]:
         lines.append("0-shot: fitted on the test images, which score each other")
     if found["notices"]:
