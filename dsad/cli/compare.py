@@ -61,7 +61,8 @@ def tables(content: Mapping[str, Any], name: str) -> list[Table]:
     """A data set's numbers, a row for each backbone and detector, with the paired differences.
 
     A table of the metrics, or, of several numbers of shots, one for each metric with a column for
-    each number. Below a number is its difference to the baseline; a table fits 80 columns.
+    each number. Below a number is its difference to the baseline; a table fits 80 columns, and
+    the last one explains itself.
     """
     found, main = content["datasets"][name], content["main"]
     shots, captions = found["shots"], _captions(content, found)
@@ -85,7 +86,8 @@ def tables(content: Mapping[str, Any], name: str) -> list[Table]:
                 "backbone\ndetector", *columns, title=f"{name}: {metric_label(metric)}",
                 title_justify="left", show_edge=False, padding=(0, 0, 0, 1),
             )  # fmt: skip
-            made_tables.append(_filled(made, _beside(found, metric, some), captions))
+            made_tables.append(_filled(made, _beside(found, metric, some), []))
+    made_tables[-1].caption = "\n".join(captions) or None
     return made_tables
 
 
@@ -137,7 +139,7 @@ def _captions(content: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]
         lines.append(f"below: {'paired ' if several else ''}difference to {against}")
     if any(found["leads"].values()):
         alike = " of as many shots" if len(found["shots"]) > 1 else ""
-        lines.append(f"* higher than all others{alike}, beyond the deviation of the difference")
+        lines.append(f"* higher than all others{alike}, beyond the difference's deviation")
     if NONE in found["shots"]:
         lines.append("0-shot: fitted on the test images, which score each other")
     if found["notices"]:

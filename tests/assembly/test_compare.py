@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 
 from dsad.assembly import compare as module
-from dsad.assembly import comparison, runs
+from dsad.assembly import comparison, evaluate, runs
 from dsad.assembly.compare import compare, prepare
 from dsad.cli import main
 from dsad.core import paths
@@ -19,7 +19,7 @@ from dsad.evaluation import compared
 from dsad.evaluation.compared import Baseline
 from dsad.evaluation.extract import Extractor
 from dsad.models import wrappers
-from dsad.terminal import console
+from dsad.terminal import console, flags
 from tests.backbones import Plain
 from tests.seams.wrappers.away import KIND
 
@@ -358,3 +358,20 @@ def test_what_a_config_cannot_hold(changes, told):
                 made[group] = ml_collections.ConfigDict(values)
     with pytest.raises(ConfigError, match=told):
         comparison.parse(made)
+
+
+def test_the_table_of_representations_reads_maps_that_its_networks_have():
+    made, _, _ = flags.Command("compare", "", config="compare:representations").parse([])
+    plan, faults = comparison.parse(made), comparison.Faults()
+    cells = comparison.cells_of(plan, "features", faults)
+    assert not faults
+    read = {(c.backbone, c.detector): evaluate.parse(c.config)[1].layers for c in cells}
+    assert read["resnet18", "subspace"] == ("layer3",)
+    assert read["mae", "rad"] == ("norm3", "norm7", "norm11")
+    for (backbone, _), layers in read.items():
+        blocks = any(name.startswith(("block", "norm")) for name in layers)
+        assert blocks == (backbone == "mae")
+    bottles = [c for c in cells if c.dataset == "bottle"]
+    # Four numbers of shots, three for PaDiM, one for MuSc.
+    assert len(bottles) == 4 * (3 * 4 + 3 + 1) + (5 * 4 + 3 + 1)
+    assert len(cells) == 3 * len(bottles)
