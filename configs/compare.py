@@ -26,6 +26,8 @@ their own, with as many rows as wanted:
         config.baseline = "random"
         return config.lock()
 
+Several numbers of shots stand side by side: --config.shots="(1, 2, 4, 0)", 0 for all. The licences
+of weights are told where their source is known; of a file name it (licence="BSD-3-Clause").
 With "{seed}" each seed has a network of its own, and differences pair the seeds. A table's rows
 are in the order of the entries, or by name where in_order is left out.
 
@@ -38,6 +40,9 @@ Variants, after a colon and joined by commas:
                GLASS, the slowest, by --config.detectors=glass --config.evaluation.image_size=96
     imagenet   ResNet-18 with ImageNet's weights against random ones of three seeds, on MVTec AD
                (--config.datasets.mvtec.root=MVTEC); not run as it is
+    representations
+               five encoders, two of them of own runs, with 1, 2, 4 and all images of bottles,
+               toothbrushes and cookies, seeds 0 to 2; hours on two cores
     smoke      two detectors on two random networks and two seeds, in seconds
 """
 
@@ -70,6 +75,10 @@ def _wrapped(config, runs):
 def _adpretrain(config):
     config.detectors = ("patchcore", "padim", "featurenorm")
     _wrapped(config, "runs/adpretrain")
+    _products(config)
+
+
+def _products(config):
     mvtec = functools.partial(comparison.dataset, "mvtec")
     sets = {
         "bottle": mvtec(root="data/mvtec", categories=("bottle256",)),
@@ -106,6 +115,41 @@ def _imagenet(config):
     config.seeds = (0, 1, 2)
 
 
+def _representations(config):
+    config.detectors = ("knn", "patchcore", "padim", "subspace", "anomalydino", "rad", "musc")
+    row, files = comparison.backbone, "data/weights"
+    rows = {
+        "resnet18": row(
+            "resnet18", f"{files}/resnet18_in1k_folded_l1l3_fp16.npz", licence="BSD-3-Clause"
+        ),
+        "mobilenetv2": row(
+            "mobilenet_v2", f"{files}/mobilenetv2_in1k_int8.npz", licence="Apache-2.0"
+        ),
+        "squeezenet": row("squeezenet1_1", f"{files}/squeezenet11_in1k_notop.npz", licence="MIT"),
+        "ds2": row("run:runs/ds2"),
+        "mae": row("run:runs/mae-bottle", layers=("block3", "block7")),
+    }
+    config.backbones = comparison.in_order(rows)
+    norms = {"detector": {"layers": ("norm3", "norm7", "norm11")}}
+    settings = {
+        "knn": {"detector": {"bank_rows": 16000}},
+        # Maps of equal shape are averaged: of a convolutional network a single one.
+        "subspace": {"detector": {"layers": ("layer3",)}},
+        "musc": {"detector": {"layers": ("layer2", "layer3"), "similar": "mean"}},
+        **{f"mae/{name}": norms for name in ("anomalydino", "rad")},
+        "mae/subspace": {"detector": {"layers": ("block3", "block7")}},
+        "mae/musc": {"detector": {"layers": ("block3", "block7")}},
+    }
+    config.settings = settings
+    # Of a single image there are no Gaussians; without a final norm neither of the two is meant.
+    cnns = [name for name in rows if name != "mae"]
+    config.skip = (
+        "*/1-shot/padim", *(f"*/{name}/{own}" for name in cnns for own in ("anomalydino", "rad")),
+    )  # fmt: skip
+    _products(config)
+    config.shots = (1, 2, 4, 0)
+
+
 def _smoke(config):
     config.detectors = ("knn", "padim")
     config.settings = {"padim": {"detector": {"channels": 8}}}
@@ -122,5 +166,5 @@ def _smoke(config):
 
 VARIANTS = {
     "adpretrain": _adpretrain, "mobilenetv2": _mobilenetv2, "trained": _trained,
-    "imagenet": _imagenet, "smoke": _smoke,
+    "imagenet": _imagenet, "representations": _representations, "smoke": _smoke,
 }  # fmt: skip

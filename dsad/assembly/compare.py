@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from etils import epath
 from rich.console import Console
 
-from dsad.assembly import datasets, evaluate, runs, workdir
-from dsad.assembly.comparison import FEATURES, Cell, Faults, Plan, cells_of, notes, parse
+from dsad.assembly import datasets, evaluate, licences, runs, workdir
+from dsad.assembly.comparison import FEATURES, Cell, Faults, Plan, cells_of, notes, once, parse
 from dsad.core import distributed, paths
 from dsad.core.errors import ConfigError, DsadError
 from dsad.core.types import Backbone, Dataset
@@ -20,6 +20,7 @@ from dsad.evaluation.localize import Results, settings
 from dsad.evaluation.report.page import metric_label
 from dsad.evaluation.results import RESULTS
 from dsad.models import wrappers
+from dsad.models.weights.licences import Licence, named
 
 T = TypeVar("T")
 
@@ -46,12 +47,15 @@ class _Loaded:
     def evaluation(self, cell: Cell) -> evaluate.Evaluation:
         """The parts of a cell; raises DsadError for what cannot be used."""
         config, _ = evaluate.parse(cell.config)
-        data = config.data
-        found = self._once(self._datasets, data, lambda: datasets.loaded(data, self._out))
+        found = self.dataset(config.data)
         network = None
         if not runs.per_category(config.backbone):
             network = self.network(cell, cell.config.backbone)
         return evaluate.prepare(cell.config, self._out, found, network=network)
+
+    def dataset(self, config: data_base.DataConfig) -> Dataset:
+        """The data set of a config."""
+        return self._once(self._datasets, config, lambda: datasets.loaded(config, self._out))
 
     def network(self, cell: Cell, spec: str) -> Backbone:
         """What computes the features of a spec."""
@@ -78,7 +82,7 @@ class Comparison:
 
     ``done`` are the numbers of finished ones, by place in ``cells``; ``again`` are those that are
     replaced. ``bytes`` are about those of the features that are still to be computed, ``notes``
-    what people should know.
+    what people should know; ``licences`` are those of the backbones' weights, by name.
     """
 
     plan: Plan
@@ -88,6 +92,7 @@ class Comparison:
     bytes: int
     features: str
     notes: list[str]
+    licences: dict[str, Licence]
     loaded: _Loaded
 
 
@@ -121,7 +126,8 @@ def prepare(
     path = paths.directory(directory)
     finished = distributed.on_main(lambda: [(path / c.folder / RESULTS).exists() for c in cells])
     made = Comparison(
-        plan=plan, cells=cells, done={}, again=set(), bytes=0, notes=[] if faults else notes(plan),
+        plan=plan, cells=cells, done={}, again=set(), bytes=0,
+        notes=[] if faults else [*notes(plan), *once(plan, cells)], licences={},
         features=plan.config.evaluation.feature_cache or features, loaded=loaded,
     )  # fmt: skip
     sizes: dict[Any, int] = {}
@@ -130,6 +136,8 @@ def prepare(
         with faults.of(cell.title, cell):
             parts = loaded.evaluation(cell)
             size, mark = _size(parts, cell, loaded), _stamp(parts, cell, loaded)
+            if cell.backbone not in made.licences:
+                made.licences[cell.backbone] = _licence(plan, parts, cell, loaded)
             title, first = stamps.setdefault(cell.dataset, (cell.title, mark))
             different = compared.differing(title, first, cell.title, mark)
             if different and not allow_different:
@@ -211,6 +219,14 @@ def _stamp(parts: evaluate.Evaluation, cell: Cell, loaded: _Loaded) -> dict[str,
     )  # fmt: skip
 
 
+def _licence(plan: Plan, parts: evaluate.Evaluation, cell: Cell, loaded: _Loaded) -> Licence:
+    """Of a cell's weights, of one run for each category or seed that of the first."""
+    if given := plan.backbones[cell.backbone].licence:
+        return named(given)
+    spec = runs.of_category(cell.config.backbone, parts.dataset.categories[0])
+    return licences.of_backbone(spec, cell.config.weights, loaded.dataset)
+
+
 def _check_space(made: Comparison) -> None:
     """Refuse features that do not fit beside what their folder holds, which may be the same."""
     folder = paths.directory(made.features)
@@ -272,7 +288,7 @@ def _written(made: Comparison, path: epath.Path) -> dict[str, Any]:
     """The numbers of the finished cells, in the order of all; also written, once there are some."""
     done = [made.done[number] for number in sorted(made.done)]
     left = [cell.title for number, cell in enumerate(made.cells) if number not in made.done]
-    content = compared.summary(done, made.plan.baseline, made.plan.main, left)
+    content = compared.summary(done, made.plan.baseline, made.plan.main, left, made.licences)
     if done and distributed.is_main():
         compared.write(path, content)
     return content

@@ -8,15 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from dsad.assembly import evaluate
 from dsad.core import config as core_config
 from dsad.core import paths
 from dsad.core.config import Refused, field, listed
+from dsad.core.detection import Detector
 from dsad.core.errors import ConfigError, DsadError
 from dsad.core.mesh import MeshConfig
 from dsad.data import base as data_base
-from dsad.evaluation.compared import Baseline
+from dsad.evaluation.compared import ALL, NONE, Baseline, Shots
 from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.metrics import aupro_key
 from dsad.evaluation.support import AS_DRAWN, SupportConfig
@@ -42,12 +44,14 @@ class NetworkConfig(core_config.Settings, place="config.backbones"):
       weights: of an architecture, as ``config.weights`` of an evaluation; "random:{seed}" draws an
         untrained network for each seed.
       layers: maps that all detectors read of it, in the place of their own; empty: each its own.
+      licence: of its weights, where dsad cannot know it, as of a file.
 
     """
 
     spec: str
     weights: str = ""
     layers: tuple[str, ...] = field((), distinct=True)
+    licence: str = ""
 
 
 class CompareConfig(core_config.Settings, place="config"):
@@ -55,16 +59,18 @@ class CompareConfig(core_config.Settings, place="config"):
 
     The groups ``backbones`` and ``datasets`` hold one of each by the name that it has in tables,
     ``settings`` keys of a detector's config (``detector``, ``evaluation``, ``support`` and
-    ``one_for_all``) by the detector's.
+    ``one_for_all``) by the detector's, or by BACKBONE/DETECTOR.
 
     Attributes:
       detectors: their config files, with variants after a colon ("patchcore:published"); of these
         files the keys of the method are taken, and how its maps are upsampled.
       baseline: what differences are taken against: a backbone, a detector, or BACKBONE/DETECTOR;
         empty: the first backbone, or the first detector of a single backbone.
-      skip: evaluations that are left out, as DATASET/BACKBONE/DETECTOR; * stands for anything.
+      skip: evaluations that are left out, as DATASET/BACKBONE/DETECTOR for any number of shots, or
+        DATASET/BACKBONE/4-shot/DETECTOR ("all" for shots = 0); * stands for anything.
       seed: of the detectors' random choices, as in an evaluation.
-      shots: training images of each category that are used; 0: all.
+      shots: training images of each category that are used; 0: all. Several numbers are compared
+        side by side; a detector that is fitted on the test images is measured once, without any.
       contamination: share of anomalous test images among them, as in an evaluation.
       seeds: draw the ``shots`` and the detectors' random choices, and are those of "{seed}".
       one_for_all: fit a single detector on the training images of all categories.
@@ -75,7 +81,7 @@ class CompareConfig(core_config.Settings, place="config"):
     baseline: str = ""
     skip: tuple[str, ...] = ()
     seed: int = field(0, at_least=0)
-    shots: int = field(0, at_least=0)
+    shots: int | tuple[int, ...] = field(0, at_least=0, distinct=True, filled=True)
     contamination: float = field(0.0, at_least=0, at_most=0.5)
     seeds: tuple[int, ...] = field((0,), at_least=0, distinct=True, filled=True)
     support: SupportConfig = AS_DRAWN
@@ -93,6 +99,7 @@ def default_config() -> ml_collections.ConfigDict:
     """Every key with its default, for config files to fill."""
     config = ml_collections.ConfigDict(core_config.as_dict(CompareConfig()))
     config.update(backbones={}, datasets={}, settings={})
+    config.shots = config_dict.FieldReference(0, field_type=object)  # an integer or several
     return config
 
 
@@ -101,9 +108,11 @@ def in_order(entries: Mapping[str, Any]) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(entries, sort_keys=False)
 
 
-def backbone(spec: str, weights: str = "", layers: Sequence[str] = ()) -> dict[str, Any]:
+def backbone(
+    spec: str, weights: str = "", layers: Sequence[str] = (), licence: str = ""
+) -> dict[str, Any]:
     """A group of ``config.backbones``, with every key for the command line."""
-    return {"spec": spec, "weights": weights, "layers": tuple(layers)}
+    return {"spec": spec, "weights": weights, "layers": tuple(layers), "licence": licence}
 
 
 def dataset(name: str, **keys: Any) -> dict[str, Any]:
@@ -131,6 +140,12 @@ class Plan:
     def main(self) -> tuple[str, ...]:
         """The numbers that lead the tables."""
         return ("pixel_ap", aupro_key(self.config.evaluation.fpr_limit), "image_auroc")
+
+    @property
+    def shots(self) -> tuple[int, ...]:
+        """The numbers of training images; 0: all."""
+        asked = self.config.shots
+        return (asked,) if isinstance(asked, int) else asked
 
 
 def _names(detectors: Sequence[str]) -> tuple[str, ...]:
@@ -173,7 +188,12 @@ def parse(config: Any) -> Plan:
     }
     detectors = _names(cfg.detectors)
     known = (*detectors, *flags.shipped_configs())
-    if unknown := [n for n in own if n not in known and n.partition(":")[0] not in known]:
+
+    def meant(name: str) -> bool:
+        return name in known or name.partition(":")[0] in known
+
+    pairs = {f"{b}/{d}" for b in networks for d in detectors}
+    if unknown := [n for n in own if not (meant(n) or n in pairs)]:
         raise ConfigError(
             f"config.settings: no detector {listed(unknown)}."
             f"{core_config.suggestion(unknown[0], known)} Known: {listed(detectors)}."
@@ -228,17 +248,20 @@ class Cell:
     dataset: str
     backbone: str
     detector: str
+    shots: Shots
     seed: int | None
     config: Any
 
     @property
-    def place(self) -> dict[str, str]:
-        return {"dataset": self.dataset, "backbone": self.backbone, "detector": self.detector}
+    def place(self) -> dict[str, Any]:
+        """What tells its row from the others."""
+        return {n: getattr(self, n) for n in ("dataset", "backbone", "detector", "shots")}
 
     @property
     def title(self) -> str:
+        few = f"{self.shots}-shot/" if isinstance(self.shots, int) else ""
         seed = "" if self.seed is None else f"/seed{self.seed}"
-        return f"{self.dataset}/{self.backbone}/{self.detector}{seed}"
+        return f"{self.dataset}/{self.backbone}/{few}{self.detector}{seed}"
 
     @property
     def folder(self) -> str:
@@ -296,7 +319,7 @@ def cells_of(plan: Plan, features: str, faults: Faults) -> list[Cell]:
 
     ``features`` is the folder of all features, unless the config names one.
     """
-    made, files = [], {}
+    files = {}
     for detector in plan.detectors:
         with faults.of(f"config.detectors {detector}"):
             config, _, _ = flags.Command("compare", "", config=detector).parse([])
@@ -304,30 +327,46 @@ def cells_of(plan: Plan, features: str, faults: Faults) -> list[Cell]:
     measured = core_config.as_dict(plan.config.evaluation)
     measured["feature_cache"] = measured["feature_cache"] or features
     del measured["align_corners"]
-    for place, network, seed in _places(plan):
-        title = "/".join(place.values())
-        skipped = any(fnmatch.fnmatchcase(title, pattern) for pattern in plan.config.skip)
-        if place["detector"] in files and not skipped:
-            config = files[place["detector"]].copy_and_resolve_references()
-            cell = Cell(**place, seed=seed, config=config)
-            with faults.of(title, cell):
-                config.evaluation.update(measured)
-                _fill(config, plan, place, network, seed)
-                made.append(cell)
-    if not made and not faults:
+    parsed: list[tuple[Cell, evaluate.EvaluateConfig, Detector]] = []
+    for place, network, seed, shots in _places(plan):
+        if place["detector"] not in files or _skipped(plan, *place.values()):
+            continue
+        config = files[place["detector"]].copy_and_resolve_references()
+        cell = Cell(**place, shots=shots or ALL, seed=seed, config=config)
+        with faults.of(cell.title, cell):
+            config.evaluation.update(measured)
+            _fill(config, plan, place, network, seed, shots)
+            cfg, detector = evaluate.parse(config)
+            if detector.traits.fits_on == "test":
+                if shots != plan.shots[0]:
+                    continue
+                config.shots = 0
+                cell = dataclasses.replace(cell, shots=NONE)
+            elif _skipped(plan, *place.values(), shots=f"{shots}-shot" if shots else ALL):
+                continue
+            parsed.append((cell, cfg, detector))
+    if not parsed and not faults:
         raise ConfigError(f"config.skip: {plan.config.skip} leaves nothing to compare.")
-    _share_layers(made, plan.config.evaluation.cache_layers, faults)
-    return made
+    _share_layers(parsed, plan.config.evaluation.cache_layers)
+    return [cell for cell, _, _ in parsed]
 
 
-def _places(plan: Plan) -> Iterator[tuple[dict[str, str], NetworkConfig, int | None]]:
-    """Names of a cell, its network, and its seed where each has a network of its own."""
+def _skipped(plan: Plan, data: str, backbone: str, detector: str, shots: str = "") -> bool:
+    """Whether a cell, or with ``shots`` "" all of its detector, is left out."""
+    title = "/".join(filter(None, (data, backbone, shots, detector)))
+    return any(fnmatch.fnmatchcase(title, pattern) for pattern in plan.config.skip)
+
+
+def _places(plan: Plan) -> Iterator[tuple[dict[str, str], NetworkConfig, int | None, int]]:
+    """Names of a cell, its network, its seed where each has a network of its own, and its shots."""
     for data in plan.datasets:
         for name, network in plan.backbones.items():
             per_seed = SEED in network.spec or SEED in network.weights
             for seed in plan.config.seeds if per_seed else (None,):
                 for detector in plan.detectors:
-                    yield {"dataset": data, "backbone": name, "detector": detector}, network, seed
+                    place = {"dataset": data, "backbone": name, "detector": detector}
+                    for shots in plan.shots:
+                        yield place, network, seed, shots
 
 
 def notes(plan: Plan) -> list[str]:
@@ -338,22 +377,37 @@ def notes(plan: Plan) -> list[str]:
         config, _, _ = flags.Command("compare", "", config=detector).parse([])
         asked, own = dict(_flat(config)), {**given, **_settings(plan, detector)}
         for key in ("evaluation.image_size", "one_for_all", "shots", "support.rotations"):
-            if asked[key] not in (usual[key], own[key]):
+            here = plan.shots if key == "shots" else (own[key],)
+            if asked[key] not in (usual[key], *here):
                 made.append(
-                    f"{detector}: its file has config.{key} = {asked[key]}, here {own[key]}"
+                    f"{detector}: its file has config.{key} = {asked[key]}, here "
+                    f"{', '.join(map(str, here))}"
                 )
     return made
 
 
-def _settings(plan: Plan, detector: str) -> dict[str, Any]:
-    """Those of a detector, with those of its config file where it is a variant."""
-    whole = plan.settings.get(detector.partition(":")[0], {})
-    return {**whole, **plan.settings.get(detector, {})}
+def once(plan: Plan, cells: Sequence[Cell]) -> list[str]:
+    """Which detectors are measured without training images, whatever numbers were asked for."""
+    if plan.shots == (0,):
+        return []
+    shots = ", ".join(map(str, plan.shots))
+    return [
+        f"{name}: is fitted on the test images and takes no training image; measured once, as "
+        f"0-shot, not with config.shots = {shots}"
+        for name in dict.fromkeys(cell.detector for cell in cells if cell.shots == NONE)
+    ]
+
+
+def _settings(plan: Plan, detector: str, backbone: str = "") -> dict[str, Any]:
+    """Those of a detector, with those of its config file where it is a variant, on a backbone."""
+    names = (detector.partition(":")[0], detector, f"{backbone}/{detector}")
+    return {key: value for n in names for key, value in plan.settings.get(n, {}).items()}
 
 
 def _fill(
-    config: Any, plan: Plan, place: Mapping[str, str], network: NetworkConfig, seed: int | None
-) -> None:
+    config: Any, plan: Plan, place: Mapping[str, str], network: NetworkConfig, seed: int | None,
+    shots: int,
+) -> None:  # fmt: skip
     """Make the config of a detector's file that of a cell, as ``dsad evaluate`` takes it."""
     cfg, detector = plan.config, place["detector"]
     spec, weights = (
@@ -361,7 +415,7 @@ def _fill(
         for text in (network.spec, network.weights)
     )
     config.update(
-        backbone=spec, weights=weights, seed=cfg.seed, shots=cfg.shots,
+        backbone=spec, weights=weights, seed=cfg.seed, shots=shots,
         contamination=cfg.contamination, one_for_all=cfg.one_for_all,
         seeds=cfg.seeds if seed is None else (seed,), support=core_config.as_dict(cfg.support),
         mesh=core_config.as_dict(cfg.mesh),
@@ -369,7 +423,7 @@ def _fill(
     )  # fmt: skip
     if network.layers:
         flags.update(config, {"detector.layers": network.layers})
-    own = _settings(plan, detector)
+    own = _settings(plan, detector, place["backbone"])
     if wrong := [key for key in own if key.partition(".")[0] not in _OWN]:
         raise ConfigError(
             f"config.settings.{detector}: expected keys of {listed(_OWN)}, found {listed(wrong)}; "
@@ -381,18 +435,17 @@ def _fill(
         raise ConfigError(f"config.settings.{detector}: {error}") from error
 
 
-def _share_layers(cells: Sequence[Cell], first: Sequence[str], faults: Faults) -> None:
+def _share_layers(
+    cells: Sequence[tuple[Cell, evaluate.EvaluateConfig, Detector]], first: Sequence[str]
+) -> None:
     """Let the cells of a network keep the maps of all, so that an image passes it once."""
     layers: dict[Any, dict[str, None]] = {}
     groups = []
-    for cell in cells:
-        with faults.of(cell.title, cell):
-            parsed, detector = evaluate.parse(cell.config)
-            # Not the preprocessing itself: a size of 0 is the backbone's own.
-            seen = (parsed.evaluation.image_size, parsed.evaluation.image_width)
-            key = (*cell.network, *seen, parsed.evaluation.resize)
-            wanted = layers.setdefault(key, dict.fromkeys(first))
-            wanted |= dict.fromkeys((*detector.layers, *detector.traits.tokens))
-            groups.append((cell, wanted))
+    for cell, cfg, detector in cells:
+        # Not the preprocessing itself: a size of 0 is the backbone's own.
+        seen = (cfg.evaluation.image_size, cfg.evaluation.image_width, cfg.evaluation.resize)
+        wanted = layers.setdefault((*cell.network, *seen), dict.fromkeys(first))
+        wanted |= dict.fromkeys((*detector.layers, *detector.traits.tokens))
+        groups.append((cell, wanted))
     for cell, wanted in groups:
         cell.config.evaluation.cache_layers = tuple(wanted)

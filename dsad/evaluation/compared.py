@@ -5,7 +5,8 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
@@ -15,6 +16,7 @@ from dsad.evaluation import paired, stamp
 from dsad.evaluation.paired import Spread
 from dsad.evaluation.results import Results, read_numbers
 from dsad.evaluation.stamp import plain
+from dsad.models.weights.licences import Licence
 
 #: Everything that was compared, and the same numbers as a table of one line each.
 FILE, TABLE = "comparison.json", "comparison.csv"
@@ -23,9 +25,16 @@ FILE, TABLE = "comparison.json", "comparison.csv"
 COMPARED = (
     *stamp.IGNORED, "detector", "layers", "image_score", "smoothing", "upsampling",
     "map_wrappers", "support.seeds", "support.sha256",
+    # Numbers of shots are told apart by the table, and so is who is fitted on test images.
+    "support.shots", "support.rule", "support.contamination.images", "support.untested",
 )  # fmt: skip
 #: Of a stamp what tells rows apart, for people.
 SHOWN = ("backbone.arch", "backbone.weights", "map_wrappers", "layers")
+
+#: Training images of each category: a number, all of them, or none, where a detector is fitted on
+#: the test images.
+Shots = int | Literal["all", "none"]
+ALL, NONE = "all", "none"
 
 
 class Baseline(NamedTuple):
@@ -53,6 +62,7 @@ class Measured:
     dataset: str
     backbone: str
     detector: str
+    shots: Shots
     folder: str
     stamp: Mapping[str, Any]
     seeds: Mapping[str, Mapping[str, Any]]
@@ -60,17 +70,17 @@ class Measured:
     defects: str = ""
 
     @property
-    def row(self) -> tuple[str, str]:
-        """Which row of its data set's table it is of."""
-        return self.backbone, self.detector
+    def row(self) -> tuple[str, str, Shots]:
+        """Which row of its data set's numbers it is of."""
+        return self.backbone, self.detector, self.shots
 
     def mean(self, metric: str) -> dict[str, float | None]:
         """A number by seed, over the categories."""
         return {seed: found["mean"][metric] for seed, found in self.seeds.items()}
 
 
-def read_measured(workdir: epath.Path, folder: str, **names: str) -> Measured:
-    """The evaluation in a folder; ``names`` are its place: dataset, backbone, detector.
+def read_measured(workdir: epath.Path, folder: str, **names: Any) -> Measured:
+    """The evaluation in a folder; ``names`` are its place: data set, backbone and so on.
 
     Raises WorkdirError for one that is not finished.
     """
@@ -100,8 +110,9 @@ def differing(first: str, one: Mapping[str, Any], name: str, other: Mapping[str,
 
 
 def summary(
-    cells: Sequence[Measured], baseline: Baseline, main: Sequence[str], left: Sequence[str] = ()
-) -> dict[str, Any]:
+    cells: Sequence[Measured], baseline: Baseline, main: Sequence[str], left: Sequence[str] = (),
+    licences: Mapping[str, Licence] = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
     """What ``comparison.json`` holds: JSON types only.
 
     Args:
@@ -109,12 +120,15 @@ def summary(
       baseline: of the paired differences.
       main: the numbers that lead the tables.
       left: titles of those that are not finished.
+      licences: of the backbones' weights, by name.
 
     Returns:
-      ``datasets[d]`` has ``categories``, ``rows``, ``leads`` (by metric the number of the row that
-      leads, see ``paired.leader``), ``common`` and ``notices``. A row has ``numbers[metric]`` over
-      the categories, ``categories[c][metric]``, and ``differences[metric]`` to the row ``against``;
-      each of these holds mean, std and values by seed. ``cells`` holds every number.
+      ``datasets[d]`` has ``categories``, ``shots``, ``rows``, ``leads`` (by metric the numbers of
+      the rows that lead those of as many shots, see ``paired.leader``), ``common`` and ``notices``.
+      A row, of a backbone, a detector and ``shots``, has ``numbers[metric]`` over the categories,
+      ``categories[c][metric]``, and ``differences[metric]`` to the row ``against`` of as many
+      shots; each of these holds mean, std and values by seed. ``backbones[b]`` has the ``licence``
+      of its weights and whether ``commercial`` use is allowed, ``cells`` holds every number.
 
     """
     by_set: dict[str, list[Measured]] = {}
@@ -126,6 +140,7 @@ def summary(
             "left": list(left),
             "baseline": baseline._asdict(),
             "main": list(main),
+            "backbones": {name: found._asdict() for name, found in licences.items()},
             "datasets": {name: _of_dataset(own, baseline) for name, own in by_set.items()},
             "cells": [
                 {n: v for n, v in vars(cell).items() if n not in ("stamp", "defects")}
@@ -135,8 +150,12 @@ def summary(
     )
 
 
+#: Backbone, detector and shots.
+_Key = tuple[str, str, Shots]
+
+
 def _of_dataset(cells: Sequence[Measured], baseline: Baseline) -> dict[str, Any]:
-    rows: dict[tuple[str, str], list[Measured]] = {}
+    rows: dict[_Key, list[Measured]] = {}
     for cell in cells:
         rows.setdefault(cell.row, []).append(cell)
     metrics = list(next(iter(cells[0].seeds.values()))["mean"])
@@ -145,13 +164,15 @@ def _of_dataset(cells: Sequence[Measured], baseline: Baseline) -> dict[str, Any]
         row: {m: _joined(own, lambda c, m=m: c.mean(m)) for m in metrics}
         for row, own in rows.items()
     }
-    leads = {m: paired.leader([numbers[m] for numbers in values.values()]) for m in metrics}
+    every = {row[2] for row in rows}
+    shots = [*sorted(s for s in every if isinstance(s, int)), *(s for s in _WORDS if s in every)]
     return {
         "metrics": metrics,
         "categories": first.stamp["categories"],
         "defects": first.defects,
+        "shots": shots,
         "rows": [_row(own, values, baseline) for own in rows.values()],
-        "leads": {m: row for m, row in leads.items() if row is not None},
+        "leads": {m: [row for s in shots for row in _leaders(values, s, m)] for m in metrics},
         "common": _common([cell.stamp for cell in cells]),
         "notices": [
             line
@@ -161,14 +182,23 @@ def _of_dataset(cells: Sequence[Measured], baseline: Baseline) -> dict[str, Any]
     }
 
 
+def _leaders(
+    values: Mapping[_Key, Mapping[str, paired.BySeed]], shots: Shots, metric: str
+) -> list[int]:
+    """The row that leads those of as many shots, if one does."""
+    alike = [number for number, row in enumerate(values) if row[2] == shots]
+    best = paired.leader([own[metric] for row, own in values.items() if row[2] == shots])
+    return [] if best is None else [alike[best]]
+
+
 def _row(
     cells: Sequence[Measured],
-    values: Mapping[tuple[str, str], Mapping[str, paired.BySeed]],
+    values: Mapping[_Key, Mapping[str, paired.BySeed]],
     baseline: Baseline,
 ) -> dict[str, Any]:
     row = cells[0].row
-    metrics, against = values[row], baseline.of(*row)
-    known = against if against in values else None
+    metrics, against = values[row], baseline.of(*row[:2])
+    known = (*against, row[2]) if against and (*against, row[2]) in values else None
     flat = stamp.flat(cells[0].stamp)
 
     def of_category(category: str, metric: str) -> Spread:
@@ -183,12 +213,13 @@ def _row(
     return {
         "backbone": row[0],
         "detector": row[1],
+        "shots": row[2],
         "seeds": list(next(iter(metrics.values()))),
         "numbers": {m: _told(paired.spread(by_seed)) for m, by_seed in metrics.items()},
         "categories": {
             c: {m: _told(of_category(c, m)) for m in metrics} for c in cells[0].stamp["categories"]
         },
-        "against": "/".join(known) if known else "",
+        "against": "/".join(known[:2]) if known else "",
         "baseline": against is None and baseline != Baseline(),
         "differences": {
             m: _told(paired.difference(by_seed, values[known][m])) for m, by_seed in metrics.items()
@@ -222,11 +253,28 @@ def told(spread: Mapping[str, Any], form: str = ".3f") -> str:
     return f"{spread['mean']:{form}}{std}".replace("-", "−")
 
 
+#: Words of ``Shots``, in the order of columns.
+_WORDS = {ALL: "all images", NONE: "0-shot"}
+
+
+def shots_words(shots: Shots) -> str:
+    """``4-shot``; of all training images, and of none, likewise."""
+    return f"{shots}-shot" if isinstance(shots, int) else _WORDS[shots]
+
+
+def commercial_words(commercial: bool | None) -> str:
+    """Whether weights may be used commercially."""
+    return "not known" if commercial is None else "allowed" if commercial else "not allowed"
+
+
 def write(workdir: epath.Path, content: Mapping[str, Any]) -> None:
     """Write both files of a comparison; a reader never sees half of one."""
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
     paths.write_whole(workdir / TABLE, _lines(content["cells"]))
     paths.write_whole(workdir / FILE, text)
+
+
+_PLACE = ("dataset", "backbone", "detector", "shots", "folder")
 
 
 def _lines(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -237,9 +285,9 @@ def _lines(cells: Sequence[Mapping[str, Any]]) -> str:
             names |= dict.fromkeys(found["mean"])
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["dataset", "backbone", "detector", "folder", "seed", "category", *names])
+    writer.writerow([*_PLACE, "seed", "category", *names])
     for cell in cells:
-        place = [cell[n] for n in ("dataset", "backbone", "detector", "folder")]
+        place = [cell[n] for n in _PLACE]
         for seed, found in cell["seeds"].items():
             for category, row in {**found["categories"], "(mean)": found["mean"]}.items():
                 values = [row.get(n) for n in names]
@@ -251,7 +299,7 @@ def read(workdir: str | epath.PathLike) -> dict[str, Any]:
     """What ``comparison.json`` of a directory holds; WorkdirError without a readable one."""
     path = paths.directory(workdir) / FILE
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise WorkdirError(
             f"{path}: no such file; no evaluation of this comparison is finished. Give the same "
@@ -261,3 +309,9 @@ def read(workdir: str | epath.PathLike) -> dict[str, Any]:
         raise WorkdirError(
             f"{path}: not valid JSON ({error}). Run `dsad compare` again."
         ) from error
+    if "backbones" not in content:
+        raise WorkdirError(
+            f"{path}: written by an older dsad. The same dsad compare command writes it anew, from "
+            "the evaluations that are finished."
+        )
+    return content

@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 
 from dsad.assembly import compare as module
-from dsad.assembly import comparison, runs
+from dsad.assembly import comparison, evaluate, runs
 from dsad.assembly.compare import compare, prepare
 from dsad.cli import main
 from dsad.core import paths
@@ -19,7 +19,7 @@ from dsad.evaluation import compared
 from dsad.evaluation.compared import Baseline
 from dsad.evaluation.extract import Extractor
 from dsad.models import wrappers
-from dsad.terminal import console
+from dsad.terminal import console, flags
 from tests.backbones import Plain
 from tests.seams.wrappers.away import KIND
 
@@ -155,6 +155,69 @@ def test_every_image_passes_a_network_once_and_a_stopped_comparison_goes_on(
     assert len(seen) == 2
     assert main.main(["report", str(tmp_path)]) == 0
     assert "<h2>tiles</h2>" in (tmp_path / "report.html").read_text()
+
+
+def test_numbers_of_shots_share_the_features_and_more_may_follow(
+    tmp_path, small, seen, monkeypatch, capsys
+):
+    own = {"musc": {"detector": {"layers": ("layer2",), "similar": "mean"}}}
+    given = {
+        "detectors": ("knn", "musc"), "settings": own, "seeds": (0, 1),
+        "skip": ("*/away/1-shot/*", "*/away/musc"),
+    }  # fmt: skip
+    made = config(**given, shots=(1, 0))
+    checked = prepare(made, str(tmp_path), console.console())
+    titles = ["tiles/raw/1-shot/knn", "tiles/raw/knn", "tiles/raw/musc", "tiles/away/knn"]
+    assert [cell.title for cell in checked.cells] == [cell.folder for cell in checked.cells]
+    assert [cell.title for cell in checked.cells] == titles
+    assert [cell.config.shots for cell in checked.cells] == [1, 0, 0, 0]
+    assert [cell.shots for cell in checked.cells] == [1, "all", "none", "all"]
+    told = "musc: is fitted on the test images and takes no training image; measured once, as 0-"
+    assert checked.notes == [f"{told}shot, not with config.shots = 1, 0"]
+    content = compare(checked, str(tmp_path), console.console(), made.to_dict())
+    images = sum(shape[0] for shape in seen)
+    features = set((tmp_path / "features").glob("*/*.features"))
+    assert len(features) == IMAGES
+    support = json.loads((tmp_path / "tiles/raw/1-shot/knn/results.json").read_text())["support"]
+    assert {own["images"] for own in support["tiles"].values()} == {1}
+    rows = content["datasets"]["tiles"]["rows"]
+    assert [(r["backbone"], r["detector"], r["shots"]) for r in rows] == [
+        ("raw", "knn", 1), ("raw", "knn", "all"), ("raw", "musc", "none"), ("away", "knn", "all"),
+    ]  # fmt: skip
+    assert rows[3]["against"] == "raw/knn"
+    # Another number is measured on the features that are there, and nothing else again.
+    capsys.readouterr()
+    asked, evaluate = [], module.evaluate.evaluate
+    monkeypatch.setattr(
+        module.evaluate,
+        "evaluate",
+        lambda *a, name, **k: asked.append(name) or evaluate(*a, name=name, **k),
+    )
+    run(config(**given, shots=(2, 1, 0)), tmp_path)
+    assert asked == ["tiles/raw/2-shot/knn", "tiles/away/2-shot/knn"]
+    assert sum(shape[0] for shape in seen) == images
+    assert main.main(["report", str(tmp_path)]) == 0
+    assert '<th class="edge metric">2-shot</th>' in (tmp_path / "report.html").read_text()
+
+
+def test_one_number_of_shots_and_settings_of_a_backbone():
+    own = {"padim": {"detector": {"channels": 8}}, "away/padim": {"detector": {"channels": 5}}}
+    plan = comparison.parse(config(shots=4, settings=own))
+    cells = comparison.cells_of(plan, "features", comparison.Faults())
+    assert {cell.config.shots for cell in cells} == {4}
+    assert [c.config.detector.get("channels") for c in cells] == [None, 8, None, 5]
+    with pytest.raises(ConfigError, match=r"config.settings: no detector other/padim"):
+        comparison.parse(config(settings={"other/padim": {}}))
+    for wrong in ((), (1, 1), (1, -1), "4"):
+        with pytest.raises(ConfigError, match="config.shots"):
+            comparison.parse(config(shots=wrong))
+
+
+def test_licences_come_with_the_backbones(tmp_path, small):
+    made = config(detectors=("knn",))
+    made.backbones.away.licence = "MIT"
+    found = prepare(made, str(tmp_path), console.console()).licences
+    assert found == {"raw": ("none (untrained)", True), "away": ("MIT", True)}
 
 
 def test_a_network_for_each_seed(tmp_path, small, monkeypatch):
@@ -295,3 +358,20 @@ def test_what_a_config_cannot_hold(changes, told):
                 made[group] = ml_collections.ConfigDict(values)
     with pytest.raises(ConfigError, match=told):
         comparison.parse(made)
+
+
+def test_the_table_of_representations_reads_maps_that_its_networks_have():
+    made, _, _ = flags.Command("compare", "", config="compare:representations").parse([])
+    plan, faults = comparison.parse(made), comparison.Faults()
+    cells = comparison.cells_of(plan, "features", faults)
+    assert not faults
+    read = {(c.backbone, c.detector): evaluate.parse(c.config)[1].layers for c in cells}
+    assert read["resnet18", "subspace"] == ("layer3",)
+    assert read["mae", "rad"] == ("norm3", "norm7", "norm11")
+    for (backbone, _), layers in read.items():
+        blocks = any(name.startswith(("block", "norm")) for name in layers)
+        assert blocks == (backbone == "mae")
+    bottles = [c for c in cells if c.dataset == "bottle"]
+    # Four numbers of shots, three for PaDiM, one for MuSc.
+    assert len(bottles) == 4 * (3 * 4 + 3 + 1) + (5 * 4 + 3 + 1)
+    assert len(cells) == 3 * len(bottles)

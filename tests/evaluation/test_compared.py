@@ -3,16 +3,18 @@
 import csv
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 from etils import epath
 
-from dsad.cli.compare import table
+from dsad.cli.compare import tables
 from dsad.core.errors import WorkdirError
 from dsad.evaluation import compared
 from dsad.evaluation.compared import Baseline, Measured
 from dsad.evaluation.report.compared import write_compared
+from dsad.models.weights.licences import UNKNOWN, named
 from dsad.terminal import console
 
 METRICS = ("image_auroc", "pixel_ap", "aupro_30")
@@ -41,9 +43,9 @@ def numbers(*place):
     return {"mean": mean, "categories": rows}
 
 
-def cell(backbone, detector, seeds, level, **changes):
+def cell(backbone, detector, seeds, level, shots: Any = "all", **changes):
     return Measured(
-        dataset="discs", backbone=backbone, detector=detector,
+        dataset="discs", backbone=backbone, detector=detector, shots=shots,
         folder=f"discs/{backbone}/{detector}" + (f"/seed{seeds[0]}" if len(seeds) == 1 else ""),
         stamp=stamp(**changes), seeds={str(s): numbers(level, s) for s in seeds},
         seconds={"features": 1.0, "fit": 2.0, "score": 3.0, "metrics": 4.0},
@@ -78,7 +80,7 @@ def test_rows_hold_spreads_and_paired_differences(content):
     own = [numbers(2, s)["categories"]["disc"]["pixel_ap"] for s in (0, 1, 2)]
     assert ours["categories"]["disc"]["pixel_ap"]["mean"] == pytest.approx(np.mean(own))
     assert ours["seconds"]["fit"] == 6.0  # of three evaluations
-    assert found["leads"] == dict.fromkeys(METRICS, 2)
+    assert found["leads"] == {m: [2] for m in METRICS}
     assert found["notices"] == []
     assert found["common"]["dataset.name"] == "discs"
     assert not {"support.seeds", "support.sha256"} & found["common"].keys()
@@ -90,6 +92,92 @@ def test_numbers_that_mean_something_else_are_told():
     other = cell("ours", "knn", (0, 1, 2), 2, fpr_limit=0.05, layers=["layer1"])
     told = compared.summary([CELLS[0], other], Baseline(), MAIN)["datasets"]["discs"]["notices"]
     assert told == ["discs/raw/knn / discs/ours/knn: fpr_limit: 0.3 against 0.05"]
+
+
+def few(backbone, detector, level, shots, **support):
+    about = {"shots": shots, "rule": "drawn", "seeds": [0, 1, 2], "sha256": f"{shots}", **support}
+    return cell(backbone, detector, (0, 1, 2), level, shots, support=about)
+
+
+#: What leads with one image does not with all.
+SHOTS = [
+    few("raw", "knn", 3, 1), few("raw", "knn", 0, "all", rule="all training images"),
+    few("raw", "musc", 9, "none", rule="the test images"),
+    few("ours", "knn", 1, 1), few("ours", "knn", 2, "all"),
+]  # fmt: skip
+LICENCES = {"raw": named("CC BY-NC 4.0"), "ours": UNKNOWN}
+
+
+@pytest.fixture(scope="module")
+def shots():
+    return compared.summary(SHOTS, Baseline(backbone="raw"), MAIN, licences=LICENCES)
+
+
+def test_rows_are_compared_with_those_of_as_many_shots(shots):
+    found = shots["datasets"]["discs"]
+    assert found["shots"] == [1, "all", "none"]
+    assert [row["shots"] for row in found["rows"]] == [1, "all", "none", 1, "all"]
+    assert found["leads"] == {m: [0, 4] for m in METRICS}
+    # However high, what was fitted on the test images neither leads nor keeps others from it.
+    gaps = [row["differences"].get("pixel_ap", {}).get("mean") for row in found["rows"]]
+    assert gaps[:3] == [None] * 3
+    assert gaps[3] == pytest.approx(-0.2, abs=0.01)
+    assert gaps[4] == pytest.approx(0.2, abs=0.01)
+    assert found["notices"] == []
+    # One image more is no other protocol, rotations of it are.
+    other = compared.summary([*SHOTS, few("ours", "padim", 1, 1, rotations=8)], Baseline(), MAIN)
+    assert "support.rotations: '(absent)' against 8" in other["datasets"]["discs"]["notices"][0]
+    assert shots["backbones"] == {
+        "raw": {"licence": "CC BY-NC 4.0", "commercial": False},
+        "ours": {"licence": "unknown", "commercial": None},
+    }
+
+
+def test_the_files_name_the_shots(shots, tmp_path):
+    compared.write(epath.Path(tmp_path), shots)
+    rows = list(csv.DictReader((tmp_path / compared.TABLE).open()))
+    assert list(dict.fromkeys(row["shots"] for row in rows)) == ["1", "all", "none"]
+    assert [c["shots"] for c in compared.read(tmp_path)["cells"]] == [1, "all", "none", 1, "all"]
+    older = json.loads((tmp_path / compared.FILE).read_text())
+    del older["backbones"]
+    (tmp_path / compared.FILE).write_text(json.dumps(older))
+    with pytest.raises(WorkdirError, match="written by an older dsad. The same dsad compare"):
+        compared.read(tmp_path)
+
+
+def test_tables_of_several_numbers_of_shots_fit_80_columns(capsys):
+    more = [few("mobilenetv2", "patchcore", 1, s) for s in (1, 2, 4, 8, "all")]
+    content = compared.summary([*more, *SHOTS], Baseline("raw", "knn"), MAIN)
+    made = tables(content, "discs")
+    assert [t.title for t in made][:2] == ["discs: Pixel AP"] * 2
+    assert [len(t.columns) - 1 for t in made] == [4, 2] * 3
+    for one in made:
+        console.console().print(one)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    first, second = text.split("discs: Pixel AP")[1:3]
+    assert re.search(r"1-shot.*2-shot.*4-shot.*8-shot", first)
+    assert "musc" not in first  # nothing of it is in these columns
+    assert re.search(r"all images.*0-shot", second)
+    assert re.search(r"raw +│ +│ 1\.40\d ± 0\.00\d\n *musc", second)
+    assert re.search(r"raw +│ 0\.80\d ± 0\.00\d\*", first)
+    assert text.count("0-shot: fitted on the test images") == 1
+
+
+def test_the_page_has_a_column_for_each_number_of_shots_and_the_licences(shots, tmp_path):
+    compared.write(epath.Path(tmp_path), shots)
+    page = write_compared(tmp_path / "all.html", tmp_path).read_text()
+    assert "2 backbones × 2 detectors × 2 numbers of shots × 3 seeds" in page
+    for heading in ("Pixel AP", "AUPRO 0.3", "Image AUROC"):
+        assert f"<h3>{heading}</h3>" in page
+    heads = re.findall(r'<th class="edge metric">([^<]+)</th>', page)
+    assert heads == ["1-shot", "all images", "0-shot"] * 3
+    assert page.count('class="number edge best"') == 2 * 3
+    assert page.count("CC BY-NC 4.0; commercial use: not allowed") == 3
+    assert page.count("unknown; commercial use: not known") == 3
+    assert page.count('<svg class="chart"') == 3
+    assert "circles below: each seed; all images." in page
+    assert "musc, 0-shot</td>" in page
 
 
 def test_files_hold_every_number(content, tmp_path):
@@ -107,7 +195,7 @@ def test_files_hold_every_number(content, tmp_path):
 
 
 def test_the_table_fits_80_columns(content, capsys):
-    console.console().print(table(content, "discs"))
+    console.console().print(*tables(content, "discs"))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from dsad.core import paths
 from dsad.evaluation import compared
-from dsad.evaluation.compared import told
+from dsad.evaluation.compared import NONE, commercial_words, shots_words, told
 from dsad.evaluation.report import figures
 from dsad.evaluation.report.page import metric_label, template
 
@@ -40,11 +40,13 @@ def write_compared(
         seeds=_seeds(content),
         main=[(m, metric_label(m)) for m in content["main"]],
         datasets=[
-            _dataset(name, found, content["main"], colours, (out_path, folder))
+            _dataset(name, found, content, colours, (out_path, folder))
             for name, found in content["datasets"].items()
         ],
         parts=PARTS,
         told=told,
+        words=shots_words,
+        may=commercial_words,
         label=metric_label,
     )
     return paths.write_whole(out_path, page, "Give another --out=FILE.")
@@ -62,34 +64,63 @@ def _lead(content: Mapping[str, Any]) -> str:
         "data set": len(content["datasets"]),
         "backbone": len({row["backbone"] for row in rows}),
         "detector": len({row["detector"] for row in rows}),
+        "number of shots": len({row["shots"] for row in rows} - {NONE}),
         "seed": len(_seeds(content)),
     }
-    return " × ".join(f"{n} {noun}{'s' if n > 1 else ''}" for noun, n in counts.items())
+    if counts["number of shots"] < 2:
+        del counts["number of shots"]
+    plural = {"number of shots": "numbers of shots"}
+    return " × ".join(
+        f"{n} {plural.get(noun, f'{noun}s') if n > 1 else noun}" for noun, n in counts.items()
+    )
 
 
 def _dataset(
-    name: str, found: Mapping[str, Any], main: Sequence[str], colours: Mapping[str, str],
+    name: str, found: Mapping[str, Any], content: Mapping[str, Any], colours: Mapping[str, str],
     places: tuple[str | epath.PathLike, str | epath.PathLike],
 ) -> dict[str, Any]:  # fmt: skip
-    """A section of the page."""
-    rows, last = [], ""
-    for number, row in enumerate(found["rows"]):
-        own = [r for r in found["rows"] if r["backbone"] == row["backbone"]]
-        rows.append(
-            {
-                **row,
-                "colour": colours[row["backbone"]],
-                # Rows of a backbone are neighbours: the first one names it for all.
-                "span": len(own) if row["backbone"] != last else 0,
-                "leads": [m for m, leader in found["leads"].items() if leader == number],
-                "links": [(f, _link(f, places)) for f in row["folders"]],
-                "total": sum(row["seconds"].values()),
-            }
-        )
-        last = row["backbone"]
-    gaps = [row for row in rows if row["differences"]]
+    """A section of the page.
+
+    ``rows`` are those of the numbers; of several numbers of shots ``beside`` has one for each
+    backbone and detector, with its rows by shots.
+    """
+    main, several = content["main"], len([s for s in found["shots"] if s != NONE]) > 1
+    rows = [
+        {
+            **row,
+            "label": row["detector"]
+            + (f", {shots_words(row['shots'])}" if several or row["shots"] == NONE else ""),
+            "colour": colours[row["backbone"]],
+            "licence": content["backbones"].get(row["backbone"]),
+            "leads": [m for m, leaders in found["leads"].items() if number in leaders],
+            "links": [(f, _link(f, places)) for f in row["folders"]],
+            "total": sum(row["seconds"].values()),
+        }
+        for number, row in enumerate(found["rows"])
+    ]
+    by_pair: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows if several else []:
+        first = {**row, "label": row["detector"], "by_shots": {}}
+        pair = by_pair.setdefault((row["backbone"], row["detector"]), first)
+        pair["by_shots"][row["shots"]] = row
+    beside = list(by_pair.values())
+    for group in (rows, beside):
+        _spanned(group)
+    charted = next((s for s in reversed(found["shots"]) if s != NONE), NONE)
+    gaps = [row for row in rows if row["differences"] and row["shots"] == charted]
     charts = [_chart(name, gaps, m) for m in main] if gaps else []
-    return {**found, "name": name, "rows": rows, "charts": charts}
+    return {
+        **found, "name": name, "rows": rows, "beside": beside, "charts": charts, "charted": charted
+    }  # fmt: skip
+
+
+def _spanned(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of a backbone are neighbours: the first one names it for all."""
+    last = ""
+    for row in rows:
+        own = [r for r in rows if r["backbone"] == row["backbone"]]
+        row["span"] = len(own) if row["backbone"] != last else 0
+        last = row["backbone"]
 
 
 def _link(folder: str, places: tuple[str | epath.PathLike, str | epath.PathLike]) -> str:
