@@ -122,6 +122,10 @@ DETECTORS = {
     "uniad": {"grid": 0, "neighbourhood": 3, "width": 8, "heads": 2, "mlp": 16, "depth": 1,
               "scaled": False, "recipe": STEP},
     "dinomaly": {"layers": ("layer3", "layer4"), "recipe": STEP},
+    "musc": {"layers": ("layer2", "layer3"), "similar": "mean"},
+    "featurenorm": {},
+    "simplenet": {"layers": ("layer2", "layer3"), "hidden": 16, "recipe": STEP},
+    "glass": {"layers": ("layer2", "layer3"), "hidden": 16, "steps": 5, "recipe": STEP},
 }  # fmt: skip
 EXTRA = {
     "knn:streaming": {"false_alarm_rate": 0.3, "save_maps": "png", "holdout": 3},

@@ -328,7 +328,8 @@ def test_two_processes_give_the_results_of_one(tmp_path):
 def test_every_detector_gives_the_results_of_one_process(tmp_path):
     """DSAD_TEST_DETECTORS=knn,padim tests these only."""
     cases = hosts_worker.DETECTORS
-    assert {case.partition("-")[0] for case in cases} == set(members("detectors"))
+    # The 2-class detector trains a residual network on labelled images, which are not here.
+    assert {case.partition("-")[0] for case in cases} == set(members("detectors")) - {"twoclass"}
     chosen = os.environ.get("DSAD_TEST_DETECTORS")
     check(tmp_path, *(c for c in cases if not chosen or c.partition("-")[0] in chosen.split(",")))
 
