@@ -95,8 +95,9 @@ def spro_table(results: Results) -> Table:
 
 def _cells(row: Any, names: list[str], spread: Mapping[str, Any] | None = None) -> list[str]:
     """Numbers, and below them ±.012: as narrow as they are, which leaves room for names."""
-    spread = {n: f"{x:.3f}".removeprefix("0") for n, x in (spread or {}).items() if x is not None}
-    return [shown(row[n]) + (f"\n±{spread[n]}" if n in spread else "") for n in names]
+    stds = {n: x for n, x in (spread or {}).items() if n in names and x is not None}
+    below = {n: f"\n±{x:.3f}".replace("±0", "±") for n, x in stds.items()}
+    return [shown(row[n]) + below.get(n, "") for n in names]
 
 
 def threshold_table(results: Results) -> Table:
