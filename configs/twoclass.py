@@ -15,8 +15,10 @@ Of every category as many normal and anomalous images are drawn, five times, and
 mean and deviation over the draws. Where training has no anomalous image they are drawn from the
 test images; these, and what is in one group with them, are not tested then. dsad fit tests nothing,
 and learns from all of them unless config.shots is set. Beside the usual numbers stand those of
-anomalous images alone and those of VisA's code. Two residual networks are trained for each category
-and draw; neither time nor numbers are measured yet.
+anomalous images alone and those of VisA's code. Two residual networks are
+trained for each category and draw: ResNet-18 on MTD at 128 pixels takes a quarter of an hour a draw
+on two busy cores, image AUROC 0.540 ± 0.019 with 5 + 5 images and 0.575 ± 0.057 with 10 + 10
+(README). VisA is not measured yet.
 
 Variants, after a colon and joined by commas:
     5shot      5 + 5 images of each category, drawn by the seeds 0 to 4; 300 steps

@@ -57,6 +57,9 @@ SHORT = {
         "--config.objective.side=32", "--config.objective.slots=8",
         "--config.objective.references=(1,2)", "--config.batch_size=2",
     ],
+    "--config=configs/twoclass.py:5shot,mtd": [
+        "--config.detector.recipe.steps=1", "--config.shots=1", "--config.seeds=(0,)",
+    ],
     # A seed has a run of its own.
     "compare --config=configs/compare.py": ["--config.seeds=(0,)"],
     "--config=configs/compare.py:adpretrain,trained": [
@@ -142,7 +145,7 @@ def case(block: str):
     """The long blocks, all results and the benchmarks, are left to the slow run."""
     long = (
         "runs/ds2-mtd", "runs/corrupt-bottle", "runs/simsiam-0", "bottle-patchcore",
-        "runs/mae-bottle", "runs/adpretrain-0", "runs/pcb-windows",
+        "runs/mae-bottle", "runs/adpretrain-0", "runs/pcb-windows", "runs/mtd-5shot",
         "config.shots", "dsad bench",
         "dsad plan", "models/ad2", "runs/pixpro", "runs/pics", "runs/good-bad",
         "check-data --config.data.name=mvtec", "dsad export",

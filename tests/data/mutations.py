@@ -259,6 +259,8 @@ def numbers(rng, text):
 def paths(rng, text):
     """A path, word or field becomes another one."""
     found = list(re.finditer(r"[^\s,;\"]+", text))
+    if not found:  # damaged twice
+        return PATHS[0]
     match = rng.choice(found)
     other = rng.choice((*PATHS, rng.choice(found)[0], match[0].swapcase()))
     if "{" in text:  # as JSON writes it
