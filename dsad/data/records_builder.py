@@ -10,13 +10,10 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,17 +22,16 @@ from dsad.core import batch as batches
 from dsad.core import paths
 from dsad.core.batch import BatchSpec, Needs
 from dsad.core.errors import ConfigError, WorkdirError
-from dsad.core.types import Progress, silent
+from dsad.core.types import Progress
 from dsad.data import canvases, records
 from dsad.data import facts as image_facts
 from dsad.data.base import PLACES, IndexedDataset
-from dsad.data.combined import file_lines
 from dsad.data.decode import MaskRule
 from dsad.data.files import EncodedSource
+from dsad.data.record_shards import Counter, Kept, Shard, Writer
 
 #: Bytes after which a new file begins; about as much memory is used while one is written.
 SHARD_BYTES = 256 * 2**20
-_THREADS = max(2, min(16, os.cpu_count() or 2))
 #: An example needs no more than this beside its pixels or file contents.
 _OVERHEAD = 1024
 
@@ -81,7 +77,7 @@ def plan(dataset: IndexedDataset, canvas: int = 0, progress: Progress | None = N
     both = ("train", "test") if canvas else tuple(dataset.splits)
     splits = both if only == "all" else (only,)
     channels = 3 + any(r.label for split in splits for r in dataset.splits[split])  # with the mask
-    files = _Counter(sum(len(dataset.splits[split]) for split in splits), progress)
+    files = Counter(sum(len(dataset.splits[split]) for split in splits), progress)
     for split in splits:
         source = dataset.source(split)
         if not canvas and not isinstance(source, EncodedSource):
@@ -100,7 +96,7 @@ def plan(dataset: IndexedDataset, canvas: int = 0, progress: Progress | None = N
     return Plan(dataset=dataset, canvas=canvas, sizes=sizes)
 
 
-def _measured(source: Any, index: int, files: "_Counter") -> int:
+def _measured(source: Any, index: int, files: Counter) -> int:
     files.add(source.records[index].path)
     return source.size_of(index)
 
@@ -122,7 +118,7 @@ def write(
     """
     library, place = records.tfds(), target(out, overwrite)
     with _claimed(place) as part, paths.writing(place, "What was there before is unchanged."):
-        kept = _Kept(part)
+        kept = Kept(part)
         try:
             shards = _shards(planned, progress)
             kept.fit([shard for of_split in shards.values() for shard in of_split], say)
@@ -246,8 +242,8 @@ def _about(planned: Plan, shards: Mapping[str, Any]) -> dict[str, Any]:
 # --- the builder ----------------------------------------------------------------------------
 
 
-def _shards(planned: Plan, progress: Progress | None) -> dict[str, list["_Shard"]]:
-    counter = _Counter(sum(map(len, planned.sizes.values())), progress)
+def _shards(planned: Plan, progress: Progress | None) -> dict[str, list[Shard]]:
+    counter = Counter(sum(map(len, planned.sizes.values())), progress)
     make: Any = _file_example
     if planned.canvas:
         make = functools.partial(_canvas_example, masks=planned.anomalous)
@@ -256,7 +252,7 @@ def _shards(planned: Plan, progress: Progress | None) -> dict[str, list["_Shard"
     same = f"{records.FORMAT} {planned.canvas} {planned.anomalous} {settings}"
     return {
         split: [
-            _Shard(planned.dataset.source(split), rows, planned.canvas, make, counter, same)
+            Shard(planned.dataset.source(split), rows, planned.canvas, make, counter, same)
             for rows in shard_rows(sizes)
         ]
         for split, sizes in planned.sizes.items()
@@ -267,8 +263,8 @@ def _build(
     library: Any,
     planned: Plan,
     part: pathlib.Path,
-    shards: Mapping[str, Sequence["_Shard"]],
-    kept: "_Kept",
+    shards: Mapping[str, Sequence[Shard]],
+    kept: Kept,
 ) -> None:
     """Run a builder over the plan, writing below ``part``."""
     base = library.core.ShardBasedBuilder
@@ -293,7 +289,7 @@ def _build(
 
         def _example_writer(self) -> Any:
             order = [shard for of_split in shards.values() for shard in of_split]
-            return _Writer(super()._example_writer(), iter(order), kept)
+            return Writer(super()._example_writer(), iter(order), kept)
 
         # What these would print is said by dsad.
         def _log_download_bytes(self) -> None: ...
@@ -356,135 +352,3 @@ def shard_rows(sizes: np.ndarray, limit: int = SHARD_BYTES) -> list[range]:
     before = np.cumsum(sizes) - sizes
     starts = np.flatnonzero(np.diff(before // limit, prepend=-1)).tolist()
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
-
-
-class _Counter:
-    """Tells how many files are measured, or examples written, over all shards."""
-
-    def __init__(self, total: int, progress: Progress | None):
-        self.done, self.total, self.progress = 0, total, progress or silent
-        self.progress(0, total, "")
-
-    def add(self, note: str) -> None:
-        self.done += 1
-        self.progress(self.done, self.total, note)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    """The examples of one file, read ahead by threads; ``same`` are the settings of all."""
-
-    source: Any
-    rows: range
-    canvas: int
-    make: Callable[[Any, int, int], dict[str, Any]]
-    counter: _Counter
-    same: str
-
-    @functools.cached_property
-    def key(self) -> str:
-        """Changes with the settings, with the records, and with size and time of their files."""
-        digest = hashlib.sha256(self.same.encode())
-        for line in file_lines(self.source, self.rows):
-            digest.update(line.encode(errors="surrogatepass"))
-        for i in self.rows:
-            digest.update(repr(self.source.records[i]).encode(errors="surrogatepass"))
-        return digest.hexdigest()
-
-    def __call__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            examples = pool.map(lambda i: self.make(self.source, i, self.canvas), self.rows)
-            try:
-                for index, example in zip(self.rows, examples, strict=True):
-                    yield index, example
-                    self.counter.add(example["path"])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-class _Kept:
-    """The complete shards of stopped calls and of this one, by the key of ``_Shard``.
-
-    ``found`` are the SHA-256 of the former, ``checks`` what will be noted of this call's files.
-    A line of the journal says which file was complete, and with what SHA-256: what was lost since,
-    such as to a machine that went down, is not taken over.
-    """
-
-    def __init__(self, part: pathlib.Path):
-        self.part, self.journal, self.folder = part, part / "complete.txt", part / "complete"
-        self.found: dict[str, str] = {}
-        self._keys: dict[str, str] = {}
-        self.checks: dict[str, dict[str, Any]] = {}
-        self.folder.mkdir(exist_ok=True)
-        written = {f.name: f for f in part.rglob("*") if f.is_file()}
-        known = functools.cache(records.checksum)
-        lines = self.journal.read_text("utf-8").splitlines() if self.journal.exists() else []
-        for key, name, digest in (line.split() for line in lines if len(line.split()) == 3):
-            for file in (written.get(key), written.get(name)):
-                if file and key not in self.found and known(file) == digest:
-                    self.found[key] = digest
-                    written[key] = file.replace(self.folder / key)
-        for other in part.iterdir():
-            if other.is_dir() and other != self.folder:
-                shutil.rmtree(other)
-
-    def files(self) -> list[pathlib.Path]:
-        """What lies there for this call or the next one."""
-        return list(self.folder.iterdir()) if self.folder.is_dir() else []
-
-    def fit(self, shards: Sequence[_Shard], say: Callable[[str], None]) -> None:
-        """Remove what belongs to none of the shards."""
-        if not self.found:
-            return
-        useless = self.found.keys() - {shard.key for shard in shards}
-        for key in useless:
-            (self.folder / key).unlink()
-            del self.found[key]
-        again = f", {len(useless)} not: their images or the settings changed" if useless else ""
-        say(f"{len(self.found)} of {len(shards)} shards taken over from before{again}.")
-
-    def examples(self, shard: _Shard) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Those of a shard to write, or as many of one that is there."""
-        if shard.key not in self.found:
-            return shard()
-        shard.counter.done += len(shard.rows) - 1
-        shard.counter.add(shard.source.records[shard.rows[-1]].path)
-        return ((i, {}) for i in shard.rows)
-
-    def write(self, shard: _Shard, path: pathlib.Path, make: Callable[[], Any]) -> None:
-        """Have a shard at ``path``: that which is there, or what ``make`` writes."""
-        if digest := self.found.get(shard.key):
-            (self.folder / shard.key).replace(path)
-        else:
-            try:
-                make()
-            except BaseException:  # for which the builder removes its folder
-                for name, key in self._keys.items():
-                    (path.parent / name).replace(self.folder / key)
-                raise
-            digest = records.checksum(path)
-        self._keys[path.name] = shard.key
-        self.checks[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-        with self.journal.open("a", encoding="utf-8") as file:
-            file.write(f"{shard.key} {path.name} {digest}\n")
-
-    def finish(self) -> None:
-        """Leave nothing but the records."""
-        shutil.rmtree(self.folder)
-        self.journal.unlink(missing_ok=True)
-        (self.part / "lock").unlink()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Writer:
-    """What the builder has each shard written by, in the order of the shards."""
-
-    library: Any
-    order: Iterator[_Shard]
-    kept: _Kept
-
-    def write(self, path: os.PathLike[str], examples: Any) -> None:
-        """Called once per shard."""
-        make = functools.partial(self.library.write, path, examples)
-        self.kept.write(next(self.order), pathlib.Path(path), make)

@@ -359,7 +359,7 @@ def test_damaged_bytes_are_found(files, out, monkeypatch):
 
 STOPPED = """
 import os, signal, sys
-from dsad.data import records_builder
+from dsad.data import record_shards, records_builder
 from dsad.data.base import DataConfig, load
 root, out, last = sys.argv[1:]
 made = records_builder._file_example
@@ -367,7 +367,7 @@ def example(source, index, canvas):
     if source.records[index].path == last:
         os.kill(os.getpid(), signal.SIGKILL)
     return made(source, index, canvas)
-records_builder._file_example, records_builder._THREADS = example, 1
+records_builder._file_example, record_shards.THREADS = example, 1
 records_builder.shard_rows.__defaults__ = (1,)
 config = DataConfig(name="mvtec", root=root, canvas=20)
 records_builder.write(records_builder.plan(load(config)), out)
