@@ -134,7 +134,7 @@ from dsad.core import distributed, hosts
 from dsad.core.batch import Companions
 from dsad.core.mesh import place_batch
 from dsad.core.tree import flatten
-from dsad.data import base
+from dsad.data import base, combined
 from dsad.data.canvases import canvases
 from dsad.objectives import ds2
 from dsad.terminal import console
