@@ -206,8 +206,12 @@ def test_panels_are_those_of_the_evaluation(tmp_path):
     same(live, read_results(tmp_path / "b"))
 
 
+#: ISSTAD needs a run. What is fitted on test images is not kept, or not measured on these again.
+APART = ("isstad", "musc", "twoclass")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in members("detectors") if n != "isstad"])
+@pytest.mark.parametrize("name", [n for n in members("detectors") if n not in APART])
 def test_every_detector(name, tmp_path):
     run(f"--config={name}:smoke", f"--workdir={tmp_path}/a", f"--save-model={tmp_path}/m")
     run(f"--model={tmp_path}/m", f"--workdir={tmp_path}/b")
