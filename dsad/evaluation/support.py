@@ -334,14 +334,12 @@ def describe(sets: Sets, split: str = "train") -> dict[str, Any]:
         for seed in sorted(chosen[category]):
             digest.update(f"{category}\t{seed}\t{chosen[category][seed].sha256}\n".encode())
     added = {c: s for c, s in chosen.items() if any(x.anomalous for x in s.values())}
-    counts = {
-        name: {c: {str(n): len(getattr(x, name)) for n, x in s.items()} for c, s in added.items()}
-        for name in ("anomalous", "untested")
-    }
+    untested = {c: {str(n): len(x.untested) for n, x in s.items()} for c, s in added.items()}
     about: dict[str, Any] = {}
     if sampling.contamination:
         rule = f"{CONTAMINATED}; {UNTESTED}"
-        share, images = sampling.contamination, counts["anomalous"]
+        images = {c: {str(n): len(x.anomalous) for n, x in s.items()} for c, s in added.items()}
+        share = sampling.contamination
         about = {"contamination": {"share": share, "rule": rule, "images": images}}
     elif added:
         about = {"anomalous": _anomalous_rule(added)}
@@ -349,7 +347,7 @@ def describe(sets: Sets, split: str = "train") -> dict[str, Any]:
         "shots": sampling.shots or "all",
         "rule": RULE if sampling.shots else WHOLE[split],
         **about,
-        **({"untested": counts["untested"]} if added else {}),
+        **({"untested": untested} if added else {}),
         "seeds": list(sampling.seeds),
         **sampling.support.describe(),
         "sha256": digest.hexdigest(),
