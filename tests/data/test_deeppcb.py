@@ -167,6 +167,9 @@ def test_each_pair_alone(tree):
     for name in ("trainval", "test"):
         (tree / f"PCBData/{name}.txt").unlink()
     assert len(load(config(tree, name="deeppcb:pairs")).categories) == 4
+    told = faults(tree, "warning", name="deeppcb:pairs")
+    assert next(text for check, text in told if check == "K12").startswith("test: 4 pairs")
+    assert not any("trainval" in text for check, text in told if check == "K12")
 
 
 def test_real_pairs():
