@@ -41,7 +41,7 @@ Variants, after a colon and joined by commas:
     imagenet   ResNet-18 with ImageNet's weights against random ones of three seeds, on MVTec AD
                (--config.datasets.mvtec.root=MVTEC); not run as it is
     representations
-               five encoders, two of them of own runs, with 1, 2, 4 and all images of bottles,
+               seven encoders, four of them of own runs, with 1, 2, 4 and all images of bottles,
                toothbrushes and cookies, seeds 0 to 2; hours on two cores
     smoke      two detectors on two random networks and two seeds, in seconds
 """
@@ -127,6 +127,8 @@ def _representations(config):
         ),
         "squeezenet": row("squeezenet1_1", f"{files}/squeezenet11_in1k_notop.npz", licence="MIT"),
         "ds2": row("run:runs/ds2"),
+        "corrupt": row("run:runs/corrupt-bottle"),
+        "spd": row("run:runs/simsiam-spd-0"),
         "mae": row("run:runs/mae-bottle", layers=("block3", "block7")),
     }
     config.backbones = comparison.in_order(rows)

@@ -101,7 +101,8 @@ class DetectorTraits:
     reads beside its layers, see ``HasTokens``.
     ``least_images``: normal images without which its fit is sure to fail.
     ``positions``: what it learns belongs to places of the input. ``leaves_out``: what does not lie
-    inside (``Inside``) has no part in its fit and its image score.
+    inside (``Inside``) has no part in its fit and its image score. ``seeded``: its fit depends on
+    the key; of one that does not, seeds with the same images are measured once.
     """
 
     patches: str = ""
@@ -114,6 +115,7 @@ class DetectorTraits:
     least_images: int = 1
     positions: bool = False
     leaves_out: bool = False
+    seeded: bool = True
 
 
 @runtime_checkable

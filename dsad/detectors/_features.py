@@ -51,6 +51,7 @@ class FeatureDetector(Generic[C]):
     #: As of ``DetectorTraits``, where no config decides it.
     _positions: ClassVar[bool] = False
     _leaves_out: ClassVar[bool] = False
+    _seeded: ClassVar[bool] = True
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -63,7 +64,7 @@ class FeatureDetector(Generic[C]):
         cfg = self.config
         return DetectorTraits(
             sigma=cfg.sigma, image_score=cfg.image_score, image_share=cfg.image_share,
-            positions=self._positions, leaves_out=self._leaves_out,
+            positions=self._positions, leaves_out=self._leaves_out, seeded=self._seeded,
         )  # fmt: skip
 
     def fit(

@@ -103,7 +103,8 @@ class AnomalyDino(FeatureDetector[Config]):
     @property
     def traits(self) -> DetectorTraits:
         """How its maps are smoothed and summed up, and what it is fitted on."""
-        return dataclasses.replace(super().traits, fits_on=self.config.fits_on)
+        cfg = self.config
+        return dataclasses.replace(super().traits, fits_on=cfg.fits_on, seeded=cfg.bank_rows > 0)
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Tokens (b, gh, gw, d) of unit length."""

@@ -73,7 +73,7 @@ class Fre(FeatureDetector[Config]):
         """A single image has no variance; of maps as vectors every place is a part."""
         whole = self.config.mode == "image"
         return dataclasses.replace(
-            super().traits, least_images=2, positions=whole, leaves_out=not whole
+            super().traits, least_images=2, positions=whole, leaves_out=not whole, seeded=False
         )
 
     def embed(self, features: FeatureMaps) -> dict[str, jax.Array]:

@@ -84,7 +84,8 @@ class MuSc(FeatureDetector[Config]):
     def traits(self) -> DetectorTraits:
         """Fitted on the test images; reads the class token if that says which are alike."""
         tokens = ("cls",) if self.config.similar == "cls" else ()
-        return dataclasses.replace(super().traits, fits_on="test", tokens=tokens)
+        drawn = self.config.subsets > 1
+        return dataclasses.replace(super().traits, fits_on="test", tokens=tokens, seeded=drawn)
 
     def _fit(
         self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress

@@ -73,7 +73,7 @@ class Padim(FeatureDetector[Config]):
     @property
     def traits(self) -> DetectorTraits:
         """A single image has no variance."""
-        return dataclasses.replace(super().traits, least_images=2)
+        return dataclasses.replace(super().traits, least_images=2, seeded=False)
 
     def embed(self, features: FeatureMaps) -> list[jax.Array]:
         """What each Gaussian models, (b, gh, gw, d): one array if joint, else one per layer."""

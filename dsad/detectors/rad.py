@@ -79,7 +79,8 @@ class Rad(FeatureDetector[Config]):
     def traits(self) -> DetectorTraits:
         """How its maps are smoothed and summed up, and whether it reads class tokens."""
         tokens = (CLASS,) if self.config.retrieval == CLASS else ()
-        return dataclasses.replace(super().traits, tokens=tokens)
+        drawn = self.config.gallery_images > 0
+        return dataclasses.replace(super().traits, tokens=tokens, seeded=drawn)
 
     def embed(self, features: FeatureMaps) -> dict[str, Any]:
         """{"pooled": (b, d), "gallery": {layer: (b, h, w, d)}} of a batch, of unit length."""

@@ -53,6 +53,8 @@ class Subspace(FeatureDetector[Config]):
     The axes are filled up with zero rows, which change nothing, to a bucket of at least 32.
     """
 
+    _seeded = False
+
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the feature maps it reads."""

@@ -68,10 +68,12 @@ class Categories:
     def seeds(self) -> tuple[int, ...]:
         return self.sets.sampling.seeds
 
-    def count(self, categories: Sequence[str]) -> int:
-        """The images to read."""
-        fits = self.given is None
-        return ticks.images(self.dataset, self.sets, categories, fits=fits, measured=self.measured)
+    def count(self, categories: Sequence[str], seeds: Sequence[int] | None = None) -> int:
+        """The images to read, of all seeds unless some are named."""
+        return ticks.images(
+            self.dataset, self.sets, categories, self.seeds if seeds is None else seeds,
+            fits=self.given is None, measured=self.measured,
+        )  # fmt: skip
 
     def tick(self, category: str, what: str, program: Any = None) -> Callable[[int], None]:
         def cached() -> bool:
@@ -95,7 +97,11 @@ class Categories:
         assert self.device is not None
         fitted = None
         reader = Reader(self.device, self.config)
-        for seed in self.seeds:
+        for place, seed in enumerate(self.seeds):
+            if (same := self._measured(group, self.seeds[:place], seed)) is not None:
+                over_seeds.repeat(self.made, group, title, same, seed)
+                self.tick(title, "measured before")(self.count(group, [seed]))
+                continue
             fitted, seconds = self._fit(reader, group, title, seed)
             size = self.made.stamp["detector_state"].setdefault(title, {})
             size[str(seed)] = stamp.describe_state(fitted.state)
@@ -109,6 +115,15 @@ class Categories:
                 seconds = {"features": 0.0, "fit": 0.0}  # of a pooled fit: stand at the first
         assert fitted is not None
         return fitted
+
+    def _measured(self, group: Sequence[str], before: Sequence[int], seed: int) -> int | None:
+        """An earlier seed with the same images, where nothing else could differ."""
+        alike = not (self.detector.traits.seeded or self.map_wrappers)
+        if not (alike and self.measured and self.config.save_maps == "none"):
+            return None
+        sets = self.sets.by_category
+        same = [s for s in before if all(sets[c][s] == sets[c][seed] for c in group)]
+        return same[0] if same else None
 
     def _thresholds(
         self, reader: Reader, fitted: Fitted, group: Sequence[str], title: str, seed: int

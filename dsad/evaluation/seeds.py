@@ -1,5 +1,6 @@
 """Numbers of several seeds: collected as they come, then mean and sample standard deviation."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,21 @@ def collect(
         total[part] = round(total.get(part, 0.0) + value, 3)
     if notes:
         about["notes"] = list(dict.fromkeys([*about.get("notes", []), *notes]))
+
+
+def repeat(made: Results, group: Sequence[str], title: str, seed: int, again: int) -> None:
+    """Give the seed ``again`` what ``seed`` measured of one detector's categories."""
+    states = made.stamp["detector_state"][title]
+    states[str(again)] = states[str(seed)]
+    found = made.seeds.setdefault(str(again), {"categories": {}, "kinds": {}, "mean": {}})
+    for category in group:
+        for part in ("categories", "kinds"):
+            found[part][category] = copy.deepcopy(made.seeds[str(seed)][part][category])
+        if category in made.thresholds:
+            rows = made.thresholds[category]
+            rows[str(again)] = copy.deepcopy(rows[str(seed)])
+        about = made.categories[category]
+        about["measured_once"] = sorted({*about.get("measured_once", (seed,)), again})
 
 
 def conclude(made: Results, names: Sequence[str]) -> None:

@@ -51,19 +51,19 @@ class Ticks:
 
 
 def images(
-    dataset: Dataset, sets: Sets, categories: Sequence[str], *, fits: bool, measured: bool
-) -> int:
-    """Those to read: every seed's support set, what sets thresholds, and test images."""
+    dataset: Dataset, sets: Sets, categories: Sequence[str], seeds: Sequence[int], *,
+    fits: bool, measured: bool,
+) -> int:  # fmt: skip
+    """Those to read: each seed's support set, what sets thresholds, and test images."""
     total = 0
     for category in categories:
-        for own in sets.by_category[category].values() if fits else ():
+        for own in (sets.by_category[category][seed] for seed in seeds) if fits else ():
             rotations, held = sets.sampling.support.rotations, len(own.held_out)
             passes = 2 * len(own.bank) - held if held else len(own.bank)
             total += passes * rotations + held
             if sets.validated:
                 total += len(validation(dataset, category))
         if measured:
-            seeds = sets.sampling.seeds
             total += sum(len(sets.tested(dataset, category, seed)) for seed in seeds)
     return total
 

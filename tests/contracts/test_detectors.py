@@ -261,3 +261,14 @@ def test_what_does_not_count_is_left_out_as_the_traits_say(name, config):
         found.append([*jax.tree.leaves(state), scores.image])
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "config"), PARAMS)
+def test_a_fit_without_seeds_is_the_same_with_any_key(name, config):
+    detector = made(name, **config)
+    if detector.traits.seeded:
+        pytest.skip("does not claim it")
+    source = Batches(maps_of(name, 0, 6))
+    states = [detector.fit(source, **common.ALONE | {"key": jax.random.key(k)}) for k in (3, 81)]
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsad.core.detection import Scores
+from dsad.core.detection import DetectorTraits, Scores
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.types import Record
@@ -172,6 +172,38 @@ def test_several_seeds_are_summarised():
         assert together.seeds[str(s)]["mean"] == pytest.approx(r.mean, abs=1e-7)
     assert together.images == alone[0].images  # pictures are those of the first seed
     assert together.kinds["a"]["red"]["images"] == 3
+
+
+def test_seeds_with_the_same_images_are_measured_once_where_nothing_is_drawn():
+    fits, shown = [], []
+
+    class Unseeded(Distance):
+        traits = property(lambda self: DetectorTraits(sigma=self.sigma, seeded=False))
+
+        def fit(self, source, **given):
+            fits.append(1)
+            return super().fit(source, **given)
+
+    def found(detector, **given):
+        fits.clear()
+        shown.clear()
+        data = Planted(categories=("a", "b"), strength=9)
+        progress = lambda done, total, text: shown.append((done, total))  # noqa: E731
+        return run(data, detector, progress=progress, seeds=(0, 1, 2), **given), len(fits)
+
+    each, _ = found(Distance())
+    once, count = found(Unseeded())
+    assert count == 2  # one of each category
+    assert shown[-1][0] == shown[-1][1]
+    for field in ("seeds", "std", "mean", "kinds", "images", "support"):
+        assert getattr(once, field) == getattr(each, field)
+    assert once.categories["b"]["measured_once"] == [0, 1, 2]
+    assert once.stamp["detector_state"] == each.stamp["detector_state"]
+    assert max(once.std["mean"].values()) < 1e-12
+    assert found(Unseeded(), shots=2)[1] == 6  # other images
+    assert found(Unseeded(), false_alarm_rate=0.2, holdout=2)[1] == 12  # others are held out
+    limits = found(Unseeded(), false_alarm_rate=0.2, holdout=2)[0].thresholds
+    assert limits == found(Distance(), false_alarm_rate=0.2, holdout=2)[0].thresholds
 
 
 def test_seeds_survive_the_files_and_unequal_support_is_refused(tmp_path):
