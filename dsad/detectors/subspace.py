@@ -6,13 +6,15 @@ the image score is the mean of the highest 1 % of the tokens. The mathematics ar
 in mode "patch", but for several blocks, one for all.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core.config import Refused, field
-from dsad.core.detection import FeatureSource, Inside, Scores
+from dsad.core.detection import DetectorTraits, FeatureSource, Inside, Scores
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import DetectorConfig, FeatureDetector, select, tail_mean
@@ -59,6 +61,12 @@ class Subspace(FeatureDetector[Config]):
         cfg = self.config
         first, last = (round(share * cfg.depth) for share in cfg.span)
         return cfg.layers or tuple(f"block{i}" for i in range(first, min(last, cfg.depth - 1) + 1))
+
+    @property
+    def traits(self) -> DetectorTraits:
+        """How its maps are smoothed and summed up, and for how many blocks its layers are meant."""
+        blocks = 0 if self.config.layers else self.config.depth
+        return dataclasses.replace(super().traits, blocks=blocks)
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """The mean (b, gh, gw, d) of the layers."""
