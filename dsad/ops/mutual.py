@@ -211,14 +211,12 @@ def _compared(
 
 def _nearest(one: jax.Array, other: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
     """Highest cosines (group, group · T) of the tokens of two blocks, by image of the other."""
-    parts = range(0, one.shape[1], CHANNELS)
-    cosines = sum(
-        lax.dot_general(
-            one[:, at : at + CHANNELS], other[:, at : at + CHANNELS], (((1,), (1,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
+    cosines = jnp.zeros((len(one), len(other)))
+    for at in range(0, one.shape[1], CHANNELS):
+        some = slice(at, at + CHANNELS)
+        cosines += lax.dot_general(
+            one[:, some], other[:, some], (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
         )
-        for at in parts
-    )  # fmt: skip
     ours = jnp.max(cosines.reshape(-1, plan.group, plan.tokens), axis=2).T
     return ours, jnp.max(cosines.reshape(plan.group, plan.tokens, -1), axis=1)
 
