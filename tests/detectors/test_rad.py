@@ -11,6 +11,7 @@ from scipy import ndimage
 from dsad.core.detection import Scores
 from dsad.core.errors import ConfigError
 from dsad.detectors import rad
+from dsad.detectors._features import pixel_maps
 from dsad.evaluation.compiled import finished
 from dsad.evaluation.extract import check_maps
 from dsad.models import backbone
@@ -88,6 +89,25 @@ def test_the_blur_does_not_dim_the_borders():
     blurred = finished(traits, (32, 32), False, scores)
     np.testing.assert_allclose(blurred.map, 1, rtol=1e-5)
     assert blurred.image[0] == pytest.approx(1, rel=1e-5)
+
+
+def test_published_maps_have_256_pixels_and_dim_borders():
+    """Zeros beyond them; the image score is of the 655 highest pixels."""
+    taps = np.exp(-0.5 * np.arange(-2.0, 3.0) ** 2)
+    kernel = np.outer(taps, taps) / taps.sum() ** 2
+    detector, state = fitted(map_rule="published", sigma=0.0)
+    found = jax.jit(detector.score)(state, maps_of(1, 8))
+    large = upsampled(np.float64(maps()), (256, 256))
+    expected = np.stack([ndimage.correlate(m, kernel, mode="constant") for m in large])
+    np.testing.assert_allclose(found.map, expected, rtol=1e-5)
+    highest = np.sort(expected.reshape(8, -1), axis=1)[:, -655:]
+    np.testing.assert_allclose(found.image, highest.mean(axis=1), rtol=1e-5)
+    flat = pixel_maps(jnp.ones((1, 28, 28)), 256, 1.0, 2, "constant")[0]
+    assert flat[0, 0] == pytest.approx(0.492, abs=5e-4)
+    assert flat[0, 0] == flat[-1, -1] == pytest.approx(0.7013**2, abs=1e-4)
+    np.testing.assert_allclose(flat[2:-2, 2:-2], 1, rtol=1e-6)
+    with pytest.raises(ConfigError, match=r'sigma: expected 0 with map_rule = "published"'):
+        made("rad", map_rule="published")
 
 
 def test_images_are_found_by_their_class_tokens():

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from dsad.core.errors import ConfigError
 from dsad.detectors import _subspace
-from tests.contracts.detectors.common import ALONE, Batches, made, maps_of
+from tests.contracts.detectors.common import ALONE, Batches, made, maps_of, upsampled
 
 ONE = {"layers": ("layer2",)}
 
@@ -153,6 +154,24 @@ def test_image_scores_are_of_raw_cells():
     scores = jax.jit(detector.score)(state, {"layer2": TEST})
     expected = np.sort(np.asarray(scores.map).reshape(3, -1), axis=1)[:, -2:].mean(axis=1)
     np.testing.assert_allclose(scores.image, expected, rtol=1e-6)
+
+
+def test_published_maps_are_under_a_kernel_that_is_almost_a_box():
+    """Mirrored without their edge; the image score is of the 4,515 highest of 672² pixels."""
+    taps = np.exp(-0.5 * (np.arange(-1.0, 2.0) / 4) ** 2)
+    kernel = np.outer(taps, taps) / taps.sum() ** 2
+    np.testing.assert_allclose(kernel[0, :2], [0.1088, 0.1123], atol=5e-5)
+    assert kernel[1, 1] == pytest.approx(0.1158, abs=5e-5)
+    plain = residuals(*fitted(NORMAL), TEST)
+    detector, state = fitted(NORMAL, map_rule="published", sigma=0.0)
+    scores = jax.jit(detector.score)(state, {"layer2": TEST})
+    large = upsampled(np.float64(plain), (672, 672))
+    expected = np.stack([ndimage.correlate(m, kernel, mode="mirror") for m in large])
+    np.testing.assert_allclose(scores.map, expected, rtol=2e-5)
+    highest = np.sort(expected.reshape(3, -1), axis=1)[:, -4515:]
+    np.testing.assert_allclose(scores.image, highest.mean(axis=1), rtol=1e-5)
+    with pytest.raises(ConfigError, match=r'sigma: expected 0 with map_rule = "published"'):
+        made("subspace", map_rule="published")
 
 
 def test_cells_outside_are_not_normal():
