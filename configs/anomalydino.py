@@ -8,7 +8,10 @@
 
 DINOv2 ViT-S/14, images of 448 pixels. Images that are not square: their aspect by
 config.evaluation.image_width, in patches of 14, or --config.evaluation.resize=longer. Shots are
-dsad's own draw, not the published images. Other networks, and those without a final norm such as
+dsad's own draw, not the published images, and images are resized bilinearly, not bicubically. The
+paper's "informed" rotations, of hazelnut and screw alone, are two evaluations: one with
+--config.data.categories="('hazelnut','screw')", one of the others with --config.support.rotations=1
+(for VisA this one is all). Other networks, and those without a final norm such as
 ResNets, serve with --config.detector.layers="('layer2','layer3')".
 
 Variants, after a colon and joined by commas:

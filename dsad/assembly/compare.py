@@ -197,7 +197,8 @@ def _size(parts: evaluate.Evaluation, cell: Cell, loaded: _Loaded) -> int:
     """Bytes of the features of a cell's images; ConfigError for maps that there are not."""
     network = _first_network(parts, cell, loaded)
     detector, size = parts.detector, parts.config.evaluation.preprocessing.size
-    maps = extract.check_maps(network, size, detector.layers, detector.traits.tokens)
+    traits = detector.traits
+    maps = extract.check_maps(network, size, detector.layers, traits.tokens, traits.blocks)
     kept = [maps[n] for n in parts.config.evaluation.cache_layers if n in maps]
     images = 0
     for category, by_seed in parts.sets.by_category.items():

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from dsad.assembly import datasets, pictures, runs, workdir
+from dsad.assembly import datasets, pictures, runs, saving, workdir
 from dsad.assembly.detectors import Trainer
 from dsad.assembly.model import Saved
 from dsad.assembly.saving import Writer
@@ -199,6 +199,8 @@ def prepare(
     normal ones are fitted on.
     """
     cfg, detector = parse(config)
+    if not measured:
+        saving.check(detector, None, cfg.seeds)
     _check_patches(cfg.backbone, detector)
     if not saved:
         runs.check_named(cfg.backbone, cfg.weights)

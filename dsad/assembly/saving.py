@@ -151,7 +151,12 @@ def check(detector: Detector, backbone: Backbone | None, seeds: Sequence[int]) -
     if len(seeds) > 1:
         raise ConfigError(f"a model is a fit with a single seed, found config.seeds={seeds}.")
     if detector.traits.fits_on == "test":
-        raise ConfigError("a model: what is fitted on the test images is of no other use.")
+        name = type(detector).__module__.rpartition(".")[2]
+        raise ConfigError(
+            f"config.detector: {name} is fitted on the test images themselves, which score each "
+            "other; it is of no use for other images, and no model of it is kept. Measure it with "
+            "dsad evaluate, or choose a detector of normal images, such as patchcore."
+        )
     if backbone is not None:
         _recipe(backbone)
 

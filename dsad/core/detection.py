@@ -100,6 +100,8 @@ class DetectorTraits:
     each other: such a state is of no use elsewhere. ``tokens``: vectors of whole images that it
     reads beside its layers, see ``HasTokens``.
     ``least_images``: normal images without which its fit is sure to fail.
+    ``blocks``: of the vision transformers that its layers are counted for, as it says with the key
+    ``depth``; 0: of any network.
     ``positions``: what it learns belongs to places of the input. ``leaves_out``: what does not lie
     inside (``Inside``) has no part in its fit and its image score. ``seeded``: its fit depends on
     the key; of one that does not, seeds with the same images are measured once.
@@ -113,6 +115,7 @@ class DetectorTraits:
     fits_on: Literal["normals", "test"] = "normals"
     tokens: tuple[str, ...] = ()
     least_images: int = 1
+    blocks: int = 0
     positions: bool = False
     leaves_out: bool = False
     seeded: bool = True

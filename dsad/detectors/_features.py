@@ -19,7 +19,7 @@ from dsad.core.errors import ConfigError, DataError
 from dsad.core.recipe import Recipe
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.ops.neighbors import Precision, nearest, pad_bank, prepare
-from dsad.ops.resize import match_grid, neighbourhood_mean
+from dsad.ops.resize import gaussian_smooth, match_grid, neighbourhood_mean, resize_maps
 
 C = TypeVar("C", bound=Any)
 
@@ -207,6 +207,19 @@ def on_one_grid(maps: Sequence[jax.Array], method: Any = "bilinear") -> jax.Arra
     """Maps (b, h, w, d) on the grid of the first, concatenated; ``method`` as of ``match_grid``."""
     grid = (maps[0].shape[1], maps[0].shape[2])
     return jnp.concatenate([match_grid(m, grid, method) for m in maps], axis=-1)
+
+
+def pixel_maps(
+    maps: jax.Array, side: int, sigma: float, radius: int, beyond: Literal["constant", "reflect"]
+) -> jax.Array:
+    """Maps (b, gh, gw) on ``side`` × ``side`` pixels, bilinear, under a Gaussian cut at ``radius``.
+
+    What published code does to maps at a size of its own. Beyond their border are zeros
+    ("constant"), or they are mirrored without their outermost pixels ("reflect").
+    """
+    pads = ((0, 0), (radius, radius), (radius, radius))
+    wide = jnp.pad(resize_maps(maps, (side, side)), pads, mode=beyond)
+    return gaussian_smooth(wide, sigma, radius / sigma)[:, radius:-radius, radius:-radius]
 
 
 def tail_mean(maps: jax.Array, share: float, inside: Inside = None) -> jax.Array:

@@ -15,10 +15,17 @@ from jax import lax
 from jax.sharding import Mesh
 
 from dsad.core import rng
-from dsad.core.config import field
+from dsad.core.config import Refused, field
 from dsad.core.detection import DetectorTraits, FeatureSource, Inside, Scores
 from dsad.core.types import FeatureMaps, Progress, Tree
-from dsad.detectors._features import Cells, DetectorConfig, FeatureDetector, select, tail_mean
+from dsad.detectors._features import (
+    Cells,
+    DetectorConfig,
+    FeatureDetector,
+    pixel_maps,
+    select,
+    tail_mean,
+)
 from dsad.detectors._gallery import closest, gathered, padded
 from dsad.ops.images import per_image
 from dsad.ops.resize import resize_maps
@@ -28,6 +35,8 @@ from dsad.ops.similarity import unit
 CLASS = "cls"
 #: Shifts of an image that are compared with the bank at once.
 SHIFTS = 9
+#: Side of a published map.
+SIDE = 256
 
 
 class Config(DetectorConfig):
@@ -45,6 +54,9 @@ class Config(DetectorConfig):
         about 1e-3.
       tail: the method's own image score is the mean of this share of the cells, the highest,
         rounded down to at least one.
+      map_rule: "cells": a score for every cell; "published": the map has 256 × 256 pixels and is
+        blurred by 5 × 5 of them (sigma 1) with zeros beyond its borders, which dims these; its
+        cells are its pixels, 655 of them for a ``tail`` of 0.01.
 
     """
 
@@ -59,6 +71,11 @@ class Config(DetectorConfig):
     sigma: float = field(1.75, at_least=0)
     image_score: Literal["method", "max", "top"] = "top"
     tail: float = field(0.01, above=0, at_most=1)
+    map_rule: Literal["cells", "published"] = "cells"
+
+    def check(self) -> None:
+        if self.sigma and self.map_rule == "published":
+            raise Refused("sigma", '0 with map_rule = "published", which blurs', self.sigma)
 
 
 class Rad(FeatureDetector[Config]):
@@ -114,6 +131,7 @@ class Rad(FeatureDetector[Config]):
     ) -> Scores:  # fmt: skip
         """Map (b, gh, gw): mean over the layers of 1 - cos; image (b,): mean of its highest cells.
 
+        As published, the map is (b, 256, 256).
         Maps of other grids are brought to the first bilinearly. ``mesh`` splits the images over the
         devices.
         """
@@ -122,6 +140,8 @@ class Rad(FeatureDetector[Config]):
         grid = (maps[0].shape[1], maps[0].shape[2])
         maps = [m if m.shape[1:] == grid else resize_maps(m, grid) for m in maps]
         mean = sum(maps[1:], start=maps[0]) / len(maps)
+        if self.config.map_rule == "published":
+            mean = pixel_maps(mean, SIDE, 1.0, 2, "constant")
         return Scores(map=mean, image=tail_mean(mean, self.config.tail, inside))
 
     def _one(self, state: Tree, image: Any) -> dict[str, jax.Array]:

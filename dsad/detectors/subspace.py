@@ -6,17 +6,29 @@ the image score is the mean of the highest 1 % of the tokens. The mathematics ar
 in mode "patch", but for several blocks, one for all.
 """
 
+import dataclasses
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dsad.core.config import Refused, field
-from dsad.core.detection import FeatureSource, Inside, Scores
+from dsad.core.detection import DetectorTraits, FeatureSource, Inside, Scores
 from dsad.core.errors import ConfigError, DataError
 from dsad.core.types import FeatureMaps, Progress, Tree
-from dsad.detectors._features import DetectorConfig, FeatureDetector, select, tail_mean
+from dsad.detectors._features import (
+    DetectorConfig,
+    FeatureDetector,
+    pixel_maps,
+    select,
+    tail_mean,
+)
 from dsad.detectors._subspace import Moments, bucketed, leading, patch_errors
+
+#: Side of a published map.
+SIDE = 672
 
 
 class Config(DetectorConfig):
@@ -32,6 +44,9 @@ class Config(DetectorConfig):
       components: unless 0, the number of axes instead.
       tail: the image score is the mean of this share of the cells, the highest, rounded down to at
         least one.
+      map_rule: "cells": a score for every cell; "published": the map has 672 × 672 pixels, the size
+        of the network's input, blurred by 3 × 3 of them, whose weights are almost equal (those of
+        sigma 4); its cells are its pixels, 4,515 of them for a ``tail`` of 0.01.
 
     """
 
@@ -41,10 +56,13 @@ class Config(DetectorConfig):
     variance: float = field(0.99, above=0, at_most=1)
     components: int = field(0, at_least=0)
     tail: float = field(0.01, above=0, at_most=1)
+    map_rule: Literal["cells", "published"] = "cells"
 
     def check(self) -> None:
         if round(self.span[0] * self.depth) >= self.depth:
             raise Refused("span", f"shares of which the first ends below {self.depth}", self.span)
+        if self.sigma and self.map_rule == "published":
+            raise Refused("sigma", '0 with map_rule = "published", which blurs', self.sigma)
 
 
 class Subspace(FeatureDetector[Config]):
@@ -61,6 +79,12 @@ class Subspace(FeatureDetector[Config]):
         cfg = self.config
         first, last = (round(share * cfg.depth) for share in cfg.span)
         return cfg.layers or tuple(f"block{i}" for i in range(first, min(last, cfg.depth - 1) + 1))
+
+    @property
+    def traits(self) -> DetectorTraits:
+        """How its maps are smoothed and summed up, and for how many blocks its layers are meant."""
+        blocks = 0 if self.config.layers else self.config.depth
+        return dataclasses.replace(super().traits, blocks=blocks)
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """The mean (b, gh, gw, d) of the layers."""
@@ -98,8 +122,13 @@ class Subspace(FeatureDetector[Config]):
         self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
         inside: Inside = None,
     ) -> Scores:  # fmt: skip
-        """Squared residuals: map (b, gh, gw); image (b,): mean of the highest cells inside."""
+        """Squared residuals: map (b, gh, gw); image (b,): mean of the highest cells inside.
+
+        As published, the map is (b, 672, 672).
+        """
         maps = patch_errors(state["mean"], state["axes"], self.embed(features))
+        if self.config.map_rule == "published":
+            maps = pixel_maps(maps, SIDE, 4.0, 1, "reflect")
         return Scores(map=maps, image=tail_mean(maps, self.config.tail, inside))
 
     def _count(self, variances: np.ndarray) -> int:

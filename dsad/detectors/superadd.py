@@ -6,6 +6,7 @@ blocks have longer features, and would decide alone: here each block's distances
 what is usual between normal images.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from dsad.core import rng
 from dsad.core.config import field
-from dsad.core.detection import FeatureSource, Inside, Scores, highest
+from dsad.core.detection import DetectorTraits, FeatureSource, Inside, Scores, highest
 from dsad.core.types import FeatureMaps, Progress, Tree
 from dsad.detectors._features import (
     DetectorConfig,
@@ -78,6 +79,12 @@ class SuperAdd(FeatureDetector[Config]):
         """Names of the feature maps it reads."""
         cfg = self.config
         return cfg.layers or tuple(f"block{round(cfg.depth * i / 4) - 1}" for i in range(1, 5))
+
+    @property
+    def traits(self) -> DetectorTraits:
+        """How its maps are smoothed and summed up, and for how many blocks its layers are meant."""
+        blocks = 0 if self.config.layers else self.config.depth
+        return dataclasses.replace(super().traits, blocks=blocks)
 
     def embed(self, features: FeatureMaps) -> dict[str, jax.Array]:
         """{layer: (b, h, w, d)} of a batch, as they are."""

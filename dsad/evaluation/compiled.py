@@ -159,7 +159,9 @@ class Device:
         vectors = {*own_tokens, *stored_tokens} - {*self.layers}
         maps = tuple(name for name in every if name not in vectors)
         tokens = tuple(name for name in every if name in vectors)
-        self._features = Extractor(maps, self.preprocessing.size, mesh, tokens=tokens)
+        self._features = Extractor(
+            maps, self.preprocessing.size, mesh, tokens=tokens, blocks=self._traits.blocks
+        )
         self._panels: Extractor | None = None
         stretched = self.preprocessing.whole and self.preprocessing.everything
         if config.gallery > 0 and isinstance(detector, HasPanels) and stretched:

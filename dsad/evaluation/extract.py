@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,8 +37,9 @@ class Extractor:
 
     The backbone is asked for one that computes nothing else. One that is a pytree of arrays is an
     argument of the program (``network``), so its weights are no constants of it. ``tokens`` are
-    vectors of whole images beside the maps, see ``HasTokens``. ``then`` turns the maps into
-    something else within the program, for the host to read.
+    vectors of whole images beside the maps, see ``HasTokens``; ``blocks`` is as of
+    ``DetectorTraits``. ``then`` turns the maps into something else within the program, for the host
+    to read.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Extractor:
         mesh: Mesh,
         then: Callable[[FeatureMaps], Any] | None = None,
         tokens: Sequence[str] = (),
+        blocks: int = 0,
     ) -> None:
         self.size, self.mesh, self.then = size, mesh, then
-        self.tokens = tuple(tokens)
+        self.tokens, self._blocks = tuple(tokens), blocks
         self.layers = (*layers, *self.tokens)
         self.network: Any = None
         self._like: Any = None  # of the network: one with equal structure has the same maps
@@ -64,7 +67,7 @@ class Extractor:
         backbone = with_pixels(backbone, self.layers)
         like = jax.tree.structure(untitled(backbone)) if _is_arrays(backbone) else None
         if like is None or self._like is None or like != self._like:
-            check_maps(backbone, self.size, self.layers, self.tokens)
+            check_maps(backbone, self.size, self.layers, self.tokens, self._blocks)
         backbone = backbone.only(self.layers)
         self.network, self._like = None, like
         if like is not None:
@@ -120,18 +123,26 @@ class Extractor:
 
 
 def check_maps(
-    backbone: Backbone, size: tuple[int, int], layers: Sequence[str], tokens: Sequence[str] = ()
-) -> FeatureMaps:
+    backbone: Backbone, size: tuple[int, int], layers: Sequence[str], tokens: Sequence[str] = (),
+    blocks: int = 0,
+) -> FeatureMaps:  # fmt: skip
     """Shapes (1, h, w, channels) of all maps of a backbone for images of a ``size`` (h, w).
 
     Raises ConfigError, with all the maps that it has, for one of ``layers`` or ``tokens`` that it
-    does not have.
+    does not have, and for a transformer with another number of ``blocks`` (0: any).
     """
     backbone = with_pixels(backbone, layers)
     image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     maps = jax.eval_shape(backbone, image)
     if isinstance(backbone, HasFurther) and backbone.further:
         maps |= jax.eval_shape(backbone.only(backbone.further), image)
+    depth = sum(bool(re.fullmatch(r"block\d+", name)) for name in maps)
+    if blocks and depth and backbone.layers is None and depth != blocks:
+        raise ConfigError(
+            f"config.detector.depth: expected {depth}, the blocks of {backbone.arch}, found "
+            f"{blocks}: its layers would lie elsewhere than meant. Set "
+            f"--config.detector.depth={depth}, or name layers."
+        )
     have = backbone.tokens if isinstance(backbone, HasTokens) else ()
     if missing := [n for n in tokens if n not in have]:
         raise ConfigError(

@@ -266,6 +266,20 @@ class OnTest(Distance):
     traits = property(lambda self: DetectorTraits(fits_on="test"))
 
 
+@pytest.mark.parametrize("argv", [("musc:smoke",), ("anomalydino:smoke", "fits_on=test")])
+def test_what_is_fitted_on_test_images_is_never_kept(argv, tmp_path, capsys):
+    """Which is said before keys that could be changed, and before data is looked for."""
+    keys = [f"--config.detector.{key}" for key in argv[1:]]
+    given = (f"--config={argv[0]}", *keys, "--config.data.root=nowhere")
+    assert main.main(["fit", *given, f"--out={tmp_path / 'm'}"]) == 2
+    text = " ".join(capsys.readouterr().err.split())
+    name = argv[0].partition(":")[0]
+    assert f"config.detector: {name} is fitted on the test images" in text
+    assert "Measure it with dsad evaluate" in text
+    assert "false_alarm_rate" not in text
+    assert not (tmp_path / "m").exists()
+
+
 def test_what_cannot_be_saved_is_refused_before_it_is_fitted(tmp_path):
     def refused(message, backbone, detector, **sampling):
         with pytest.raises(ConfigError, match=message):

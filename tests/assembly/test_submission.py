@@ -73,7 +73,7 @@ def test_files_are_maps_and_masks_of_every_private_image(folder):
         limit = about["thresholds"][name.partition("/")[0]]
         near = np.isclose(scores, limit, rtol=1e-5)  # batches differ by rounding
         assert ((mask == 255) == (scores > limit))[~near].all()
-        np.testing.assert_allclose(half, scores * about["scale"], rtol=2**-10)
+        np.testing.assert_allclose(half, scores * about["scale"], rtol=2**-11 + 2e-5)
     row = model.thresholds["vial"]["0"]
     assert about["rule"] == "sigma"
     assert about["thresholds"]["vial"] == row["decisions"]["sigma"]
@@ -158,6 +158,11 @@ def test_every_fault_is_told_at_once(folder, tmp_path, capsys):
 
 
 MAPS, MASKS = submission.SUFFIXES
+#: Images of each private set.
+PRIVATE = {
+    "can": 321, "fabric": 314, "fruit_jelly": 255, "rice": 277, "sheet_metal": 142, "vial": 276,
+    "wallplugs": 232, "walnuts": 228,
+}  # fmt: skip
 
 
 def test_published_counts_are_asked_for(folder, tmp_path, capsys):
@@ -165,8 +170,10 @@ def test_published_counts_are_asked_for(folder, tmp_path, capsys):
     assert len(names) == 2 * 2045
     assert sum("/test_private_mixed/" in n and n.endswith("_mixed") for n in names) == 2045
     assert len({n.partition("/")[0] for n in names}) == 8
-    counts = {c: sum(n.startswith(f"{c}/test_private/") for n in names) for c in ("can", "rice")}
-    assert counts == {"can": 321, "rice": 277}
+    for folder_of, light in (("test_private", "regular"), ("test_private_mixed", "mixed")):
+        for c, count in PRIVATE.items():
+            wanted = [f"{c}/{folder_of}/{i:03d}_{light}" for i in range(count)]
+            assert [n for n in names if n.startswith(f"{c}/{folder_of}/")] == wanted
     text = fails(capsys, folder / "model", f"--out={tmp_path / 'x'}")
     assert "can/test_private: 319 of 321 files are missing: 002 to 320" in text
     assert "walnuts/test_private_mixed: 228 of 228 files are missing: 000 to 227" in text
@@ -212,6 +219,14 @@ def test_half_precision_keeps_ranks_after_one_factor():
     assert np.unique(lost).size < 30 < np.unique(after).size / 20  # which it would without
     assert submission.factor(0.0) == 1.0
     assert submission.factor(3e6) == 2.0**-21
+
+
+def test_half_precision_keeps_eleven_bits():
+    values = np.geomspace(7e-5, 65504, 999, dtype=np.float32)[None]
+    away = np.abs(submission.halved(values, 1.0, "x") / np.float64(values) - 1)
+    assert 2**-12 < away.max() <= 2**-11
+    ends = submission.halved(np.float32([[65504, 6e-8, 2.9e-8]]), 1.0, "x")
+    assert ends.tolist() == [[65504, 2**-24, 0]]
 
 
 def test_scores_beyond_half_precision_are_refused_by_name():

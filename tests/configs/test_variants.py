@@ -6,6 +6,7 @@ import jax
 import ml_collections
 import pytest
 
+from dsad.assembly import evaluate
 from dsad.assembly.configs import apply_variants
 from dsad.cli import main
 from dsad.core.errors import ConfigError
@@ -70,6 +71,14 @@ def test_every_config_has_a_small_size_and_says_what_else_there_is(name):
     if name not in ("mae", "isstad", "cutpaste"):  # where other words are categories
         with pytest.raises(ConfigError, match=rf"configs/{name}.py has no variant 'smok'.*'smoke'"):
             loaded(name, "smok")
+
+
+@pytest.mark.parametrize("name", ["rad", "subspace"])
+def test_published_variants_take_the_map_of_the_code(name):
+    _, detector = evaluate.parse(loaded(name, "published"))
+    traits = detector.traits
+    assert detector.config.map_rule == "published"
+    assert (traits.sigma, traits.image_score, detector.config.tail) == (0, "method", 0.01)
 
 
 #: In the default run; other pretraining is in tests/cli/test_stages.py and the demo.

@@ -104,6 +104,8 @@ def test_smoothed_scores_lie_within_the_scores():
         found = musc.smoothed(scores, vectors * random.uniform(1, 9, (12, 1)), (k,))
         assert scores.min() - 1e-12 <= found.min() <= found.max() <= scores.max() + 1e-12
         np.testing.assert_allclose(found, musc.smoothed(scores, vectors, (k,)))
+        ones = musc.smoothed(np.ones(12), vectors, (k,))  # as the weights of a row sum to 1
+        np.testing.assert_allclose(ones, 1, rtol=1e-12)
     raw = musc.smoothed(scores, vectors * random.uniform(1, 9, (12, 1)), (12,), raw=True)
     assert raw.min() < scores.min() or raw.max() > scores.max()
 

@@ -11,12 +11,12 @@ from scipy import ndimage
 from dsad.core.detection import Scores
 from dsad.core.errors import ConfigError
 from dsad.detectors import rad
+from dsad.detectors._features import pixel_maps
 from dsad.evaluation.compiled import finished
 from dsad.evaluation.extract import check_maps
 from dsad.models import backbone
 from dsad.ops import resize
-from dsad.ops.neighbors import nearest
-from tests.contracts.detectors.common import ALONE, Batches, made
+from tests.contracts.detectors.common import ALONE, Batches, made, upsampled
 from tests.contracts.detectors.rad import directions, maps_of, similarity
 
 BOTH = {"layers": ("layer2", "layer3")}
@@ -33,13 +33,13 @@ def maps(count=6, test=None, **config):
 
 
 def test_a_window_of_the_whole_grid_is_a_search_in_all_cells():
-    normal, test = maps_of(0, 6), maps_of(1, 8)
-    detector = made("rad", layers=("layer2",), neighbours=6, radius=27)
-    state = detector.fit(Batches(normal), **ALONE)
-    queries, bank = (np.float32(directions(m["layer2"]).reshape(-1, 7)) for m in (test, normal))
-    expected = np.asarray(nearest(queries, bank)[0]).reshape(8, 6, 5) ** 2 / 2
-    found = jax.jit(detector.score)(state, test).map
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    normal, test, layers = maps_of(0, 6), maps_of(1, 8), []
+    for name in BOTH["layers"]:
+        cells, bank = (directions(m[name]) for m in (test, normal))
+        bank = bank.reshape(-1, bank.shape[3])
+        layers.append(upsampled(1 - np.max(cells @ bank.T, axis=3)))
+    found = maps(neighbours=6, radius=27)
+    np.testing.assert_allclose(found, np.mean(layers, axis=0), rtol=1e-5, atol=1e-6)
 
 
 def test_wider_windows_and_more_images_never_raise_a_distance():
@@ -65,7 +65,7 @@ def test_radius_zero_is_a_maximum_per_position():
     bank, cells = (directions(m["layer2"]) for m in (normal, test))
     expected = 1 - np.einsum("bhwd,khwd->bkhw", cells, bank).max(axis=1)
     found = jax.jit(detector.score)(state, test).map
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_equals_brute_force_on_a_small_grid():
@@ -89,6 +89,25 @@ def test_the_blur_does_not_dim_the_borders():
     blurred = finished(traits, (32, 32), False, scores)
     np.testing.assert_allclose(blurred.map, 1, rtol=1e-5)
     assert blurred.image[0] == pytest.approx(1, rel=1e-5)
+
+
+def test_published_maps_have_256_pixels_and_dim_borders():
+    """Zeros beyond them; the image score is of the 655 highest pixels."""
+    taps = np.exp(-0.5 * np.arange(-2.0, 3.0) ** 2)
+    kernel = np.outer(taps, taps) / taps.sum() ** 2
+    detector, state = fitted(map_rule="published", sigma=0.0)
+    found = jax.jit(detector.score)(state, maps_of(1, 8))
+    large = upsampled(np.float64(maps()), (256, 256))
+    expected = np.stack([ndimage.correlate(m, kernel, mode="constant") for m in large])
+    np.testing.assert_allclose(found.map, expected, rtol=1e-5)
+    highest = np.sort(expected.reshape(8, -1), axis=1)[:, -655:]
+    np.testing.assert_allclose(found.image, highest.mean(axis=1), rtol=1e-5)
+    flat = pixel_maps(jnp.ones((1, 28, 28)), 256, 1.0, 2, "constant")[0]
+    assert flat[0, 0] == pytest.approx(0.492, abs=5e-4)
+    assert flat[0, 0] == flat[-1, -1] == pytest.approx(0.7013**2, abs=1e-4)
+    np.testing.assert_allclose(flat[2:-2, 2:-2], 1, rtol=1e-6)
+    with pytest.raises(ConfigError, match=r'sigma: expected 0 with map_rule = "published"'):
+        made("rad", map_rule="published")
 
 
 def test_images_are_found_by_their_class_tokens():

@@ -8,11 +8,15 @@ from scipy import ndimage
 
 from dsad.core.config import resolve
 from dsad.core.errors import ConfigError
+from dsad.core.types import Record
 from dsad.detectors.superadd import usual_distance
 from dsad.evaluation import rules
+from dsad.evaluation.config import EvalConfig
+from dsad.evaluation.fitting import supports
 from dsad.evaluation.hosts import ALONE as ONE_PROCESS
 from dsad.evaluation.morphology import Morphology
 from dsad.evaluation.scored import Scored
+from dsad.evaluation.support import Sampling
 from tests.contracts.detectors.common import ALONE, Batches, made, maps_of
 from tests.contracts.detectors.superadd import distances
 
@@ -111,6 +115,36 @@ def test_usual_distances_are_those_of_every_eighth_image():
     # Of a single image it is that to another row.
     gaps = np.sort(distances(np.float64(rows), np.float64(rows)), axis=1)[:, 1]
     assert usual_distance(rows, np.zeros(400)) == pytest.approx(np.median(gaps), rel=1e-5)
+
+
+class Counted:
+    """A data set of one category, of whose pictures nothing but the paths is known."""
+
+    name, categories = "counted", ("can",)
+
+    def __init__(self, count):
+        self.records = [
+            Record(path=f"can/train/good/{i:03d}.png", category="can", label=0, kind="good")
+            for i in range(count)
+        ]
+
+    def source(self, split, category=None):
+        return self
+
+    def __len__(self):
+        return len(self.records)
+
+
+@pytest.mark.parametrize("count", [160, 161, 168, 412])
+def test_as_many_images_are_held_out_as_are_every_eighth(count):
+    """Drawn by hash where the published code takes i mod 8 = 0, and no part of the bank."""
+    config = EvalConfig(false_alarm_rate=0.05, holdout=8)
+    detector = made("superadd", **BOTH)
+    sets = supports(detector, Counted(count), ("can",), config, Sampling())
+    drawn = sets.by_category["can"][0]
+    assert len(drawn.held_out) == sum(i % 8 == 0 for i in range(count))
+    assert set(drawn.held_out) < set(drawn.bank)
+    assert len(drawn.bank) == count
 
 
 def test_equal_rows_have_no_usual_distance():

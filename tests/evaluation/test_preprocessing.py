@@ -125,6 +125,41 @@ def test_places_are_taken_from_the_window_in_which_they_are_central():
             assert (gaps[:, i] <= gaps.min(axis=1) + 0.51).all()
 
 
+def test_written_ranges_are_the_published_ones_and_partition_any_length():
+    into = Preprocessing(height=40, width=40, method="windows", overlap=8)
+    for length in range(40, 3000):
+        rows = [view.rows for view in into.views((length, 40))]
+        count = -(-(length - 40) // 24) + 1
+        starts = [i * (length - 40) // max(1, count - 1) for i in range(count)]
+        assert [-axis.offset for axis in rows] == starts
+        shared = [a + 40 - b for a, b in itertools.pairwise(starts)]
+        first = [0, *(b + -(-v // 2) for b, v in zip(starts[1:], shared, strict=True))]
+        last = [*(a + 40 - v // 2 for a, v in zip(starts[:-1], shared, strict=True)), length]
+        assert [(axis.first, axis.last) for axis in rows] == list(zip(first, last, strict=True))
+        assert last[:-1] == first[1:]
+        for axis in rows[:-1]:
+            assert axis.last + axis.offset <= 32
+        for axis in rows[1:]:
+            assert axis.first + axis.offset >= 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "windows"),
+    [((1024, 2232), (40, 87), (1, 3)), ((1056, 4224), (41, 165), (2, 7)),
+     ((1900, 1400), (74, 54), (3, 2)), ((1520, 2100), (59, 82), (2, 3)),
+     ((2048, 2448), (80, 95), (3, 4))],
+    ids=["can", "sheet_metal", "vial", "fruit_jelly", "others"],
+)  # fmt: skip
+def test_windows_of_mvtec_ad_2_are_as_many_as_of_its_published_grids(shape, grid, windows):
+    """At 0.625, of tokens of 16 pixels; what these leave of an image is in the windows here."""
+    into = Preprocessing(height=640, width=640, method="windows", overlap=128, scale=0.625)
+    assert tuple(int(n * 0.625) // 16 for n in shape) == grid
+    views = into.views(shape)
+    assert tuple(len({view[axis] for view in views}) for axis in (0, 1)) == windows
+    assert tuple(-(-(n - 40) // 24) + 1 for n in grid) == windows
+    assert (owned(into, shape) == 1).all()
+
+
 def test_windows_show_the_pixels_themselves():
     whole = image((130, 75))
     into = Preprocessing(height=64, width=96, method="windows", overlap=8)

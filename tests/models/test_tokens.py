@@ -7,9 +7,12 @@ import pytest
 
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
+from dsad.evaluation.compiled import Device
+from dsad.evaluation.config import EvalConfig
 from dsad.evaluation.extract import Extractor
 from dsad.models import backbone, vit
 from dsad.models.wrappers import Patches
+from tests.contracts.detectors.common import made
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
 
@@ -68,6 +71,21 @@ def test_maps_that_a_network_lacks_are_refused_with_those_it_has():
     reader = Extractor(("norm2",), (32, 32), make_mesh(MeshConfig(), jax.devices()[:1]))
     reader.use(inside)
     assert reader(IMAGES)["norm2"].shape == (2, 2, 2, 192)
+
+
+@pytest.mark.parametrize("name", ["subspace", "superadd"])
+def test_a_depth_that_the_network_does_not_have_is_refused(name):
+    """Also one whose blocks the network has, which lie elsewhere in it than meant."""
+    network, config = backbone("vit_tiny_patch16_224"), EvalConfig(image_size=32)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    for depth in (24, 6):
+        message = rf"detector\.depth: expected 12, the blocks of vit_tiny_.*, found {depth}"
+        with pytest.raises(ConfigError, match=message):
+            Device(network, made(name, depth=depth), config, mesh)
+    Device(network, made(name), config, mesh)
+    Device(network, made(name, depth=24, layers=("block3",)), config, mesh)
+    with pytest.raises(ConfigError, match="no feature map block.*; it has: layer1"):
+        Device(backbone("resnet18"), made(name), config, mesh)
 
 
 def test_networks_without_one_are_refused_by_name():
