@@ -181,13 +181,12 @@ def table(rows: Iterable[tuple[str, str, str]]) -> str:
 def _joined(faults: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     """The rows in order; those of four blocks or more that tell the same are one."""
     alike: dict[tuple[str, str, str], list[tuple[str, str, str]]] = {}
-    for name, *rest in sorted(faults):
-        alike.setdefault((re.sub(r"\.\d+\.", ".*.", name, count=1), *rest), []).append(
-            (name, *rest)
-        )
+    for name, want, have in sorted(faults):
+        block = re.sub(r"\.\d+\.", ".*.", name, count=1)
+        alike.setdefault((block, want, have), []).append((name, want, have))
     rows = []
-    for (name, *rest), own in alike.items():
-        rows += [(f"{name} ({len(own)} tensors)", *rest)] if len(own) >= 4 else own
+    for (block, want, have), own in alike.items():
+        rows += [(f"{block} ({len(own)} tensors)", want, have)] if len(own) >= 4 else own
     return sorted(rows)
 
 
