@@ -152,7 +152,7 @@ def backbone(arch: str, weights: pretrained.Spec | None = None, *, seed: int = 0
     except ConfigError as error:
         others = [other for other in registry.archs() if _fits(other, state)]
         hint = f"\nThe tensors are those of {listed(others)}." if others else ""
-        raise ConfigError(f"{error}{hint}") from error
+        raise ConfigError(f"{state.source}: {error}{hint}") from error
     params, extra = jax.tree.map(jnp.asarray, (loaded.params, loaded.extra))
     return Backbone(
         params=params, extra=extra, arch=arch, options=tuple(sorted(loaded.options.items())),

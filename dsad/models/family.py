@@ -144,6 +144,11 @@ class Family(abc.ABC):
     def preprocessing(self, arch: str) -> Preprocessing:
         """That of the architecture's first published weights, for files that do not say."""
 
+    def terms(self, arch: str) -> str:
+        """What the licence of the published weights asks of whoever uses them, if that is much."""
+        del arch
+        return ""
+
     @abc.abstractmethod
     def load(self, arch: str, state: Mapping[str, Any]) -> Loaded:
         """Trees from tensors under published names; ConfigError with a table of all faults."""

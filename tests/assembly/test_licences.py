@@ -20,7 +20,8 @@ NC = "CC BY-NC-SA 4.0 (MVTec AD)"
         ("any", "hf:timm/vit_base_patch16_clip_224.openai@main/model.safetensors", "MIT", True),
         ("any", "hf:timm/vit_small_patch14_dinov2.lvd142m", "Apache-2.0", True),
         ("any", "hf:facebook/dinov3-vitb16-pretrain-lvd1689m", "DINOv3 License (gated)", True),
-        ("mobilenet_v2", "hf:timm/mobilenetv2_100.ra_in1k", "Apache-2.0", True),
+        ("any", "hf:timm/vit_small_patch16_dinov3.lvd1689m", "DINOv3 License", True),
+        ("mobilenet_v2", "hf:timm/mobilenetv2_100.ra_in1k", "Apache-2.0 (unverified)", None),
         # Nothing is concluded from an architecture, a file's name or another owner.
         ("resnet18", "data/resnet18.tv_in1k.npz", "unknown", None),
         ("resnet18", "hf:timm/resnet18.fb_swsl_ig1b_ft_in1k", "unknown", None),

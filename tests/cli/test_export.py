@@ -281,6 +281,9 @@ def test_timm_loads_strictly_and_computes_the_same(arch, tmp_path):
     tensors = safetensors.numpy.load_file(written["model.safetensors"])
     model.load_state_dict({n: torch.from_numpy(t) for n, t in tensors.items()}, strict=True)
     assert model.num_features == config["num_features"]
+    if arguments.pop("qkv_bias", False):  # the name under which timm publishes such weights
+        alike = timm.create_model(f"{arch}_qkvb", num_classes=0, **arguments)
+        alike.load_state_dict(model.state_dict(), strict=True)
     side = 32 if arguments else 64
     with torch.no_grad():
         x = torch.from_numpy(images(side).transpose(0, 3, 1, 2).copy())

@@ -1,6 +1,7 @@
 """DINOv3: its rotary positions by published numbers, its files in three styles, timm beside it."""
 
 import dataclasses
+import json
 import os
 import pathlib
 
@@ -8,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
 from dsad.core.errors import ConfigError
 from dsad.core.tree import count, flatten
 from dsad.models import backbone, positions, registry, vit
-from dsad.models.weights import _family_vit
+from dsad.models.weights import _family_vit, export, pretrained
 from dsad.models.weights.pretrained import Weights
 from dsad.objectives import mae
 from tests.models import published
@@ -253,6 +255,101 @@ def test_names_of_another_kind_are_refused():
         backbone(SIZES["small"], Weights(tensors=published.by_rule(hub), options=SMALL))
 
 
+def held(tensors, by, also=(), only=""):
+    """The tensors inside a module of a larger program, which has others besides."""
+    inside = {by * n.startswith(only) + n: t for n, t in tensors.items()}
+    return inside | {n: np.ones((2, 2), np.float32) for n in also}
+
+
+@pytest.mark.parametrize(
+    ("form", "more"),
+    [
+        ("dinov3", {"by": "backbone.", "also": ("dino_head.mlp.0.weight", "ibot_head.a.weight")}),
+        ("timm", {"by": "model."}),
+        ("transformers", {"by": "model."}),
+        ("transformers", {"by": "model.", "only": "layer."}),
+        ("transformers", {"by": "dinov3_vit.", "also": ("classifier.weight",)}),
+    ],
+)
+def test_a_network_inside_another_module_is_found(form, more):
+    arch, state, network = loaded(biases=True)
+    files = {"timm": state, "transformers": library(state)}
+    files["dinov3"] = original(state, gated=False, biases=True)
+    options = dict(network.options)
+    found = registry.family_of(arch).load(
+        arch, Weights(tensors=held(files[form], **more), options=options)
+    )
+    own = flatten((network.params, network.extra))
+    for name, leaf in flatten((found.params, found.extra)).items():
+        np.testing.assert_array_equal(leaf, own.pop(name), err_msg=name)
+    left = {n for group in found.left_out.values() for n in group}
+    assert left >= set(more.get("also", ()))
+    both = {**files[form], **held(files[form], "model.")}
+    with pytest.raises(ConfigError, match=r"model\.\S+ +no tensor"):
+        backbone(arch, Weights(tensors=both, options=options))
+
+
+def test_torch_files_of_releases_and_trainings(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed", exc_type=ImportError)
+    arch, state, network = loaded()
+    tensors = {
+        n: torch.from_numpy(np.array(t, np.float32))
+        for n, t in original(state, gated=False, biases=False).items()
+    }
+    tensors["rope_embed.periods"] = tensors["rope_embed.periods"].bfloat16()
+    for n in tensors:
+        if n.endswith("bias_mask"):
+            tensors[n] = torch.full_like(tensors[n], torch.nan)  # as before it is filled
+    training = held(tensors, "backbone.") | {"dino_head.last.weight": torch.ones(2, 2)}
+    for value, key in (
+        (tensors, ""), ({"model": tensors, "iteration": 3}, ""), ({"teacher": training}, ""),
+        ({"student": training, "teacher": training}, "#teacher"),
+    ):  # fmt: skip
+        torch.save(value, tmp_path / "w.pth")
+        read = pretrained.read(f"{tmp_path / 'w.pth'}{key}")
+        found = backbone(arch, dataclasses.replace(read, options=SMALL))
+        np.testing.assert_array_equal(found(images())["block1"], network(images())["block1"])
+
+
+S, REG = "vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2"
+MISTAKES = {
+    "S into B": ("vit_base_patch16_dinov3", S, published.dinov3(12, 384, 16)),
+    "S into S+": ("vit_small_plus_patch16_dinov3", S, published.dinov3(12, 384, 16)),
+    "S+ into S": (
+        S, "vit_small_plus_patch16_dinov3", published.dinov3(12, 384, 16, gated=True),
+    ),
+    "DINOv2 into DINOv3": (
+        S, REG, published.timm_vit(12, 384, 14, 37, layer_scale=True, registers=4, hub=True),
+    ),
+    "DINOv3 into DINOv2": (REG, S, published.dinov3(12, 384, 16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_file_is_named_with_the_architecture_that_fits(mistake, tmp_path):
+    arch, right, shapes = MISTAKES[mistake]
+    file = tmp_path / "mine.safetensors"
+    safetensors.numpy.save_file({n: np.zeros(s, np.float16) for n, s in shapes.items()}, file)
+    with pytest.raises(ConfigError) as error:
+        backbone(arch, file)
+    first, *rows, last = str(error.value).splitlines()
+    assert first.startswith("mine.safetensors: ")
+    assert arch in first
+    assert last == f"The tensors are those of {right}."
+    assert len(rows) <= 30  # blocks that tell the same are one row
+
+
+def test_the_terms_travel_with_what_is_exported(tmp_path):
+    for name, network in (("a", loaded()[2]), ("b", backbone("resnet18"))):
+        written = export.write(network, tmp_path / name, form=("timm", "torchvision")[name == "b"])
+        config = json.loads(written["config.json"].read_text())
+        with safetensors.safe_open(written["model.safetensors"], "np") as file:
+            held = file.metadata()
+        terms = [config["dsad"].get("licence"), held.get("licence")]
+        assert terms == [_family_vit.DINOV3_TERMS if name == "a" else None] * 2
+        assert held["format"] == "pt"
+
+
 def test_the_licence_is_told_once(capsys):
     _family_vit._tell.cache_clear()
     loaded()
@@ -325,6 +422,40 @@ def test_timm_computes_the_same(size):
             found = found[cut[: found.ndim]]
             scale = np.abs(want[key]).max()
             np.testing.assert_allclose(found, want[key], rtol=1e-4, atol=3e-5 * scale, err_msg=key)
+
+
+#: Likewise of these networks at the size of SMALL, some of timm's under ``_qkvb`` and others with
+#: ``dynamic_img_size=True``: the map of the last block. That of DINOv2 without registers has its
+#: table resampled by torch before, as its repository does, and not as timm.
+ASPECTS = GOLDEN.with_name("aspects.npz")
+TABLES = {
+    "vit_small_patch14_dinov2": {"layer_scale": True},
+    "vit_small_patch14_reg4_dinov2": {"layer_scale": True, "registers": 4},
+    "vit_base_patch16_clip_224": {"pre_norm": True, "patch_bias": False},
+    "vit_base_patch16_clip_quickgelu_224": {"pre_norm": True, "patch_bias": False},
+    "vit_small_patch16_dinov3_qkvb": {"biases": True},
+    "vit_small_plus_patch16_dinov3_qkvb": {"biases": True, "gated": True},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_timm_computes_the_same_at_any_aspect(name):
+    arch, rope = name.removesuffix("_qkvb"), "dinov3" in name
+    shapes = published.dinov3(2, 24, 8, **TABLES[name]) if rope else published.timm_vit(
+        2, 24, 8, 4, **TABLES[name]
+    )  # fmt: skip
+    state, want = published.by_rule(shapes), np.load(ASPECTS)
+    network = backbone(arch, Weights(tensors=state, options=SMALL)).only(("block1",))
+    for h, w in ((40, 24), (24, 64)):
+        x = np.random.default_rng(7).standard_normal((1, 3, h, w), dtype=np.float32)
+        found = network(x.transpose(0, 2, 3, 1))["block1"][0].transpose(2, 0, 1)
+        np.testing.assert_allclose(found, want[f"{name}/{h}x{w}"], rtol=1e-4, atol=1e-5)
+    if rope:  # as strictly as they came
+        family = registry.family_of(arch)
+        back = family.save(arch, network.params, network.extra, "timm", **dict(network.options))
+        assert back.keys() == state.keys()
+        for key, tensor in back.items():
+            np.testing.assert_array_equal(tensor, state[key], err_msg=key)
 
 
 #: Published float32 outputs behind the norm for image 000000039769 of COCO's val2017, at 224

@@ -98,6 +98,16 @@ def test_all_faults_come_at_once_in_an_aligned_table():
     ]
 
 
+def test_blocks_that_tell_the_same_are_one_row():
+    tensors = state() | {f"b.{i}.ls.gamma": np.ones(7, "f4") for i in (0, 1, 2, 10)}
+    tensors |= {f"b.{i}.k.bias": np.ones(3, "f4") for i in range(3)}
+    tensors |= {f"b.{i}.k.bias": np.ones(4, "f4") for i in range(3, 6)}
+    with pytest.raises(ConfigError) as error:
+        trees(tensors)
+    rows = [line.split("  ")[1] for line in str(error.value).splitlines()[2:]]
+    assert rows == ["b.*.ls.gamma (4 tensors)", *(f"b.{i}.k.bias" for i in range(6))]
+
+
 def test_what_is_left_out_has_a_reason_and_is_listed():
     tensors = {**state(), "head.weight": np.zeros((3, 5)), "b.n": np.int64(3), "xhead.": 1.0}
     ignored = {r"head\.": "classifier", r".*\.n$": "counters"}

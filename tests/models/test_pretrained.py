@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from dsad.core.errors import ConfigError
 from dsad.models import backbone, registry
-from dsad.models.weights import imagenet, pretrained
+from dsad.models.weights import _files, imagenet, pretrained
 from tests.models import published
 
 
@@ -180,8 +180,20 @@ def test_configs_of_other_kinds_say_nothing(tmp_path):
 def test_without_torch_its_files_name_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "w.pth").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"pip install 'dsad\[torch\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'dsad\[torch\]'.*'w\.safetensors'\)"):
         pretrained.read(tmp_path / "w.pth")
+
+
+def test_the_command_that_converts_torch_files_works(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="torch is not installed", exc_type=ImportError)
+    half = {n: torch.from_numpy(t).bfloat16().T for n, t in arrays().items() if t.ndim == 2}
+    torch.save(half, tmp_path / "w.pth")
+    monkeypatch.chdir(tmp_path)
+    _, code, _ = _files.CONVERT.format("w.pth", "w").split('"')
+    exec(code, {})
+    found = pretrained.read(tmp_path / "w.safetensors")
+    assert found["a.weight"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(found["a.weight"].astype("f4"), half["a.weight"].float().numpy())
 
 
 class Trap:

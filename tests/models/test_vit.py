@@ -283,20 +283,22 @@ class TestPositions:
         np.testing.assert_allclose((table[1:].astype(np.float64) ** 2).sum(1), 512, rtol=1e-6)
 
     @pytest.mark.parametrize("rule", ["plain", "antialias", "offset"])
-    @pytest.mark.parametrize(("source", "target"), [(5, 8), (9, 4), (37, 16)])
+    @pytest.mark.parametrize(
+        ("source", "target"), [(5, (8, 8)), (9, (4, 4)), (37, (16, 16)), (16, (10, 21))]
+    )
     def test_resampling_equals_torch(self, rule, source, target):
         torch = pytest.importorskip("torch", reason="torch is the oracle of bicubic resampling")
         cells = np.random.default_rng(0).standard_normal((source, source, 3)).astype(np.float32)
         image = torch.from_numpy(cells).permute(2, 0, 1)[None]
         options = {"mode": "bicubic", "align_corners": False}
         if rule == "offset":
-            scale = (target + 0.1) / source
-            want = torch.nn.functional.interpolate(image, scale_factor=(scale, scale), **options)
+            scale = tuple((n + 0.1) / source for n in target)
+            want = torch.nn.functional.interpolate(image, scale_factor=scale, **options)
         else:
             options["antialias"] = rule == "antialias"
-            want = torch.nn.functional.interpolate(image, (target, target), **options)
+            want = torch.nn.functional.interpolate(image, target, **options)
         table = np.concatenate([np.ones((1, 3), np.float32), cells.reshape(-1, 3)])
-        made = positions.resample_table(table, (source,) * 2, (target,) * 2, 1, rule)
+        made = positions.resample_table(table, (source,) * 2, target, 1, rule)
         np.testing.assert_array_equal(made[0], 1)
         want = want[0].permute(1, 2, 0).reshape(-1, 3).numpy()
         np.testing.assert_allclose(made[1:], want, atol=1e-5)

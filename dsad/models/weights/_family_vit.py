@@ -29,8 +29,8 @@ TIMM_ARGUMENTS = {
     "image": "img_size", "qkv_bias": "qkv_bias",
 }  # fmt: skip
 #: What the terms of DINOv3's weights ask of whoever uses them.
-DINOV3_LICENCE = (
-    "note: DINOv3's weights, and whatever is made from them, are under the DINOv3 License: pass "
+DINOV3_TERMS = (
+    "DINOv3's weights, and whatever is made from them, are under the DINOv3 License: pass "
     "them on with a copy of it and under no other terms, acknowledge them in publications, no "
     "military, nuclear or ITAR use. https://ai.meta.com/resources/models-and-libraries/dinov3-license"
 )
@@ -97,11 +97,14 @@ class ViTs(Family):
             return known(crop=0.9 if arch.startswith("deit") else 0.875)
         return known(mean=_HALF, std=_HALF, crop=0.9)
 
+    def terms(self, arch: str) -> str:
+        return DINOV3_TERMS if vit.arch(arch).pos == "rope" else ""
+
     def load(self, arch: str, state: Mapping[str, Any]) -> Loaded:
         _check_names(arch, state)
         _check_activation(arch, state)
+        options, state = dict(getattr(state, "options", {})), _names_vit.unheld(state)
         style, prefix = _names_vit.style_of(state)
-        options = dict(getattr(state, "options", {}))
         rope = vit.arch(arch).pos == "rope"
         if rope:  # the released ones are zero, and timm's names then leave them out
             options.pop("qkv_bias", None)
@@ -119,8 +122,8 @@ class ViTs(Family):
         )  # fmt: skip
         if spec.pos == "sincos":
             check_table(state, "pos_embed", dataclasses.replace(spec, **options), arch)
-        if rope:
-            _tell(DINOV3_LICENCE)
+        if terms := self.terms(arch):
+            _tell(f"note: {terms}")
         return Loaded(*trees, options, names.left_out(state, ignored))
 
     def published(self, arch: str, **options: Any) -> tuple[str, dict[str, Any]]:
@@ -185,7 +188,7 @@ def _check_names(arch: str, state: Mapping[str, Any]) -> None:
     ):
         raise ConfigError(
             f"weights do not fit {arch}: these are the names of the library transformers, which "
-            "dsad does not read. The same weights are published in timm's names, such as "
+            "dsad reads of DINOv3 alone. The same weights are published in timm's names, such as "
             "hf:timm/vit_small_patch14_dinov2.lvd142m, hf:timm/vit_base_patch16_224.mae (for "
             "mae_vit_base_patch16) and hf:timm/vit_base_patch16_clip_224.openai (for "
             "vit_base_patch16_clip_quickgelu_224)."

@@ -21,6 +21,12 @@ STANDARD = (
     "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )  # fmt: skip
+#: How people make safetensors of a torch file whose tensors stand by name.
+CONVERT = (
+    'python -c "import torch, safetensors.torch as s; s.save_file({{n: t.clone().contiguous() for '
+    "n, t in torch.load('{}', map_location='cpu', weights_only=True).items()}}, "
+    "'{}.safetensors')\""
+)
 #: Put in front of every name by torch's wrappers for several devices and for compilation.
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -112,7 +118,8 @@ def _torch(path: pathlib.Path, key: str) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise ConfigError(
             f"weights {path}: {path.suffix} files need torch to be read: pip install "
-            "'dsad[torch]'; or give the same weights as safetensors."
+            "'dsad[torch]'; or give the same weights as safetensors, which this makes where torch "
+            f"is: {CONVERT.format(path.name, path.stem)}"
         ) from error
     try:
         # Checkpoints of MAE and DeiT hold their command line, in an inert container.

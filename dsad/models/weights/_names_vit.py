@@ -27,7 +27,8 @@ Style = Literal["timm", "dinov2", "clip", "dinov3", "transformers"]
 _TEXT = "text tower"
 #: Knowingly left out: what the blocks' features do not need.
 _IGNORED = {
-    r"head\.": "classifier",
+    r"(head|classifier)\.": "classifier",
+    r"(dino|ibot)_head\.": "head of its training",
     r"head_dist\.": "classifier of the distillation token",
     r"decoder_": "decoder",
     r"(embeddings\.)?mask_token$": "mask token",
@@ -100,6 +101,15 @@ _DECODER = {
     "embed": "decoder_embed", "norm": "decoder_norm", "head": "decoder_pred",
 }  # fmt: skip
 _LEAVES = {"kernel": "weight", "scale": "weight"}
+#: What holds the network in the training checkpoints of DINOv2 and DINOv3, and in transformers,
+#: whose DINOv3 has only its blocks in one since version 5.
+_HOLDERS = re.compile(r"(backbone\.|dinov3_vit\.)?(model\.)?")
+
+
+def unheld(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors by their names inside the module that holds the network, if there is one."""
+    found = {_HOLDERS.sub("", name, count=1): tensor for name, tensor in state.items()}
+    return found if len(found) == len(state) else dict(state)
 
 
 def style_of(state: Mapping[str, Any]) -> tuple[Style, str]:

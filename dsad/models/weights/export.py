@@ -29,7 +29,8 @@ def write(
     The tensors are contiguous f32 under the names of ``form``, without a classifier: what
     ``timm.create_model(architecture, num_classes=0)`` loads with ``strict=True``. The config is
     timm's, with the pixel statistics, input size, interpolation and crop of the weights, and a
-    section ``dsad`` with the weights' description and ``about``.
+    section ``dsad`` with the weights' description and ``about``. Both files carry the terms of a
+    licence that asks for it.
 
     Args:
       backbone: what to export; it must be complete.
@@ -58,7 +59,7 @@ def write(
     check_free(folder, overwrite)
     state = family.save(backbone.arch, backbone.params, backbone.extra, form, **options)
     config = json.dumps(_config(backbone, form, dict(about or {})), indent=2) + "\n"
-    weights = safetensors.numpy.save(state, metadata={"format": "pt"})
+    weights = safetensors.numpy.save(state, metadata={"format": "pt", **_terms(backbone)})
     files = {WEIGHTS: weights, CONFIG: config}
     return {name: paths.write_whole(folder / name, data) for name, data in files.items()}
 
@@ -118,9 +119,17 @@ def _config(backbone: Backbone, form: str, about: dict[str, Any]) -> dict[str, A
             "mean": list(backbone.mean),
             "std": list(backbone.std),
         },
-        "dsad": {"arch": backbone.arch, "format": form, "weights": backbone.description, **about},
-    }
+        "dsad": {
+            "arch": backbone.arch, "format": form, "weights": backbone.description,
+            **_terms(backbone), **about,
+        },
+    }  # fmt: skip
     return {**found, "model_args": arguments} if arguments else found
+
+
+def _terms(backbone: Backbone) -> dict[str, str]:
+    terms = registry.family_of(backbone.arch).terms(backbone.arch)
+    return {"licence": terms} if terms else {}
 
 
 def as_weights(backbone: Backbone) -> pretrained.Weights:

@@ -129,20 +129,19 @@ def to_trees(
       ConfigError: a table of all tensors that are missing, left over, misshapen or no floats.
 
     """
-    leaves, faults = {}, []
+    held, faults = {}, []
     wanted = _checked(entries, shapes)
     _check_any(entries, state, what)
     for entry in entries:
-        tensors, wrong = _tensors(entry, wanted[entry.path], state)
+        held[entry], wrong = _tensors(entry, wanted[entry.path], state)
         faults += wrong
-        if not wrong:
-            leaves[entry.path] = _leaf(entry, tensors, wanted[entry.path])
     used = {name for entry in entries for name in entry.names}
     left = [n for n in state if n not in used and reason(n, ignored) is None]
     faults += [(name, f"no tensor of {what}", _describe(state[name])) for name in left]
     if faults:
-        raise ConfigError(f"weights do not fit {what}:\n{table(sorted(faults))}")
-    trees = nest(leaves)
+        raise ConfigError(f"weights do not fit {what}:\n{table(_joined(faults))}")
+    # Only now: which architecture fits a file is found by trying them all.
+    trees = nest({e.path: _leaf(e, tensors, wanted[e.path]) for e, tensors in held.items()})
     return trees.get("params", {}), trees.get("extra", {})
 
 
@@ -177,6 +176,18 @@ def table(rows: Iterable[tuple[str, str, str]]) -> str:
     lines = [("tensor", "expected", "found"), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
     return "\n".join(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in lines)
+
+
+def _joined(faults: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """The rows in order; those of four blocks or more that tell the same are one."""
+    alike: dict[tuple[str, str, str], list[tuple[str, str, str]]] = {}
+    for name, want, have in sorted(faults):
+        block = re.sub(r"\.\d+\.", ".*.", name, count=1)
+        alike.setdefault((block, want, have), []).append((name, want, have))
+    rows = []
+    for (block, want, have), own in alike.items():
+        rows += [(f"{block} ({len(own)} tensors)", want, have)] if len(own) >= 4 else own
+    return sorted(rows)
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
