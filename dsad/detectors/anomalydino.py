@@ -36,7 +36,7 @@ from dsad.detectors._features import (
     tail_mean,
 )
 from dsad.ops.images import per_image
-from dsad.ops.neighbors import Precision, nearest
+from dsad.ops.neighbors import Precision, nearest, prepare, without
 from dsad.ops.similarity import unit
 
 #: As one of ``masked``: every category.
@@ -94,10 +94,10 @@ class AnomalyDino(FeatureDetector[Config]):
     """The detector; "masked" () bool of its state says whether its images are.
 
     Fitted on normal images the state is that of ``knn`` beside it: {"bank": (M, d), "rows": ()},
-    rows of unit length. Fitted on test images: "tokens" (n, T, d), "counted" (n, T) bool, "image"
+    rows of unit length. Fitted on test images: "tokens" (n · T, d), "counted" (n, T) bool, "image"
     (n,) int32, inputs of one image having one number, and "smallest" (images + 1,) int32, how many
     distances are averaged for each image and for others: 4 · n · T · d bytes, as much again while
-    an image is scored.
+    a batch is scored, whatever its size.
     """
 
     @property
@@ -154,7 +154,7 @@ class AnomalyDino(FeatureDetector[Config]):
         cfg, raw = self.config, self._raw(features)
         tokens = unit(raw)
         if cfg.fits_on == "test":
-            maps = per_image(self._mutual, state, tokens, mesh)
+            maps = per_image(self._mutual, self.prepared(state), tokens, mesh)
         else:
             found = searched(state, tokens, cfg.k, mesh, cfg.precision)
             maps = jnp.mean(jnp.square(found), axis=3) / 2  # of unit vectors: 1 - cos
@@ -168,22 +168,25 @@ class AnomalyDino(FeatureDetector[Config]):
 
     def prepared(self, state: Tree) -> Tree:
         """The state with a bank that is searched at once."""
-        if self.config.fits_on == "test":
+        if "prepared" in state:
             return state
+        if self.config.fits_on == "test":
+            most = _smallest(self.config.nearest_share, len(state["tokens"]))
+            ready = prepare(state["tokens"], most, precision=self.config.precision)
+            return {**state, "prepared": ready}
         return prepared_state(state, self.config.k, self.config.precision)
 
     def _mutual(self, state: Tree, tokens: jax.Array) -> jax.Array:
         """The map (gh, gw) of one image, by the tokens of the others."""
-        queries, bank = tokens.reshape(-1, tokens.shape[-1]), state["tokens"]
-        high = lax.Precision.HIGHEST
-        alike = jnp.einsum("td,ntd->n", queries, bank, precision=high) / len(queries)
+        queries, bank = tokens.reshape(-1, tokens.shape[-1]), state["prepared"]
+        # As vectors: a product over two axes would copy all tokens first.
+        images = state["tokens"].reshape(len(state["image"]), queries.size)
+        alike = jnp.dot(images, queries.ravel(), precision=lax.Precision.HIGHEST) / len(queries)
         itself = jnp.where(jnp.max(alike) > 1 - SAME, state["image"][jnp.argmax(alike)], -1)
         others = (state["counted"] & (state["image"] != itself)[:, None]).ravel()
-        # What does not count comes last, where the search does not look.
-        rows = bank.reshape(-1, bank.shape[2])[jnp.argsort(~others, stable=True)]
-        valid, count = jnp.sum(others, dtype=jnp.int32), state["smallest"][itself]
-        most = _smallest(self.config.nearest_share, len(rows))
-        found, _ = nearest(queries, rows, most, valid=valid, precision=self.config.precision)
+        most, count = _smallest(self.config.nearest_share, len(others)), state["smallest"][itself]
+        rest = without(bank, others)
+        found, _ = nearest(queries, rest, most, precision=self.config.precision)
         chosen = jnp.arange(most)[None] < count
         total = jnp.sum(jnp.where(chosen, jnp.square(found) / 2, 0.0), axis=1)
         return (total / count.astype(jnp.float32)).reshape(tokens.shape[:2])
@@ -208,7 +211,7 @@ def _tokens(parts: list[Cells], share: float) -> dict[str, Any]:
     own = np.bincount(image, weights=counted.sum(axis=1)).astype(int)
     smallest = [_smallest(share, own.sum() - n) for n in (*own, 0)]
     return {
-        "tokens": jnp.asarray(tokens.reshape(len(tokens), -1, tokens.shape[3])),
+        "tokens": jnp.asarray(tokens.reshape(-1, tokens.shape[3])),
         "counted": jnp.asarray(counted),
         "image": jnp.asarray(image),
         "smallest": jnp.asarray(smallest, jnp.int32),

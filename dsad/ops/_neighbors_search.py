@@ -99,6 +99,16 @@ def prepared(bank: jax.Array, valid: jax.Array, plan: Plan) -> Prepared:
     return Prepared(shard, low.chunks, norms)
 
 
+def without(bank: Prepared, counted: jax.Array) -> Prepared:
+    """The bank without the rows that are not ``counted`` (m,) bool; but for ``halves`` the same."""
+    halves = bank.shard.halves
+    count, group, groups = halves.shape
+    counted = jnp.pad(counted, (0, halves.size - len(counted)))
+    there = counted.reshape(count, groups, group).swapaxes(1, 2)
+    halves = jnp.where(there, halves, jnp.inf)
+    return bank._replace(shard=bank.shard._replace(halves=halves))
+
+
 def search(
     queries: jax.Array,
     bank: jax.Array | Prepared,
@@ -217,8 +227,8 @@ def _block(tile: jax.Array, shard: Shard, plan: Plan, method: Callable[..., Foun
 def exactly(queries: jax.Array, shard: Shard, plan: Plan) -> Found:
     """The k best rows of this device's shard in float32, or by the accelerator's approximation."""
     keep = min(plan.k + plan.slack, shard.bank.shape[0])
-    _, found = _candidates(queries - shard.shift, shard, keep, plan)
-    squares, rows = _reranked(queries, found, shard)
+    values, found = _candidates(queries - shard.shift, shard, keep, plan)
+    squares, rows = _reranked(queries, values, found, shard)
     kept = min(plan.k, shard.bank.shape[0])
     return Found(squares[:, :kept], rows[:, :kept], jnp.full(len(queries), jnp.inf))
 
@@ -288,9 +298,14 @@ def _approximately(
     return best, ((place % groups) * group + place // groups).astype(jnp.int32)
 
 
-def _reranked(queries: jax.Array, found: jax.Array, shard: Shard) -> tuple[jax.Array, jax.Array]:
-    """Squared distances from differences, ascending, and rows of the whole bank, (T, keep)."""
-    padding = found >= shard.valid
+def _reranked(
+    queries: jax.Array, values: jax.Array, found: jax.Array, shard: Shard
+) -> tuple[jax.Array, jax.Array]:
+    """Squared distances from differences, ascending, and rows of the whole bank, (T, keep).
+
+    Rows whose ``values`` (T, keep) are inf do not count.
+    """
+    padding = (found >= shard.valid) | (values == jnp.inf)
     gaps = queries[:, None, :] - shard.bank[jnp.minimum(found, len(shard.bank) - 1)]
     squares = jnp.where(padding, jnp.inf, jnp.sum(gaps * gaps, axis=2))
     rows = jnp.where(padding, jnp.iinfo(jnp.int32).max, found + shard.first)
@@ -341,7 +356,7 @@ def _bounded(queries: jax.Array, shard: Shard, plan: Plan, norms: Norms) -> Foun
     keep, kept = min(plan.wide, rows), min(plan.k, rows)
     centred = queries - shard.shift
     values, found = _candidates(centred, shard, keep, plan)
-    squares, where = _reranked(queries, found, shard)
+    squares, where = _reranked(queries, values, found, shard)
     rounded = _rounded(centred)
     own, low, lost = (
         jnp.sqrt(jnp.sum(x * x, axis=1)) for x in (centred, rounded, centred - rounded)

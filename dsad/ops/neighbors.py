@@ -91,6 +91,15 @@ def prepare(bank: Any, k: int = 1, *, valid: Any = None, precision: Precision = 
     return ready._replace(shard=ready.shard._replace(bank=bank))
 
 
+def without(bank: Prepared, counted: Any) -> Prepared:
+    """The bank without those rows that are not ``counted`` (M,) bool, which are never found.
+
+    It takes 4 · M bytes; the rest is that of ``bank``. Where fewer than k rows are left, what is
+    missing has distance inf and index -1. Usable inside ``jit``.
+    """
+    return _neighbors_search.without(bank, jnp.asarray(counted, bool))
+
+
 def certified_share(
     queries: Any,
     bank: Any,

@@ -1,5 +1,7 @@
 """AnomalyDINO: distances, tail, masks and the mode without normal images; float64 oracles."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from scipy import ndimage
 
 from dsad.core.errors import ConfigError, DataError
+from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.detectors import anomalydino
 from dsad.detectors._features import tail_mean
 from dsad.evaluation import support
@@ -206,6 +209,16 @@ def test_a_test_image_is_compared_with_the_others(share):
     np.testing.assert_allclose(again, found[order], rtol=1e-5)
 
 
+def test_test_images_on_several_devices_and_prepared_score_the_same():
+    test, mesh = tokens(0, 5), make_mesh(MeshConfig(), jax.devices()[:2])
+    detector, state = fitted(test, fits_on="test", nearest_share=0.02)
+    expected = jax.jit(detector.score)(state, test).map
+    split = jax.jit(functools.partial(detector.score, mesh=mesh))
+    np.testing.assert_allclose(split(state, test).map, expected, rtol=1e-6)
+    prepared = detector.prepared(state)
+    np.testing.assert_allclose(jax.jit(detector.score)(prepared, test).map, expected, rtol=1e-6)
+
+
 def test_a_copy_among_the_others_counts():
     values = tokens(0, 4)["layer2"]
     twice = {"layer2": np.concatenate([values, values[:1]])}
@@ -227,6 +240,21 @@ def test_windows_of_one_image_do_not_score_each_other():
     found = jax.jit(detector.score)(state, test).map
     expected = [alone(test["layer2"], [i, i ^ 1], 1e-6) for i in range(4)]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_the_tokens_of_all_images_are_held_once_more_while_a_batch_is_scored():
+    detector, (images, cells, depth) = (
+        made("anomalydino", **ONE, fits_on="test", precision="exact"),
+        (200, 1024, 384),
+    )
+    like = lambda shape, kind=jnp.float32: jax.ShapeDtypeStruct(shape, kind)  # noqa: E731
+    state = {
+        "tokens": like((images * cells, depth)), "counted": like((images, cells), bool),
+        "image": like((images,), jnp.int32), "smallest": like((images + 1,), jnp.int32),
+        "masked": like((), bool),
+    }  # fmt: skip
+    program = jax.jit(detector.score).lower(state, {"layer2": like((4, 32, 32, depth))}).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 1.5 * 4 * images * cells * depth
 
 
 def test_refusals():

@@ -12,7 +12,7 @@ from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.platform import has_matrix_units
 from dsad.ops import _neighbors_search, neighbors
-from dsad.ops.neighbors import bucket, certified_share, nearest, pad_bank, prepare, recall
+from dsad.ops.neighbors import bucket, certified_share, nearest, pad_bank, prepare, recall, without
 
 from .test_neighbors import BANK, QUERIES, K, agree, brute, check, features
 
@@ -187,6 +187,26 @@ def test_a_prepared_bank_gives_the_same(precision):
     agree(found, nearest(QUERIES[:9], bank, 2, valid=500))
     with pytest.raises(ConfigError, match="searched on one device; leave the mesh out"):
         nearest(QUERIES, ready, K, mesh=mesh_of(2))
+
+
+@pytest.mark.parametrize("precision", ["exact", "certified"])
+@pytest.mark.parametrize("left", [600, 5])
+def test_a_prepared_bank_without_some_rows_never_finds_them(precision, left):
+    """Also where fewer are left than are looked for."""
+    rng = np.random.default_rng(5)
+    bank, queries = (rng.standard_normal((n, 6)).astype(np.float32) for n in (700, 40))
+    queries[:20] = bank[:20]
+    rows = np.sort(rng.permutation(700)[:left])
+    ready = prepare(bank, 9, precision=precision)
+    found, index = nearest(queries, without(ready, np.isin(np.arange(700), rows)), 9,
+                           precision=precision)  # fmt: skip
+    gaps = np.linalg.norm(np.float64(queries)[:, None] - bank[rows], axis=2)
+    most, order = min(left, 9), np.argsort(gaps, axis=1)
+    expected = np.take_along_axis(gaps, order, axis=1)[:, :most]
+    np.testing.assert_allclose(found[:, :most], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(index[:, :most], rows[order[:, :most]])
+    assert np.isinf(found[:, most:]).all()
+    assert (np.asarray(index[:, most:]) == -1).all()
 
 
 def test_queries_are_spread_evenly_over_tiles():
