@@ -199,7 +199,7 @@ def prepare(
     normal ones are fitted on.
     """
     cfg, detector = parse(config)
-    _check_patches(cfg.backbone, detector)
+    check_patches(cfg.backbone, detector)
     if not saved:
         runs.check_named(cfg.backbone, cfg.weights)
     if dataset is None:
@@ -315,7 +315,7 @@ def _check_projected(spec: str, backbone: Any, layers: Sequence[str]) -> None:
                 )
 
 
-def _check_patches(spec: str, detector: Detector) -> None:
+def check_patches(spec: str, detector: Detector) -> None:
     """Refuse a detector of patches on features of others: its map would lie beside the image."""
     wanted = detector.traits.patches
     if not wanted or wrappers.unwrap(spec).network.startswith(f"patches:{wanted}:"):
