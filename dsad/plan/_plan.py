@@ -62,6 +62,9 @@ def make(config: Any, options: Options, devices: list[Any], out: Console) -> Pla
     program, cached = _compile.compiled(
         job.lower, job.mesh, options.effort, out, options.cache, about
     )
+    if not program.refused:  # weights that it makes nothing of are no argument, but lie there
+        held = max(program.arguments, sum(job.held.values()))
+        program = dataclasses.replace(program, arguments=held)
     chip, limit = _hardware.chip(devices), _hardware.limit(devices)
     ports = options.target.ports if options.target else (chip.ici_ports if chip else 1)
     estimate = None

@@ -40,7 +40,7 @@ WORDS: dict[Kind, Words] = {
         "batch", "forward", "feature maps in float32",
         "Every chip holds all weights: take a smaller batch (config.evaluation.batch_size), or "
         "more chips for the same one.",
-        "chip-h/1000",
+        "chip-h\n/1000",
         "Features alone. On top come the detector's state and scores, wrappers of maps, and the "
         "features that stay on the chips (config.evaluation.cache_mb).",
     ),
@@ -102,7 +102,7 @@ def _memory(plan: Plan, out: Console) -> None:
     for name, held in plan.held.items():
         table.add_row(f"  {name}", size(held))
     if not program.refused:
-        arguments = "arguments, all of these as the compiler lays them out"
+        arguments = "all of these, as the compiler lays them out"
         table.add_row(arguments, size(program.arguments), end_section=True)
         table.add_row("temporaries", size(program.temporaries))
         outputs = size(program.outputs - program.alias)
@@ -208,6 +208,8 @@ def sweep(plans: list[Plan | str], out: Console) -> Plan | None:
         mark = "← best" if plan is best else "" if plan.fits else "too big"
         table.add_row(*_cells(plan), mark)
     out.print(table)
+    if words.beside:
+        out.print(words.beside)
     for plan in plans:
         if isinstance(plan, str):
             out.print(f"left out: {plan}")

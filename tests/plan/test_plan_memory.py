@@ -35,14 +35,14 @@ def first_step(argv):
 
     from dsad.assembly import training
     from dsad.core.mesh import place_batch
-    from dsad.plan import _compile
+    from dsad.plan import _compile, _jobs
     from dsad.terminal import flags
     from dsad.train.state import initial_state
 
     config, _, _ = flags.Command("x", "", config="mae").parse(argv)
     built = training.build(config)
     run, store = built.run, built.store
-    program = _compile._compile(_compile.lower(run), "full")
+    program = _compile._compile(_jobs.lower(run), "full")
     state = initial_state(run.objective, run.tx, run.abstract, seed=0)
     batch = place_batch(next(built.pipeline.iterator()), run.mesh)
     step = run.step.lower(state, batch, store, run.key).compile()
