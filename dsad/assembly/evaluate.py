@@ -238,15 +238,24 @@ def prepare(
             recalibration.check(backbone)
         if isinstance(detector, TrainsOnData) and detector.traits.trains_on == "labelled":
             detector.objective({}, backbone)  # which refuses other networks and layers
-    if not cfg.evaluation.image_size:
-        if not side:
-            raise ConfigError(
-                f"config.evaluation.image_size: {cfg.backbone} does not tell the size of its "
-                "images; set it."
-            )
-        sized = dataclasses.replace(cfg.evaluation, image_size=side)
-        cfg = dataclasses.replace(cfg, evaluation=sized)
+    cfg = sized(cfg, side)
     return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset, sets=sets)
+
+
+def sized(cfg: EvaluateConfig, side: int | None) -> EvaluateConfig:
+    """The config with the backbone's own side of images where it names none; ConfigError without.
+
+    ``side`` is None where the backbone does not tell it.
+    """
+    if cfg.evaluation.image_size:
+        return cfg
+    if not side:
+        raise ConfigError(
+            f"config.evaluation.image_size: {cfg.backbone} does not tell the size of its "
+            "images; set it."
+        )
+    settings = dataclasses.replace(cfg.evaluation, image_size=side)
+    return dataclasses.replace(cfg, evaluation=settings)
 
 
 def _check_saved(saved: Saved, config: Any, cfg: EvaluateConfig, dataset: Dataset) -> None:

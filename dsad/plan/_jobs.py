@@ -144,14 +144,12 @@ def features(config: Any, devices: list[Any]) -> Job:
     platform = mesh.devices.flat[0].platform
     with planned_for(platform):
         backbone = runs.abstract(network, cfg.weights, cfg.seed)
-        settings = cfg.evaluation
-        if not settings.image_size:
-            settings = dataclasses.replace(settings, image_size=backbone.image_size or 0)
+        settings = evaluate.sized(cfg, backbone.image_size).evaluation
         into = settings.preprocessing
         extractor = compiled.extractor(detector, settings, mesh, backbone)
         extractor.use(backbone)
         image = jax.ShapeDtypeStruct((1, *into.size, 3), jnp.float32)
-        needed = model_flops(lambda net, x: net(x), extractor.network, image)
+        needed = model_flops(lambda net, x: net(x), extractor.network, image, live=True)
     count = compiled.batch_rows(settings, mesh)
 
     def lowered() -> jax.stages.Lowered:

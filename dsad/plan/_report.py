@@ -195,8 +195,7 @@ def sweep(plans: list[Plan | str], out: Console) -> Plan | None:
     """
     made = [p for p in plans if not isinstance(p, str)]
     best = max((p for p in made if p.fits and p.estimate), key=_speed, default=None)
-    first = next((p for p in made), None)
-    unit, words = (first.unit, WORDS[first.kind]) if first else ("image", WORDS["training"])
+    unit, words = (made[0].unit, WORDS[made[0].kind]) if made else ("image", WORDS["training"])
     columns = (f"{unit}s", "GiB", f"{words.call} ms", "bound by", f"{unit}s/s", "MFU", words.cost,
                "")  # fmt: skip
     limit = f"GiB: on a chip, of {made[0].limit / 2**30:.4g}" if made else None

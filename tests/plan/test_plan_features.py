@@ -107,6 +107,15 @@ def test_work_is_that_of_the_architecture(spec, arch, side):
     assert sum(a.nbytes for a in jax.live_arrays() if id(a) not in before) < 2**20
 
 
+def test_stages_that_no_map_needs_are_no_work():
+    """ResNet-18 at 64 px up to its third stage, by hand; the fourth is not computed."""
+    first = 32**2 * 64 * 3 * 49 + 4 * 16**2 * 64 * 64 * 9
+    second = 8**2 * 128 * (64 * 9 + 3 * 128 * 9 + 64)
+    third = 4**2 * 256 * (128 * 9 + 3 * 256 * 9 + 128)
+    job = _jobs.features(config("knn:smoke"), jax.devices())
+    assert job.model_flops == 2 * (first + second + third)
+
+
 def test_prints_memory_work_and_time(capsys, tmp_path):
     file = tmp_path / "plan.json"
     side = "--config.evaluation.image_size=64"
@@ -183,6 +192,7 @@ def test_sweep_of_batches(capsys, monkeypatch, tmp_path):
         (["--config=knn", "--config.backbone=run:runs/{category}"], "a run of its own; name one"),
         (["--config=knn", "--config.backbone=run:nowhere"], "nowhere"),
         (["--config=knn", *TINY], "no feature map layer2"),
+        (["--config=gde", "--config.evaluation.image_size=0"], "does not tell the size"),
         (["--config=musc"], "class token"),
         (["--config=gde", "--config.backbone=resnet18"], "patches:32"),
         (["--config=knn", "--config.backbone=resnet19"], "resnet18"),
