@@ -229,8 +229,9 @@ def test_the_encoder_of_a_run(tmp_path):
     abstract = runs.abstract(spec, "", 0)
     assert jax.tree.structure(abstract) == jax.tree.structure(own)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(abstract))
-    layers = '--config.detector.layers=("block0",)'
-    job = _jobs.features(config("knn:smoke", f"--config.backbone={spec}", layers), jax.devices())
+    argv = (f"--config.backbone={spec}", "--config.evaluation.image_size=64",
+            "--config.detector.layers=('block0',)")  # fmt: skip
+    job = _jobs.features(config("knn", *argv), jax.devices())
     assert job.held["weights"] == sum(np.asarray(x).nbytes for x in jax.tree.leaves(own))
     with pytest.raises(ConfigError, match="a run brings its own"):
         runs.abstract(spec, "imagenet", 0)
