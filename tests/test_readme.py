@@ -75,6 +75,10 @@ SHORT = {
         "--config.objective.encoder.width=24", "--config.objective.encoder.depth=1",
         "--config.objective.decoder.width=24", "--config.objective.decoder.depth=1",
     ],
+    "plan --config=configs/superadd.py": [
+        "--config.backbone=vit_tiny_patch16_224", "--config.detector.depth=12",
+        "--config.evaluation.image_size=32", "--config.evaluation.overlap=8",
+    ],
     "bench step": ["--rounds=1", "--config.batch_size=4"],
     "bench step --config=configs/ds2.py": ["--config.objective.hidden=8"],
     "bench neighbors": ["--rounds=1", "--queries=64", "--rows=99", "--depth=8", "--k=1"],

@@ -201,7 +201,7 @@ def prepare(
     cfg, detector = parse(config)
     if not measured:
         saving.check(detector, None, cfg.seeds)
-    _check_patches(cfg.backbone, detector)
+    check_patches(cfg.backbone, detector)
     if not saved:
         runs.check_named(cfg.backbone, cfg.weights)
     if dataset is None:
@@ -240,15 +240,24 @@ def prepare(
             recalibration.check(backbone)
         if isinstance(detector, TrainsOnData) and detector.traits.trains_on == "labelled":
             detector.objective({}, backbone)  # which refuses other networks and layers
-    if not cfg.evaluation.image_size:
-        if not side:
-            raise ConfigError(
-                f"config.evaluation.image_size: {cfg.backbone} does not tell the size of its "
-                "images; set it."
-            )
-        sized = dataclasses.replace(cfg.evaluation, image_size=side)
-        cfg = dataclasses.replace(cfg, evaluation=sized)
+    cfg = sized(cfg, side)
     return Evaluation(config=cfg, backbone=backbone, detector=detector, dataset=dataset, sets=sets)
+
+
+def sized(cfg: EvaluateConfig, side: int | None) -> EvaluateConfig:
+    """The config with the backbone's own side of images where it names none; ConfigError without.
+
+    ``side`` is None where the backbone does not tell it.
+    """
+    if cfg.evaluation.image_size:
+        return cfg
+    if not side:
+        raise ConfigError(
+            f"config.evaluation.image_size: {cfg.backbone} does not tell the size of its "
+            "images; set it."
+        )
+    settings = dataclasses.replace(cfg.evaluation, image_size=side)
+    return dataclasses.replace(cfg, evaluation=settings)
 
 
 def _check_saved(saved: Saved, config: Any, cfg: EvaluateConfig, dataset: Dataset) -> None:
@@ -317,7 +326,7 @@ def _check_projected(spec: str, backbone: Any, layers: Sequence[str]) -> None:
                 )
 
 
-def _check_patches(spec: str, detector: Detector) -> None:
+def check_patches(spec: str, detector: Detector) -> None:
     """Refuse a detector of patches on features of others: its map would lie beside the image."""
     wanted = detector.traits.patches
     if not wanted or wrappers.unwrap(spec).network.startswith(f"patches:{wanted}:"):

@@ -397,6 +397,17 @@ def backbone(spec: str, weights: str, seed: int) -> Any:
     )  # fmt: skip
 
 
+def abstract(spec: str, weights: str, seed: int) -> Any:
+    """The same with shapes in the place of arrays, for which a run alone is read.
+
+    Those of an architecture are its published ones, whatever ``weights`` names.
+    """
+    if not is_run(spec):
+        return jax.eval_shape(lambda: backbone(spec, RANDOM, seed))
+    network = backbone(spec, weights, seed)
+    return jax.eval_shape(lambda: network)
+
+
 def further(objective: Objective, params: Any, extra: Any) -> tuple[str, ...]:
     """Maps of the encoder beside those that ``features`` gives by itself; trees may be shapes."""
     if not isinstance(objective, HasEncoder):

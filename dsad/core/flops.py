@@ -20,7 +20,7 @@ from dsad.core.types import KnowsFlops, Objective
 _REMAT = ("checkpoint", "remat", "remat2")
 
 
-def model_flops(function: Callable[..., Any], *abstract: Any) -> float:
+def model_flops(function: Callable[..., Any], *abstract: Any, live: bool = False) -> float:
     """FLOPs of the matrix products and convolutions of ``function(*abstract)``.
 
     A multiply-add counts 2. The arguments may be arrays or ``jax.ShapeDtypeStruct``; nothing is
@@ -28,9 +28,11 @@ def model_flops(function: Callable[..., Any], *abstract: Any) -> float:
     its length is not known, a ``cond`` its most expensive branch. Convolutions count the taps on
     their padding, as is usual, but not the holes of a dilated input, so that the gradient of a
     strided one costs twice the forward pass. Of a gradient of something under ``jax.checkpoint``
-    the repeated forward pass counts as well; see ``without_remat``.
+    the repeated forward pass counts as well; see ``without_remat``. With ``live`` only those count
+    that a result needs, as compilers drop the others.
     """
-    return _count(jax.make_jaxpr(function)(*abstract).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*abstract).jaxpr
+    return float(sum(map(_of_equation, _live(jaxpr)))) if live else _count(jaxpr)
 
 
 def training_flops_per_image(objective: Objective, params: Any, extra: Any, batch: Any) -> float:
@@ -99,6 +101,16 @@ def _has_remat(jaxpr: Any) -> bool:
     return any(
         e.primitive.name in _REMAT or any(map(_has_remat, _bodies(e.params))) for e in jaxpr.eqns
     )
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """The equations that its results need, last first; inside of them nothing is looked for."""
+    used, found = set(map(id, jaxpr.outvars)), []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or any(id(v) in used for v in equation.outvars):
+            used |= set(map(id, equation.invars))
+            found.append(equation)
+    return found
 
 
 def _count(jaxpr: Any) -> float:

@@ -108,6 +108,26 @@ class Fitted(NamedTuple):
     statistics: Tree
 
 
+def batch_rows(config: EvalConfig, mesh: Mesh) -> int:
+    """Inputs of the network in a batch: as configured, but a multiple of the devices."""
+    return -(-config.batch_size // mesh.size) * mesh.size
+
+
+def extractor(detector: Detector, config: EvalConfig, mesh: Mesh, backbone: Backbone) -> Extractor:
+    """Of what a detector reads and the feature cache keeps beside; it has no backbone yet."""
+    own_tokens = tuple(detector.traits.tokens)
+    # In the order of the config first, so that all detectors ask for one program.
+    further = config.cache_layers if config.feature_cache else ()
+    every = dict.fromkeys((*further, *detector.layers, *own_tokens))
+    stored_tokens = backbone.tokens if isinstance(backbone, HasTokens) else ()
+    vectors = {*own_tokens, *stored_tokens} - {*detector.layers}
+    maps = tuple(name for name in every if name not in vectors)
+    tokens = tuple(name for name in every if name in vectors)
+    return Extractor(
+        maps, config.preprocessing.size, mesh, tokens=tokens, blocks=detector.traits.blocks
+    )
+
+
 class Device:
     """The compiled parts of a run: features, scores, maps at network input size.
 
@@ -125,7 +145,7 @@ class Device:
         map_wrappers: Sequence[MapWrapper] = (),
     ) -> None:
         self.mesh = mesh
-        self.batch = -(-config.batch_size // mesh.size) * mesh.size
+        self.batch = batch_rows(config, mesh)
         self.layers, self._traits = tuple(detector.layers), detector.traits
         self.preprocessing = config.preprocessing
         if map_wrappers and not config.preprocessing.single and self._traits.trains_on == "images":
@@ -150,18 +170,8 @@ class Device:
         self.from_store: dict[str, dict[str, bool]] = {}
         #: Whether those of the latest batch all were.
         self.all_stored = False
-        own_tokens = tuple(detector.traits.tokens)
-        self._own = (*self.layers, *own_tokens)
-        # In the order of the config first, so that all detectors ask for one program.
-        further = config.cache_layers if self.folder else ()
-        every = dict.fromkeys((*further, *self._own))
-        stored_tokens = backbone.tokens if isinstance(backbone, HasTokens) else ()
-        vectors = {*own_tokens, *stored_tokens} - {*self.layers}
-        maps = tuple(name for name in every if name not in vectors)
-        tokens = tuple(name for name in every if name in vectors)
-        self._features = Extractor(
-            maps, self.preprocessing.size, mesh, tokens=tokens, blocks=self._traits.blocks
-        )
+        self._own = (*self.layers, *detector.traits.tokens)
+        self._features = extractor(detector, config, mesh, backbone)
         self._panels: Extractor | None = None
         stretched = self.preprocessing.whole and self.preprocessing.everything
         if config.gallery > 0 and isinstance(detector, HasPanels) and stretched:

@@ -81,6 +81,15 @@ class Extractor:
         """The maps {layer: (b, h, w, channels)}, or what ``then`` made of them, ready."""
         return jax.block_until_ready(self._run(put(images, batch_sharding(self.mesh))))
 
+    def lower(self, batch: int) -> jax.stages.Lowered:
+        """The program of so many images for the mesh, of a backbone that may be shapes alone."""
+        return self._with_tree.lower(self.network, self.images(batch))
+
+    def images(self, batch: int) -> jax.ShapeDtypeStruct:
+        """The shape of so many, split over the mesh."""
+        sharding = batch_sharding(self.mesh)
+        return jax.ShapeDtypeStruct((batch, *self.size, 3), jnp.uint8, sharding=sharding)
+
     def shapes(self, batch: int) -> Any:
         """Shapes and dtypes of what so many images give."""
         images = jax.ShapeDtypeStruct((batch, *self.size, 3), jnp.uint8)
@@ -133,9 +142,9 @@ def check_maps(
     """
     backbone = with_pixels(backbone, layers)
     image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    maps = jax.eval_shape(backbone, image)
+    maps = _shapes(backbone, image)
     if isinstance(backbone, HasFurther) and backbone.further:
-        maps |= jax.eval_shape(backbone.only(backbone.further), image)
+        maps |= _shapes(backbone.only(backbone.further), image)
     depth = sum(bool(re.fullmatch(r"block\d+", name)) for name in maps)
     if blocks and depth and backbone.layers is None and depth != blocks:
         raise ConfigError(
@@ -158,6 +167,12 @@ def check_maps(
     return maps
 
 
+def _shapes(backbone: Backbone, image: jax.ShapeDtypeStruct) -> Any:
+    if _is_arrays(backbone):  # or shapes, which only an argument can be
+        return jax.eval_shape(lambda network, image: network(image), backbone, image)
+    return jax.eval_shape(backbone, image)
+
+
 def with_pixels(backbone: Backbone, layers: Sequence[str]) -> Backbone:
     """A backbone that has its input among its maps, where that is one of the ``layers``."""
     if PIXELS not in layers or isinstance(backbone, WithPixels):
@@ -175,13 +190,17 @@ def normalised(network: Backbone, images: jax.Array) -> jax.Array:
 def placed(backbone: Backbone, mesh: Mesh) -> Backbone:
     """The backbone with its arrays on every device; one that is no pytree of arrays as it is.
 
-    Arrays that lie on these devices already, whole or split, stay as they are.
+    Arrays that lie on these devices already, whole or split, stay as they are; shapes get the
+    sharding.
 
     Raises ConfigError if the processes of the mesh have unlike weights.
     """
     if not _is_arrays(backbone):
         return backbone
     leaves, structure = jax.tree.flatten(backbone)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        everywhere = replicated(mesh)
+        return jax.tree.map(lambda x: x.update(sharding=everywhere), backbone)
     devices = set(mesh.devices.flat)
     if all(isinstance(x, jax.Array) and x.sharding.device_set == devices for x in leaves):
         return backbone
@@ -198,7 +217,8 @@ def placed(backbone: Backbone, mesh: Mesh) -> Backbone:
 
 def _is_arrays(backbone: Backbone) -> bool:
     leaves = jax.tree.leaves(backbone)
-    return bool(leaves) and all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves)
+    kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+    return bool(leaves) and all(isinstance(x, kinds) for x in leaves)
 
 
 def untitled(backbone: Any) -> Any:

@@ -1,1 +1,1 @@
-"""What a step of a config costs on accelerators that need not be there: memory, time, traffic."""
+"""What a training step or a batch of an evaluation costs on accelerators that need not be there."""

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dsad.core import paths
 from dsad.core.errors import ConfigError
-from dsad.plan import _compile, _report, _topology
+from dsad.plan import _compile, _jobs, _report, _topology
 from dsad.plan._plan import Options, Plan, make
 from dsad.terminal import console, flags
 
@@ -19,10 +19,13 @@ USAGE = """memory, speed and cost of a config on accelerators that need not be t
 
   dsad plan --config=mae_imagenet:large --topology=v5e:8x8 --config.mesh.fsdp=8
   dsad plan --config=ds2 --topology=v5e:4x4 --sweep --fsdp=1,2 --batch=512,1024
+  dsad plan --config=superadd:published --topology=v5e:2x2 --sweep --batch=8,32
 
-Compiles the training step for the topology, without a TPU and without the data
-set, and prints what a chip has to hold against what it has, and a lower bound
-of the time a step takes. Exit code 1 if the step does not fit."""
+Compiles for the topology, without a TPU, a data set or weights, the training
+step of a config with an objective, or of one with a detector what an evaluation
+computes of a batch of images or windows: the features, not their scores. Prints
+what a chip has to hold against what it has, and a lower bound of the time that
+a step or batch takes. Exit code 1 if it does not fit."""
 
 
 def main(argv: list[str]) -> int:
@@ -35,11 +38,15 @@ def main(argv: list[str]) -> int:
     command.string("cache", "", "Folder for results, or off; without, the user's cache folder.")
     command.string("json", "", "File for everything that is known, for other programs.")
     command.switch("sweep", "Try several meshes and batch sizes and mark the best.")
-    command.string("fsdp", "", "With --sweep: values of config.mesh.fsdp, such as 1,4,8.")
-    command.string("batch", "", "With --sweep: values of config.batch_size, such as 1024,2048.")
+    command.string(
+        "fsdp", "", "With --sweep of trainings: values of config.mesh.fsdp, such as 1,4,8."
+    )
+    command.string("batch", "", "With --sweep: values of the batch size, such as 1024,2048.")
     config, values, _ = command.parse(argv)
     if (values.fsdp or values.batch) and not values.sweep:
         raise ConfigError("--fsdp and --batch list what --sweep tries; add --sweep.")
+    if _jobs.kind(config) == "features":
+        _check_features(values)
     if values.json:
         paths.check_place(values.json, _JSON_ADVICE, file=True)
     out = console.console()
@@ -55,14 +62,17 @@ def main(argv: list[str]) -> int:
 
 
 def _sweep(config: Any, options: Options, devices: list[Any], values: Any, out: Console) -> int:
-    fsdp = _numbers("fsdp", values.fsdp) or _default_fsdp(len(devices), config.mesh.fsdp)
-    batches = _numbers("batch", values.batch) or [config.batch_size]
-    combinations = [(f, b) for b in batches for f in fsdp]
+    training = _jobs.kind(config) == "training"
+    own = config.batch_size if training else config.evaluation.batch_size
+    shares = _default_fsdp(len(devices), config.mesh.fsdp) if training else [config.mesh.fsdp]
+    fsdp, batches = _numbers("fsdp", values.fsdp) or shares, _numbers("batch", values.batch)
+    combinations = [(f, b) for b in batches or [own] for f in fsdp]
     plans: list[Plan | str] = []
     for number, (shards, batch) in enumerate(combinations, start=1):
-        changed = config.copy_and_resolve_references()
-        changed.mesh.data, changed.mesh.fsdp, changed.batch_size = -1, shards, batch
-        out.print(f"{number} of {len(combinations)}: fsdp {shards}, {batch} images a step")
+        changed = _jobs.resized(config, batch)
+        if training:
+            changed.mesh.data, changed.mesh.fsdp = -1, shards
+        out.print(f"{number} of {len(combinations)}: fsdp {shards}, batches of {batch}")
         try:
             plans.append(make(changed, options, devices, out))
         except ConfigError as error:
@@ -73,6 +83,17 @@ def _sweep(config: Any, options: Options, devices: list[Any], values: Any, out: 
     best = _report.sweep(plans, out)
     _write(values.json, made)
     return 0 if best is not None else 1
+
+
+def _check_features(values: Any) -> None:
+    """Refuse what only a training has."""
+    reasons = {
+        "samples": "the features of a batch do not depend on how many images there are",
+        "fsdp": "an evaluation has all weights on every chip",
+    }
+    for name, why in reasons.items():
+        if values[name].value:
+            raise ConfigError(f"--{name}: {why}. Leave it out, or plan a training.")
 
 
 def _default_fsdp(chips: int, own: int) -> list[int]:

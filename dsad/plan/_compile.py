@@ -1,30 +1,28 @@
-"""Compiling a step and keeping what is worth knowing of the result, once per program."""
+"""Compiling a program and keeping what is worth knowing of the result, once per program."""
 
 import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 from rich.console import Console
 
 import dsad
-from dsad.assembly.pretrain import Run
 from dsad.core import paths
 from dsad.core.errors import ConfigError
 from dsad.plan import hlo, hlo_cost
 from dsad.terminal import console
-from dsad.train.step import abstract_key
 
 Effort = Literal["fast", "full"]
 #: What the compilers take for "finish soon", as jax 0.10 spells it and as later versions do. On
@@ -46,10 +44,10 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What a compiler says of a step, per device; sizes in bytes.
+    """What a compiler says of a program, per device; sizes in bytes.
 
     Attributes:
-      arguments: the state, the inputs and the data that live on the device.
+      arguments: the weights or state, the inputs and the data that live on the device.
       outputs, alias: results, and the part of them that takes the place of donated arguments.
       temporaries: everything in between, at its fullest.
       code: the program itself.
@@ -82,7 +80,7 @@ class Program:
 
     @property
     def total(self) -> int:
-        """Memory that the step needs: the sum, because temporaries are taken as one block.
+        """Memory that the program needs: the sum, because temporaries are taken as one block.
 
         The peak of what lives at once may be below it, and on CPUs leaves the temporaries out.
         """
@@ -91,16 +89,21 @@ class Program:
 
 
 def compiled(
-    run: Run, effort: Effort, out: Console, cache: epath.Path | None, about: str
+    lower: Callable[[], jax.stages.Lowered],
+    mesh: Mesh,
+    effort: Effort,
+    out: Console,
+    cache: epath.Path | None,
+    about: str,
 ) -> tuple[Program, bool]:
-    """The program of a run's step, and whether an earlier run had compiled it.
+    """What ``lower`` gives, compiled, and whether an earlier run had compiled it.
 
     ``about`` names the devices: the same text for another chip is another program.
     """
-    with waiting(out, "tracing the step"):
-        lowered = lower(run)
+    with waiting(out, "tracing"):
+        lowered = lower()
         text = lowered.as_text()
-    file = cache / f"{_key(text, effort, run, about)}.json" if cache else None
+    file = cache / f"{_key(text, effort, mesh, about)}.json" if cache else None
     if file and (found := _stored(file)):
         return found, True
     with waiting(out, f"compiling for {about} ({effort})"):
@@ -110,28 +113,6 @@ def compiled(
     return program, False
 
 
-def lower(run: Run) -> jax.stages.Lowered:
-    """The step of a run traced and lowered for the platform of its mesh."""
-    with run.tracing():
-        return run.step.lower(run.abstract, run.inputs, run.store, abstract_key(run.mesh))
-
-
-def held(run: Run) -> dict[str, int]:
-    """Bytes of one device's part of what stays there from step to step, by kind."""
-    state = run.abstract
-    kinds = {
-        "weights": state.params, "optimiser": state.opt_state,
-        "statistics, teacher and other state": (state.extra, state.step),
-        "batch": run.inputs, "data set on the device": run.store,
-    }  # fmt: skip
-
-    def part(leaf: Any) -> int:
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    sizes = {kind: sum(map(part, jax.tree.leaves(tree))) for kind, tree in kinds.items()}
-    return {kind: size for kind, size in sizes.items() if size}
-
-
 def _compile(lowered: jax.stages.Lowered, effort: Effort) -> Program:
     start = time.monotonic()
     with captured_stderr() as log:
@@ -139,7 +120,7 @@ def _compile(lowered: jax.stages.Lowered, effort: Effort) -> Program:
             made = _made(lowered, effort)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
-                raise ConfigError(f"the compiler refuses the step: {error}") from error
+                raise ConfigError(f"the compiler refuses the program: {error}") from error
             return Program(
                 refused=str(error).strip().splitlines()[0], peak=needed(str(error)),
                 seconds=time.monotonic() - start,
@@ -262,8 +243,8 @@ def default_cache() -> str:
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dsad", "plan")
 
 
-def _key(text: str, effort: Effort, run: Run, about: str) -> str:
-    order = [d.id for d in run.mesh.devices.flat]
+def _key(text: str, effort: Effort, mesh: Mesh, about: str) -> str:
+    order = [d.id for d in mesh.devices.flat]
     flags = [os.environ.get(n, "") for n in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     parts = (_FORMAT, text, OPTIONS[effort], about, order, _versions(), flags)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -5,10 +5,10 @@ import dataclasses
 from dsad.core.chips import Chip
 from dsad.plan._compile import Program
 
-#: What the estimate supposes; printed with it.
+#: What the estimate supposes; printed with it. ``call`` is a step, or a batch of an evaluation.
 ASSUMPTIONS = (
-    "step = the largest of three times, as if computing, memory and interconnect overlapped fully "
-    "and each ran at its published peak; real steps take longer (--efficiency)",
+    "{call} = the largest of three times, as if computing, memory and interconnect overlapped "
+    "fully and each ran at its published peak; real ones take longer (--efficiency)",
     "compute: matrix products and convolutions at the peak for bfloat16 (on TPUs, float32 operands "
     "at higher precision in 3 or 6 passes); elementwise work costs memory traffic only",
     "memory: every operation that the compiler left apart reads its operands and writes its "
@@ -21,10 +21,11 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Times in seconds of one step; rates of the whole mesh unless they say per chip.
+    """Times in seconds of one step, or batch; rates of the whole mesh unless they say per chip.
 
     ``bound_by`` names the largest of the three times. ``hours`` and ``chip_hours`` are for all
-    steps of the run, None where their number is not known.
+    steps of the run, None where their number is not known, ``chip_hours_per_thousand`` for 1,000
+    images.
     """
 
     compute: float
@@ -37,6 +38,7 @@ class Estimate:
     mfu: float
     hours: float | None
     chip_hours: float | None
+    chip_hours_per_thousand: float
 
 
 def estimate(
@@ -74,4 +76,5 @@ def estimate(
         **times, step=step, bound_by=bound, images_per_s=speed,
         images_per_s_per_chip=speed / chips, mfu=speed * model_flops / (chips * chip.peak_flops),
         hours=hours, chip_hours=None if hours is None else hours * chips,
+        chip_hours_per_thousand=1000 / speed * chips / 3600,
     )  # fmt: skip

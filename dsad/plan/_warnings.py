@@ -45,11 +45,15 @@ def unintended(run: Run, program: Program) -> list[str]:
                 lines.append(_line(text, row, f"all blocks of {stacks[shape]} at once"))
             elif large and _all_samples(run, shape):
                 lines.append(_line(text, row, "activations of all samples"))
-    lines += [
+    return list(dict.fromkeys(lines + copies(program)))
+
+
+def copies(program: Program) -> list[str]:
+    """A line for each array that the partitioner copies whole to every chip."""
+    return [
         f"the partitioner copies {message} whole to every chip (involuntary full rematerialization)"
         for message in program.messages
     ]
-    return list(dict.fromkeys(lines))
 
 
 def _fetching(run: Run) -> list[str]:

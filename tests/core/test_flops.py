@@ -36,6 +36,18 @@ def test_products():
     assert model_flops(jnp.sin, f32(100)) == 0
 
 
+def test_only_what_a_result_needs_is_live():
+    def function(a, b):
+        unused = a @ b @ b
+        return jnp.sin(a) @ b, unused[:0]
+
+    product = 2 * 3 * 5 * 5
+    assert model_flops(function, f32(3, 5), f32(5, 5), live=True) == 3 * product
+    first = lambda a, b: function(a, b)[0]  # noqa: E731
+    assert model_flops(first, f32(3, 5), f32(5, 5)) == 3 * product
+    assert model_flops(first, f32(3, 5), f32(5, 5), live=True) == product
+
+
 @pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (1, 4), (2, 4)])
 def test_convolutions(stride, groups):
     x, kernel = f32(2, 8, 8, 12), f32(3, 3, 12 // groups, 16)

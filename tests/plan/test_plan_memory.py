@@ -35,14 +35,14 @@ def first_step(argv):
 
     from dsad.assembly import training
     from dsad.core.mesh import place_batch
-    from dsad.plan import _compile
+    from dsad.plan import _compile, _jobs
     from dsad.terminal import flags
     from dsad.train.state import initial_state
 
     config, _, _ = flags.Command("x", "", config="mae").parse(argv)
     built = training.build(config)
     run, store = built.run, built.store
-    program = _compile._compile(_compile.lower(run), "full")
+    program = _compile._compile(_jobs.lower(run), "full")
     state = initial_state(run.objective, run.tx, run.abstract, seed=0)
     batch = place_batch(next(built.pipeline.iterator()), run.mesh)
     step = run.step.lower(state, batch, store, run.key).compile()
@@ -117,3 +117,17 @@ def test_a_slice_that_is_too_small_is_named(tpu, tmp_path):
     assert "DOES NOT FIT" in done.stdout
     assert not found["fits"]
     assert found["program"]["peak"] > found["limit"]
+
+
+@pytest.mark.slow
+def test_features_are_planned_without_a_tpu(tpu, tmp_path):
+    argv = ("--config=superadd:smoke", "--topology=v5e:2x2", "--config.evaluation.image_size=64")
+    done, found = tpu(tmp_path, *argv)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "2 a chip" in done.stdout
+    assert (found["kind"], found["unit"], found["batch_size"]) == ("features", "window", 8)
+    assert found["program"]["collectives"] == []
+    # Every chip has its quarter of the windows, and all weights.
+    assert found["program"]["flops"] == pytest.approx(2 * found["model_flops_per_image"], rel=0.02)
+    assert found["program"]["arguments"] >= found["held"]["weights"] > 20e6
