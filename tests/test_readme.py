@@ -83,6 +83,7 @@ SHORT = {
     "bench step --config=configs/ds2.py": ["--config.objective.hidden=8"],
     "bench neighbors": ["--rounds=1", "--queries=64", "--rows=99", "--depth=8", "--k=1"],
     "bench coreset": ["--rounds=1", "--rows=200", "--dim=8"],
+    "bench mutual": ["--rounds=1", "--images=5", "--tokens=6", "--depth=4"],
     "bench aupro": ["--rounds=1", "--maps=4", "--size=32"],
     "bench input": [
         "--config=configs/mae.py:smoke", "--rounds=1", "--images=8", "--batch=4", "--batches=1",

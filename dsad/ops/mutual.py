@@ -100,6 +100,7 @@ def mutual_scores(
         )
     plan = _plan(shape[0], shape[1], kept, mesh, block, table)
     own = _blocks(tokens, plan)
+    del tokens  # nor need a caller hold them: one copy less
     total = plan.steps * plan.blocks
     found, done = [], 0
     for base in range(0, plan.blocks, plan.rows):

@@ -1,5 +1,7 @@
 """Mutual scores against every distance in float64, on any mesh, in any blocks."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,15 @@ def test_a_broken_token_is_no_silent_zero():
     found = np.isnan(mutual_scores(tokens, 1))
     assert found[[0, 2]].all()
     assert found[1].tolist() == [number == 2 for number in range(9)]
+
+
+def test_tokens_are_let_go_once_they_are_placed():
+    given, held = [tokens_of(11)], []
+    known = weakref.ref(given[0])
+    tell = lambda *_: held.append(known() is not None)  # noqa: E731
+    mutual_scores(given.pop(), 4, block=20, progress=tell)
+    assert held
+    assert not any(held)
 
 
 def test_bytes_of_a_thousand_images_stay_below_the_limit():
