@@ -62,6 +62,12 @@ SHORT = {
     ],
     # A seed has a run of its own.
     "compare --config=configs/compare.py": ["--config.seeds=(0,)"],
+    "--config=configs/compare.py:representations": [
+        "--config.shots=(1, 0)",
+        "--config.skip=('toothbrush/*', 'cookie/*', '*/mobilenetv2/*', '*/squeezenet/*', "
+        "'*/corrupt/*', '*/spd/*', '*/1-shot/padim', '*/resnet18/anomalydino', '*/resnet18/rad', "
+        "'*/ds2/anomalydino', '*/ds2/rad')",
+    ],
     "--config=configs/compare.py:adpretrain,trained": [
         "--config.settings.glass.detector.recipe.steps=1",
         "--config.settings.simplenet.detector.recipe.steps=1",

@@ -373,5 +373,5 @@ def test_the_table_of_representations_reads_maps_that_its_networks_have():
         assert blocks == (backbone == "mae")
     bottles = [c for c in cells if c.dataset == "bottle"]
     # Four numbers of shots, three for PaDiM, one for MuSc.
-    assert len(bottles) == 4 * (3 * 4 + 3 + 1) + (5 * 4 + 3 + 1)
+    assert len(bottles) == 6 * (3 * 4 + 3 + 1) + (5 * 4 + 3 + 1)
     assert len(cells) == 3 * len(bottles)
