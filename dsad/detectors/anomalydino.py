@@ -100,6 +100,8 @@ class AnomalyDino(FeatureDetector[Config]):
     a batch is scored, whatever its size.
     """
 
+    _leaves_out = True
+
     @property
     def traits(self) -> DetectorTraits:
         """How its maps are smoothed and summed up, and what it is fitted on."""
