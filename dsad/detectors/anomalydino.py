@@ -64,8 +64,9 @@ class Config(DetectorConfig):
       threshold: of the first principal component on the object, in units of the features; 10 is
         for DINOv2 behind the final norm.
       mask_rule: "grid": the sign of the component by centre against border, dilation and closing
-        among neighbours; "published": the other sign where 35 % of the centre or less are object,
-        neighbours in raster order, so that rows leak into each other.
+        among neighbours, and an image without a cell above the threshold counts as a whole;
+        "published": the other sign where 35 % of the centre or less are object, neighbours in
+        raster order, so that rows leak into each other, and nothing of such an image counts.
       bank_rows: 0 keeps every row, else at most that many, a uniformly random subset.
       precision: of the search, see ``knn``.
 
@@ -239,7 +240,8 @@ def foreground(
     if rule == "grid":
         positive = _mean(values, inner) >= _mean(values, outer)
         mask = jnp.where(positive, values, -values) > threshold
-        return closed(dilated(mask))
+        # Where nothing is told from the background, all may be the object; none would be no score.
+        return closed(dilated(mask)) | ~jnp.any(mask)
     mask = values > threshold
     mask = jnp.where(_mean(mask, centre) <= 0.35, -values > threshold, mask)
     return closed(dilated(mask.reshape(-1, 1))).reshape(height, width)
