@@ -9,7 +9,6 @@ is compared with all others.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -124,26 +123,21 @@ class AnomalyDino(FeatureDetector[Config]):
         Raises DataError without rows, with a single test image, or with NaN or infinite features;
         ConfigError if some of the categories of one fit are masked and others not.
         """
-        cfg, seen = self.config, {}
-
-        def noted() -> Iterator[Cells]:
-            for part in self._cells(source):
-                seen[part.category] = EVERY in cfg.masked or part.category in cfg.masked
-                yield part
-
+        cfg, names = self.config, source.categories
+        masked = [name for name in names if EVERY in cfg.masked or name in cfg.masked]
+        if masked and len(masked) < len(names):
+            raise ConfigError(
+                "config.detector.masked: one fit has masked categories and others; expected all of "
+                f"them ('{EVERY}') or none, found {masked} of {list(names)}."
+            )
         if cfg.fits_on == "test":
-            state = _tokens(list(noted()), cfg.nearest_share)
+            state = _tokens(list(self._cells(source)), cfg.nearest_share)
         else:
-            bank = normal_rows(noted(), rng.named(key, "anomalydino bank"), cfg.bank_rows)
+            key = rng.named(key, "anomalydino bank")
+            bank = normal_rows(self._cells(source), key, cfg.bank_rows)
             check_rows("anomalydino", bank, cfg.k)
             state = bank_state(bank, mesh)
-        if len(set(seen.values())) > 1:
-            named = [name for name, masked in seen.items() if masked]
-            raise ConfigError(
-                "detector.masked: one fit has masked categories and others; expected all of them "
-                f"('{EVERY}') or none, found {named} of {list(seen)}."
-            )
-        return {**state, "masked": jnp.asarray(any(seen.values()))}
+        return {**state, "masked": jnp.asarray(bool(masked))}
 
     def score(
         self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
