@@ -17,7 +17,9 @@ ResNets, serve with --config.detector.layers="('layer2','layer3')".
 Variants, after a colon and joined by commas:
     masked     objects alone count in the categories where the paper says so
     published  masked as the code does it, with its errors; the Gaussian of 4 pixels of an image of
-               1,024, which is 1.75 of the input, whatever the image's size
+               1,024, which is 1.75 of the input, whatever the image's size (of 672 pixels 2.625:
+               --config.detector.sigma=2.625). Unlike the code: of distances to the other test
+               images ("batched") the share that is averaged is rounded up, not down less one
     batched    no normal image: the test images score each other, at 672 pixels, masked
     smoke      a random network on a few small synthetic images, in seconds
 """

@@ -12,9 +12,10 @@ square of the number of images (--config.detector.subsets splits them at random)
 
 Variants, after a colon:
     published  the code's settings: CLIP ViT-L/14 of 336 pixels at 518, blocks 5, 11, 17 and 23,
-               aligned corners, image scores from 0 to 1, products of class tokens as they are.
-               Its class tokens are projected, these are not. Untested. Published for MVTec AD are
-               97.8 (image) and 97.3 (pixel AUROC).
+               aligned corners, image scores from 0 to 1. Its class tokens are projected before
+               their cosines, these are not. Of DINO it takes their products as they are:
+               --config.detector.raw_vectors=True. Untested. Published for MVTec AD are 97.8
+               (image) and 97.3 (pixel AUROC).
     large      the blocks of a ViT-L
     visa       the numbers of like images for VisA, of whose categories each has more test images
     smoke      a random network on a few small synthetic images, in seconds
@@ -35,7 +36,7 @@ def _large(config):
 def _published(config):
     _large(config)
     config.backbone = "vit_large_patch14_clip_quickgelu_336"
-    config.detector.update(scaled=True, raw_vectors=True)
+    config.detector.scaled = True
     config.evaluation.image_size = 518
     config.evaluation.align_corners = True
 

@@ -46,6 +46,8 @@ class FeatureBatch(NamedTuple):
     category: str
     index: np.ndarray  # (b,) int, sample index in its source
     inside: np.ndarray | None = None  # (b, 2, 2), see ``Inside``; None: all of it
+    #: (b,) int, the image that an input is a window or a rotation of; None: each is an image.
+    image: np.ndarray | None = None
 
 
 class FeatureSource(Protocol):

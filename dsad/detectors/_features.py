@@ -126,7 +126,9 @@ class FeatureDetector(Generic[C]):
                     f"{index[broken].tolist()}; expected finite ones. Check the weights."
                 )
             inside = None if batch.inside is None else np.asarray(batch.inside)[valid]
-            yield Cells(jax.tree.unflatten(structure, leaves), index, batch.category, inside)
+            image = index if batch.image is None else np.asarray(batch.image)[valid]
+            values = jax.tree.unflatten(structure, leaves)
+            yield Cells(values, index, batch.category, image, inside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,15 +162,16 @@ class EmbedsCells(Protocol):
 
 
 class Cells(NamedTuple):
-    """The valid images of one batch: ``values`` (n, ...) float32, ``index`` (n,), ``category``.
+    """The valid inputs of one batch: ``values`` (n, ...) float32, ``index`` (n,), ``category``.
 
-    ``values`` is one array, or a tree of arrays if that is what was computed. ``inside`` is that of
-    the batch.
+    ``values`` is one array, or a tree of arrays if that is what was computed. ``image`` (n,) and
+    ``inside`` are those of the batch.
     """
 
     values: Any
     index: np.ndarray
     category: str
+    image: np.ndarray
     inside: np.ndarray | None = None
 
     def counted(self, grid: tuple[int, int]) -> np.ndarray:
@@ -277,7 +280,8 @@ class OrderedRows:
     """
 
     def __init__(self) -> None:
-        self._rows, self._images = np.zeros((0, 0), np.float32), [np.zeros(0, np.int64)]
+        self._rows = np.zeros((0, 0), np.float32)
+        self._places = [np.zeros((2, 0), np.int64)]
 
     def add(self, values: np.ndarray, part: Cells) -> None:
         """Take maps (b, h, w, d) of the images of ``part``."""
@@ -287,14 +291,15 @@ class OrderedRows:
         # In place: the allocator moves pages, so rows never exist twice.
         self._rows.resize((at + len(values), values.shape[1]), refcheck=False)
         self._rows[at:] = values
-        self._images.append(np.repeat(part.index, counted.sum(axis=1)))
+        of = np.stack([part.index, part.image])
+        self._places.append(np.repeat(of, counted.sum(axis=1), axis=1))
 
     def found(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows, (0, 0) if there are none, and the sample index (N,) of each."""
-        images = np.concatenate(self._images)
-        if (np.diff(images) >= 0).all():
+        """The rows, (0, 0) if there are none, and the image (N,) of each."""
+        index, images = np.concatenate(self._places, axis=1)
+        if (np.diff(index) >= 0).all():
             return self._rows, images
-        order = np.argsort(images, kind="stable")
+        order = np.argsort(index, kind="stable")
         return self._rows[order], images[order]
 
 

@@ -9,7 +9,6 @@ is compared with all others.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -64,8 +63,9 @@ class Config(DetectorConfig):
       threshold: of the first principal component on the object, in units of the features; 10 is
         for DINOv2 behind the final norm.
       mask_rule: "grid": the sign of the component by centre against border, dilation and closing
-        among neighbours; "published": the other sign where 35 % of the centre or less are object,
-        neighbours in raster order, so that rows leak into each other.
+        among neighbours, and an image without a cell above the threshold counts as a whole;
+        "published": the other sign where 35 % of the centre or less are object, neighbours in
+        raster order, so that rows leak into each other, and nothing of such an image counts.
       bank_rows: 0 keeps every row, else at most that many, a uniformly random subset.
       precision: of the search, see ``knn``.
 
@@ -100,6 +100,8 @@ class AnomalyDino(FeatureDetector[Config]):
     a batch is scored, whatever its size.
     """
 
+    _leaves_out = True
+
     @property
     def traits(self) -> DetectorTraits:
         """How its maps are smoothed and summed up, and what it is fitted on."""
@@ -121,26 +123,21 @@ class AnomalyDino(FeatureDetector[Config]):
         Raises DataError without rows, with a single test image, or with NaN or infinite features;
         ConfigError if some of the categories of one fit are masked and others not.
         """
-        cfg, seen = self.config, {}
-
-        def noted() -> Iterator[Cells]:
-            for part in self._cells(source):
-                seen[part.category] = EVERY in cfg.masked or part.category in cfg.masked
-                yield part
-
+        cfg, names = self.config, source.categories
+        masked = [name for name in names if EVERY in cfg.masked or name in cfg.masked]
+        if masked and len(masked) < len(names):
+            raise ConfigError(
+                "config.detector.masked: one fit has masked categories and others; expected all of "
+                f"them ('{EVERY}') or none, found {masked} of {list(names)}."
+            )
         if cfg.fits_on == "test":
-            state = _tokens(list(noted()), cfg.nearest_share)
+            state = _tokens(list(self._cells(source)), cfg.nearest_share)
         else:
-            bank = normal_rows(noted(), rng.named(key, "anomalydino bank"), cfg.bank_rows)
+            key = rng.named(key, "anomalydino bank")
+            bank = normal_rows(self._cells(source), key, cfg.bank_rows)
             check_rows("anomalydino", bank, cfg.k)
             state = bank_state(bank, mesh)
-        if len(set(seen.values())) > 1:
-            named = [name for name, masked in seen.items() if masked]
-            raise ConfigError(
-                "detector.masked: one fit has masked categories and others; expected all of them "
-                f"('{EVERY}') or none, found {named} of {list(seen)}."
-            )
-        return {**state, "masked": jnp.asarray(any(seen.values()))}
+        return {**state, "masked": jnp.asarray(bool(masked))}
 
     def score(
         self, state: Tree, features: FeatureMaps, *, mesh: Mesh | None = None,
@@ -237,7 +234,8 @@ def foreground(
     if rule == "grid":
         positive = _mean(values, inner) >= _mean(values, outer)
         mask = jnp.where(positive, values, -values) > threshold
-        return closed(dilated(mask))
+        # Where nothing is told from the background, all may be the object; none would be no score.
+        return closed(dilated(mask)) | ~jnp.any(mask)
     mask = values > threshold
     mask = jnp.where(_mean(mask, centre) <= 0.35, -values > threshold, mask)
     return closed(dilated(mask.reshape(-1, 1))).reshape(height, width)

@@ -84,8 +84,10 @@ class MuSc(FeatureDetector[Config]):
     def traits(self) -> DetectorTraits:
         """Fitted on the test images; reads the class token if that says which are alike."""
         tokens = ("cls",) if self.config.similar == "cls" else ()
-        drawn = self.config.subsets > 1
-        return dataclasses.replace(super().traits, fits_on="test", tokens=tokens, seeded=drawn)
+        return dataclasses.replace(
+            super().traits, fits_on="test", tokens=tokens, seeded=self.config.subsets > 1,
+            leaves_out=self.config.similar != "mean",  # which is that of all cells
+        )  # fmt: skip
 
     def _fit(
         self, source: FeatureSource, mesh: Mesh | None, key: jax.Array, progress: Progress

@@ -97,7 +97,9 @@ class Rad(FeatureDetector[Config]):
         """How its maps are smoothed and summed up, and whether it reads class tokens."""
         tokens = (CLASS,) if self.config.retrieval == CLASS else ()
         drawn = self.config.gallery_images > 0
-        return dataclasses.replace(super().traits, tokens=tokens, seeded=drawn)
+        # A mean cell is of all cells, and published pixels lie between cells, also those outside.
+        alone = bool(tokens) and self.config.map_rule == "cells"
+        return dataclasses.replace(super().traits, tokens=tokens, seeded=drawn, leaves_out=alone)
 
     def embed(self, features: FeatureMaps) -> dict[str, Any]:
         """{"pooled": (b, d), "gallery": {layer: (b, h, w, d)}} of a batch, of unit length."""

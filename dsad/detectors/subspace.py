@@ -84,7 +84,8 @@ class Subspace(FeatureDetector[Config]):
     def traits(self) -> DetectorTraits:
         """How its maps are smoothed and summed up, and for how many blocks its layers are meant."""
         blocks = 0 if self.config.layers else self.config.depth
-        return dataclasses.replace(super().traits, blocks=blocks)
+        cells = self.config.map_rule == "cells"  # pixels lie between cells, also those outside
+        return dataclasses.replace(super().traits, blocks=blocks, leaves_out=cells)
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """The mean (b, gh, gw, d) of the layers."""

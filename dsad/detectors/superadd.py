@@ -145,9 +145,10 @@ class SuperAdd(FeatureDetector[Config]):
 def usual_distance(bank: np.ndarray, images: np.ndarray, precision: Precision = "auto") -> float:
     """Median distance of bank rows (M, d) of every eighth image to the rows of the others.
 
-    ``images`` (M,) are the sample indices of the rows. At most ``SAMPLE`` rows, evenly spaced, are
-    looked at; equal ones have no part in it. With rows of a single image it is their distance to
-    each other, and 1 where no two rows differ, as nothing is known then.
+    ``images`` (M,) are those of the rows; windows and rotations of one are held out together. At
+    most ``SAMPLE`` rows, evenly spaced, are looked at; equal ones have no part in it. With rows of
+    a single image it is their distance to each other, and 1 where no two rows differ, as nothing is
+    known then.
     """
     held = np.unique(images, return_inverse=True)[1] % EIGHTH == 0
     asked, known, k = bank[held], bank[~held], 1

@@ -115,6 +115,6 @@ class Features:
                     inputs += int(valid.sum())
                 inside = None if host.inside is None else host.inside[:, 0]
                 number = image if self._by_image else index
-                yield FeatureBatch(maps, valid, category, number, inside)
+                yield FeatureBatch(maps, valid, category, number, inside, image)
                 start = time.perf_counter()
             offset += int(used.sum())

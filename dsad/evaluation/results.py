@@ -24,14 +24,14 @@ RESULTS = "results.json"
 class Results:
     """What a localization run measured.
 
-    A number that is not defined is None; ``categories[c]["notes"]`` say why. ``categories[c]`` has
-    the numbers, ``counts`` and ``seconds``; ``mean`` the numbers, over the categories that define
-    them, and ``mean_over`` how many these are where it is not all of them;
-    ``kinds[c][kind]`` the numbers of normal images and that kind, with ``images``; ``images[c]``
-    one entry per test image in source order; ``scales[c]`` the median and the 99.9th percentile
-    of the map on normal images, and the scales of panels; ``cases[c]`` the image numbers shown,
-    by section of ``gallery.choose_cases``. ``gallery`` and ``curves`` are arrays by name, see
-    ``gallery.pictures``, ``panels.pictures`` and ``numbers.measure``.
+    A number that is not defined is None; ``categories[c]["notes"]`` say why, and which seeds were
+    measured once. ``categories[c]`` has the numbers, ``counts`` and ``seconds``; ``mean`` the
+    numbers, over the categories that define them, and ``mean_over`` how many these are where it is
+    not all of them; ``kinds[c][kind]`` the numbers of normal images and that kind, with ``images``;
+    ``images[c]`` one entry per test image in source order; ``scales[c]`` the median and the 99.9th
+    percentile of the map on normal images, and the scales of panels; ``cases[c]`` the image numbers
+    shown, by section of ``gallery.choose_cases``. ``gallery`` and ``curves`` are arrays by name,
+    see ``gallery.pictures``, ``panels.pictures`` and ``numbers.measure``.
 
     With several seeds the numbers of ``categories``, ``kinds`` and ``mean`` are means over them;
     images, scales, cases, gallery and curves are those of the first. ``seeds[s]`` holds the

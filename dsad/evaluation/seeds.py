@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dsad.core.config import listed
 from dsad.evaluation.results import Results
 
 
@@ -61,6 +62,9 @@ def conclude(made: Results, names: Sequence[str]) -> None:
             made.mean_over[m] = len(defined)
     for category, about in made.categories.items():
         numbers = _mean([s["categories"][category] for s in every], names)
+        if once := about.get("measured_once"):
+            said = f"seeds {listed(once)} fit on the same images and nothing is drawn"
+            about = {**about, "notes": [*about.get("notes", ()), f"{said}: measured once"]}
         made.categories[category] = {**numbers, **about}
         made.kinds[category] = {}
         for kind, first in every[0]["kinds"][category].items():

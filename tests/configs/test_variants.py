@@ -81,6 +81,12 @@ def test_published_variants_take_the_map_of_the_code(name):
     assert (traits.sigma, traits.image_score, detector.config.tail) == (0, "method", 0.01)
 
 
+def test_published_scores_of_clip_are_by_cosines_of_class_tokens():
+    """MuSc's code takes products of class tokens as they are of DINO alone."""
+    _, detector = evaluate.parse(loaded("musc", "published"))
+    assert (detector.config.scaled, detector.config.raw_vectors) == (True, False)
+
+
 #: In the default run; other pretraining is in tests/cli/test_stages.py and the demo.
 QUICK = ("data", "knn")
 #: What a config begins with, by a flag that names it.

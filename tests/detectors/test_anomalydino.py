@@ -152,6 +152,16 @@ def test_cells_outside_have_no_part_in_the_component():
     assert not found[:2, :10].any()
 
 
+def test_an_image_without_an_object_counts_as_a_whole():
+    """As published it has no score: nor has any of a network with smaller features."""
+    values, where = scene()
+    every = jnp.ones(where.shape, bool)
+    for threshold, whole in ((5.0, False), (100.0, True)):
+        found = anomalydino.foreground(values, every, threshold=threshold, rule="grid")
+        assert bool(found.all()) == whole
+    assert not anomalydino.foreground(values, every, threshold=100.0, rule="published").any()
+
+
 def test_masked_cells_are_zero_and_stay_among_the_scores():
     values, _ = scene()
     normal, test = {"layer2": tokens(0, 2, (10, 10), 16)["layer2"]}, {"layer2": values[None]}

@@ -117,6 +117,19 @@ def test_usual_distances_are_those_of_every_eighth_image():
     assert usual_distance(rows, np.zeros(400)) == pytest.approx(np.median(gaps), rel=1e-5)
 
 
+def test_windows_and_rotations_of_an_image_are_held_out_together():
+    """Every eighth of 16 inputs are two; the 4 images of 4 inputs each have one held out."""
+    normal, whose = maps_of(0, 16), np.arange(16) // 4
+    parts = [b._replace(image=whose[b.index]) for b in Batches(normal)]
+    detector = made("superadd", layers=("layer2",), bank_rows=0)
+    state = detector.fit(parts, **ALONE)
+    rows = normal["layer2"].reshape(-1, normal["layer2"].shape[3])
+    expected = usual_distance(rows, np.repeat(whose, len(rows) // 16))
+    assert state["layer2"]["unit"] == pytest.approx(expected, rel=1e-6)
+    apart = usual_distance(rows, np.repeat(np.arange(16), len(rows) // 16))
+    assert expected != pytest.approx(apart, rel=1e-3)
+
+
 class Counted:
     """A data set of one category, of whose pictures nothing but the paths is known."""
 

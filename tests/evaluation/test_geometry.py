@@ -20,7 +20,7 @@ from dsad.core.config import build_dataclass
 from dsad.core.detection import DetectorTraits
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
-from dsad.detectors import knn, padim, patchcore
+from dsad.detectors import knn, padim, patchcore, superadd
 from dsad.evaluation import fitting, stamp
 from dsad.evaluation.compiled import Device
 from dsad.evaluation.localize import EvalConfig, localize
@@ -47,6 +47,8 @@ DETECTORS = {
             layers=("colour",), neighbourhood=1, sigma=1.0, bank="all", reweighted=True
         )
     ),
+    # In units of the distance between images, which is not that between windows of one.
+    "superadd": superadd.build(superadd.Config(layers=("colour",), sigma=1.0, image_score="max")),
 }
 
 
@@ -69,11 +71,11 @@ def close(one, other, **tolerance):
 
 @pytest.fixture(scope="module")
 def whole():
-    return {name: run(name, **WHOLE) for name in ("top", "patchcore")}
+    return {name: run(name, **WHOLE) for name in ("top", "patchcore", "superadd")}
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["top", "patchcore"])
+@pytest.mark.parametrize("name", ["top", "patchcore", "superadd"])
 def test_numbers_are_those_of_the_image_at_once(whole, name, way):
     found = run(name, **WAYS[way])
     close(whole[name], found, rel=5e-3)

@@ -29,7 +29,7 @@ def foreground(cells, threshold, rule):
     outer[middle] = False
     if rule == "grid":
         mask = values * (1 if values[middle].mean() >= values[outer].mean() else -1) > threshold
-        cross = np.ones((3, 3), bool)
+        mask, cross = mask if mask.any() else ~mask, np.ones((3, 3), bool)
     else:
         mask = values > threshold
         mask = mask if mask[middle].mean() > 0.35 else -values > threshold
