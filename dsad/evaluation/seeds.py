@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dsad.evaluation import paired
 from dsad.evaluation.results import Results
 
 
@@ -31,7 +32,10 @@ def collect(
 
 
 def repeat(made: Results, group: Sequence[str], title: str, seed: int, again: int) -> None:
-    """Give the seed ``again`` what ``seed`` measured of one detector's categories."""
+    """Give the seed ``again`` what ``seed`` measured of one detector's categories.
+
+    ``measured_once[seed]`` of a category lists those that were given its numbers.
+    """
     states = made.stamp["detector_state"][title]
     states[str(again)] = states[str(seed)]
     found = made.seeds.setdefault(str(again), {"categories": {}, "kinds": {}, "mean": {}})
@@ -42,7 +46,7 @@ def repeat(made: Results, group: Sequence[str], title: str, seed: int, again: in
             rows = made.thresholds[category]
             rows[str(again)] = copy.deepcopy(rows[str(seed)])
         about = made.categories[category]
-        about["measured_once"] = sorted({*about.get("measured_once", (seed,)), again})
+        about.setdefault("measured_once", {}).setdefault(str(seed), []).append(again)
 
 
 def conclude(made: Results, names: Sequence[str]) -> None:
@@ -90,6 +94,6 @@ def _mean(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, 
 
 
 def _std(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float | None]:
-    """Sample standard deviation, with n - 1 in the denominator; None as for ``_mean``."""
-    columns = {m: [row[m] for row in rows] for m in names}
-    return {m: None if None in v else float(np.std(v, ddof=1)) for m, v in columns.items()}
+    """Sample standard deviation, as of ``paired.spread``; None as for ``_mean``."""
+    columns = {m: {str(i): row[m] for i, row in enumerate(rows)} for m in names}
+    return {m: paired.spread(values).std for m, values in columns.items()}
