@@ -190,13 +190,16 @@ def parse(config: Any) -> Plan:
     known = (*detectors, *flags.shipped_configs())
 
     def meant(name: str) -> bool:
-        return name in known or name.partition(":")[0] in known
+        network, pair, detector = name.rpartition("/")
+        alone = detector if pair and network in networks else name
+        return alone in known or alone.partition(":")[0] in known
 
-    pairs = {f"{b}/{d}" for b in networks for d in detectors}
-    if unknown := [n for n in own if not (meant(n) or n in pairs)]:
+    if unknown := [n for n in own if not meant(n)]:
+        pairs = [f"{b}/{d}" for b in networks for d in detectors]
         raise ConfigError(
             f"config.settings: no detector {listed(unknown)}."
-            f"{core_config.suggestion(unknown[0], known)} Known: {listed(detectors)}."
+            f"{core_config.suggestion(unknown[0], (*known, *pairs))} Known: {listed(detectors)}, "
+            f"and BACKBONE/DETECTOR, with a backbone of {listed(networks)}."
         )
     return Plan(
         config=cfg, backbones=networks, datasets=data, detectors=detectors, settings=own,
@@ -353,8 +356,13 @@ def cells_of(plan: Plan, features: str, faults: Faults) -> list[Cell]:
 
 def _skipped(plan: Plan, data: str, backbone: str, detector: str, shots: str = "") -> bool:
     """Whether a cell, or with ``shots`` "" all of its detector, is left out."""
-    title = "/".join(filter(None, (data, backbone, shots, detector)))
+    title = _title(data, backbone, detector, shots)
     return any(fnmatch.fnmatchcase(title, pattern) for pattern in plan.config.skip)
+
+
+def _title(data: str, backbone: str, detector: str, shots: str) -> str:
+    """What patterns of ``config.skip`` are held against."""
+    return "/".join(filter(None, (data, backbone, shots, detector)))
 
 
 def _places(plan: Plan) -> Iterator[tuple[dict[str, str], NetworkConfig, int | None, int]]:
@@ -370,12 +378,25 @@ def _places(plan: Plan) -> Iterator[tuple[dict[str, str], NetworkConfig, int | N
 
 
 def notes(plan: Plan) -> list[str]:
-    """What detectors' files ask for and do not get, as it is the same for all."""
-    made, usual = [], dict(_flat(core_config.as_dict(evaluate.EvaluateConfig())))
+    """What is in vain: patterns of ``config.skip``, and what detectors' files ask for.
+
+    The latter do not get what is the same for all.
+    """
+    titles = {
+        _title(*place.values(), shots=few) for place, _, _, n in _places(plan)
+        for few in ("", f"{n}-shot" if n else ALL)
+    }  # fmt: skip
+    made = [
+        f"config.skip: {pattern!r} is of no evaluation"
+        for pattern in plan.config.skip if not fnmatch.filter(titles, pattern)
+    ]  # fmt: skip
+    usual = dict(_flat(core_config.as_dict(evaluate.EvaluateConfig())))
     given = dict(_flat(core_config.as_dict(plan.config)))
     for detector in plan.detectors:
         config, _, _ = flags.Command("compare", "", config=detector).parse([])
-        asked, own = dict(_flat(config)), {**given, **_settings(plan, detector)}
+        asked, own = dict(_flat(config)), dict(given)
+        for settings in _settings(plan, detector).values():
+            own |= settings
         for key in ("evaluation.image_size", "one_for_all", "shots", "support.rotations"):
             here = plan.shots if key == "shots" else (own[key],)
             if asked[key] not in (usual[key], *here):
@@ -398,10 +419,13 @@ def once(plan: Plan, cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def _settings(plan: Plan, detector: str, backbone: str = "") -> dict[str, Any]:
-    """Those of a detector, with those of its config file where it is a variant, on a backbone."""
+def _settings(plan: Plan, detector: str, backbone: str = "") -> dict[str, Mapping[str, Any]]:
+    """By name in ``config.settings``, later ones over earlier.
+
+    Those of a detector, also of its config file where it is a variant, and on a backbone.
+    """
     names = (detector.partition(":")[0], detector, f"{backbone}/{detector}")
-    return {key: value for n in names for key, value in plan.settings.get(n, {}).items()}
+    return {name: plan.settings[name] for name in names if name in plan.settings}
 
 
 def _fill(
@@ -423,16 +447,16 @@ def _fill(
     )  # fmt: skip
     if network.layers:
         flags.update(config, {"detector.layers": network.layers})
-    own = _settings(plan, detector, place["backbone"])
-    if wrong := [key for key in own if key.partition(".")[0] not in _OWN]:
-        raise ConfigError(
-            f"config.settings.{detector}: expected keys of {listed(_OWN)}, found {listed(wrong)}; "
-            "the others are the same for all."
-        )
-    try:
-        flags.update(config, own)
-    except ConfigError as error:
-        raise ConfigError(f"config.settings.{detector}: {error}") from error
+    for name, own in _settings(plan, detector, place["backbone"]).items():
+        if wrong := [key for key in own if key.partition(".")[0] not in _OWN]:
+            raise ConfigError(
+                f"config.settings.{name}: expected keys of {listed(_OWN)}, found {listed(wrong)}; "
+                "the others are the same for all."
+            )
+        try:
+            flags.update(config, own)
+        except ConfigError as error:
+            raise ConfigError(f"config.settings.{name}: {error}") from error
 
 
 def _share_layers(

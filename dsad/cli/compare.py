@@ -134,6 +134,9 @@ def _captions(content: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]
     if several:
         seeds = dict.fromkeys(s for row in found["rows"] for s in row["seeds"])
         lines.append(f"mean ± sample standard deviation over {len(seeds)} seeds")
+        numbers = [row["numbers"][m] for row in found["rows"] for m in content["main"]]
+        if any(own["std"] == 0 for own in numbers):
+            lines.append("without ±: the same with every seed")
     against = "/".join(filter(None, content["baseline"].values()))
     if against:
         lines.append(f"below: {'paired ' if several else ''}difference to {against}")

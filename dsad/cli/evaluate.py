@@ -61,6 +61,8 @@ def table(results: Results, title: str = "") -> Table:
             f"mean ± sample standard deviation over {len(results.seeds)} seeds "
             f"({', '.join(results.seeds)})"
         )
+        if 0 in std["mean"].values():
+            captions.append("without ±: the same with every seed")
     made.caption = "\n".join(captions) or None
     return made
 
@@ -94,8 +96,11 @@ def spro_table(results: Results) -> Table:
 
 
 def _cells(row: Any, names: list[str], spread: Mapping[str, Any] | None = None) -> list[str]:
-    """Numbers, and below them ±.012: as narrow as they are, which leaves room for names."""
-    stds = {n: x for n, x in (spread or {}).items() if n in names and x is not None}
+    """Numbers, and below them ±.012: as narrow as they are, which leaves room for names.
+
+    Those that are equal with all seeds have none.
+    """
+    stds = {n: x for n, x in (spread or {}).items() if n in names and x}
     below = {n: f"\n±{x:.3f}".replace("±0", "±") for n, x in stds.items()}
     return [shown(row[n]) + below.get(n, "") for n in names]
 

@@ -246,10 +246,10 @@ def _common(stamps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def told(spread: Mapping[str, Any], form: str = ".3f") -> str:
-    """``0.512 ± 0.003``, without a deviation where there is none, a dash where nothing is."""
+    """``0.512 ± 0.003``, no deviation of one value or of equal ones, a dash where nothing is."""
     if spread["mean"] is None:
         return "–"
-    std = "" if spread["std"] is None else f" ± {spread['std']:.3f}"
+    std = f" ± {spread['std']:.3f}" if spread["std"] else ""
     return f"{spread['mean']:{form}}{std}".replace("-", "−")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dsad.core.config import listed
+from dsad.evaluation import paired
 from dsad.evaluation.results import Results
 
 
@@ -32,7 +33,10 @@ def collect(
 
 
 def repeat(made: Results, group: Sequence[str], title: str, seed: int, again: int) -> None:
-    """Give the seed ``again`` what ``seed`` measured of one detector's categories."""
+    """Give the seed ``again`` what ``seed`` measured of one detector's categories.
+
+    ``measured_once[seed]`` of a category lists those that were given its numbers.
+    """
     states = made.stamp["detector_state"][title]
     states[str(again)] = states[str(seed)]
     found = made.seeds.setdefault(str(again), {"categories": {}, "kinds": {}, "mean": {}})
@@ -43,7 +47,7 @@ def repeat(made: Results, group: Sequence[str], title: str, seed: int, again: in
             rows = made.thresholds[category]
             rows[str(again)] = copy.deepcopy(rows[str(seed)])
         about = made.categories[category]
-        about["measured_once"] = sorted({*about.get("measured_once", (seed,)), again})
+        about.setdefault("measured_once", {}).setdefault(str(seed), []).append(again)
 
 
 def conclude(made: Results, names: Sequence[str]) -> None:
@@ -62,9 +66,13 @@ def conclude(made: Results, names: Sequence[str]) -> None:
             made.mean_over[m] = len(defined)
     for category, about in made.categories.items():
         numbers = _mean([s["categories"][category] for s in every], names)
-        if once := about.get("measured_once"):
-            said = f"seeds {listed(once)} fit on the same images and nothing is drawn"
-            about = {**about, "notes": [*about.get("notes", ()), f"{said}: measured once"]}
+        said = [
+            f"seeds {listed([seed, *others])} fit on the same images and nothing is drawn: "
+            "measured once"
+            for seed, others in about.get("measured_once", {}).items()
+        ]
+        if said:
+            about = {**about, "notes": [*about.get("notes", ()), *said]}
         made.categories[category] = {**numbers, **about}
         made.kinds[category] = {}
         for kind, first in every[0]["kinds"][category].items():
@@ -94,6 +102,6 @@ def _mean(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, 
 
 
 def _std(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float | None]:
-    """Sample standard deviation, with n - 1 in the denominator; None as for ``_mean``."""
-    columns = {m: [row[m] for row in rows] for m in names}
-    return {m: None if None in v else float(np.std(v, ddof=1)) for m, v in columns.items()}
+    """Sample standard deviation, as of ``paired.spread``; None as for ``_mean``."""
+    columns = {m: {str(i): row[m] for i, row in enumerate(rows)} for m in names}
+    return {m: paired.spread(values).std for m, values in columns.items()}

@@ -208,6 +208,14 @@ def test_one_number_of_shots_and_settings_of_a_backbone():
     assert [c.config.detector.get("channels") for c in cells] == [None, 8, None, 5]
     with pytest.raises(ConfigError, match=r"config.settings: no detector other/padim"):
         comparison.parse(config(settings={"other/padim": {}}))
+    # Fewer detectors may be asked for than a file has settings of, but not other backbones.
+    for name in ("padim", "away/padim", "musc"):
+        assert comparison.parse(config(detectors=("knn",), settings={name: {}})).settings
+    for name, key in (("padim", "seed"), ("away/padim", "detector")):
+        faults = comparison.Faults()
+        plan = comparison.parse(config(settings=own | {name: {key: {"nothing": 1}}}))
+        comparison.cells_of(plan, "features", faults)
+        assert f"config.settings.{name}: " in str(faults)
     for wrong in ((), (1, 1), (1, -1), "4"):
         with pytest.raises(ConfigError, match="config.shots"):
             comparison.parse(config(shots=wrong))
@@ -310,6 +318,15 @@ def test_what_files_ask_for_and_do_not_get_is_told():
     ]
     own = {"gde": {"evaluation": {"image_size": 256}}}
     assert not comparison.notes(comparison.parse(config(detectors=("gde:mtd",), settings=own)))
+
+
+def test_patterns_of_no_evaluation_are_told():
+    used = ("*/away/padim", "*/4-shot/knn", "tiles/raw/all/padim")
+    plan = comparison.parse(config(skip=(*used, "*/awya/*", "*/1-shot/*"), shots=(4, 0)))
+    assert comparison.notes(plan) == [
+        "config.skip: '*/awya/*' is of no evaluation",
+        "config.skip: '*/1-shot/*' is of no evaluation",
+    ]
 
 
 def test_the_baseline():

@@ -1,6 +1,7 @@
 """The files and the page of a comparison, from made numbers."""
 
 import csv
+import dataclasses
 import json
 import re
 from typing import Any
@@ -131,6 +132,35 @@ def test_rows_are_compared_with_those_of_as_many_shots(shots):
         "raw": {"licence": "CC BY-NC 4.0", "commercial": False},
         "ours": {"licence": "unknown", "commercial": None},
     }
+
+
+def test_no_deviation_is_claimed_where_every_seed_gives_the_same(tmp_path, capsys):
+    """Of two such rows none leads, however far it is from the other."""
+    once = {
+        name: dataclasses.replace(
+            few("raw", name, 0, "all"), seeds=dict.fromkeys("012", numbers(level, 7))
+        )
+        for name, level in (("padim", 2), ("subspace", 1))
+    }
+    drawn = few("raw", "knn", 0, "all")
+    near = compared.summary([*once.values(), drawn], Baseline(detector="subspace"), MAIN)
+    assert near["datasets"]["discs"]["leads"]["pixel_ap"] == []
+    compared.write(epath.Path(tmp_path), near)
+    page = write_compared(tmp_path / "all.html", tmp_path).read_text()
+    high, low = (once[name].mean("pixel_ap")["0"] or 0.0 for name in once)
+    shown = [f"{high:.3f}", f"{high - low:+.3f}"]
+    for text in shown:
+        assert f">{text}</td>" in page
+    assert len(re.findall(r">0\.\d{3} ± 0\.\d{3}</td>", page)) == 3 + 3 + 3 * 2  # of knn alone
+    assert not re.search(r"gap up", page)
+    assert "network; without ±, all give the same." in page
+    console.console().print(*tables(near, "discs"))
+    text = capsys.readouterr().out
+    assert re.search(rf"raw +│ +{shown[0]}│|raw +│ +{shown[0]} ", text)
+    assert "without ±: the same with every seed" in text
+    capsys.readouterr()
+    console.console().print(*tables(compared.summary([drawn], Baseline(), MAIN), "discs"))
+    assert "without" not in capsys.readouterr().out
 
 
 def test_the_files_name_the_shots(shots, tmp_path):

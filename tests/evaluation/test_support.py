@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsad.cli.evaluate import table
 from dsad.core.detection import DetectorTraits, Scores
 from dsad.core.errors import ConfigError
 from dsad.core.mesh import MeshConfig, make_mesh
@@ -15,6 +16,8 @@ from dsad.core.types import Record
 from dsad.evaluation import extract, stamp, support
 from dsad.evaluation.localize import EvalConfig, localize, read_results, write_results
 from dsad.evaluation.preprocessing import Preprocessing
+from dsad.evaluation.results import Results
+from dsad.evaluation.seeds import collect, repeat
 from dsad.evaluation.support import Sampling
 from tests.backbones import Plain
 from tests.evaluation.test_localize import Distance, Planted, Pooled
@@ -197,13 +200,15 @@ def test_seeds_with_the_same_images_are_measured_once_where_nothing_is_drawn():
     assert shown[-1][0] == shown[-1][1]
     for field in ("seeds", "std", "mean", "kinds", "images", "support"):
         assert getattr(once, field) == getattr(each, field)
-    assert once.categories["b"]["measured_once"] == [0, 1, 2]
+    assert once.categories["b"]["measured_once"] == {"0": [1, 2]}
     assert once.categories["b"]["notes"] == [
         "seeds 0, 1, 2 fit on the same images and nothing is drawn: measured once"
     ]
     assert "notes" not in each.categories["b"]
     assert once.stamp["detector_state"] == each.stamp["detector_state"]
-    assert max(once.std["mean"].values()) < 1e-12
+    assert set(once.std["mean"].values()) == {0.0}
+    assert "±" not in str(table(once).columns[2]._cells)
+    assert "without ±: the same with every seed" in table(once).caption
 
     def drawn(results):
         """How many sets, of both categories: two seeds may draw the same."""
@@ -214,6 +219,18 @@ def test_seeds_with_the_same_images_are_measured_once_where_nothing_is_drawn():
     split, count = found(Unseeded(), false_alarm_rate=0.2, holdout=2)
     assert count == 2 * drawn(split) > 4  # others are held out
     assert split.thresholds == found(Distance(), false_alarm_rate=0.2, holdout=2)[0].thresholds
+
+
+def test_of_which_seed_numbers_were_repeated():
+    made = Results(stamp={"detector_state": {"a": {}}}, categories={"a": {}})
+    for measured, again in ((0, 1), (2, 3), (0, 4)):
+        if str(measured) not in made.seeds:
+            collect(made, "a", measured, {"image_ap": measured / 8}, {}, {"fit": 1.0})
+            made.stamp["detector_state"]["a"][str(measured)] = {"rows": measured}
+        repeat(made, ["a"], "a", measured, again)
+    assert made.categories["a"] == {"measured_once": {"0": [1, 4], "2": [3]}, "seconds": {"fit": 2}}
+    assert [s["categories"]["a"]["image_ap"] for s in made.seeds.values()] == [0, 0, 0.25, 0.25, 0]
+    assert made.stamp["detector_state"]["a"]["3"] == {"rows": 2}
 
 
 def test_seeds_survive_the_files_and_unequal_support_is_refused(tmp_path):

@@ -90,7 +90,7 @@ def _rows(
         for j, m in enumerate(metrics):
             text = texts[i][j]
             cell = {"text": text, "style": "best" if len(runs) > 1 and text == best[j] else ""}
-            if spread and spread[i].get(m) is not None:
+            if spread and spread[i].get(m):  # equal numbers have none
                 cell["text"] += f" ± {spread[i][m]:.3f}"
             cells.append(cell)
         made.append({"label": run.name, "colour": run.colour, "cells": cells})
