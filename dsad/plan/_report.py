@@ -123,7 +123,7 @@ def _work(plan: Plan, out: Console) -> None:
     words = WORDS[plan.kind]
     table = console.table(f"work per chip and {words.call}", "")
     table.add_row("matrix products and convolutions", f"{program.flops / 1e9:,.1f} GFLOP")
-    table.add_row("of these what the model needs", f"{needed / 1e9:,.1f} GFLOP")
+    table.add_row("what the model needs", f"{needed / 1e9:,.1f} GFLOP")
     table.add_row("memory traffic", f"{program.bytes / 1e9:,.2f} GB")
     sent = sum(row["sent"] for row in program.collectives)
     table.add_row("sent to other chips", f"{sent / 1e9:,.3f} GB")

@@ -200,7 +200,7 @@ def test_the_page_has_a_column_for_each_number_of_shots_and_the_licences(shots, 
     assert "2 backbones × 2 detectors × 2 numbers of shots × 3 seeds" in page
     for heading in ("Pixel AP", "AUPRO 0.3", "Image AUROC"):
         assert f"<h3>{heading}</h3>" in page
-    heads = re.findall(r'<th class="edge metric">([^<]+)</th>', page)
+    heads = re.findall(r'<th class="edge">([^<]+)</th>', page)
     assert heads == ["1-shot", "all images", "0-shot"] * 3
     assert page.count('class="number edge best"') == 2 * 3
     assert page.count("CC BY-NC 4.0; commercial use: not allowed") == 3
