@@ -9,7 +9,8 @@ from etils import epath
 from rich.console import Console
 
 from dsad.assembly import datasets, evaluate, licences, runs, workdir
-from dsad.assembly.comparison import FEATURES, Cell, Faults, Plan, cells_of, notes, once, parse
+from dsad.assembly.comparison import FEATURES, Plan, parse
+from dsad.assembly.comparison_cells import Cell, Faults, cells_of, notes, once
 from dsad.core import distributed, paths
 from dsad.core.errors import ConfigError, DsadError
 from dsad.core.types import Backbone, Dataset

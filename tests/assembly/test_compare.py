@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 
 from dsad.assembly import compare as module
-from dsad.assembly import comparison, evaluate, runs
+from dsad.assembly import comparison, comparison_cells, evaluate, runs
 from dsad.assembly.compare import compare, prepare
 from dsad.cli import main
 from dsad.core import paths
@@ -197,13 +197,13 @@ def test_numbers_of_shots_share_the_features_and_more_may_follow(
     assert asked == ["tiles/raw/2-shot/knn", "tiles/away/2-shot/knn"]
     assert sum(shape[0] for shape in seen) == images
     assert main.main(["report", str(tmp_path)]) == 0
-    assert '<th class="edge metric">2-shot</th>' in (tmp_path / "report.html").read_text()
+    assert '<th class="edge">2-shot</th>' in (tmp_path / "report.html").read_text()
 
 
 def test_one_number_of_shots_and_settings_of_a_backbone():
     own = {"padim": {"detector": {"channels": 8}}, "away/padim": {"detector": {"channels": 5}}}
     plan = comparison.parse(config(shots=4, settings=own))
-    cells = comparison.cells_of(plan, "features", comparison.Faults())
+    cells = comparison_cells.cells_of(plan, "features", comparison_cells.Faults())
     assert {cell.config.shots for cell in cells} == {4}
     assert [c.config.detector.get("channels") for c in cells] == [None, 8, None, 5]
     with pytest.raises(ConfigError, match=r"config.settings: no detector other/padim"):
@@ -212,9 +212,9 @@ def test_one_number_of_shots_and_settings_of_a_backbone():
     for name in ("padim", "away/padim", "musc"):
         assert comparison.parse(config(detectors=("knn",), settings={name: {}})).settings
     for name, key in (("padim", "seed"), ("away/padim", "detector")):
-        faults = comparison.Faults()
+        faults = comparison_cells.Faults()
         plan = comparison.parse(config(settings=own | {name: {key: {"nothing": 1}}}))
-        comparison.cells_of(plan, "features", faults)
+        comparison_cells.cells_of(plan, "features", faults)
         assert f"config.settings.{name}: " in str(faults)
     for wrong in ((), (1, 1), (1, -1), "4"):
         with pytest.raises(ConfigError, match="config.shots"):
@@ -313,17 +313,19 @@ def test_names_from_a_command_line():
 
 
 def test_what_files_ask_for_and_do_not_get_is_told():
-    assert comparison.notes(comparison.parse(config(detectors=("gde:mtd", "knn")))) == [
+    assert comparison_cells.notes(comparison.parse(config(detectors=("gde:mtd", "knn")))) == [
         "gde:mtd: its file has config.evaluation.image_size = 256, here 32"
     ]
     own = {"gde": {"evaluation": {"image_size": 256}}}
-    assert not comparison.notes(comparison.parse(config(detectors=("gde:mtd",), settings=own)))
+    assert not comparison_cells.notes(
+        comparison.parse(config(detectors=("gde:mtd",), settings=own))
+    )
 
 
 def test_patterns_of_no_evaluation_are_told():
     used = ("*/away/padim", "*/4-shot/knn", "tiles/raw/all/padim")
     plan = comparison.parse(config(skip=(*used, "*/awya/*", "*/1-shot/*"), shots=(4, 0)))
-    assert comparison.notes(plan) == [
+    assert comparison_cells.notes(plan) == [
         "config.skip: '*/awya/*' is of no evaluation",
         "config.skip: '*/1-shot/*' is of no evaluation",
     ]
@@ -379,8 +381,8 @@ def test_what_a_config_cannot_hold(changes, told):
 
 def test_the_table_of_representations_reads_maps_that_its_networks_have():
     made, _, _ = flags.Command("compare", "", config="compare:representations").parse([])
-    plan, faults = comparison.parse(made), comparison.Faults()
-    cells = comparison.cells_of(plan, "features", faults)
+    plan, faults = comparison.parse(made), comparison_cells.Faults()
+    cells = comparison_cells.cells_of(plan, "features", faults)
     assert not faults
     read = {(c.backbone, c.detector): evaluate.parse(c.config)[1].layers for c in cells}
     assert read["resnet18", "subspace"] == ("layer3",)
