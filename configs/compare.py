@@ -42,7 +42,7 @@ Variants, after a colon and joined by commas:
                (--config.datasets.mvtec.root=MVTEC); not run as it is
     representations
                seven encoders, four of them of own runs, with 1, 2, 4 and all images of bottles,
-               toothbrushes and cookies, seeds 0 to 2; hours on two cores
+               toothbrushes and cookies, seeds 0 to 2; two hours on two cores, see README
     smoke      two detectors on two random networks and two seeds, in seconds
 """
 
