@@ -66,7 +66,7 @@ SHORT = {
         "--config.shots=(1, 0)",
         "--config.skip=('toothbrush/*', 'cookie/*', '*/mobilenetv2/*', '*/squeezenet/*', "
         "'*/corrupt/*', '*/spd/*', '*/1-shot/padim', '*/resnet18/anomalydino', '*/resnet18/rad', "
-        "'*/ds2/anomalydino', '*/ds2/rad')",
+        "'*/ds2/anomalydino', '*/ds2/rad', '*/mae/padim')",
     ],
     "--config=configs/compare.py:adpretrain,trained": [
         "--config.settings.glass.detector.recipe.steps=1",
