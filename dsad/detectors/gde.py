@@ -124,7 +124,7 @@ class Gde(FeatureDetector[Config]):
         kept: list[tuple[int, np.ndarray]] = []
         category, grid, most = "", (0, 0), self.config.images
         for block in blocks:
-            values, index, category, _ = block
+            values, index, category = block.values, block.index, block.category
             grid = values.shape[1:3]
             # Once images are dropped, a view would hold those beside it.
             drops = bool(most) and len(kept) + len(index) > most
