@@ -19,7 +19,7 @@ from dsad.core.detection import DetectorTraits
 from dsad.core.errors import ConfigError, WorkdirError
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.data import base
-from dsad.evaluation import localize, stamp
+from dsad.evaluation import categories, localize, stamp
 from dsad.evaluation.compiled import Fitted
 from dsad.evaluation.localize import Results, read_results
 from dsad.evaluation.report import panels
@@ -345,7 +345,7 @@ def test_an_old_model_is_replaced_only_by_a_new_one(folder, tmp_path, capsys, mo
     assert "no dsad run" in fails(capsys, *both, f"--workdir={tmp_path / 'letters'}")
     assert {p.name: p.read_bytes() for p in model.iterdir()} == files
     with monkeypatch.context() as patch:
-        patch.setattr(localize, "score", lambda *given, **more: 1 / 0)
+        patch.setattr(categories, "score", lambda *given, **more: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main.main(["evaluate", *both, f"--workdir={tmp_path / 'w'}"])
     assert {p.name: p.read_bytes() for p in model.iterdir()} == files
