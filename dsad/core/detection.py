@@ -101,7 +101,7 @@ class DetectorTraits:
     ``fits_on``: the normal training images, or the test images, without their labels, which score
     each other: such a state is of no use elsewhere. ``tokens``: vectors of whole images that it
     reads beside its layers, see ``HasTokens``.
-    ``least_images``: normal images without which its fit is sure to fail.
+    ``least_images``: of those that it is fitted on, without which its fit is sure to fail.
     ``blocks``: of the vision transformers that its layers are counted for, as it says with the key
     ``depth``; 0: of any network.
     ``positions``: what it learns belongs to places of the input. ``leaves_out``: what does not lie

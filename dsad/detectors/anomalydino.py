@@ -106,7 +106,10 @@ class AnomalyDino(FeatureDetector[Config]):
     def traits(self) -> DetectorTraits:
         """How its maps are smoothed and summed up, and what it is fitted on."""
         cfg = self.config
-        return dataclasses.replace(super().traits, fits_on=cfg.fits_on, seeded=cfg.bank_rows > 0)
+        return dataclasses.replace(
+            super().traits, fits_on=cfg.fits_on, seeded=cfg.bank_rows > 0,
+            least_images=2 if cfg.fits_on == "test" else 1,
+        )  # fmt: skip
 
     def embed(self, features: FeatureMaps) -> jax.Array:
         """Tokens (b, gh, gw, d) of unit length."""

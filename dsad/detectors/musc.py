@@ -87,6 +87,7 @@ class MuSc(FeatureDetector[Config]):
         return dataclasses.replace(
             super().traits, fits_on="test", tokens=tokens, seeded=self.config.subsets > 1,
             leaves_out=self.config.similar != "mean",  # which is that of all cells
+            least_images=2 * self.config.subsets,
         )  # fmt: skip
 
     def _fit(

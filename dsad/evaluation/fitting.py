@@ -170,7 +170,7 @@ def supports(
     if sampling.contamination:
         _check_contaminated(dataset, labelled)
     if split == "test":
-        return _test_images(dataset, categories, config, sampling)
+        return _test_images(detector, dataset, categories, config, sampling)
     seeds = sampling.seeds
     rate = config.false_alarm_rate
 
@@ -228,6 +228,7 @@ def _validated(dataset: Dataset, categories: Sequence[str]) -> bool:
 
 
 def _test_images(
+    detector: Detector,
     dataset: Dataset,
     categories: Sequence[str],
     config: EvalConfig,
@@ -254,6 +255,14 @@ def _test_images(
             f'"stretched", "longer" or "shorter", found "{config.preprocessing.method}".'
         )
     images = {c: tuple(r.path for r in dataset.source("test", c).records) for c in categories}
+    least, counts = detector.traits.least_images, {c: len(paths) for c, paths in images.items()}
+    if sampling.pooled:
+        counts = {"all categories": sum(counts.values())}
+    if few := [f"{n} of {c}" for c, n in counts.items() if n < least]:
+        raise DataError(
+            f"{dataset.name}: this detector compares test images with each other and needs at "
+            f"least {least}, found {listed(few)}. Add images, or choose other settings of it."
+        )
     sets = {c: dict.fromkeys(sampling.seeds, support.Support(bank=images[c])) for c in categories}
     return support.Sets(sampling, sets)
 

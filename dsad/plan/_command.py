@@ -72,11 +72,12 @@ def _sweep(config: Any, options: Options, devices: list[Any], values: Any, out: 
         changed = _jobs.resized(config, batch)
         if training:
             changed.mesh.data, changed.mesh.fsdp = -1, shards
-        out.print(f"{number} of {len(combinations)}: fsdp {shards}, batches of {batch}")
+        title = f"fsdp {shards}, batches of {batch}" if training else f"batches of {batch}"
+        out.print(f"{number} of {len(combinations)}: {title}")
         try:
             plans.append(make(changed, options, devices, out))
         except ConfigError as error:
-            plans.append(f"fsdp {shards}, {batch} images: {error}")
+            plans.append(f"{title}: {error}")
     made = [p for p in plans if isinstance(p, Plan)]
     if not made:
         raise ConfigError(f"--sweep: none of the combinations can be built:\n  {plans[0]}")

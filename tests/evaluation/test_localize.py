@@ -473,6 +473,17 @@ def test_test_images_are_fitted_without_any_training_image():
         run(Untrained())
 
 
+def test_too_few_test_images_for_a_fit_are_refused_before_they_are_read():
+    class Many(OnTest):
+        traits = DetectorTraits(fits_on="test", least_images=12)
+
+    with pytest.raises(DataError, match="needs at least 12, found 11 of disc"):
+        localize(
+            Pooled(), Many(), Planted(strength=9), EvalConfig(image_size=48, batch_size=4),
+            mesh=make_mesh(MeshConfig(), jax.devices()[:1]), key=jax.random.key(3),
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("image_score", ["max", "top"])
 def test_the_image_score_is_of_the_smoothed_map_if_asked(image_score):
     """Against scipy's Gaussian on the map that the plain run gives."""
