@@ -250,7 +250,10 @@ def told(spread: Mapping[str, Any], form: str = ".3f") -> str:
     if spread["mean"] is None:
         return "–"
     std = f" ± {spread['std']:.3f}" if spread["std"] else ""
-    return f"{spread['mean']:{form}}{std}".replace("-", "−")
+    mean = f"{spread['mean']:{form}}"
+    if float(mean) == 0:  # a sign would claim more than the digits show
+        mean = mean.lstrip("+-")
+    return f"{mean}{std}".replace("-", "−")
 
 
 #: Words of ``Shots``, in the order of columns.

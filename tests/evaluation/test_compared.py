@@ -134,6 +134,13 @@ def test_rows_are_compared_with_those_of_as_many_shots(shots):
     }
 
 
+@pytest.mark.parametrize(
+    ("mean", "text"), [(-4e-4, "0.000"), (4e-4, "0.000"), (-6e-4, "−0.001"), (0.25, "+0.250")]
+)
+def test_a_difference_that_rounds_to_nothing_has_no_sign(mean, text):
+    assert compared.told({"mean": mean, "std": 0.0}, "+.3f") == text
+
+
 def test_no_deviation_is_claimed_where_every_seed_gives_the_same(tmp_path, capsys):
     """Of two such rows none leads, however far it is from the other."""
     once = {
