@@ -1,7 +1,6 @@
 """``dsad plan``: what it prints of a compiled step, and that it is the step of the run."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import jax
@@ -12,31 +11,13 @@ import pytest
 from dsad.assembly import pretrain, training
 from dsad.assembly.pretrain import DataFacts, assemble
 from dsad.cli import main
-from dsad.core.chips import Chip
 from dsad.core.mesh import MeshConfig, make_mesh
 from dsad.core.platform import planned_for, platform
 from dsad.models import transformer
 from dsad.plan import _compile, _hardware, _jobs, _samples
 from dsad.terminal import console, flags
 
-
-@pytest.fixture(autouse=True)
-def environment():
-    """Planning sets variables for the compilers; other tests must not see them."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(autouse=True)
-def quick_machine(monkeypatch):
-    """A made-up CPU instead of one that is measured for seconds."""
-    chip = Chip(
-        name="CPU", peak_flops=1e9, hbm_bytes=2**30, hbm_bandwidth=1e9, ici_bandwidth=1e8,
-        ici_ports=1, kinds=(), source="made up",
-    )  # fmt: skip
-    monkeypatch.setattr(_hardware, "chip", lambda devices: chip)
+pytestmark = pytest.mark.usefixtures("quick_machine")
 
 
 @pytest.fixture

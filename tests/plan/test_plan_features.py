@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 
 import jax
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 from dsad.assembly import datasets, evaluate, runs
 from dsad.cli import main
-from dsad.core.chips import Chip
 from dsad.core.errors import ConfigError
 from dsad.core.hosts import put
 from dsad.core.mesh import batch_sharding, make_mesh
@@ -20,28 +18,11 @@ from dsad.models import vit, wrappers
 from dsad.plan import _compile, _hardware, _jobs
 from dsad.terminal import console, flags
 
+pytestmark = pytest.mark.usefixtures("quick_machine")
+
 SMOKE = "--config=superadd:smoke"
 #: A backbone whose maps are cheap to compile.
 TINY = ("--config.backbone=vit_tiny_patch16_224", "--config.evaluation.image_size=64")
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    """Planning sets variables for the compilers; other tests must not see them."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(autouse=True)
-def quick_machine(monkeypatch):
-    """A made-up CPU instead of one that is measured for seconds."""
-    chip = Chip(
-        name="CPU", peak_flops=1e9, hbm_bytes=2**30, hbm_bandwidth=1e9, ici_bandwidth=1e8,
-        ici_ports=1, kinds=(), source="made up",
-    )  # fmt: skip
-    monkeypatch.setattr(_hardware, "chip", lambda devices: chip)
 
 
 def config(spec, *overrides):

@@ -19,15 +19,6 @@ from dsad.plan import _compile, _estimate, _samples, _topology, _warnings
 from dsad.terminal import flags
 
 
-@pytest.fixture(autouse=True)
-def environment():
-    """Planning sets variables for the compilers; other tests must not see them."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def config(spec, *overrides):
     return flags.Command("x", "", config=spec).parse(list(overrides))[0]
 
