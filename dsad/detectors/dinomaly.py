@@ -85,8 +85,8 @@ class Config(DetectorConfig):
         heads = self.heads or max(1, channels // 64)
         if channels % heads:
             raise ConfigError(
-                f"detector.heads: expected a number that divides the {channels} channels, found "
-                f"{heads}."
+                f"config.detector.heads: expected a number that divides the {channels} channels, "
+                f"found {heads}."
             )
         return BlockSpec(
             width=channels, depth=len(self.layers), heads=heads, mlp=self.mlp, eps=1e-8,
@@ -104,8 +104,8 @@ def tokens_of(features: FeatureMaps, layers: tuple[str, ...]) -> jax.Array:
     if len({x.shape[1:] for x in maps}) > 1:
         sizes = ", ".join(f"{n} {x.shape[1:]}" for n, x in zip(layers, maps, strict=True))
         raise ConfigError(
-            "detector.layers: expected maps of one size, such as those of a vision transformer's "
-            f"blocks, found {sizes}. Name others, or choose another backbone."
+            "config.detector.layers: expected maps of one size, such as those of a vision "
+            f"transformer's blocks, found {sizes}. Name others, or choose another backbone."
         )
     b, height, width, channels = maps[0].shape
     return jnp.stack(maps).reshape(len(layers), b, height * width, channels)

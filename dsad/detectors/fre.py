@@ -176,7 +176,9 @@ def pooled(maps: jax.Array, side: int) -> jax.Array:
     _, height, width, depth = maps.shape
     rows, columns = height // side, width // side
     if min(rows, columns) < 1:
-        raise ConfigError(f"detector.pool: {side} exceeds the grid {(height, width)} of a layer.")
+        raise ConfigError(
+            f"config.detector.pool: {side} exceeds the grid {(height, width)} of a layer."
+        )
     whole = maps[:, : rows * side, : columns * side]
     blocks = whole.reshape(maps.shape[0], rows, side, columns, side, depth)
     return jnp.mean(blocks, axis=(2, 4))

@@ -104,9 +104,9 @@ class Isstad(FeatureDetector[Config]):
         rows = [names.index(c) + 1 if c in names else 0 for c in source.categories]
         if len({self.config.rows[row] for row in rows}) > 1:
             raise ConfigError(
-                "detector.exponents: one detector for all categories has one row of exponents, "
-                f"found several for {listed(source.categories)}. Set --config.one_for_all=False, "
-                "or leave exponents empty."
+                "config.detector.exponents: one detector for all categories has one row of "
+                f"exponents, found several for {listed(source.categories)}. Set "
+                "--config.one_for_all=False, or leave exponents empty."
             )
         return {"row": jnp.asarray(rows[0] if rows else 0, jnp.int32)}
 
@@ -145,8 +145,9 @@ class Isstad(FeatureDetector[Config]):
         p, r = select(features, self.layers)
         if p.ndim != 4 or p.shape != r.shape or p.shape[3] != 1:
             raise ConfigError(
-                f"detector.layers: expected two maps (b, h, w, 1) of one size, found {p.shape} and "
-                f"{r.shape} for {self.layers}. They come from a run of the objective isstad."
+                "config.detector.layers: expected two maps (b, h, w, 1) of one size, found "
+                f"{p.shape} and {r.shape} for {self.layers}. They come from a run of the objective "
+                "isstad."
             )
         return p[..., 0], r[..., 0]
 

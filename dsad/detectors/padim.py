@@ -198,8 +198,8 @@ def channel_subset(channels: int, size: int, seed: int) -> np.ndarray:
     """Sorted random subset (size,) int32 of ``channels``, a function of its arguments alone."""
     if size > channels:
         raise ConfigError(
-            f"detector.channels: expected at most {channels}, the channels of the layers together, "
-            f"or 0 for all of them; found {size}."
+            f"config.detector.channels: expected at most {channels}, the channels of the layers "
+            f"together, or 0 for all of them; found {size}."
         )
     with jax.ensure_compile_time_eval():
         drawn = np.asarray(jax.random.permutation(jax.random.key(seed), channels))

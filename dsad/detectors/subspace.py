@@ -93,7 +93,7 @@ class Subspace(FeatureDetector[Config]):
         shapes = {name: m.shape[1:] for name, m in zip(self.layers, maps, strict=True)}
         if len(set(shapes.values())) > 1:
             raise ConfigError(
-                "detector.layers: expected maps of equal shape, whose mean is taken, found "
+                "config.detector.layers: expected maps of equal shape, whose mean is taken, found "
                 f"{shapes}. Name one of them."
             )
         return sum(maps[1:], start=maps[0]) / len(maps)

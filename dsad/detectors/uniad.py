@@ -92,9 +92,9 @@ class Config(DetectorConfig):
         grid = (levels[0].shape[1], levels[0].shape[2])
         if uniad.neighbour_mask(grid, self.neighbourhood).all(axis=1).any():
             raise ConfigError(
-                f"detector.neighbourhood: expected a window that leaves something of {grid[0]} × "
-                f"{grid[1]} cells for every token to see, found {self.neighbourhood}. Make it "
-                "smaller, or detector.grid larger."
+                "config.detector.neighbourhood: expected a window that leaves something of "
+                f"{grid[0]} × {grid[1]} cells for every token to see, found {self.neighbourhood}. "
+                "Make it smaller, or detector.grid larger."
             )
         return Spec(
             channels=sum(x.shape[3] for x in levels), grid=grid, width=self.width,

@@ -106,8 +106,8 @@ class Extractor:
         """
         if self.network is None:
             raise ConfigError(
-                "evaluation.feature_cache: expected a backbone that is a pytree of arrays, whose "
-                "weights can be told from others. Register its class with "
+                "config.evaluation.feature_cache: expected a backbone that is a pytree of arrays, "
+                "whose weights can be told from others. Register its class with "
                 "jax.tree_util.register_dataclass, or leave the key empty."
             )
         leaves = jax.tree_util.tree_leaves_with_path(self.network)
@@ -161,7 +161,7 @@ def check_maps(
         )
     if missing := [n for n in layers if n not in (*maps, *tokens)]:
         raise ConfigError(
-            f"detector.layers: the backbone has no feature map {listed(missing)}; "
+            f"config.detector.layers: the backbone has no feature map {listed(missing)}; "
             f"it has: {listed(maps)}."
         )
     return maps

@@ -102,10 +102,12 @@ def localize(
         )
     if config.image_size < 1:
         raise ConfigError(
-            "evaluation.image_size: expected the side of the network's input, found 0."
+            "config.evaluation.image_size: expected the side of the network's input, found 0."
         )
     if config.save_maps != "none" and folder is None:
-        raise ConfigError("evaluation.save_maps: a folder is needed to save anomaly maps in.")
+        raise ConfigError(
+            "config.evaluation.save_maps: a folder is needed to save anomaly maps in."
+        )
     sets = sampling if isinstance(sampling, Sets) else fitting.supports(
         detector, dataset, chosen, config, sampling, fitted=given is not None, measured=measured
     )  # fmt: skip

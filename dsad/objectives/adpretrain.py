@@ -109,9 +109,9 @@ class ADPretrain(EncoderObjective):
         there = earlier.encoder.preprocessing
         if not np.allclose([there.mean, there.std], [self.mean, self.std]):
             raise ConfigError(
-                f"init_from: {earlier.origin} wants pixels with mean {there.mean} and deviation "
-                f"{there.std}; those of {self.arch} here have {self.mean} and {self.std}. Take "
-                "weights that were trained on such pixels."
+                f"config.init_from: {earlier.origin} wants pixels with mean {there.mean} and "
+                f"deviation {there.std}; those of {self.arch} here have {self.mean} and "
+                f"{self.std}. Take weights that were trained on such pixels."
             )
         return params, extra, f"{report}, frozen"
 

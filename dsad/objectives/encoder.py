@@ -90,22 +90,23 @@ class EncoderObjective(Trainable):
         if encoder is None or encoder.arch != self.arch:
             there = f"an encoder {encoder.arch}" if encoder else "weights without an encoder"
             raise ConfigError(
-                f"init_from: expected an encoder {self.arch}, found {there} in {earlier.origin}. "
-                "Name other weights, or set the objective's architecture to theirs."
+                f"config.init_from: expected an encoder {self.arch}, found {there} in "
+                f"{earlier.origin}. Name other weights, or set the objective's architecture to "
+                "theirs."
             )
         present, present_extra = self.encoder_trees(params, extra)
         taken = {name: part for name, part in encoder.params.items() if name in present}
         if lines := tree.diff(present, taken):
             raise ConfigError(
-                f"init_from: the encoder in {earlier.origin} is not this {self.arch}:\n  "
+                f"config.init_from: the encoder in {earlier.origin} is not this {self.arch}:\n  "
                 + "\n  ".join(lines)
             )
         held = {name: part for name, part in encoder.extra.items() if name in present_extra}
         if lines := tree.diff(present_extra, held):
             if present_extra.keys() != {"pos"}:
                 raise ConfigError(
-                    f"init_from: the statistics of the encoder in {earlier.origin} do not fit:\n  "
-                    + "\n  ".join(lines)
+                    f"config.init_from: the statistics of the encoder in {earlier.origin} do not "
+                    "fit:\n  " + "\n  ".join(lines)
                 )
             held = present_extra
         params, extra = self.with_encoder(params, extra, (taken, held))
@@ -132,7 +133,7 @@ def check_facts(earlier: EarlierWeights, own: Mapping[str, Any], keys: Iterable[
     ]
     if lines:
         raise ConfigError(
-            "init_from: the tensors fit, but the earlier stage differs from config.objective in "
-            "what they mean; make them equal, or set --config.objective.adopt_check=shapes:\n  "
-            + "\n  ".join(lines)
+            "config.init_from: the tensors fit, but the earlier stage differs from "
+            "config.objective in what they mean; make them equal, or set "
+            "--config.objective.adopt_check=shapes:\n  " + "\n  ".join(lines)
         )

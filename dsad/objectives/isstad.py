@@ -265,8 +265,8 @@ class ISSTAD(EncoderObjective):
         """The encoder, frozen, and the decoder of a masked autoencoder; further blocks are new."""
         if "classes" in earlier.params:
             raise ConfigError(
-                "init_from: found a second stage; continue it with --resume in its own directory, "
-                f"or name its first stage: {self.traits.source}."
+                "config.init_from: found a second stage; continue it with --resume in its own "
+                f"directory, or name its first stage: {self.traits.source}."
             )
         params, extra, report = super().adopt(earlier, params, extra)
         if self.cfg.adopt_check == "strict":
@@ -274,7 +274,8 @@ class ISSTAD(EncoderObjective):
         found = earlier.params.get("decoder")
         if found is None:
             raise ConfigError(
-                "init_from: expected a masked autoencoder with its decoder, found an encoder alone."
+                "config.init_from: expected a masked autoencoder with its decoder, found an "
+                "encoder alone."
             )
         own, depth = dict(params["decoder"]), self.cfg.decoder.depth
         found = {k: v for k, v in found.items() if k != "mask_token"}  # nothing is hidden here
@@ -286,7 +287,9 @@ class ISSTAD(EncoderObjective):
             )
         first = {**own, "blocks": jax.tree.map(lambda x: x[:others], own["blocks"])}
         if lines := tree.diff(first, found):
-            raise ConfigError("init_from: the decoder found does not fit:\n  " + "\n  ".join(lines))
+            raise ConfigError(
+                "config.init_from: the decoder found does not fit:\n  " + "\n  ".join(lines)
+            )
         grown = jax.tree.map(
             # What was read lies on the host: arrays of one device do not mix with those of a mesh.
             lambda old, new: jnp.concatenate([old, new[others:]]),

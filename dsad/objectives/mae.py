@@ -280,8 +280,9 @@ class MAE(EncoderObjective):
             report += f"; the first {depth} of {others} decoder blocks"
         if lines := tree.diff(params["decoder"], decoder):
             raise ConfigError(
-                "init_from: the decoder found does not fit (objective.adopt_decoder='leading' takes"
-                " the first blocks of a deeper one, 'none' starts anew):\n  " + "\n  ".join(lines)
+                "config.init_from: the decoder found does not fit "
+                "(objective.adopt_decoder='leading' takes the first blocks of a deeper one, "
+                "'none' starts anew):\n  " + "\n  ".join(lines)
             )
         report += f"; decoder: {len(jax.tree.leaves(decoder))} tensors"
         return {**params, "decoder": decoder}, extra, report

@@ -5,6 +5,7 @@ pretraining", NeurIPS 2025, arXiv 2511.05245. All of it is computed in float32, 
 which cells take part is a matter of weights.
 """
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from dsad.core.mesh import BATCH_SPEC
+from dsad.core.mesh import BATCH_SPEC, parts_of
 from dsad.ops.contrast import placed
 from dsad.ops.neighbors import nearest
 from dsad.ops.similarity import unit
@@ -213,35 +214,43 @@ def _exponentials(
     Pairs of a normal and an anomalous cell are all that counts, and anomalous ones are few: they
     are put in front, and blocks of columns without any are skipped. A block gives what its
     anomalous cells add to the normal rows, and, by its columns, what normal cells add to them.
+    Each device sums over its own rows, and devices are summed once after all blocks: a sum over
+    devices in a branch costs a message for every block, and hangs on CPUs, where XLA gives it no
+    order among those outside.
     """
     _, n, d = rows.shape
     blocks = -(-2 * n // BLOCK)
     short = blocks * BLOCK - 2 * n
+    devices = parts_of(n) or 1
+    split = functools.partial(placed, spec=PartitionSpec(BATCH_SPEC[0]))
     bad = placed(jnp.tile(anomalous & counted, 2), PartitionSpec())
     order = jnp.argsort(~bad, stable=True)
     columns = placed(rows, PartitionSpec()).reshape(2 * n, d)[order]
     columns = jnp.pad(columns, ((0, short), (0, 0))).reshape(blocks, BLOCK, d)
+    columns = split(jnp.broadcast_to(columns[None], (devices, *columns.shape)))
     bad_columns = jnp.pad(bad[order], (0, short)).reshape(blocks, BLOCK)
-    good_rows = (~anomalous & counted)[None, :, None]
+    rows = split(jnp.moveaxis(rows.reshape(2, devices, -1, d), 0, 1))
+    good_rows = split((~anomalous & counted).reshape(devices, 1, -1, 1))
 
     def compared(part: jax.Array, bad: jax.Array) -> tuple[jax.Array, jax.Array]:
-        alike = jnp.einsum("and,md->anm", rows, part, precision="highest") / temperature
-        powers = jnp.where(good_rows & bad[None, None], jnp.exp(alike), 0.0)
-        return jnp.sum(powers, axis=2), jnp.sum(powers, axis=(0, 1))
+        alike = jnp.einsum("gand,gmd->ganm", rows, part, precision="highest") / temperature
+        powers = jnp.where(good_rows & bad[None, None, None], jnp.exp(alike), 0.0)
+        return jnp.sum(powers, axis=3), jnp.sum(powers, axis=(1, 2))
 
     def skipped(part: jax.Array, bad: jax.Array) -> tuple[jax.Array, jax.Array]:
         del part, bad
-        return jnp.zeros((2, n), jnp.float32), jnp.zeros((BLOCK,), jnp.float32)
+        return jnp.zeros(rows.shape[:3], jnp.float32), jnp.zeros((devices, BLOCK), jnp.float32)
 
     @jax.checkpoint
     def block(total: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
         more, of_columns = jax.lax.cond(jnp.any(inputs[1]), compared, skipped, *inputs)
         return total + more, of_columns
 
-    start = jnp.zeros((2, n), jnp.float32)
-    of_rows, of_columns = jax.lax.scan(block, start, (columns, bad_columns))
-    back = of_columns.reshape(-1)[jnp.argsort(order)].reshape(2, n)
-    return of_rows + back
+    start = split(jnp.zeros(rows.shape[:3], jnp.float32))
+    inputs = (jnp.moveaxis(columns, 1, 0), bad_columns)
+    of_rows, of_columns = jax.lax.scan(block, start, inputs)
+    back = jnp.sum(of_columns, axis=1).reshape(-1)[jnp.argsort(order)].reshape(2, n)
+    return jnp.moveaxis(of_rows, 0, 1).reshape(2, n) + back
 
 
 def mean_of(values: jax.Array, of: jax.Array) -> jax.Array:

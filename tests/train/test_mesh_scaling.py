@@ -104,3 +104,10 @@ def test_split_weights_are_gathered_for_the_forward_and_the_backward_pass():
     assert 1.5 * size < gathered < 2.1 * size
     assert {c.kind for c in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert max(c.result_bytes for c in found if c.kind == "all-gather") < size / 4
+
+
+@pytest.mark.parametrize("name", cases())
+@pytest.mark.slow
+def test_no_collective_waits_in_a_branch(name):
+    """Where one does, XLA's CPU devices may come to it and to another in unlike order, and hang."""
+    assert all(c.exact for c in moved(name, 2, False)[0])
