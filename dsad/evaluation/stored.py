@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pathlib
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ _ADVICE = f"Every folder in {KEY} can be deleted; name another one, or leave the
 #: Of the files; another one makes other folders.
 FORMAT = 1
 _DIGEST = 32  # bytes of a SHA-256, in front of the packed arrays
+#: Python 3.11 miscounts its recursion, and raises SystemError, where threads parse at once what
+#: NumPy's files begin with (CPython issue 106905).
+_PARSING = threading.Lock()
 
 
 class Found(NamedTuple):
@@ -82,7 +86,7 @@ class FeatureStore:
                 stacklevel=2,
             )
             return None
-        with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+        with _PARSING, np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
             height, width = (int(n) for n in arrays["shape"])
             prefix = "map/"
             names = [n for n in arrays.files if n.startswith(prefix)]
