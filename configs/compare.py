@@ -41,8 +41,9 @@ Variants, after a colon and joined by commas:
     imagenet   ResNet-18 with ImageNet's weights against random ones of three seeds, on MVTec AD
                (--config.datasets.mvtec.root=MVTEC); not run as it is
     representations
-               seven encoders, four of them of own runs, with 1, 2, 4 and all images of bottles,
-               toothbrushes and cookies, seeds 0 to 2; two hours on two cores, see README
+               seven encoders, four of them of own runs (ds2-0 to -2, corrupt-bottle-0 to -2,
+               simsiam-spd-0, mae-bottle), with 1, 2, 4 and all images of bottles, toothbrushes
+               and cookies, seeds 0 to 2; two hours on two cores, see README
     smoke      two detectors on two random networks and two seeds, in seconds
 """
 
@@ -126,8 +127,8 @@ def _representations(config):
             "mobilenet_v2", f"{files}/mobilenetv2_in1k_int8.npz", licence="Apache-2.0"
         ),
         "squeezenet": row("squeezenet1_1", f"{files}/squeezenet11_in1k_notop.npz", licence="MIT"),
-        "ds2": row("run:runs/ds2"),
-        "corrupt": row("run:runs/corrupt-bottle"),
+        "ds2": row("run:runs/ds2-{seed}"),
+        "corrupt": row("run:runs/corrupt-bottle-{seed}"),
         "spd": row("run:runs/simsiam-spd-0"),
         "mae": row("run:runs/mae-bottle", layers=("block3", "block7")),
     }

@@ -391,6 +391,6 @@ def test_the_table_of_representations_reads_maps_that_its_networks_have():
         blocks = any(name.startswith(("block", "norm")) for name in layers)
         assert blocks == (backbone == "mae")
     bottles = [c for c in cells if c.dataset == "bottle"]
-    # Four numbers of shots, three for PaDiM, one for MuSc.
-    assert len(bottles) == 6 * (3 * 4 + 3 + 1) + (5 * 4 + 3 + 1)
+    # Four numbers of shots, three for PaDiM, one for MuSc; of two encoders a run for each seed.
+    assert len(bottles) == (4 + 2 * 3) * (3 * 4 + 3 + 1) + (5 * 4 + 3 + 1)
     assert len(cells) == 3 * len(bottles)
