@@ -94,7 +94,7 @@ class Config(DetectorConfig):
             raise ConfigError(
                 "config.detector.neighbourhood: expected a window that leaves something of "
                 f"{grid[0]} × {grid[1]} cells for every token to see, found {self.neighbourhood}. "
-                "Make it smaller, or detector.grid larger."
+                "Make it smaller, or config.detector.grid larger."
             )
         return Spec(
             channels=sum(x.shape[3] for x in levels), grid=grid, width=self.width,

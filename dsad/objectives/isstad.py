@@ -282,8 +282,8 @@ class ISSTAD(EncoderObjective):
         others = jax.tree.leaves(found["blocks"])[0].shape[0]
         if others > depth:
             raise ConfigError(
-                f"objective.decoder.depth: expected at least the {others} blocks of the first "
-                f"stage, found {depth}; the decoder grows."
+                f"config.objective.decoder.depth: expected at least the {others} blocks of the "
+                f"first stage, found {depth}; the decoder grows."
             )
         first = {**own, "blocks": jax.tree.map(lambda x: x[:others], own["blocks"])}
         if lines := tree.diff(first, found):

@@ -281,7 +281,7 @@ class MAE(EncoderObjective):
         if lines := tree.diff(params["decoder"], decoder):
             raise ConfigError(
                 "config.init_from: the decoder found does not fit "
-                "(objective.adopt_decoder='leading' takes the first blocks of a deeper one, "
+                "(config.objective.adopt_decoder='leading' takes the first blocks of a deeper one, "
                 "'none' starts anew):\n  " + "\n  ".join(lines)
             )
         report += f"; decoder: {len(jax.tree.leaves(decoder))} tensors"
