@@ -81,10 +81,10 @@ def split_samples(x: jax.Array) -> jax.Array:
     makes its mesh known with ``jax.sharding.use_abstract_mesh``; elsewhere nothing happens, nor
     inside a ``shard_map``, where each device has its samples already.
     """
-    return jax.lax.with_sharding_constraint(x, BATCH_SPEC) if parts_of(x.shape[0]) else x
+    return jax.lax.with_sharding_constraint(x, BATCH_SPEC) if devices_holding(x.shape[0]) else x
 
 
-def parts_of(samples: int) -> int:
+def devices_holding(samples: int) -> int:
     """Devices that ``samples`` are split over; 0 where ``split_samples`` does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_names) != {"data", "fsdp"} or samples % mesh.size:

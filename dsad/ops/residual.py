@@ -5,7 +5,6 @@ pretraining", NeurIPS 2025, arXiv 2511.05245. All of it is computed in float32, 
 which cells take part is a matter of weights.
 """
 
-import functools
 import math
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from dsad.core.mesh import BATCH_SPEC, parts_of
+from dsad.core.mesh import BATCH_SPEC, devices_holding, split_samples
 from dsad.ops.contrast import placed
 from dsad.ops.neighbors import nearest
 from dsad.ops.similarity import unit
@@ -221,16 +220,15 @@ def _exponentials(
     _, n, d = rows.shape
     blocks = -(-2 * n // BLOCK)
     short = blocks * BLOCK - 2 * n
-    devices = parts_of(n) or 1
-    split = functools.partial(placed, spec=PartitionSpec(BATCH_SPEC[0]))
+    devices = devices_holding(n) or 1
     bad = placed(jnp.tile(anomalous & counted, 2), PartitionSpec())
     order = jnp.argsort(~bad, stable=True)
     columns = placed(rows, PartitionSpec()).reshape(2 * n, d)[order]
     columns = jnp.pad(columns, ((0, short), (0, 0))).reshape(blocks, BLOCK, d)
-    columns = split(jnp.broadcast_to(columns[None], (devices, *columns.shape)))
+    columns = split_samples(jnp.broadcast_to(columns[None], (devices, *columns.shape)))
     bad_columns = jnp.pad(bad[order], (0, short)).reshape(blocks, BLOCK)
-    rows = split(jnp.moveaxis(rows.reshape(2, devices, -1, d), 0, 1))
-    good_rows = split((~anomalous & counted).reshape(devices, 1, -1, 1))
+    rows = split_samples(jnp.moveaxis(rows.reshape(2, devices, -1, d), 0, 1))
+    good_rows = split_samples((~anomalous & counted).reshape(devices, 1, -1, 1))
 
     def compared(part: jax.Array, bad: jax.Array) -> tuple[jax.Array, jax.Array]:
         alike = jnp.einsum("gand,gmd->ganm", rows, part, precision="highest") / temperature
@@ -246,7 +244,7 @@ def _exponentials(
         more, of_columns = jax.lax.cond(jnp.any(inputs[1]), compared, skipped, *inputs)
         return total + more, of_columns
 
-    start = split(jnp.zeros(rows.shape[:3], jnp.float32))
+    start = split_samples(jnp.zeros(rows.shape[:3], jnp.float32))
     inputs = (jnp.moveaxis(columns, 1, 0), bad_columns)
     of_rows, of_columns = jax.lax.scan(block, start, inputs)
     back = jnp.sum(of_columns, axis=1).reshape(-1)[jnp.argsort(order)].reshape(2, n)

@@ -110,4 +110,6 @@ def test_split_weights_are_gathered_for_the_forward_and_the_backward_pass():
 @pytest.mark.slow
 def test_no_collective_waits_in_a_branch(name):
     """Where one does, XLA's CPU devices may come to it and to another in unlike order, and hang."""
-    assert all(c.exact for c in moved(name, 2, False)[0])
+    found, _ = moved(name, 2, False)
+    assert found  # the gradients' at least
+    assert all(c.exact for c in found)
